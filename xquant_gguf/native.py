@@ -1,0 +1,41 @@
+"""Binding of libxquant: the C ABI of native/include/xquant.h through cffi, read from the header itself."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from cffi import FFI
+
+LIBRARY_DIR = Path(__file__).parent / "lib"
+
+
+def declarations(header: Path) -> str:
+    """The part of a C header between its `cdef: begin` and `cdef: end` marks."""
+    text = header.read_text()
+    return text.split("/* cdef: begin */")[1].split("/* cdef: end */")[0].replace("XQ_API ", "")
+
+
+def library_path(name: str) -> Path:
+    """Path of one of our shared libraries (without lib and suffix); OSError names it when it is missing."""
+    for suffix in (".so", ".dylib"):
+        path = LIBRARY_DIR / f"lib{name}{suffix}"
+        if path.exists():
+            return path
+    raise OSError(f"lib{name} is not in {LIBRARY_DIR}: build the package (`make`, or `pip install .`)")
+
+
+@lru_cache(maxsize=1)
+def load() -> tuple[FFI, Any]:
+    """The cffi instance and libxquant. XQUANT_LIBRARY may name another build of the library (sanitizers)."""
+    ffi = FFI()
+    ffi.cdef(declarations(LIBRARY_DIR / "xquant.h"))
+    return ffi, ffi.dlopen(os.environ.get("XQUANT_LIBRARY") or str(library_path("xquant")))
+
+
+def error() -> str:
+    """The message of the last failed call on this thread."""
+    ffi, lib = load()
+    return str(ffi.string(lib.xq_error()).decode())
