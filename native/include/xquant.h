@@ -105,53 +105,53 @@ typedef struct xq_block_layout {
 /* ---- plan ---- */
 
 /* The message of the last failed call on this thread. */
-const char *xq_error(void);
+XQ_API const char *xq_error(void);
 
 /* Fills plan with the named preset for n_layers layers. */
-int xq_plan_preset(const char *name, int32_t n_layers, xq_plan *plan);
+XQ_API int xq_plan_preset(const char *name, int32_t n_layers, xq_plan *plan);
 /* The names of the presets, separated by commas. */
-const char *xq_plan_preset_names(void);
+XQ_API const char *xq_plan_preset_names(void);
 /* One layer as text, e.g. "k=4,128,minmax,f16,0,-1 v=2,0,lloyd,log8,0.09,-1,rot" and back.  text_size bytes at most. */
-int xq_layer_format(const xq_layer *layer, char *text, size_t text_size);
-int xq_layer_parse(const char *text, xq_layer *layer);
+XQ_API int xq_layer_format(const xq_layer *layer, char *text, size_t text_size);
+XQ_API int xq_layer_parse(const char *text, xq_layer *layer);
 /* Checks every field, and head widths d[n_layers] and e[n_layers]; d and e may be null.
  * A layer with d = 0 is not part of the cache: nothing is checked and nobody may borrow from it. */
-int xq_plan_check(const xq_plan *plan, const int32_t *d, const int32_t *e);
-int xq_block_layout_of(const xq_layer *layer, int32_t d, int32_t e, xq_block_layout *layout);
+XQ_API int xq_plan_check(const xq_plan *plan, const int32_t *d, const int32_t *e);
+XQ_API int xq_block_layout_of(const xq_layer *layer, int32_t d, int32_t e, xq_block_layout *layout);
 
 /* ---- kernel sets ---- */
 
 /* Names of the kernel sets that this CPU and operating system can run, best first, separated by commas. */
-const char *xq_kernels_available(void);
+XQ_API const char *xq_kernels_available(void);
 /* The set in force.  Chosen once: the best one, or XQUANT_KERNELS.  null: XQUANT_KERNELS names one that cannot run. */
-const char *xq_kernels(void);
+XQ_API const char *xq_kernels(void);
 /* Forces a set for this process. */
-int xq_kernels_force(const char *name);
+XQ_API int xq_kernels_force(const char *name);
 /* How often kernels of the named set were called in this process, so that a test can prove which one ran. */
-uint64_t xq_kernels_calls(const char *name);
+XQ_API uint64_t xq_kernels_calls(const char *name);
 
 /* ---- codec ---- */
 
 /* codes [n_i][n_j], one per byte, to the unit order above and back.  packed: xq_packed_bytes(bits, n_i, n_j). */
-int64_t xq_packed_bytes(int32_t bits, int32_t n_i, int32_t n_j);
-int xq_pack(int32_t bits, int32_t n_i, int32_t n_j, const uint8_t *codes, uint8_t *packed);
-int xq_unpack(int32_t bits, int32_t n_i, int32_t n_j, const uint8_t *packed, uint8_t *codes);
+XQ_API int64_t xq_packed_bytes(int32_t bits, int32_t n_i, int32_t n_j);
+XQ_API int xq_pack(int32_t bits, int32_t n_i, int32_t n_j, const uint8_t *codes, uint8_t *packed);
+XQ_API int xq_unpack(int32_t bits, int32_t n_i, int32_t n_j, const uint8_t *packed, uint8_t *codes);
 
 /* Seals one side of one page.  rows: F16 [XQ_PAGE][d], distance stride elements.  valid: bit t = token t counts;
  * tokens that do not are given the value of the first one that does.  codes, param: the parts of the block.
  * owner_codes: the owner's codes part if side->owner >= 0 (codes is then not written), else null.
  * Not-a-numbers count as 0 and infinities as +-65504.  Returns how many such inputs there were, or a negative status. */
-int xq_seal_k(const xq_side *side, int32_t d, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
+XQ_API int xq_seal_k(const xq_side *side, int32_t d, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
               uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int32_t owner_bits);
-int xq_seal_v(const xq_side *side, int32_t e, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
+XQ_API int xq_seal_v(const xq_side *side, int32_t e, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
               uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int32_t owner_bits);
 /* The way back, rounded to F16.  codes: own or the owner's, of the given bits. */
-int xq_unseal_k(const xq_side *side, int32_t d, const uint8_t *codes, int32_t code_bits, const uint8_t *param,
+XQ_API int xq_unseal_k(const xq_side *side, int32_t d, const uint8_t *codes, int32_t code_bits, const uint8_t *param,
                 uint16_t *rows, int64_t stride);
-int xq_unseal_v(const xq_side *side, int32_t e, const uint8_t *codes, int32_t code_bits, const uint8_t *param,
+XQ_API int xq_unseal_v(const xq_side *side, int32_t e, const uint8_t *codes, int32_t code_bits, const uint8_t *param,
                 uint16_t *rows, int64_t stride);
 /* x [n_rows][n] *= normalised Hadamard matrix, in blocks of the largest power of two that divides n.  Its own inverse. */
-int xq_hadamard(float *x, int32_t n_rows, int32_t n);
+XQ_API int xq_hadamard(float *x, int32_t n_rows, int32_t n);
 
 /* ---- attention ---- */
 
@@ -178,9 +178,9 @@ typedef struct xq_attention {
 
 /* Writes, per row, the state of an online softmax over the pages: sum of p * v over sealed pages (in rotated space if
  * v.rotate) [e], over open pages [e], the maximum score, the sum of p. A row that sees no cell: zeros, -inf, 0. */
-int xq_attend(const xq_attention *args);
+XQ_API int xq_attend(const xq_attention *args);
 /* Merges n_parts states of one row and finishes: out [e].  sink: an extra score that takes part in the sum; -inf: none. */
-int xq_attention_merge(int32_t n_parts, const float *const *partial, int32_t e, int32_t rotate, float sink, float *out);
+XQ_API int xq_attention_merge(int32_t n_parts, const float *const *partial, int32_t e, int32_t rotate, float sink, float *out);
 
 /* cdef: end */
 

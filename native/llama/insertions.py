@@ -1,0 +1,218 @@
+"""What the fork changes in llama.cpp's own files: (file, anchor, text, where), where = before, after or instead.
+
+An anchor must occur exactly once in its file.  Everything else of the fork lies in our own files beside this one.
+"""
+
+INSERTIONS: list[tuple[str, str, str, str]] = [
+    # -- the type that selects the cache: no tensor has it, so it has neither a size nor a block
+    (
+        "ggml/include/ggml.h",
+        "        GGML_TYPE_COUNT   = 43,",
+        "        GGML_TYPE_XQUANT  = 43,\n        GGML_TYPE_COUNT   = 44,",
+        "instead",
+    ),
+    (
+        "ggml/src/ggml.c",
+        "static const struct ggml_type_traits type_traits[GGML_TYPE_COUNT] = {\n",
+        '    [GGML_TYPE_XQUANT] = { .type_name = "xquant" },\n',
+        "after",
+    ),
+    ("common/arg.cpp", "const std::vector<ggml_type> kv_cache_types = {\n", "    GGML_TYPE_XQUANT,\n", "after"),
+    # -- kv_overrides that name a plan are kept with the model's metadata
+    (
+        "src/llama-model.cpp",
+        "    // get general kv\n    ml.get_key(LLM_KV_GENERAL_NAME, name, false);\n",
+        "    xquant::keep_overrides(ml.kv_overrides, gguf_kv);\n\n",
+        "before",
+    ),
+    # -- the cache is made: what it cannot serve is refused first
+    ("src/llama-model.cpp", '#include "llama-kv-cache.h"\n', '#include "xquant-cache.h"\n', "after"),
+    (
+        "src/llama-model.cpp",
+        "    llama_memory_i * res;\n\n    switch (arch) {\n"
+        "        // Models that need specific instantiation should be handled in the\n",
+        "    xquant::announce(*this, params, cparams);\n\n",
+        "before",
+    ),
+    (
+        "src/llama-kv-cache.h",
+        "struct llama_cparams;\nstruct llama_hparams;\n",
+        "namespace xquant { class cache; }\n",
+        "before",
+    ),
+    (
+        "src/llama-kv-cache.h",
+        "    //\n    // llama_kv_cache specific API\n    //\n\n    uint32_t get_size()     const;\n",
+        "    friend class xquant::cache;\n\n"
+        "    // set if the type is GGML_TYPE_XQUANT: it then stores the keys and values of this cache\n"
+        "    std::shared_ptr<xquant::cache> xq;\n\n",
+        "before",
+    ),
+    (
+        "src/llama-kv-cache.h",
+        "    uint32_t get_n_kv() const;\n\n    ggml_type type_k() const;\n",
+        "    xquant::cache * xq() const { return kv->xq.get(); }\n\n",
+        "before",
+    ),
+    ("src/llama-kv-cache.cpp", '#include "llama-context.h"\n', '#include "xquant-cache.h"\n', "after"),
+    (
+        "src/llama-kv-cache.cpp",
+        "    const bool is_mla = hparams.is_mla();\n",
+        "    if (type_k == GGML_TYPE_XQUANT) {\n"
+        "        xq = std::make_shared<xquant::cache>(*this, kv_size, filter);\n"
+        "    }\n\n",
+        "before",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        '            throw std::runtime_error("failed to create ggml context for kv cache");\n        }\n',
+        "\n        if (xq) {\n"
+        "            const auto [xk, xv] = xq->add_layer(ctx, il);\n"
+        "            map_layer_ids[il] = layers.size();\n"
+        "            layers.push_back({ il, xk, xv, {}, {}, });\n"
+        "            continue;\n"
+        "        }\n",
+        "after",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "void llama_kv_cache::clear(bool data) {\n",
+        "    if (xq) {\n        xq->clear();\n    }\n\n",
+        "after",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "    // enqueue the copy operation - the buffer copy will be performed during the next update\n",
+        "    if (xq) {\n        xq->copy_pages(s0, s1);\n    }\n\n",
+        "before",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "            for (uint32_t il = 0; il < layers.size(); ++il) {\n"
+        "                const auto & layer = layers[il];\n\n"
+        "                ggml_backend_tensor_copy(layer.k_stream[ssrc], layer.k_stream[sdst]);\n",
+        "            if (xq) {\n                xq->copy_stream(ssrc, sdst);\n                continue;\n            }\n\n",
+        "before",
+    ),
+    # -- cells: a micro-batch writes no more pages than there are slots
+    (
+        "src/llama-kv-cache.cpp",
+        "        auto sinfos = prepare(ubatches);\n",
+        "        if (xq && sinfos.empty() && n_ubatch > 1) {\n"
+        "            return init_batch(balloc, n_ubatch/2, embd_all);\n"
+        "        }\n",
+        "after",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "        res.idxs[s].reserve(n_tokens);\n",
+        "        xquant::page_budget xq_budget(xq.get(), seq_to_stream[seq_id]);\n",
+        "after",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "                if (can_use) {\n                    res.idxs[s].push_back(idx);\n",
+        "                can_use = can_use && xq_budget.take(idx);\n\n",
+        "before",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "        // apply K-shift if needed\n",
+        "        if (xq && hparams.rope_type != LLAMA_ROPE_TYPE_NONE) {\n"
+        "            if (!xq->shift(lctx)) {\n                return updated;\n            }\n"
+        "            updated = true;\n        } else\n",
+        "after",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "    kv->apply_ubatch(sinfos[i_cur], ubatches[i_cur]);\n",
+        "    if (kv->xq && !kv->xq->begin(sinfos[i_cur])) {\n        return false;\n    }\n",
+        "after",
+    ),
+    # -- graph: our own input and our own attention
+    (
+        "src/llama-kv-cache.cpp",
+        "ggml_tensor * llama_kv_cache::get_k(ggml_context * ctx, int32_t il, uint32_t n_kv,"
+        " const slot_info & sinfo) const {\n",
+        "    if (xq) {\n        return nullptr;\n    }\n",
+        "after",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "ggml_tensor * llama_kv_cache::get_v(ggml_context * ctx, int32_t il, uint32_t n_kv,"
+        " const slot_info & sinfo) const {\n",
+        "    if (xq) {\n        return nullptr;\n    }\n",
+        "after",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "ggml_tensor * llama_kv_cache::cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs,"
+        " int32_t il, const slot_info & sinfo) const {\n",
+        "    if (xq) {\n        return k_cur; // stored by xquant::cache::build_attention\n    }\n",
+        "after",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "ggml_tensor * llama_kv_cache::cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs,"
+        " int32_t il, const slot_info & sinfo) const {\n",
+        "    if (xq) {\n        return v_cur;\n    }\n",
+        "after",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "ggml_tensor * llama_kv_cache::build_input_k_idxs(ggml_context * ctx, const llama_ubatch & ubatch) const {\n",
+        "    if (xq) {\n        return xq->build_input(ctx, ubatch.n_tokens);\n    }\n",
+        "after",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "ggml_tensor * llama_kv_cache::build_input_v_idxs(ggml_context * ctx, const llama_ubatch & ubatch) const {\n",
+        "    if (xq) {\n        return nullptr;\n    }\n",
+        "after",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "void llama_kv_cache::set_input_k_idxs(ggml_tensor * dst, const llama_ubatch * ubatch,"
+        " const slot_info & sinfo) const {\n",
+        "    if (xq) {\n        xq->set_input(dst, sinfo);\n        return;\n    }\n",
+        "after",
+    ),
+    ("src/llama-graph.cpp", '#include "llama-kv-cache.h"\n', '#include "xquant-cache.h"\n', "after"),
+    (
+        "src/llama-graph.cpp",
+        "    ggml_tensor * kq_mask = inp->get_kq_mask();\n\n    ggml_tensor * cur = ",
+        "mctx_cur->xq()\n"
+        "        ? mctx_cur->xq()->build_attention(*this, inp->get_k_idxs(), q_cur, k_cur, v_cur, kq_b, kq_mask, sinks,"
+        " v_mla, kq_scale, il)\n        : ",
+        "after",
+    ),
+    (
+        "src/llama-graph.cpp",
+        "    ggml_tensor * k = use_kv_cur ? k_cur : mctx_cur->get_k(ctx0, il);\n"
+        "    ggml_tensor * v = use_kv_cur ? v_cur : mctx_cur->get_v(ctx0, il);\n\n    ggml_tensor * cur = ",
+        "mctx_cur->xq()\n"
+        "        ? mctx_cur->xq()->build_attention(*this, inp->get_k_idxs(), q_cur, k_cur, v_cur, kq_b, kq_mask, sinks,"
+        " v_mla, kq_scale, il)\n        : ",
+        "after",
+    ),
+    # -- iSWA: the sliding layers are small and stay F16
+    (
+        "src/llama-kv-cache-iswa.cpp",
+        "    kv_swa = std::make_unique<llama_kv_cache>(\n",
+        "    if (type_k == GGML_TYPE_XQUANT) {\n        type_k = type_v = GGML_TYPE_F16;\n    }\n\n",
+        "before",
+    ),
+    # -- state
+    (
+        "src/llama-kv-cache.cpp",
+        "    GGML_UNUSED(flags);\n\n    io.write(&n_stream, sizeof(n_stream));\n",
+        "    if (xq) {\n        xq->state_write(io, seq_id);\n        return;\n    }\n\n",
+        "before",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "    if (sinfos_out) {\n        sinfos_out->assign(n_stream, slot_info{});\n    }\n",
+        "    if (xq) {\n        xq->state_read(io, seq_id);\n        return;\n    }\n\n",
+        "before",
+    ),
+]

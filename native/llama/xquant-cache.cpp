@@ -1,0 +1,329 @@
+/* xquant-cache.cpp: storage and page bookkeeping on the host; see xquant-cache.h for the layout and the rule. */
+#include "xquant-cache.h"
+
+#include "llama-context.h"
+#include "llama-cparams.h"
+#include "llama-hparams.h"
+#include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <bitset>
+#include <map>
+#include <stdexcept>
+
+namespace xquant {
+
+static int32_t pages_of(uint64_t tokens) { return (int32_t)((tokens + XQ_PAGE - 1) / XQ_PAGE); }
+
+cache::cache(llama_kv_cache &kv, uint32_t kv_size, const llama_memory_i::layer_filter_cb &filter)
+    : kv(kv), d_(XQ_MAX_LAYERS), e_(XQ_MAX_LAYERS), n_streams(kv.n_stream) {
+    const llama_hparams &hparams = kv.hparams;
+    if (kv.other) {
+        refuse("a cache that shares the cells of another context cannot be of type xquant; use f16");
+    }
+    for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
+        if (hparams.has_kv(il) && (!filter || filter(il))) {
+            d_[il] = (int32_t)hparams.n_embd_head_k(il);
+            e_[il] = (int32_t)hparams.n_embd_head_v(il);
+        }
+    }
+    resolve_plan(kv.model, d_.data(), e_.data(), plan_);
+
+    // sequences that share a stream each want their window and their pinned pages
+    const uint64_t n_seq = n_streams == 1 ? kv.n_seq_max : 1;
+    n_pages = pages_of(kv_size);
+    n_slots = n_pages;
+    seals = false;
+    if (plan_.window >= 0) {
+        window = (uint64_t)plan_.window * n_seq;
+        const uint64_t wanted = (uint64_t)plan_.pinned * n_seq + pages_of(window) + pages_of(announced_n_ubatch()) + 1;
+        seals = wanted < (uint64_t)n_pages;
+        n_slots = seals ? (int32_t)wanted : n_pages;
+    }
+    streams.resize(n_streams);
+    clear();
+}
+
+std::pair<ggml_tensor *, ggml_tensor *> cache::add_layer(ggml_context *ctx, uint32_t il) {
+    auto l = std::make_unique<layer>();
+    l->home = this;
+    l->il = il;
+    l->d = d_[il];
+    l->e = e_[il];
+    l->n_head_kv = (int32_t)kv.hparams.n_head_kv(il);
+    l->n_pages = n_pages;
+    l->n_slots = n_slots;
+    l->plan = plan_.layers[il];
+    l->n_nonfinite = &n_nonfinite;
+    if (xq_block_layout_of(&l->plan, l->d, l->e, &l->layout) != XQ_OK) {
+        refuse(xq_error());
+    }
+    l->k_owner = l->plan.k.owner < 0 ? l.get() : find(l->plan.k.owner);
+    l->v_owner = l->plan.v.owner < 0 ? l.get() : find(l->plan.v.owner);
+    if (!l->k_owner || !l->v_owner || l->k_owner->n_head_kv != l->n_head_kv || l->v_owner->n_head_kv != l->n_head_kv) {
+        refuse("layer " + std::to_string(il) + ": its owner must be an earlier layer with as many KV heads");
+    }
+
+    // a cache that fits into its window needs no blocks; an empty tensor would need special care everywhere
+    const int64_t block_bytes = seals ? l->head_blocks() * l->n_head_kv : XQ_PAGE;
+    l->blocks = ggml_new_tensor_2d(ctx, GGML_TYPE_I8, block_bytes, n_streams);
+    l->window = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, l->window_elements(), n_streams);
+    ggml_format_name(l->blocks, "cache_xq_blocks_l%d", (int)il);
+    ggml_format_name(l->window, "cache_xq_window_l%d", (int)il);
+    for (uint32_t s = 0; s < n_streams; ++s) {
+        l->blocks_stream.push_back(ggml_view_1d(ctx, l->blocks, l->blocks->ne[0], s * l->blocks->nb[1]));
+        l->window_stream.push_back(ggml_view_1d(ctx, l->window, l->window->ne[0], s * l->window->nb[1]));
+    }
+    layers_.push_back(std::move(l));
+    return {layers_.back()->blocks, layers_.back()->window};
+}
+
+const cache::layer *cache::find(int il) const {
+    for (const auto &l : layers_) {
+        if ((int)l->il == il) {
+            return l.get();
+        }
+    }
+    return nullptr;
+}
+
+void cache::clear() {
+    for (auto &st : streams) {
+        st.pages.assign(n_pages, {});
+        st.free_slots.resize(n_slots);
+        for (int32_t i = 0; i < n_slots; ++i) {
+            st.free_slots[i] = n_slots - 1 - i; // the lowest slot is taken first
+        }
+        st.clock = 0;
+    }
+    pending_seals.clear();
+    pending_unseals.clear();
+    for (auto &l : layers_) {
+        l->done = epoch;
+    }
+}
+
+void cache::valid_cells(uint32_t s, int32_t p, uint32_t valid[4]) const {
+    const auto &c = cells(s);
+    const uint32_t first = (uint32_t)p * XQ_PAGE, end = std::min(first + XQ_PAGE, c.size());
+    std::fill(valid, valid + 4, 0u);
+    for (uint32_t i = first; i < end; ++i) {
+        if (!c.is_empty(i)) {
+            valid[(i - first) / 32] |= 1u << ((i - first) % 32);
+        }
+    }
+}
+
+int32_t cache::count_cells(uint32_t s, int32_t p) const {
+    uint32_t valid[4];
+    valid_cells(s, p, valid);
+    int32_t n = 0;
+    for (const uint32_t word : valid) {
+        n += (int32_t)std::bitset<32>(word).count();
+    }
+    return n;
+}
+
+bool cache::is_pinned(uint32_t s, int32_t p) const {
+    const auto &c = cells(s);
+    const uint32_t first = (uint32_t)p * XQ_PAGE, end = std::min(first + XQ_PAGE, c.size());
+    for (uint32_t i = first; i < end; ++i) {
+        if (!c.is_empty(i) && c.pos_get(i) < (int64_t)plan_.pinned * XQ_PAGE) {
+            return true;
+        }
+    }
+    return false;
+}
+
+uint32_t cache::max_touched() const {
+    return seals ? (uint32_t)(n_slots - pages_of(window)) : (uint32_t)n_pages;
+}
+
+/* Marks page p of stream s sealed and frees its slot; the graph does the work. */
+void cache::seal(uint32_t s, int32_t p) {
+    page &pg = streams[s].pages[p];
+    seal_op op = {(int32_t)s, p, pg.state, {}};
+    valid_cells(s, p, op.valid);
+    pending_seals.push_back(op);
+    streams[s].free_slots.push_back(pg.state);
+    pg.state = page_sealed;
+}
+
+/* A free slot; if there is none, the page outside `keep` that was written longest ago is sealed, pinned ones last. */
+int32_t cache::take_slot(uint32_t s, const std::vector<int32_t> &keep) {
+    stream &st = streams[s];
+    if (st.free_slots.empty()) {
+        int32_t victim = -1;
+        bool victim_pinned = true;
+        for (int32_t p = 0; p < n_pages; ++p) {
+            if (st.pages[p].state < 0 || std::find(keep.begin(), keep.end(), p) != keep.end()) {
+                continue;
+            }
+            const bool pinned = is_pinned(s, p);
+            if (victim < 0 || pinned < victim_pinned ||
+                (pinned == victim_pinned && st.pages[p].written < st.pages[victim].written)) {
+                victim = p;
+                victim_pinned = pinned;
+            }
+        }
+        if (victim < 0) {
+            return -1;
+        }
+        seal(s, victim);
+    }
+    const int32_t slot = st.free_slots.back();
+    st.free_slots.pop_back();
+    return slot;
+}
+
+/* Gives page p a slot, if it has none, because n_new of its cells are about to be written. */
+bool cache::open(uint32_t s, int32_t p, const std::vector<int32_t> &keep, int32_t n_new) {
+    page &pg = streams[s].pages[p];
+    if (pg.state >= 0) {
+        return true;
+    }
+    const int32_t slot = take_slot(s, keep);
+    if (slot < 0) {
+        return false;
+    }
+    if (pg.state == page_sealed && count_cells(s, p) > n_new) {
+        pending_unseals.push_back({(int32_t)s, p, slot});
+    }
+    pg.state = slot;
+    return true;
+}
+
+bool cache::begin(const slot_info &sinfo) {
+    finish_interrupted();
+    pending_seals.clear();
+    pending_unseals.clear();
+    epoch++;
+
+    for (uint32_t i = 0; i < sinfo.n_stream(); ++i) {
+        const uint32_t s = (uint32_t)sinfo.strm[i];
+        stream &st = streams[s];
+        std::map<int32_t, int32_t> n_new; // cells that the micro-batch writes, by page
+        for (const uint32_t cell : sinfo.idxs[i]) {
+            n_new[(int32_t)(cell / XQ_PAGE)]++;
+        }
+        std::vector<int32_t> touched;
+        for (const auto &[p, n] : n_new) {
+            touched.push_back(p);
+        }
+
+        for (int32_t p = 0; p < n_pages; ++p) {
+            page &pg = st.pages[p];
+            if (pg.state < 0 || std::binary_search(touched.begin(), touched.end(), p)) {
+                continue;
+            }
+            if (count_cells(s, p) == 0) {
+                st.free_slots.push_back(pg.state);
+                pg.state = page_free;
+            } else if (seals && st.clock - pg.written >= window && !is_pinned(s, p)) {
+                seal(s, p);
+            }
+        }
+        for (const auto &[p, n] : n_new) {
+            if (!open(s, p, touched, n)) {
+                LLAMA_LOG_ERROR("%s: xquant: a micro-batch writes %zu pages, %d fit\n", __func__, touched.size(),
+                                n_slots);
+                return false;
+            }
+        }
+        for (const uint32_t cell : sinfo.idxs[i]) {
+            st.pages[cell / XQ_PAGE].written = ++st.clock;
+        }
+    }
+    return true;
+}
+
+void cache::copy_pages(uint32_t from, uint32_t to) { streams[to] = streams[from]; }
+
+void cache::copy_stream(uint32_t from, uint32_t to) const {
+    for (const auto &l : layers_) {
+        ggml_backend_tensor_copy(l->blocks_stream[from], l->blocks_stream[to]);
+        ggml_backend_tensor_copy(l->window_stream[from], l->window_stream[to]);
+    }
+}
+
+void cache::info(xquant_llama_info &out) const {
+    out = {};
+    int64_t page_blocks = 0, page_rows = 0; // bytes of one sealed and of one open page, all layers
+    for (const auto &l : layers_) {
+        out.bytes_allocated += (int64_t)(ggml_nbytes(l->blocks) + ggml_nbytes(l->window));
+        page_blocks += l->block_stride() * l->n_head_kv;
+        page_rows += (l->k_slot() + l->v_slot()) * l->n_head_kv * (int64_t)sizeof(ggml_fp16_t);
+    }
+    for (uint32_t s = 0; s < n_streams; ++s) {
+        const stream &st = streams[s];
+        out.bytes_allocated += (int64_t)(st.pages.size() * sizeof(page) + (size_t)n_slots * sizeof(int32_t));
+        for (int32_t p = 0; p < n_pages; ++p) {
+            if (st.pages[p].state == page_free || count_cells(s, p) == 0) {
+                out.pages_free++;
+            } else if (st.pages[p].state == page_sealed) {
+                out.pages_sealed++;
+            } else {
+                out.pages_open++;
+            }
+        }
+    }
+    out.bytes_used = out.pages_sealed * page_blocks + out.pages_open * page_rows;
+    out.n_nonfinite = (int64_t)n_nonfinite.load();
+    out.page_tokens = XQ_PAGE;
+    out.n_slots = n_slots;
+    out.n_streams = (int32_t)n_streams;
+    out.n_layers = plan_.n_layers;
+    out.window = plan_.window;
+    out.pinned = plan_.pinned;
+}
+
+void cache::plan(xq_plan &out, int32_t *d, int32_t *e, int32_t *n_head_kv) const {
+    out = plan_;
+    std::fill(n_head_kv, n_head_kv + XQ_MAX_LAYERS, 0);
+    std::copy(d_.begin(), d_.end(), d);
+    std::copy(e_.begin(), e_.end(), e);
+    for (const auto &l : layers_) {
+        n_head_kv[l->il] = l->n_head_kv;
+    }
+}
+
+/* The XQuant cache of a context, and the F16 cache of its sliding layers; null if it has none. */
+static const cache *cache_of(const llama_context *ctx, const llama_kv_cache **other) {
+    *other = nullptr;
+    auto *memory = ctx ? ctx->get_memory() : nullptr;
+    if (auto *both = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+        *other = both->get_swa();
+        return both->get_base()->xq.get();
+    }
+    auto *kv = dynamic_cast<llama_kv_cache *>(memory);
+    return kv ? kv->xq.get() : nullptr;
+}
+
+} // namespace xquant
+
+int xquant_llama_get_info(const llama_context *ctx, xquant_llama_info *info) {
+    const llama_kv_cache *other;
+    const auto *c = xquant::cache_of(ctx, &other);
+    if (!c || !info) {
+        return -1;
+    }
+    c->info(*info);
+    if (other) {
+        for (const auto &[type, bytes] : other->memory_breakdown()) {
+            info->bytes_other += (int64_t)bytes;
+        }
+    }
+    return 0;
+}
+
+int xquant_llama_get_plan(const llama_context *ctx, xq_plan *plan, int32_t *d, int32_t *e, int32_t *n_head_kv) {
+    const llama_kv_cache *other;
+    const auto *c = xquant::cache_of(ctx, &other);
+    if (!c || !plan || !d || !e || !n_head_kv) {
+        return -1;
+    }
+    c->plan(*plan, d, e, n_head_kv);
+    return 0;
+}

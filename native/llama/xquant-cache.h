@@ -1,0 +1,205 @@
+/* xquant-cache.h: the KV cache of the fork: pages that are open (F16) or sealed (codes).
+ *
+ * Cells are numbered by llama.cpp (llama_kv_cells); XQ_PAGE consecutive cells of a stream are one page, in all layers
+ * together.  A page is free, open (its rows lie in one of n_slots window slots) or sealed (one block per layer and KV
+ * head).  Per micro-batch and layer the graph runs three operations:
+ *
+ *     update   seals the pages that left the window, unseals the pages that are about to be written, writes the new rows
+ *     attend   one online softmax over open and sealed pages: partial states, split over pages
+ *     merge    partial states to the output
+ *
+ * The graph's topology depends on none of this: which pages go where is one input tensor, filled by set_input().
+ *
+ * Layout of one layer, per stream:    blocks  I8   [KV head][page][block of xq_block_layout]
+ *                                     window  F16  K [KV head][slot][XQ_PAGE][d], then V [KV head][slot][XQ_PAGE][e]
+ *
+ * Rule of sealing: before a micro-batch is written, a page is sealed if at least `window` tokens were written after its
+ * newest one, unless it is among the pinned first pages of a sequence.  If a micro-batch needs more slots than are free,
+ * the pages that were written longest ago are sealed early: precision gives way, never correctness.
+ */
+#pragma once
+
+#include "llama-kv-cache.h"
+
+#include "xquant.h"
+#include "xquant_llama.h"
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+struct llama_model_kv_override;
+
+namespace xquant {
+
+/* Keeps the kv_overrides whose key starts with "xquant." in the model's metadata. */
+void keep_overrides(const std::unordered_map<std::string, llama_model_kv_override> &overrides,
+                    std::unordered_map<std::string, std::string> &metadata);
+
+/* Called before a context's memory is made: throws what XQuant cannot serve, keeps what the cache needs to know. */
+void announce(const llama_model &model, const llama_memory_params &params, const llama_cparams &cparams);
+
+/* Micro-batch size of the context that announce() saw last on this thread. */
+uint32_t announced_n_ubatch();
+
+/* Records why a context cannot be created (xquant_llama_error) and throws it. */
+[[noreturn]] void refuse(const std::string &reason);
+
+/* The plan by model layer from the model's metadata; d, e [XQ_MAX_LAYERS]: head widths, 0 where a layer has no cache. */
+void resolve_plan(const llama_model &model, const int32_t *d, const int32_t *e, xq_plan &plan);
+
+class cache {
+public:
+    using slot_info = llama_kv_cache::slot_info;
+
+    cache(llama_kv_cache &kv, uint32_t kv_size, const llama_memory_i::layer_filter_cb &filter);
+    cache(const cache &) = delete;
+    cache &operator=(const cache &) = delete;
+
+    /* Tensors of model layer il, in ctx: blocks and window. */
+    std::pair<ggml_tensor *, ggml_tensor *> add_layer(ggml_context *ctx, uint32_t il);
+
+    /* ---- pages ---- */
+
+    void clear();
+    /* Decides what to seal, unseal and open for a micro-batch whose cells are already taken. */
+    bool begin(const slot_info &sinfo);
+    /* How many pages one micro-batch may write. */
+    uint32_t max_touched() const;
+    void copy_pages(uint32_t from, uint32_t to);
+    void copy_stream(uint32_t from, uint32_t to) const;
+    /* Rotates the keys of all cells whose position was shifted; false: it failed, with a message in the log. */
+    bool shift(llama_context *lctx);
+
+    /* ---- graph ---- */
+
+    ggml_tensor *build_input(ggml_context *ctx, int64_t n_tokens) const;
+    void set_input(ggml_tensor *input, const slot_info &sinfo);
+    /* k_cur and v_cur may be null: a layer that reads the cache of an earlier one. */
+    ggml_tensor *build_attention(const llm_graph_context &graph, ggml_tensor *input, ggml_tensor *q, ggml_tensor *k_cur,
+                                 ggml_tensor *v_cur, ggml_tensor *kq_b, ggml_tensor *kq_mask, ggml_tensor *sinks,
+                                 ggml_tensor *v_mla, float kq_scale, int il) const;
+
+    /* ---- state ---- */
+
+    void state_write(llama_io_write_i &io, llama_seq_id seq_id) const;
+    void state_read(llama_io_read_i &io, llama_seq_id seq_id);
+
+    void info(xquant_llama_info &out) const;
+    void plan(xq_plan &out, int32_t *d, int32_t *e, int32_t *n_head_kv) const;
+
+    static constexpr int32_t page_free = -2, page_sealed = -1; /* else: the slot of an open page */
+
+    /* One layer's storage and how to read it. */
+    struct layer {
+        const cache *home = nullptr;
+        uint32_t il = 0;
+        int32_t d = 0, e = 0, n_head_kv = 0;
+        int32_t n_pages = 0, n_slots = 0;
+        xq_layer plan = {};
+        xq_block_layout layout = {};
+        const layer *k_owner = nullptr, *v_owner = nullptr; /* whose codes are read: itself or an earlier layer */
+        ggml_tensor *blocks = nullptr, *window = nullptr;
+        std::vector<ggml_tensor *> blocks_stream, window_stream; /* views, one per stream */
+        std::atomic<uint64_t> *n_nonfinite = nullptr;
+        uint64_t done = 0; /* the last micro-batch whose update ran */
+
+        int64_t block_stride() const { return layout.bytes; }
+        int64_t head_blocks() const { return (int64_t)n_pages * layout.bytes; }  /* bytes of one KV head */
+        int64_t k_slot() const { return (int64_t)XQ_PAGE * d; }                  /* elements of one slot */
+        int64_t v_slot() const { return (int64_t)XQ_PAGE * e; }
+        int64_t window_elements() const { return (k_slot() + v_slot()) * n_slots * n_head_kv; } /* of one stream */
+        int64_t k_window(int head) const { return k_slot() * n_slots * head; }
+        int64_t v_window(int head) const { return k_slot() * n_slots * n_head_kv + v_slot() * n_slots * head; }
+    };
+
+    struct seal_op {
+        int32_t stream, page, slot;
+        uint32_t valid[4]; /* tokens of the page that hold a cell */
+    };
+    struct unseal_op {
+        int32_t stream, page, slot;
+    };
+
+    /* The input tensor, I32: where its parts start for n_tokens rows. */
+    struct input_layout {
+        int64_t table, rows, seals, unseals, size;
+    };
+    input_layout layout_of(int64_t n_tokens) const;
+
+    /* Header of the input tensor. */
+    enum { in_n_seal, in_n_unseal, in_n_rows, in_first_stream, in_epoch, in_header = 8 };
+
+    const std::vector<std::unique_ptr<layer>> &layers() const { return layers_; }
+
+private:
+    struct page {
+        int32_t state = page_free;
+        uint64_t written = 0; /* clock of its newest token */
+    };
+    struct stream {
+        std::vector<page> pages;
+        std::vector<int32_t> free_slots;
+        uint64_t clock = 0; /* tokens written so far */
+    };
+
+    const llama_kv_cells &cells(uint32_t s) const { return kv.v_cells[s]; }
+    void valid_cells(uint32_t s, int32_t p, uint32_t valid[4]) const;
+    int32_t count_cells(uint32_t s, int32_t p) const;
+    bool is_pinned(uint32_t s, int32_t p) const;
+    void seal(uint32_t s, int32_t p);
+    int32_t take_slot(uint32_t s, const std::vector<int32_t> &keep);
+    bool open(uint32_t s, int32_t p, const std::vector<int32_t> &keep, int32_t n_new);
+    void finish_interrupted();
+    void run_pending(const layer &l) const;
+    void fill_operations(int32_t *input, const input_layout &at) const;
+    const layer *find(int il) const;
+    uint64_t fingerprint() const;
+    struct saved_page;
+    saved_page read_page(llama_io_read_i &io, llama_seq_id dest) const;
+    std::vector<int32_t> place(uint32_t s, const std::vector<saved_page> &saved, bool whole);
+
+    llama_kv_cache &kv;
+    xq_plan plan_ = {};
+    std::vector<int32_t> d_, e_; /* [XQ_MAX_LAYERS] head widths, 0: no cache */
+    uint32_t n_streams = 1;
+    int32_t n_pages = 0, n_slots = 0;
+    uint64_t window = 0; /* tokens */
+    bool seals = true;   /* false: every page has a slot of its own */
+    std::vector<std::unique_ptr<layer>> layers_;
+    std::vector<stream> streams;
+    std::vector<seal_op> pending_seals;
+    std::vector<unseal_op> pending_unseals;
+    uint64_t epoch = 0; /* micro-batches so far */
+    std::atomic<uint64_t> n_nonfinite{0};
+};
+
+/* Counts the pages that a search for cells would touch. */
+class page_budget {
+public:
+    page_budget(const cache *c, uint32_t /* stream */) : left(c ? c->max_touched() : 0), limited(c != nullptr) {}
+
+    /* May the micro-batch write this cell as well? Counts its page if so. */
+    bool take(uint32_t cell) {
+        const uint32_t page = cell / XQ_PAGE;
+        if (!limited || page == last) {
+            return true;
+        }
+        if (left == 0) {
+            return false;
+        }
+        left--;
+        last = page;
+        return true;
+    }
+
+private:
+    uint32_t left;
+    uint32_t last = UINT32_MAX;
+    bool limited;
+};
+
+} // namespace xquant

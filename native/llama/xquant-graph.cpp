@@ -1,0 +1,358 @@
+/* xquant-graph.cpp: the three operations of xquant-cache.h as nodes of a ggml graph, on the CPU.
+ *
+ * They are GGML_OP_CUSTOM nodes; the arguments of ours lie in op_params behind those of ggml_custom_op_params.
+ *
+ *     update  [1]                        <- input, k_cur, v_cur, blocks, window, blocks of the owners
+ *     attend  [2 e + 2, head, token, part] <- q, input, mask, blocks, window, blocks of the owners, update
+ *     merge   [e, head, token]           <- attend, sinks
+ */
+#include "xquant-cache.h"
+
+#include "ggml-cpu.h"
+#include "llama-cparams.h"
+#include "llama-hparams.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+namespace xquant {
+
+using layer = cache::layer;
+
+/* Query rows that one call of the attention kernel takes: their state stays in cache while pages stream by. */
+static constexpr int max_rows = 64;
+/* Pieces of work per thread, so that threads end together. */
+static constexpr int pieces_per_thread = 4;
+
+/* ---- input ---- */
+
+cache::input_layout cache::layout_of(int64_t n_tokens) const {
+    const int64_t capacity = (int64_t)n_streams * n_slots; // a page is sealed, or unsealed, at most once a slot
+    input_layout at;
+    at.table = in_header;
+    at.rows = at.table + (int64_t)n_streams * n_pages;
+    at.seals = at.rows + n_tokens;
+    at.unseals = at.seals + capacity * (int64_t)(sizeof(seal_op) / sizeof(int32_t));
+    at.size = at.unseals + capacity * (int64_t)(sizeof(unseal_op) / sizeof(int32_t));
+    return at;
+}
+
+ggml_tensor *cache::build_input(ggml_context *ctx, int64_t n_tokens) const {
+    // llama.cpp compares the first dimension with the number of tokens when it decides whether to reuse a graph
+    const int64_t size = layout_of(n_tokens).size;
+    ggml_tensor *input = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_tokens, (size + n_tokens - 1) / n_tokens);
+    ggml_set_input(input);
+    ggml_set_name(input, "xquant_input");
+    return input;
+}
+
+/* Writes the seal and unseal operations of the current micro-batch. */
+void cache::fill_operations(int32_t *input, const input_layout &at) const {
+    input[in_n_seal] = (int32_t)pending_seals.size();
+    input[in_n_unseal] = (int32_t)pending_unseals.size();
+    memcpy(input + at.seals, pending_seals.data(), pending_seals.size() * sizeof(seal_op));
+    memcpy(input + at.unseals, pending_unseals.data(), pending_unseals.size() * sizeof(unseal_op));
+}
+
+void cache::set_input(ggml_tensor *tensor, const slot_info &sinfo) {
+    GGML_ASSERT(ggml_backend_buffer_is_host(tensor->buffer));
+    const int64_t n_tokens = tensor->ne[0];
+    const input_layout at = layout_of(n_tokens);
+    int32_t *input = (int32_t *)tensor->data;
+
+    fill_operations(input, at);
+    input[in_n_rows] = (int32_t)n_tokens;
+    input[in_first_stream] = (int32_t)sinfo.s0;
+    input[in_epoch] = (int32_t)epoch;
+    for (uint32_t s = 0; s < n_streams; ++s) {
+        for (int32_t p = 0; p < n_pages; ++p) {
+            input[at.table + (int64_t)s * n_pages + p] = streams[s].pages[p].state;
+        }
+    }
+    int32_t *row = input + at.rows; // [token] = row of the window, counted over streams
+    for (uint32_t i = 0; i < sinfo.n_stream(); ++i) {
+        const int32_t s = (int32_t)sinfo.strm[i];
+        for (const uint32_t cell : sinfo.idxs[i]) {
+            const int32_t slot = streams[s].pages[cell / XQ_PAGE].state;
+            *row++ = (s * n_slots + slot) * XQ_PAGE + (int32_t)(cell % XQ_PAGE);
+        }
+    }
+}
+
+/* ---- update ---- */
+
+/* Block of one page of one KV head. */
+static uint8_t *block_of(const layer &l, const ggml_tensor *blocks, int stream, int head, int page) {
+    return (uint8_t *)blocks->data + stream * blocks->nb[1] + head * l.head_blocks() + page * l.block_stride();
+}
+
+static ggml_fp16_t *window_of(const ggml_tensor *window, int stream) {
+    return (ggml_fp16_t *)((char *)window->data + stream * window->nb[1]);
+}
+
+/* The part of a block at an offset of xq_block_layout; null where the layer has no such part. */
+static uint8_t *part(uint8_t *block, int32_t offset) { return offset < 0 ? nullptr : block + offset; }
+
+/* One side (keys or values) of one KV head of a layer: what update works on. */
+struct side {
+    const layer &l, &owner;
+    const ggml_tensor *blocks, *codes, *window; /* codes: blocks of the owner */
+    const xq_side &plan;
+    int32_t codes_at, param_at; /* offsets in a block */
+    int32_t owner_bits, width, head;
+    int64_t first, slot; /* of the head's rows in a stream's window; elements of a slot */
+    decltype(&xq_seal_k) seal;
+    decltype(&xq_unseal_k) unseal;
+
+    uint8_t *codes_of(int stream, int page) const {
+        return part(block_of(owner, codes, stream, head, page), codes_at);
+    }
+    uint8_t *param_of(int stream, int page) const { return part(block_of(l, blocks, stream, head, page), param_at); }
+    ggml_fp16_t *rows_of(int stream, int at) const { return window_of(window, stream) + first + at * slot; }
+};
+
+static side key_side(const layer &l, const ggml_tensor *blocks, const ggml_tensor *window, const ggml_tensor *codes,
+                     int head) {
+    const layer &owner = *l.k_owner;
+    return {l, owner, blocks, codes, window, l.plan.k, owner.layout.k_codes, l.layout.k_param, owner.plan.k.bits,
+            l.d, head, l.k_window(head), l.k_slot(), xq_seal_k, xq_unseal_k};
+}
+
+static side value_side(const layer &l, const ggml_tensor *blocks, const ggml_tensor *window, const ggml_tensor *codes,
+                       int head) {
+    const layer &owner = *l.v_owner;
+    return {l, owner, blocks, codes, window, l.plan.v, owner.layout.v_codes, l.layout.v_param, owner.plan.v.bits,
+            l.e, head, l.v_window(head), l.v_slot(), xq_seal_v, xq_unseal_v};
+}
+
+/* Seals, then unseals, the pages of the input. */
+static void move_pages(const side &x, const int32_t *input, const cache::input_layout &at) {
+    const bool own = &x.owner == &x.l;
+    const auto *seals = (const cache::seal_op *)(input + at.seals);
+    for (int i = 0; i < input[cache::in_n_seal]; ++i) {
+        const auto &op = seals[i];
+        uint8_t *codes = x.codes_of(op.stream, op.page);
+        const int n = x.seal(&x.plan, x.width, x.rows_of(op.stream, op.slot), x.width, op.valid, own ? codes : nullptr,
+                             x.param_of(op.stream, op.page), own ? nullptr : codes, x.owner_bits);
+        GGML_ASSERT(n >= 0);
+        *x.l.n_nonfinite += (uint64_t)n;
+    }
+    const auto *unseals = (const cache::unseal_op *)(input + at.unseals);
+    for (int i = 0; i < input[cache::in_n_unseal]; ++i) {
+        const auto &op = unseals[i];
+        const int status = x.unseal(&x.plan, x.width, x.codes_of(op.stream, op.page), x.owner_bits,
+                                    x.param_of(op.stream, op.page), x.rows_of(op.stream, op.slot), x.width);
+        GGML_ASSERT(status == XQ_OK);
+    }
+}
+
+/* cur F32 [width, KV head, token] to the window rows that the input names. */
+static void write_rows(const side &x, const ggml_tensor *cur, const int32_t *input, const cache::input_layout &at) {
+    const int32_t rows = x.l.n_slots * XQ_PAGE; // of a stream
+    for (int t = 0; t < input[cache::in_n_rows]; ++t) {
+        const int32_t row = input[at.rows + t];
+        const float *src = (const float *)((const char *)cur->data + x.head * cur->nb[1] + t * cur->nb[2]);
+        ggml_cpu_fp32_to_fp16(src, x.rows_of(row / rows, 0) + (int64_t)(row % rows) * x.width, x.width);
+    }
+}
+
+static void update(ggml_tensor *dst, int ith, int nth, void *userdata) {
+    layer &l = *(layer *)userdata;
+    const ggml_tensor *k_cur = dst->src[1], *v_cur = dst->src[2], *blocks = dst->src[3], *window = dst->src[4];
+    const ggml_tensor *k_codes = dst->src[5], *v_codes = dst->src[6];
+    const int32_t *input = (const int32_t *)dst->src[0]->data;
+    const auto at = l.home->layout_of(k_cur->ne[2]);
+    // each side of each KV head is one task: nothing is shared between them
+    for (int task = ith; task < 2 * l.n_head_kv; task += nth) {
+        const int head = task / 2;
+        const side x = task % 2 == 0 ? key_side(l, blocks, window, k_codes, head)
+                                     : value_side(l, blocks, window, v_codes, head);
+        move_pages(x, input, at);
+        write_rows(x, task % 2 == 0 ? k_cur : v_cur, input, at);
+    }
+    if (ith == 0) {
+        l.done = (uint64_t)input[cache::in_epoch];
+    }
+}
+
+/* What update would have done to a layer, less the rows, for a micro-batch that was aborted before it got there. */
+void cache::run_pending(const layer &l) const {
+    const input_layout at = layout_of(0);
+    std::vector<int32_t> input(at.size);
+    fill_operations(input.data(), at);
+    for (int head = 0; head < l.n_head_kv; ++head) {
+        move_pages(key_side(l, l.blocks, l.window, l.k_owner->blocks, head), input.data(), at);
+        move_pages(value_side(l, l.blocks, l.window, l.v_owner->blocks, head), input.data(), at);
+    }
+}
+
+void cache::finish_interrupted() {
+    for (auto &l : layers_) {
+        if ((uint32_t)l->done != (uint32_t)epoch) {
+            run_pending(*l);
+            l->done = epoch;
+        }
+    }
+}
+
+/* ---- attend ---- */
+
+struct attend_params {
+    float scale, softcap, max_bias;
+    int32_t n_parts;
+};
+
+/* ALiBi's slope of a head (arXiv 2108.12409); 1 without a bias. */
+static float slope_of(float max_bias, int head, int n_head) {
+    if (max_bias <= 0.0f) {
+        return 1.0f;
+    }
+    const int n_log2 = 1 << (int)std::floor(std::log2((float)n_head));
+    const float m0 = std::pow(2.0f, -max_bias / n_log2), m1 = std::pow(2.0f, -max_bias / 2.0f / n_log2);
+    return head < n_log2 ? std::pow(m0, (float)(head + 1)) : std::pow(m1, (float)(2 * (head - n_log2) + 1));
+}
+
+static void attend(ggml_tensor *dst, int ith, int nth, void *userdata) {
+    const layer &l = *(const layer *)userdata;
+    const ggml_tensor *q = dst->src[0], *mask = dst->src[2], *blocks = dst->src[3], *window = dst->src[4];
+    const ggml_tensor *k_codes = dst->src[5], *v_codes = dst->src[6];
+    const int32_t *input = (const int32_t *)dst->src[1]->data;
+    attend_params params;
+    memcpy(&params, dst->op_params + 8, sizeof(params));
+
+    const int n_head = (int)q->ne[1], n_rep = n_head / l.n_head_kv;
+    const int n_streams = (int)mask->ne[3], n_tokens = (int)q->ne[2] / n_streams; // of each stream
+    const int n_pages = (int)(mask->ne[0] / XQ_PAGE);
+    const int pages_a_part = (n_pages + params.n_parts - 1) / params.n_parts;
+    const int n_rows = n_tokens * n_rep, n_groups = (n_rows + max_rows - 1) / max_rows;
+
+    for (int task = ith; task < n_streams * n_groups * params.n_parts * l.n_head_kv; task += nth) {
+        const int head = task % l.n_head_kv;
+        const int piece = task / l.n_head_kv % params.n_parts;
+        const int group = task / l.n_head_kv / params.n_parts % n_groups;
+        const int s = task / l.n_head_kv / params.n_parts / n_groups;
+        const int stream = input[cache::in_first_stream] + s;
+
+        const float *q_rows[max_rows];
+        const uint16_t *mask_rows[max_rows];
+        float slopes[max_rows], *partial[max_rows];
+        const int first = group * max_rows, end = std::min(first + max_rows, n_rows);
+        for (int row = first; row < end; ++row) {
+            const int t = row / n_rep, h = head * n_rep + row % n_rep, token = s * n_tokens + t;
+            const int i = row - first;
+            q_rows[i] = (const float *)((const char *)q->data + h * q->nb[1] + token * q->nb[2]);
+            mask_rows[i] = (const uint16_t *)((const char *)mask->data + t * mask->nb[1] + s * mask->nb[3]);
+            slopes[i] = slope_of(params.max_bias, h, n_head);
+            partial[i] = (float *)((char *)dst->data + h * dst->nb[1] + token * dst->nb[2] + piece * dst->nb[3]);
+        }
+
+        uint8_t *block = block_of(l, blocks, stream, head, 0);
+        xq_attention a = {};
+        a.d = l.d;
+        a.e = l.e;
+        a.k = l.plan.k;
+        a.v = l.plan.v;
+        a.k_code_bits = l.k_owner->plan.k.bits;
+        a.v_code_bits = l.v_owner->plan.v.bits;
+        a.k_codes = part(block_of(*l.k_owner, k_codes, stream, head, 0), l.k_owner->layout.k_codes);
+        a.v_codes = part(block_of(*l.v_owner, v_codes, stream, head, 0), l.v_owner->layout.v_codes);
+        a.k_param = part(block, l.layout.k_param);
+        a.v_param = part(block, l.layout.v_param);
+        a.k_codes_stride = l.k_owner->block_stride();
+        a.v_codes_stride = l.v_owner->block_stride();
+        a.k_param_stride = a.v_param_stride = l.block_stride();
+        a.k_window = window_of(window, stream) + l.k_window(head);
+        a.v_window = window_of(window, stream) + l.v_window(head);
+        a.page_slot = input + cache::in_header + (int64_t)stream * l.n_pages;
+        a.page_begin = std::min(piece * pages_a_part, n_pages);
+        a.page_end = std::min(a.page_begin + pages_a_part, n_pages);
+        a.n_rows = end - first;
+        a.q = q_rows;
+        a.mask = mask_rows;
+        a.slope = params.max_bias > 0.0f ? slopes : nullptr;
+        a.scale = params.scale;
+        a.softcap = params.softcap;
+        a.partial = partial;
+        const int status = xq_attend(&a);
+        GGML_ASSERT(status == XQ_OK);
+    }
+}
+
+/* ---- merge ---- */
+
+static void merge(ggml_tensor *dst, int ith, int nth, void *userdata) {
+    const layer &l = *(const layer *)userdata;
+    const ggml_tensor *states = dst->src[0], *sinks = dst->src[1];
+    const int n_head = (int)dst->ne[1], n_parts = (int)states->ne[3];
+    std::vector<const float *> partial(n_parts);
+    for (int64_t row = ith; row < n_head * dst->ne[2]; row += nth) {
+        const int64_t h = row % n_head, t = row / n_head;
+        for (int i = 0; i < n_parts; ++i) {
+            partial[i] = (const float *)((const char *)states->data + h * states->nb[1] + t * states->nb[2] +
+                                         i * states->nb[3]);
+        }
+        const float sink = sinks ? ((const float *)sinks->data)[h] : -INFINITY;
+        const int status = xq_attention_merge(n_parts, partial.data(), l.e, l.plan.v.rotate, sink,
+                                              (float *)((char *)dst->data + h * dst->nb[1] + t * dst->nb[2]));
+        GGML_ASSERT(status == XQ_OK);
+    }
+}
+
+/* ---- graph ---- */
+
+/* Arguments of ours behind those of ggml_custom_op_params. */
+template <typename T> static void set_params(ggml_tensor *node, const T &params) {
+    static_assert(8 * sizeof(int32_t) + sizeof(T) <= GGML_MAX_OP_PARAMS, "op_params is full");
+    memcpy(node->op_params + 8, &params, sizeof(params));
+}
+
+ggml_tensor *cache::build_attention(const llm_graph_context &graph, ggml_tensor *input, ggml_tensor *q,
+                                    ggml_tensor *k_cur, ggml_tensor *v_cur, ggml_tensor *kq_b, ggml_tensor *kq_mask,
+                                    ggml_tensor *sinks, ggml_tensor *v_mla, float kq_scale, int il) const {
+    if (kq_b || v_mla || kq_mask->type != GGML_TYPE_F16) {
+        refuse("this model's attention has a bias on the scores or a latent projection; use the cache type f16");
+    }
+    ggml_context *ctx = graph.ctx0;
+    // layers without keys and values of their own read an earlier layer's cache
+    layer *l = layers_[kv.map_layer_ids.at(il)].get();
+    ggml_tensor *k_codes = l->k_owner->blocks, *v_codes = l->v_owner->blocks;
+
+    ggml_tensor *stored = nullptr;
+    if (k_cur && v_cur) {
+        k_cur = k_cur->type == GGML_TYPE_F32 ? k_cur : ggml_cast(ctx, k_cur, GGML_TYPE_F32);
+        v_cur = v_cur->type == GGML_TYPE_F32 ? v_cur : ggml_cast(ctx, v_cur, GGML_TYPE_F32);
+        ggml_tensor *args[] = {input, k_cur, v_cur, l->blocks, l->window, k_codes, v_codes};
+        stored = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, 7, update, GGML_N_TASKS_MAX, l);
+        graph.cb(stored, "xquant_update", il);
+        ggml_build_forward_expand(graph.gf, stored);
+    }
+
+    const int64_t n_head = q->ne[1], n_tokens = q->ne[2];
+    const int64_t n_threads = n_tokens == 1 ? graph.cparams.n_threads : graph.cparams.n_threads_batch;
+    const int64_t n_groups = kq_mask->ne[3] * l->n_head_kv *
+                             ((n_tokens / kq_mask->ne[3] * (n_head / l->n_head_kv) + max_rows - 1) / max_rows);
+    const int64_t wanted = (pieces_per_thread * n_threads + n_groups - 1) / n_groups;
+    const attend_params params = {
+        kq_scale,
+        graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f,
+        graph.hparams.f_max_alibi_bias,
+        (int32_t)std::clamp<int64_t>(wanted, 1, kq_mask->ne[0] / XQ_PAGE),
+    };
+    ggml_tensor *args[] = {q, input, kq_mask, l->blocks, l->window, k_codes, v_codes, stored};
+    ggml_tensor *states = ggml_custom_4d(ctx, GGML_TYPE_F32, 2 * l->e + 2, n_head, n_tokens, params.n_parts, args,
+                                         stored ? 8 : 7, attend, GGML_N_TASKS_MAX, l);
+    set_params(states, params);
+    graph.cb(states, "xquant_attend", il);
+
+    ggml_tensor *merge_args[] = {states, sinks};
+    ggml_tensor *out = ggml_custom_4d(ctx, GGML_TYPE_F32, l->e, n_head, n_tokens, 1, merge_args, sinks ? 2 : 1, merge,
+                                      GGML_N_TASKS_MAX, l);
+    graph.cb(out, "xquant_merge", il);
+    out = ggml_reshape_2d(ctx, out, l->e * n_head, n_tokens);
+    ggml_build_forward_expand(graph.gf, out);
+    return out;
+}
+
+} // namespace xquant

@@ -1,0 +1,169 @@
+/* xquant-shift.cpp: context shift.  Keys are stored after RoPE, so a cell whose position changes by n needs its key
+ * rotated by n more.
+ *
+ * Only pages with such cells are touched, a few at a time: sealed or open, their keys are read as F32 [d, KV head,
+ * token], rotated by llama.cpp's own operation, and stored as they were, sealed or open.
+ */
+#include "xquant-cache.h"
+
+#include "llama-context.h"
+#include "llama-cparams.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include "ggml-cpu.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace xquant {
+
+using layer = cache::layer;
+
+/* Pages of one graph: bounds the F32 copy to a few hundred tokens. */
+static constexpr size_t pages_a_graph = 4;
+
+namespace {
+
+/* One page, as the nodes of the graph get it in an I32 tensor. */
+struct shifted_page {
+    int32_t stream, page, state; /* state: its slot, or cache::page_sealed */
+    uint32_t valid[4];
+};
+
+struct keys {
+    const layer &l;
+    const ggml_tensor *blocks, *window, *codes; /* codes: blocks of the owner */
+
+    uint8_t *block(const layer &of, const ggml_tensor *tensor, const shifted_page &p, int head) const {
+        return (uint8_t *)tensor->data + p.stream * tensor->nb[1] + head * of.head_blocks() +
+               p.page * of.block_stride();
+    }
+    uint8_t *owner_codes(const shifted_page &p, int head) const {
+        const int32_t at = l.k_owner->layout.k_codes;
+        return at < 0 ? nullptr : block(*l.k_owner, codes, p, head) + at;
+    }
+    uint8_t *param(const shifted_page &p, int head) const { return block(l, blocks, p, head) + l.layout.k_param; }
+    ggml_fp16_t *rows(const shifted_page &p, int head) const {
+        return (ggml_fp16_t *)((char *)window->data + p.stream * window->nb[1]) + l.k_window(head) +
+               p.state * l.k_slot();
+    }
+};
+
+/* Calls f(page, number of the page, head) for this thread's share. */
+template <typename F> void each_page_and_head(const ggml_tensor *pages, const layer &l, int ith, int nth, const F &f) {
+    const int n = (int)(ggml_nbytes(pages) / sizeof(shifted_page));
+    for (int task = ith; task < n * l.n_head_kv; task += nth) {
+        f(((const shifted_page *)pages->data)[task / l.n_head_kv], task / l.n_head_kv, task % l.n_head_kv);
+    }
+}
+
+/* dst F32 [d, KV head, token of all pages] <- pages, blocks, window, blocks of the owner */
+void read_keys(ggml_tensor *dst, int ith, int nth, void *userdata) {
+    const layer &l = *(const layer *)userdata;
+    const keys k = {l, dst->src[1], dst->src[2], dst->src[3]};
+    ggml_fp16_t scratch[XQ_PAGE * XQ_MAX_HEAD_DIM];
+    each_page_and_head(dst->src[0], l, ith, nth, [&](const shifted_page &p, int i, int head) {
+        const ggml_fp16_t *rows = scratch;
+        if (p.state == cache::page_sealed) {
+            const int status = xq_unseal_k(&l.plan.k, l.d, k.owner_codes(p, head), l.k_owner->plan.k.bits,
+                                           k.param(p, head), scratch, l.d);
+            GGML_ASSERT(status == XQ_OK);
+        } else {
+            rows = k.rows(p, head);
+        }
+        for (int t = 0; t < XQ_PAGE; ++t) {
+            float *out = (float *)((char *)dst->data + head * dst->nb[1] + (i * XQ_PAGE + t) * dst->nb[2]);
+            ggml_cpu_fp16_to_fp32(rows + (int64_t)t * l.d, out, l.d);
+        }
+    });
+}
+
+/* [1] <- keys F32 [d, KV head, token of all pages], pages, blocks, window, blocks of the owner */
+void write_keys(ggml_tensor *dst, int ith, int nth, void *userdata) {
+    const layer &l = *(const layer *)userdata;
+    const ggml_tensor *src = dst->src[0];
+    const keys k = {l, dst->src[2], dst->src[3], dst->src[4]};
+    ggml_fp16_t scratch[XQ_PAGE * XQ_MAX_HEAD_DIM];
+    each_page_and_head(dst->src[1], l, ith, nth, [&](const shifted_page &p, int i, int head) {
+        ggml_fp16_t *rows = p.state == cache::page_sealed ? scratch : k.rows(p, head);
+        for (int t = 0; t < XQ_PAGE; ++t) {
+            const auto *in = (const float *)((const char *)src->data + head * src->nb[1] + (i * XQ_PAGE + t) * src->nb[2]);
+            ggml_cpu_fp32_to_fp16(in, rows + (int64_t)t * l.d, l.d);
+        }
+        if (p.state == cache::page_sealed) {
+            const bool own = l.k_owner == &l;
+            uint8_t *codes = k.owner_codes(p, head);
+            const int n = xq_seal_k(&l.plan.k, l.d, rows, l.d, p.valid, own ? codes : nullptr, k.param(p, head),
+                                    own ? nullptr : codes, l.k_owner->plan.k.bits);
+            GGML_ASSERT(n >= 0);
+        }
+    });
+}
+
+} // namespace
+
+bool cache::shift(llama_context *lctx) {
+    finish_interrupted();
+    std::vector<shifted_page> pages;
+    std::vector<int32_t> shifts; // by token of pages
+    for (uint32_t s = 0; s < n_streams; ++s) {
+        const auto &c = cells(s);
+        for (int32_t p = 0; p < n_pages; ++p) {
+            std::vector<int32_t> by(XQ_PAGE, 0);
+            for (uint32_t i = 0; i < XQ_PAGE && p * XQ_PAGE + i < c.size(); ++i) {
+                const uint32_t cell = (uint32_t)p * XQ_PAGE + i;
+                by[i] = c.is_empty(cell) ? 0 : c.get_shift(cell);
+            }
+            const int32_t state = streams[s].pages[p].state;
+            if (state != page_free && std::any_of(by.begin(), by.end(), [](int32_t n) { return n != 0; })) {
+                shifted_page page = {(int32_t)s, p, state, {}};
+                valid_cells(s, p, page.valid);
+                pages.push_back(page);
+                shifts.insert(shifts.end(), by.begin(), by.end());
+            }
+        }
+    }
+
+    auto *sched = lctx->get_sched();
+    const auto &cparams = lctx->get_cparams();
+    for (size_t first = 0; first < pages.size(); first += pages_a_graph) {
+        const int64_t n = (int64_t)std::min(pages_a_graph, pages.size() - first);
+        ggml_backend_sched_reset(sched);
+        auto *res = lctx->get_gf_res_reserve();
+        res->reset();
+        ggml_context *ctx = res->get_ctx();
+        ggml_tensor *list = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n * (int64_t)(sizeof(shifted_page) / sizeof(int32_t)));
+        ggml_tensor *by = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n * XQ_PAGE);
+        ggml_set_input(list);
+        ggml_set_input(by);
+        for (const auto &l : layers_) {
+            const int il = (int)l->il;
+            if (!kv.hparams.has_rope(il)) {
+                continue;
+            }
+            ggml_tensor *args[] = {list, l->blocks, l->window, l->k_owner->blocks};
+            ggml_tensor *k = ggml_custom_4d(ctx, GGML_TYPE_F32, l->d, l->n_head_kv, n * XQ_PAGE, 1, args, 4, read_keys,
+                                            GGML_N_TASKS_MAX, l.get());
+            k = kv.build_rope_shift(cparams, ctx, k, by, nullptr, kv.model.get_rope_factors(cparams, il),
+                                    kv.model.get_rope_freq_base(cparams, il), kv.model.get_rope_freq_scale(cparams, il),
+                                    il);
+            ggml_tensor *stores[] = {k, list, l->blocks, l->window, l->k_owner->blocks};
+            ggml_build_forward_expand(res->get_gf(), ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, stores, 5,
+                                                                    write_keys, GGML_N_TASKS_MAX, l.get()));
+        }
+        if (!ggml_backend_sched_alloc_graph(sched, res->get_gf())) {
+            LLAMA_LOG_ERROR("%s: xquant: failed to allocate the graph of a context shift\n", __func__);
+            return false;
+        }
+        ggml_backend_tensor_set(list, pages.data() + first, 0, ggml_nbytes(list));
+        ggml_backend_tensor_set(by, shifts.data() + first * XQ_PAGE, 0, ggml_nbytes(by));
+        if (lctx->graph_compute(res->get_gf(), true) != GGML_STATUS_SUCCESS) {
+            LLAMA_LOG_ERROR("%s: xquant: failed to compute a context shift\n", __func__);
+            return false;
+        }
+    }
+    return true;
+}
+
+} // namespace xquant

@@ -1,0 +1,52 @@
+/* xquant_llama.h: what libllama, built by us, exports beside llama.h.
+ *
+ * A context has an XQuant cache when it was created with type_k = type_v = GGML_TYPE_XQUANT.  Which plan the cache
+ * follows is decided at load from the model's metadata and kv_overrides:
+ *
+ *     xquant.preset   string   name of a preset (default "xquant")
+ *     xquant.window   integer  newest tokens that stay F16; negative: never seal
+ *     xquant.pinned   integer  first pages of a sequence that stay F16
+ *     xquant.layer.N  string   what model layer N stores, in the text form of xq_layer_format
+ */
+#ifndef XQUANT_LLAMA_H
+#define XQUANT_LLAMA_H
+
+#include "xquant.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* cdef: begin */
+
+struct llama_context;
+
+typedef struct xquant_llama_info {
+    int64_t bytes_allocated; /* blocks, window slots and page tables of the XQuant layers */
+    int64_t bytes_used;      /* of these, what holds tokens now */
+    int64_t bytes_other;     /* F16 cache of the sliding-window layers, which XQuant leaves alone */
+    int64_t n_nonfinite;     /* not-a-number or infinite keys and values seen while sealing */
+    int32_t pages_open, pages_sealed, pages_free;
+    int32_t page_tokens; /* tokens of a page */
+    int32_t n_slots;     /* open pages that a stream has room for */
+    int32_t n_streams;
+    int32_t n_layers; /* layers of the model */
+    int32_t window, pinned;
+} xquant_llama_info;
+
+/* 0, or -1 if the context has no XQuant cache. */
+XQ_API int xquant_llama_get_info(const struct llama_context *ctx, xquant_llama_info *info);
+/* The plan in force by model layer, and the head widths and KV heads of every layer ([1024] each; d = 0: the layer is
+ * not in the XQuant cache).  0, or -1 if the context has no XQuant cache. */
+XQ_API int xquant_llama_get_plan(const struct llama_context *ctx, xq_plan *plan, int32_t *d, int32_t *e,
+                                 int32_t *n_head_kv);
+/* Why the last context with an XQuant cache could not be created on this thread; "" if it could. */
+XQ_API const char *xquant_llama_error(void);
+
+/* cdef: end */
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* XQUANT_LLAMA_H */

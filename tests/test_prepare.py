@@ -1,0 +1,89 @@
+"""The fork's source tree: anchors must be there exactly once, the sdist must be the pinned one."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def prepare() -> ModuleType:
+    return load(ROOT / "tools" / "prepare_llama.py")
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A made-up llama.cpp source folder that holds every anchor of the table once."""
+    table = load(ROOT / "native" / "llama" / "insertions.py")
+    folder = tmp_path / "source"
+    for file, anchor, _, _ in table.INSERTIONS:
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as out:
+            out.write(f"// before\n{anchor}\n// after\n")
+    monkeypatch.setenv("XQUANT_LLAMA_CPP_SOURCE", str(folder))
+    return folder
+
+
+def run(prepare: ModuleType, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["prepare_llama.py", str(out)])
+    prepare.main()
+
+
+def test_every_insertion_is_applied(
+    prepare: ModuleType, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(prepare, tmp_path / "out", monkeypatch)
+    table = load(ROOT / "native" / "llama" / "insertions.py")
+    for file, _, text, _ in table.INSERTIONS:
+        assert text in (tmp_path / "out" / "llama.cpp" / file).read_text()
+
+
+@pytest.mark.parametrize(
+    ("copies", "message"), [(0, "is missing from src/llama-kv-cache.cpp"), (2, "occurs 2 times in")]
+)
+def test_missing_or_ambiguous_anchor_stops_the_build(
+    prepare: ModuleType, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copies: int, message: str
+) -> None:
+    path, anchor = source / "src" / "llama-kv-cache.cpp", "    const bool is_mla = hparams.is_mla();\n"
+    path.write_text(path.read_text().replace(anchor, anchor * copies))
+    with pytest.raises(SystemExit, match=message) as stopped:
+        run(prepare, tmp_path / "out", monkeypatch)
+    assert "is_mla = hparams.is_mla()" in str(stopped.value)
+    assert not (tmp_path / "out" / "stamp").exists()
+
+
+def test_another_sdist_is_refused(prepare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = tmp_path / prepare.SDIST
+    archive.write_bytes(b"something else")
+    monkeypatch.setenv("XQUANT_LLAMA_CPP_SOURCE", str(archive))
+    with pytest.raises(SystemExit, match=f"must be {prepare.SHA256}"):
+        run(prepare, tmp_path / "out", monkeypatch)
+
+
+def test_unchanged_files_keep_their_times(
+    prepare: ModuleType, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run(prepare, out, monkeypatch)
+    kept, changed = out / "llama.cpp/src/llama-graph.cpp", out / "llama.cpp/src/llama-kv-cache.cpp"
+    before = kept.stat().st_mtime_ns
+    path = source / "src" / "llama-kv-cache.cpp"
+    path.write_text(path.read_text() + "// more\n")
+    run(prepare, out, monkeypatch)
+    assert kept.stat().st_mtime_ns == before
+    assert changed.read_text().endswith("// more\n")
