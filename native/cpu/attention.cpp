@@ -1,0 +1,80 @@
+/* attention.cpp: attention's part of the ABI: checks the arguments, calls the kernel set in force, merges states. */
+#include "kernels.h"
+
+#include <algorithm>
+#include <cmath>
+
+using namespace xq;
+
+static bool width_ok(int32_t n) { return n >= 16 && n <= XQ_MAX_HEAD_DIM && n % 16 == 0; }
+
+int xq_attend(const xq_attention *a) {
+    if (!a || !width_ok(a->d) || !width_ok(a->e)) {
+        return fail(XQ_ERR_ARGUMENT, "head widths are %d and %d, must be multiples of 16 from 16 to %d", a ? a->d : 0,
+                    a ? a->e : 0, XQ_MAX_HEAD_DIM);
+    }
+    if (a->page_begin < 0 || a->page_end < a->page_begin || a->n_rows < 0) {
+        return fail(XQ_ERR_ARGUMENT, "pages %d to %d for %d rows", a->page_begin, a->page_end, a->n_rows);
+    }
+    if (!a->page_slot || !a->q || !a->partial || !a->k_window || !a->v_window) {
+        return fail(XQ_ERR_ARGUMENT, "page_slot, q, partial, k_window and v_window must not be null");
+    }
+    bool sealed = false;
+    for (int32_t p = a->page_begin; p < a->page_end; ++p) {
+        sealed = sealed || a->page_slot[p] == -1;
+    }
+    const auto readable = [](const xq_side &side, int32_t code_bits, const void *codes, const void *param) {
+        return param && side.bits >= 0 && side.bits <= 4 && (side.bits == 0 || (codes && code_bits == side.bits));
+    };
+    if (sealed && (!readable(a->k, a->k_code_bits, a->k_codes, a->k_param) ||
+                   !readable(a->v, a->v_code_bits, a->v_codes, a->v_param) || a->k.group < 16 || a->k.group % 16 != 0 ||
+                   XQ_PAGE % a->k.group != 0 || a->v.group < 0 || a->v.group % 16 != 0 ||
+                   (a->v.group > 0 && a->v.group < a->e && a->e % a->v.group != 0))) {
+        return fail(XQ_ERR_ARGUMENT, "a sealed page needs codes, parameters and groups that divide it");
+    }
+    const kernel_set *set = active_kernels();
+    if (!set) {
+        return XQ_ERR_KERNELS;
+    }
+    set->calls->fetch_add(1, std::memory_order_relaxed);
+    set->attend(*a);
+    return XQ_OK;
+}
+
+int xq_attention_merge(int32_t n_parts, const float *const *partial, int32_t e, int32_t rotate, float sink, float *out) {
+    if (n_parts < 1 || !partial || !out || !width_ok(e)) {
+        return fail(XQ_ERR_ARGUMENT, "merge of %d parts of width %d", n_parts, e);
+    }
+    const kernel_set *set = active_kernels();
+    if (!set) {
+        return XQ_ERR_KERNELS;
+    }
+    float max = sink;
+    for (int32_t i = 0; i < n_parts; ++i) {
+        max = std::max(max, partial[i][2 * e]);
+    }
+    std::fill(out, out + e, 0.0f);
+    if (max == -INFINITY) {
+        return XQ_OK; // nothing is visible
+    }
+    float sum = std::exp(sink - max);
+    float open[XQ_MAX_HEAD_DIM] = {};
+    for (int32_t i = 0; i < n_parts; ++i) {
+        const float weight = std::exp(partial[i][2 * e] - max);
+        if (weight == 0.0f) {
+            continue;
+        }
+        sum += weight * partial[i][2 * e + 1];
+        for (int32_t j = 0; j < e; ++j) {
+            out[j] += weight * partial[i][j];
+            open[j] += weight * partial[i][e + j];
+        }
+    }
+    if (rotate) {
+        set->hadamard(out, 1, e);
+    }
+    for (int32_t j = 0; j < e; ++j) {
+        out[j] = (out[j] + open[j]) / sum;
+    }
+    return XQ_OK;
+}

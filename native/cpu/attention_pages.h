@@ -1,0 +1,133 @@
+/* attention_pages.h: attention over pages with an online softmax; what every kernel set shares.
+ *
+ *     score(t) = softcap(scale * q . k_t) + slope * mask_t        p_t = exp(score_t - m)        out = sum_t p_t v_t
+ *
+ * A set gives the struct Set: scores of 128 tokens for a few rows, softmax of one row, and sums of p v, for open (F16)
+ * and sealed (codes) pages.  For sealed pages with scale s and zero z per i,
+ *
+ *     K: q . k_j = sum_i (q_i s_i) c[i][j] + sum_i q_i z_i          i = channel, j = token
+ *     V: out_j   = sum_i (p_i s_i) c[i][j] + sum_i p_i z_i          i = token, j = channel
+ *
+ * so that one primitive serves both, y[j] += sum_i a[i] c[i][j].
+ *
+ * A masked token takes no part, whatever lies in its cell: its score is replaced, not added to, and its p is 0.
+ */
+#pragma once
+
+#include "half.h"
+#include "kernels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace xq {
+
+/* Rows that share one pass over a page; their scores lie on the stack. */
+constexpr int block_rows = 64;
+
+/* Where the state of a row lies in partial: [e] sealed sum, [e] open sum, maximum, sum of p. */
+struct row_state {
+    float *sealed, *open, *max, *sum;
+    row_state(float *partial, int e) : sealed(partial), open(partial + e), max(partial + 2 * e), sum(partial + 2 * e + 1) {}
+};
+
+enum mask_kind { mask_none, mask_zero, mask_mixed }; /* nothing visible; all visible, nothing to add; else */
+
+inline mask_kind kind_of(const uint16_t *mask /* [XQ_PAGE] */) {
+    uint64_t first, any_other = 0;
+    memcpy(&first, mask, 8);
+    for (int t = 0; t < XQ_PAGE; t += 4) {
+        uint64_t four;
+        memcpy(&four, mask + t, 8);
+        any_other |= four ^ first;
+    }
+    if (any_other != 0) {
+        return mask_mixed;
+    }
+    return first == 0 ? mask_zero : first == 0xfc00fc00fc00fc00u ? mask_none : mask_mixed;
+}
+
+/* How many groups a side has in a page, and how long they are: K tiles of tokens, V groups of channels. */
+inline int group_length(const xq_side &side, int n) { return side.group == 0 || side.group > n ? n : side.group; }
+inline int64_t group_param_bytes(const xq_side &side, int n) {
+    return side.bits == 0 ? 2 * n : side.param == XQ_PARAM_F16 ? 4 * n : 2 * n;
+}
+
+template <typename Set> void attend_block(const xq_attention &a, int first, int n_rows) {
+    alignas(64) float scores[block_rows][XQ_PAGE];
+    const float *q[block_rows];
+    float *p[block_rows], *sums[block_rows];
+    int rows[block_rows];
+
+    for (int page = a.page_begin; page < a.page_end; ++page) {
+        const int32_t slot = a.page_slot[page];
+        if (slot == -2) {
+            continue;
+        }
+        mask_kind kinds[block_rows];
+        int n = 0; // rows that see something of this page
+        for (int row = first; row < first + n_rows; ++row) {
+            const mask_kind kind = a.mask ? kind_of(a.mask[row] + (int64_t)page * XQ_PAGE) : mask_zero;
+            if (kind == mask_none) {
+                continue;
+            }
+            kinds[n] = kind;
+            rows[n] = row;
+            q[n] = a.q[row];
+            p[n] = scores[n];
+            n++;
+        }
+        if (n == 0) {
+            continue;
+        }
+
+        const bool open = slot >= 0;
+        if (open) {
+            Set::open_scores(a.d, n, q, a.k_window + (int64_t)slot * XQ_PAGE * a.d, p);
+        } else {
+            Set::sealed_scores(a, page, n, q, p);
+        }
+        int kept = 0; // rows with a finite score
+        for (int i = 0; i < n; ++i) {
+            const int row = rows[i];
+            row_state state(a.partial[row], a.e);
+            const uint16_t *mask = kinds[i] == mask_zero ? nullptr : a.mask[row] + (int64_t)page * XQ_PAGE;
+            const float before = *state.max;
+            if (!Set::softmax(p[i], a.scale, a.softcap, mask, a.slope ? a.slope[row] : 1.0f, state.max, state.sum)) {
+                continue;
+            }
+            if (*state.max != before) {
+                const float factor = std::exp(before - *state.max);
+                for (int j = 0; j < 2 * a.e; ++j) {
+                    state.sealed[j] *= factor;
+                }
+            }
+            sums[kept] = open ? state.open : state.sealed;
+            p[kept] = p[i];
+            kept++;
+        }
+        if (kept == 0) {
+            continue;
+        }
+        if (open) {
+            Set::open_values(a.e, kept, p, a.v_window + (int64_t)slot * XQ_PAGE * a.e, sums);
+        } else {
+            Set::sealed_values(a, page, kept, p, sums);
+        }
+    }
+}
+
+template <typename Set> void attend(const xq_attention &a) {
+    for (int row = 0; row < a.n_rows; ++row) {
+        const row_state state(a.partial[row], a.e);
+        std::fill(state.sealed, state.sealed + 2 * a.e, 0.0f);
+        *state.max = -INFINITY;
+        *state.sum = 0.0f;
+    }
+    for (int first = 0; first < a.n_rows; first += block_rows) {
+        attend_block<Set>(a, first, std::min(block_rows, a.n_rows - first));
+    }
+}
+
+} // namespace xq

@@ -1,0 +1,156 @@
+/* attention_scalar.cpp: the exact kernels, in single precision and without vector instructions: how attention over
+ * codes works, and what the other sets are compared with.  See attention_pages.h for the equations. */
+#include "attention_pages.h"
+
+namespace xq {
+
+namespace {
+
+/* Scale and zero of n numbers that share their parameters along the other axis; scale is 0 for 0 bits. */
+void load_parameters(const xq_side &side, int n, const uint8_t *param, float *scale, float *zero) {
+    for (int i = 0; i < n; ++i) {
+        const auto *h = (const uint16_t *)param;
+        if (side.bits == 0) {
+            scale[i] = 0.0f;
+            zero[i] = half_to_float(h[i]);
+        } else if (side.param == XQ_PARAM_F16) {
+            scale[i] = half_to_float(h[i]);
+            zero[i] = half_to_float(h[n + i]);
+        } else {
+            scale[i] = std::exp2((float)((int)param[i] - 161) / 8.0f);
+            const float centre = (float)(int8_t)param[n + i] * scale[i] / 8.0f;
+            zero[i] = centre - scale[i] * (float)((1 << side.bits) - 1) / 2.0f;
+        }
+    }
+}
+
+/* y [16] += sum_i a[i] c[i][j], for the 16 columns j of one block of codes with n_i rows. */
+void multiply_codes(int bits, int n_i, const uint8_t *block, const float *a /* [n_i] */, float *y /* [16] */) {
+    const int low_bits = bits == 3 ? 2 : bits, rows_a_unit = 32 / low_bits;
+    const uint8_t *high = block + 64 * ((n_i + 15) / 16); // the 1-bit part of 3-bit codes
+    for (int i = 0; i < n_i; ++i) {
+        const uint8_t *unit = block + 64 * (i / rows_a_unit) + i % 4;
+        const int shift = low_bits * (i % rows_a_unit / 4);
+        for (int j = 0; j < 16; ++j) {
+            int code = unit[4 * j] >> shift & ((1 << low_bits) - 1);
+            if (bits == 3) {
+                code |= (high[64 * (i / 32) + i % 4 + 4 * j] >> (i % 32 / 4) & 1) << 2;
+            }
+            y[j] += a[i] * (float)code;
+        }
+    }
+}
+
+int64_t column_bytes(int bits, int n_i) { return xq_packed_bytes(bits, (n_i + 15) / 16 * 16, 16); }
+
+struct scalar_set {
+    static void open_scores(int d, int n, const float *const *q, const uint16_t *k, float *const *scores) {
+        for (int t = 0; t < XQ_PAGE; ++t) {
+            float key[XQ_MAX_HEAD_DIM];
+            for (int i = 0; i < d; ++i) {
+                key[i] = half_to_float(k[t * d + i]);
+            }
+            for (int row = 0; row < n; ++row) {
+                float sum = 0.0f;
+                for (int i = 0; i < d; ++i) {
+                    sum += q[row][i] * key[i];
+                }
+                scores[row][t] = sum;
+            }
+        }
+    }
+
+    static void open_values(int e, int n, const float *const *p, const uint16_t *v, float *const *out) {
+        for (int t = 0; t < XQ_PAGE; ++t) {
+            float value[XQ_MAX_HEAD_DIM];
+            for (int j = 0; j < e; ++j) {
+                value[j] = half_to_float(v[t * e + j]);
+            }
+            for (int row = 0; row < n; ++row) {
+                for (int j = 0; j < e && p[row][t] != 0.0f; ++j) {
+                    out[row][j] += p[row][t] * value[j];
+                }
+            }
+        }
+    }
+
+    static void sealed_scores(const xq_attention &a, int page, int n, const float *const *q, float *const *scores) {
+        const uint8_t *param = a.k_param + page * a.k_param_stride, *codes = a.k_codes + page * a.k_codes_stride;
+        float scale[XQ_MAX_HEAD_DIM], zero[XQ_MAX_HEAD_DIM], folded[XQ_MAX_HEAD_DIM];
+        for (int t0 = 0; t0 < XQ_PAGE; t0 += a.k.group, param += group_param_bytes(a.k, a.d)) {
+            load_parameters(a.k, a.d, param, scale, zero);
+            for (int row = 0; row < n; ++row) {
+                float constant = 0.0f;
+                for (int i = 0; i < a.d; ++i) {
+                    folded[i] = q[row][i] * scale[i];
+                    constant += q[row][i] * zero[i];
+                }
+                std::fill(scores[row] + t0, scores[row] + t0 + a.k.group, constant);
+                for (int t = t0; t < t0 + a.k.group && a.k.bits > 0; t += 16) {
+                    multiply_codes(a.k_code_bits, a.d, codes + t / 16 * column_bytes(a.k_code_bits, a.d), folded,
+                                   scores[row] + t);
+                }
+            }
+        }
+    }
+
+    static void sealed_values(const xq_attention &a, int page, int n, const float *const *p, float *const *out) {
+        const uint8_t *param = a.v_param + page * a.v_param_stride, *codes = a.v_codes + page * a.v_codes_stride;
+        const int group = group_length(a.v, a.e);
+        float scale[XQ_PAGE], zero[XQ_PAGE], folded[XQ_PAGE];
+        for (int j0 = 0; j0 < a.e; j0 += group, param += group_param_bytes(a.v, XQ_PAGE)) {
+            load_parameters(a.v, XQ_PAGE, param, scale, zero);
+            for (int row = 0; row < n; ++row) {
+                float constant = 0.0f;
+                for (int t = 0; t < XQ_PAGE; ++t) {
+                    folded[t] = p[row][t] * scale[t];
+                    constant += p[row][t] * zero[t];
+                }
+                for (int j = j0; j < j0 + group; j += 16) {
+                    float y[16];
+                    std::fill(y, y + 16, constant);
+                    if (a.v.bits > 0) {
+                        multiply_codes(a.v_code_bits, XQ_PAGE,
+                                       codes + j / 16 * column_bytes(a.v_code_bits, XQ_PAGE), folded, y);
+                    }
+                    for (int k = 0; k < 16; ++k) {
+                        out[row][j + k] += y[k];
+                    }
+                }
+            }
+        }
+    }
+
+    /* Scores to p, in place; max and sum of the row move on. false: nothing is visible. */
+    static bool softmax(float *s, float scale, float softcap, const uint16_t *mask, float slope, float *max, float *sum) {
+        float top = *max;
+        for (int t = 0; t < XQ_PAGE; ++t) {
+            s[t] *= scale;
+            if (softcap > 0.0f) {
+                s[t] = softcap * std::tanh(s[t] / softcap);
+            }
+            if (mask) {
+                const float m = half_to_float(mask[t]);
+                s[t] = m == -INFINITY ? -INFINITY : s[t] + slope * m;
+            }
+            top = std::max(top, s[t]);
+        }
+        if (top == -INFINITY) {
+            return false;
+        }
+        float total = 0.0f;
+        for (int t = 0; t < XQ_PAGE; ++t) {
+            s[t] = std::exp(s[t] - top);
+            total += s[t];
+        }
+        *sum = *sum * std::exp(*max - top) + total;
+        *max = top;
+        return true;
+    }
+};
+
+} // namespace
+
+void attend_scalar(const xq_attention &args) { attend<scalar_set>(args); }
+
+} // namespace xq

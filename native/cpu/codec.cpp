@@ -1,0 +1,150 @@
+/* codec.cpp: the codec's part of the ABI: checks every argument, then calls the kernel set in force. */
+#include "kernels.h"
+
+using namespace xq;
+
+namespace {
+
+bool width_ok(int32_t n) { return n >= 16 && n <= XQ_MAX_HEAD_DIM && n % 16 == 0; }
+
+/* XQ_OK if a side can be sealed at this width; codes: whether own codes, and the owner's, are given as they must be. */
+int check(const xq_side *side, bool is_k, int32_t width, const void *rows, int64_t stride, const void *param,
+          const void *codes, int32_t code_bits) {
+    if (!side || !rows || !param) {
+        return fail(XQ_ERR_ARGUMENT, "side, rows and param must not be null");
+    }
+    if (!width_ok(width) || stride < width) {
+        return fail(XQ_ERR_ARGUMENT, "head width is %d with rows %lld apart, must be a multiple of 16 from 16 to %d", width,
+                    (long long)stride, XQ_MAX_HEAD_DIM);
+    }
+    xq_plan plan;
+    plan.n_layers = 1;
+    plan.window = plan.pinned = 0;
+    plan.layers[0] = {{0, XQ_PAGE, XQ_FIT_MINMAX, XQ_PARAM_F16, 0, -1, 0}, {0, 0, XQ_FIT_MINMAX, XQ_PARAM_F16, 0, -1, 0}};
+    xq_side &checked = is_k ? plan.layers[0].k : plan.layers[0].v;
+    checked = *side;
+    checked.owner = -1; // which layer the codes come from is the caller's business
+    if (side->owner >= 0 && side->fit == XQ_FIT_LSQ) {
+        checked.fit = XQ_FIT_MINMAX;
+    }
+    if (const int status = xq_plan_check(&plan, nullptr, is_k ? nullptr : &width); status != XQ_OK) {
+        return status;
+    }
+    if (side->bits > 0 && !codes) {
+        return fail(XQ_ERR_ARGUMENT, "codes must not be null for %d bits", side->bits);
+    }
+    if (side->bits > 0 && code_bits != side->bits) {
+        return fail(XQ_ERR_ARGUMENT, "codes of %d bits do not fit a side of %d bits", code_bits, side->bits);
+    }
+    return XQ_OK;
+}
+
+const kernel_set *kernels() {
+    const kernel_set *set = active_kernels();
+    if (set) {
+        set->calls->fetch_add(1, std::memory_order_relaxed);
+    }
+    return set;
+}
+
+int check_matrix(int32_t bits, int32_t n_i, int32_t n_j) {
+    if (bits < 1 || bits > 4 || n_i < 16 || n_j < 16 || n_i % 16 || n_j % 16 || n_i > 1 << 20 || n_j > 1 << 20) {
+        return fail(XQ_ERR_ARGUMENT, "codes of %d bits, %d by %d: bits must be 1 to 4, the sides multiples of 16", bits, n_i,
+                    n_j);
+    }
+    return XQ_OK;
+}
+
+} // namespace
+
+int64_t xq_packed_bytes(int32_t bits, int32_t n_i, int32_t n_j) {
+    if (const int status = check_matrix(bits, n_i, n_j); status != XQ_OK) {
+        return status;
+    }
+    const auto units = [n_i](int b) { return ((int64_t)n_i * b + 31) / 32; };
+    return (int64_t)n_j / 16 * 64 * (bits == 3 ? units(2) + units(1) : units(bits));
+}
+
+int xq_pack(int32_t bits, int32_t n_i, int32_t n_j, const uint8_t *codes, uint8_t *packed) {
+    if (const int status = check_matrix(bits, n_i, n_j); status != XQ_OK) {
+        return status;
+    }
+    const kernel_set *set = kernels();
+    if (!codes || !packed || !set) {
+        return set ? fail(XQ_ERR_ARGUMENT, "codes and packed must not be null") : XQ_ERR_KERNELS;
+    }
+    for (int64_t i = 0; i < (int64_t)n_i * n_j; ++i) {
+        if (codes[i] >> bits) {
+            return fail(XQ_ERR_ARGUMENT, "code %d does not fit %d bits", codes[i], bits);
+        }
+    }
+    set->pack(bits, n_i, n_j, codes, packed);
+    return XQ_OK;
+}
+
+int xq_unpack(int32_t bits, int32_t n_i, int32_t n_j, const uint8_t *packed, uint8_t *codes) {
+    if (const int status = check_matrix(bits, n_i, n_j); status != XQ_OK) {
+        return status;
+    }
+    const kernel_set *set = kernels();
+    if (!codes || !packed || !set) {
+        return set ? fail(XQ_ERR_ARGUMENT, "codes and packed must not be null") : XQ_ERR_KERNELS;
+    }
+    set->unpack(bits, n_i, n_j, packed, codes);
+    return XQ_OK;
+}
+
+int xq_seal_k(const xq_side *side, int32_t d, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
+              uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int32_t owner_bits) {
+    const bool own = side && side->owner < 0;
+    const int status =
+        check(side, true, d, rows, stride, param, own ? codes : owner_codes, own ? side->bits : owner_bits);
+    const kernel_set *set = kernels();
+    if (status != XQ_OK || !valid || !set) {
+        return status != XQ_OK ? status : set ? fail(XQ_ERR_ARGUMENT, "valid must not be null") : XQ_ERR_KERNELS;
+    }
+    return set->seal_k(*side, d, rows, stride, valid, codes, param, own ? nullptr : owner_codes, owner_bits);
+}
+
+int xq_seal_v(const xq_side *side, int32_t e, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
+              uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int32_t owner_bits) {
+    const bool own = side && side->owner < 0;
+    const int status =
+        check(side, false, e, rows, stride, param, own ? codes : owner_codes, own ? side->bits : owner_bits);
+    const kernel_set *set = kernels();
+    if (status != XQ_OK || !valid || !set) {
+        return status != XQ_OK ? status : set ? fail(XQ_ERR_ARGUMENT, "valid must not be null") : XQ_ERR_KERNELS;
+    }
+    return set->seal_v(*side, e, rows, stride, valid, codes, param, own ? nullptr : owner_codes, owner_bits);
+}
+
+int xq_unseal_k(const xq_side *side, int32_t d, const uint8_t *codes, int32_t code_bits, const uint8_t *param,
+                uint16_t *rows, int64_t stride) {
+    const int status = check(side, true, d, rows, stride, param, codes, code_bits);
+    const kernel_set *set = kernels();
+    if (status != XQ_OK || !set) {
+        return status != XQ_OK ? status : XQ_ERR_KERNELS;
+    }
+    set->unseal_k(*side, d, codes, code_bits, param, rows, stride);
+    return XQ_OK;
+}
+
+int xq_unseal_v(const xq_side *side, int32_t e, const uint8_t *codes, int32_t code_bits, const uint8_t *param,
+                uint16_t *rows, int64_t stride) {
+    const int status = check(side, false, e, rows, stride, param, codes, code_bits);
+    const kernel_set *set = kernels();
+    if (status != XQ_OK || !set) {
+        return status != XQ_OK ? status : XQ_ERR_KERNELS;
+    }
+    set->unseal_v(*side, e, codes, code_bits, param, rows, stride);
+    return XQ_OK;
+}
+
+int xq_hadamard(float *x, int32_t n_rows, int32_t n) {
+    const kernel_set *set = kernels();
+    if (!x || n_rows < 0 || n < 1 || n > 1 << 20 || !set) {
+        return set ? fail(XQ_ERR_ARGUMENT, "hadamard: n_rows is %d and n is %d", n_rows, n) : XQ_ERR_KERNELS;
+    }
+    set->hadamard(x, n_rows, n);
+    return XQ_OK;
+}

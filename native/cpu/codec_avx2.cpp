@@ -1,0 +1,27 @@
+/* codec_avx2.cpp: the codec for AVX2 with F16C; the same bytes as every other set. */
+#define XQ_SET avx2
+#include "codec_seal.h"
+
+#include "features.h"
+
+namespace xq {
+
+void attend_avx2(const xq_attention &args);
+
+static std::atomic<uint64_t> calls;
+
+const kernel_set kernels_avx2 = {
+    "avx2",
+    has_avx2,
+    avx2::pack,
+    avx2::unpack,
+    avx2::seal_k,
+    avx2::seal_v,
+    avx2::unseal_k,
+    avx2::unseal_v,
+    avx2::hadamard,
+    attend_avx2,
+    &calls,
+};
+
+} // namespace xq

@@ -1,0 +1,287 @@
+/* codec_lanes.h: the codec, 16 groups at a time: one group a lane.  Compiled once per kernel set, in its namespace.
+ *
+ *     seal:    zero, scale from the group's values;  code = round((x - zero) / scale), clamped to 0 .. 2^B - 1
+ *     unseal:  x^ = zero + scale * code       (XQ_PARAM_LOG8: centre + scale * (code - (2^B - 1) / 2))
+ *
+ * Both sides have the same shape: x [n_j elements][n_i lanes], lanes i = channels for keys and tokens for values, so
+ * that lanes are the rows i and elements the columns j of the code matrix of xquant.h.  Every lane goes through the
+ * same sequence of single-precision operations (sums in the order of j, nothing contracted), so that all sets and
+ * reference.py give the same bytes.  Scratch lies on the stack: 16 lanes of one head, 32 KiB at most.
+ */
+#include "half.h"
+#include "kernels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace xq {
+namespace XQ_SET { // the name of the kernel set that includes this file
+
+constexpr int n_lanes = 16;
+typedef float lanes __attribute__((vector_size(64)));
+typedef int32_t int_lanes __attribute__((vector_size(64)));
+typedef uint32_t bit_lanes __attribute__((vector_size(64)));
+typedef uint8_t byte_lanes __attribute__((vector_size(16)));
+
+/* ---- lanes ---- */
+
+static inline lanes splat(float x) { return lanes{} + x; }
+static inline lanes low(lanes a, lanes b) { return b < a ? b : a; }
+static inline lanes high(lanes a, lanes b) { return b > a ? b : a; }
+/* Rounds half to even, for |x| < 2^22. */
+static inline lanes nearest(lanes x) { return (x + 12582912.0f) - 12582912.0f; }
+static inline lanes absolute(lanes x) { return (lanes)((bit_lanes)x & 0x7fffffffu); }
+static inline lanes inverse(lanes x) { return x != 0.0f ? 1.0f / (x != 0.0f ? x : splat(1.0f)) : splat(0.0f); }
+
+static inline lanes load_half(const uint16_t *p /* [16] */) {
+#if defined(__F16C__)
+    const __m256 a = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+    const __m256 b = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)));
+    lanes x;
+    memcpy(&x, &a, 32);
+    memcpy((char *)&x + 32, &b, 32);
+    return x;
+#else
+    lanes x;
+    for (int i = 0; i < n_lanes; ++i) {
+        x[i] = half_to_float(p[i]);
+    }
+    return x;
+#endif
+}
+
+/* Rounded half to even; what is too large becomes +-65504. */
+static inline void store_half(uint16_t *p /* [16] */, lanes x) {
+    x = low(high(x, splat(-65504.0f)), splat(65504.0f));
+#if defined(__F16C__)
+    __m256 a, b;
+    memcpy(&a, &x, 32);
+    memcpy(&b, (const char *)&x + 32, 32);
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < n_lanes; ++i) {
+        p[i] = float_to_half(x[i]);
+    }
+#endif
+}
+
+static inline lanes round_half(lanes x) {
+    uint16_t h[n_lanes];
+    store_half(h, x);
+    return load_half(h);
+}
+
+/* Not-a-numbers to 0, infinities to +-65504; adds their number to count. */
+static inline lanes finite(lanes x, int_lanes &count) {
+    const int_lanes bad = !(absolute(x) <= 65504.0f);
+    count -= bad; // a true lane is -1
+    return low(high(x == x ? x : splat(0.0f), splat(-65504.0f)), splat(65504.0f));
+}
+
+/* ---- packing: the unit order of xquant.h for 16 rows i ---- */
+
+static inline int units_of(int bits, int n_i) { return (n_i * bits + 31) / 32; }
+/* Bytes of 16 columns j. */
+static inline int64_t column_bytes(int bits, int n_i) {
+    return 64 * (bits == 3 ? units_of(2, n_i) + units_of(1, n_i) : units_of(bits, n_i));
+}
+
+/* c: codes of rows i0 .. i0 + 15 (i0 a multiple of 16) of one column, as four words of four bytes. */
+static inline void put_words(int bits, uint8_t *column, int j, int i0, const uint32_t c[4]) {
+    const auto store = [&](int unit, uint32_t word) { memcpy(column + 64 * unit + 4 * (j % 16), &word, 4); };
+    if (bits == 4) {
+        store(i0 / 8, c[0] | c[1] << 4);
+        store(i0 / 8 + 1, c[2] | c[3] << 4);
+    } else if (bits == 2) {
+        store(i0 / 16, c[0] | c[1] << 2 | c[2] << 4 | c[3] << 6);
+    } else { // rows i0 are the lower or the upper half of a unit
+        uint32_t word = c[0] | c[1] << 1 | c[2] << 2 | c[3] << 3, before = 0;
+        if (i0 % 32 != 0) {
+            memcpy(&before, column + 64 * (i0 / 32) + 4 * (j % 16), 4);
+            word <<= 4;
+        }
+        store(i0 / 32, word | before);
+    }
+}
+
+static inline void get_words(int bits, const uint8_t *column, int j, int i0, uint32_t c[4]) {
+    const auto load = [&](int unit) {
+        uint32_t word;
+        memcpy(&word, column + 64 * unit + 4 * (j % 16), 4);
+        return word;
+    };
+    if (bits == 4) {
+        const uint32_t a = load(i0 / 8), b = load(i0 / 8 + 1), m = 0x0f0f0f0fu;
+        c[0] = a & m, c[1] = a >> 4 & m, c[2] = b & m, c[3] = b >> 4 & m;
+    } else if (bits == 2) {
+        const uint32_t a = load(i0 / 16), m = 0x03030303u;
+        c[0] = a & m, c[1] = a >> 2 & m, c[2] = a >> 4 & m, c[3] = a >> 6 & m;
+    } else {
+        const uint32_t a = load(i0 / 32) >> (i0 % 32 != 0 ? 4 : 0), m = 0x01010101u;
+        c[0] = a & m, c[1] = a >> 1 & m, c[2] = a >> 2 & m, c[3] = a >> 3 & m;
+    }
+}
+
+static inline void put_codes(int bits, int n_i, uint8_t *packed, int j, int i0, const uint8_t codes[n_lanes]) {
+    uint8_t *column = packed + j / 16 * column_bytes(bits, n_i);
+    uint32_t c[4];
+    memcpy(c, codes, sizeof(c));
+    if (bits != 3) {
+        put_words(bits, column, j, i0, c);
+        return;
+    }
+    uint32_t lo[4], hi[4];
+    for (int k = 0; k < 4; ++k) {
+        lo[k] = c[k] & 0x03030303u;
+        hi[k] = c[k] >> 2 & 0x01010101u;
+    }
+    put_words(2, column, j, i0, lo);
+    put_words(1, column + 64 * units_of(2, n_i), j, i0, hi);
+}
+
+static inline void get_codes(int bits, int n_i, const uint8_t *packed, int j, int i0, uint8_t codes[n_lanes]) {
+    const uint8_t *column = packed + j / 16 * column_bytes(bits, n_i);
+    uint32_t c[4];
+    get_words(bits == 3 ? 2 : bits, column, j, i0, c);
+    if (bits == 3) {
+        uint32_t hi[4];
+        get_words(1, column + 64 * units_of(2, n_i), j, i0, hi);
+        for (int k = 0; k < 4; ++k) {
+            c[k] |= hi[k] << 2;
+        }
+    }
+    memcpy(codes, c, sizeof(c));
+}
+
+static inline void store_codes(int bits, int n_i, uint8_t *packed, int j, int i0, lanes code) {
+    const byte_lanes bytes = __builtin_convertvector(__builtin_convertvector(code, int_lanes), byte_lanes);
+    uint8_t c[n_lanes];
+    memcpy(c, &bytes, sizeof(c));
+    put_codes(bits, n_i, packed, j, i0, c);
+}
+
+static inline lanes load_codes(int bits, int n_i, const uint8_t *packed, int j, int i0) {
+    uint8_t c[n_lanes];
+    get_codes(bits, n_i, packed, j, i0, c);
+    byte_lanes bytes;
+    memcpy(&bytes, c, sizeof(c));
+    return __builtin_convertvector(__builtin_convertvector(bytes, int_lanes), lanes);
+}
+
+static void pack(int bits, int n_i, int n_j, const uint8_t *codes, uint8_t *packed) {
+    for (int i0 = 0; i0 < n_i; i0 += n_lanes) {
+        for (int j = 0; j < n_j; ++j) {
+            uint8_t c[n_lanes];
+            for (int k = 0; k < n_lanes; ++k) {
+                c[k] = codes[(int64_t)(i0 + k) * n_j + j];
+            }
+            put_codes(bits, n_i, packed, j, i0, c);
+        }
+    }
+}
+
+static void unpack(int bits, int n_i, int n_j, const uint8_t *packed, uint8_t *codes) {
+    for (int i0 = 0; i0 < n_i; i0 += n_lanes) {
+        for (int j = 0; j < n_j; ++j) {
+            uint8_t c[n_lanes];
+            get_codes(bits, n_i, packed, j, i0, c);
+            for (int k = 0; k < n_lanes; ++k) {
+                codes[(int64_t)(i0 + k) * n_j + j] = c[k];
+            }
+        }
+    }
+}
+
+/* ---- parameters ---- */
+
+/* x^ = base + scale * (code - middle): F16 stores zero as base with middle 0, LOG8 the centre. */
+struct parameters {
+    lanes scale, base;
+    float middle;
+    int_lanes e, q; /* LOG8 as stored */
+};
+
+/* 2^(j / 8), and the mantissa bits of 2^((j + 1/2) / 8). */
+static const float steps[8] = {1.0f,        1.09050775f, 1.18920708f, 1.29683959f,
+                               1.41421354f, 1.54221082f, 1.68179286f, 1.83400810f};
+static const uint32_t thresholds[8] = {0x05aac3, 0x11c3d3, 0x1ef532, 0x2d583f, 0x3d08a4, 0x4e248c, 0x60ccdf, 0x75257d};
+constexpr int log8_zero = 161;
+
+static inline lanes log8_scale(int_lanes e) {
+    const int_lanes k = e - log8_zero;
+    lanes scale;
+    for (int i = 0; i < n_lanes; ++i) {
+        scale[i] = steps[k[i] & 7] * from_bits((uint32_t)((k[i] >> 3) + 127) << 23);
+    }
+    return scale;
+}
+
+static inline parameters round_parameters(const xq_side &side, lanes scale, lanes zero) {
+    parameters p = {};
+    if (side.param == XQ_PARAM_F16) {
+        p.scale = round_half(scale);
+        p.base = round_half(zero);
+        return p;
+    }
+    p.middle = (float)((1 << side.bits) - 1) * 0.5f;
+    const lanes centre = zero + scale * p.middle;
+    scale = high(scale, absolute(centre) * (8.0f / 120.0f));
+    const bit_lanes bits = (bit_lanes)scale;
+    int_lanes e = ((int_lanes)(bits >> 23) - 127) * 8 + log8_zero;
+    for (const uint32_t threshold : thresholds) {
+        e -= (int_lanes)((bits & 0x7fffffu) >= threshold);
+    }
+    e = e < 1 ? int_lanes{} + 1 : e;
+    p.e = e > 255 ? int_lanes{} + 255 : e;
+    p.scale = log8_scale(p.e);
+    const lanes unit = p.scale * 0.125f;
+    const lanes q = nearest(low(high(centre * (1.0f / unit), splat(-127.0f)), splat(127.0f)));
+    p.q = __builtin_convertvector(q, int_lanes);
+    p.base = q * unit;
+    return p;
+}
+
+/* at: [2][n_i] of the group (0 bits: [n_i]). */
+static inline void store_parameters(const xq_side &side, uint8_t *at, int n_i, int i0, const parameters &p) {
+    if (side.bits == 0) {
+        store_half((uint16_t *)at + i0, p.base);
+    } else if (side.param == XQ_PARAM_F16) {
+        store_half((uint16_t *)at + i0, p.scale);
+        store_half((uint16_t *)at + n_i + i0, p.base);
+    } else {
+        const byte_lanes e = __builtin_convertvector(p.e, byte_lanes), q = __builtin_convertvector(p.q, byte_lanes);
+        memcpy(at + i0, &e, n_lanes);
+        memcpy(at + n_i + i0, &q, n_lanes);
+    }
+}
+
+static inline parameters load_parameters(const xq_side &side, const uint8_t *at, int n_i, int i0) {
+    parameters p = {};
+    if (side.bits == 0) {
+        p.base = load_half((const uint16_t *)at + i0);
+    } else if (side.param == XQ_PARAM_F16) {
+        p.scale = load_half((const uint16_t *)at + i0);
+        p.base = load_half((const uint16_t *)at + n_i + i0);
+    } else {
+        for (int i = 0; i < n_lanes; ++i) {
+            p.e[i] = at[i0 + i];
+            p.q[i] = (int8_t)at[n_i + i0 + i];
+        }
+        p.middle = (float)((1 << side.bits) - 1) * 0.5f;
+        p.scale = log8_scale(p.e);
+        p.base = __builtin_convertvector(p.q, lanes) * (p.scale * 0.125f);
+    }
+    return p;
+}
+
+static inline int parameter_bytes(const xq_side &side, int n_i) {
+    return side.bits == 0 ? 2 * n_i : side.param == XQ_PARAM_F16 ? 4 * n_i : 2 * n_i;
+}
+
+} // namespace XQ_SET
+} // namespace xq

@@ -1,0 +1,276 @@
+/* plan.cpp: what each layer stores: presets, checks, text form, sizes.  The one description of all of them.
+ *
+ * Text form of a layer: the fields of xq_side in order, separated by commas, the sides by a space:
+ *
+ *     k=<bits>,<group>,<fit>,<param>,<eta>,<owner> v=<bits>,<group>,<fit>,<param>,<eta>,<owner>[,rot]
+ */
+#include "kernels.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+namespace xq {
+
+static const char *const fit_names[] = {"paper", "minmax", "clip", "lloyd", "lsq"};
+static const char *const param_names[] = {"f16", "log8"};
+static const char *const preset_names[] = {"xquant", "xquant-small", "xquant-tiny", "xquant-paper", "xquant-paper-128"};
+
+template <size_t N> static int index_of(const char *const (&names)[N], const char *name) {
+    for (size_t i = 0; i < N; ++i) {
+        if (strcmp(names[i], name) == 0) {
+            return (int)i;
+        }
+    }
+    return -1;
+}
+
+/* ---- presets ---- */
+
+/* Keys: the more bits, the less there is to gain from a search for the best range. */
+static xq_side key_side(int bits) {
+    const int fit = bits >= 3 ? XQ_FIT_MINMAX : XQ_FIT_CLIP;
+    return {bits, XQ_PAGE, fit, XQ_PARAM_F16, 0, -1, bits == 3 ? 0.02f : 0.0f};
+}
+
+static xq_side value_side(int bits) {
+    return {bits, 0, XQ_FIT_LLOYD, XQ_PARAM_LOG8, 1, -1, bits == 1 ? 0.3f : 0.09f};
+}
+
+/* The middle constants of the paper's search, section 3.2. */
+static xq_side paper_side(int bits, int group, int owner) {
+    return {bits, group, XQ_FIT_PAPER, XQ_PARAM_F16, 0, owner, bits == 1 ? 1.0f / 6.0f : 0.045f};
+}
+
+/* The paper's 1.375 schedule (32 layers: k_q 30, v_q 2, k_m 32, v_m 16), scaled to n layers. */
+static void paper_plan(int32_t n, int32_t group, xq_plan *plan) {
+    const int32_t k_q = (30 * n + 16) / 32, v_q = 2, v_m = n / 2;
+    plan->pinned = 0;
+    for (int32_t l = 0; l < n; ++l) {
+        const bool borrows = l >= v_m && l % 2 == 1;
+        plan->layers[l].k = paper_side(l < k_q ? 2 : 1, group, -1);
+        plan->layers[l].v = paper_side(l < v_q ? 2 : 1, group, borrows ? l - 1 : -1);
+    }
+}
+
+} // namespace xq
+
+using namespace xq;
+
+const char *xq_plan_preset_names(void) { return "xquant,xquant-small,xquant-tiny,xquant-paper,xquant-paper-128"; }
+
+int xq_plan_preset(const char *name, int32_t n_layers, xq_plan *plan) {
+    if (!name || !plan || n_layers < 0 || n_layers > XQ_MAX_LAYERS) {
+        return fail(XQ_ERR_ARGUMENT, "xq_plan_preset: n_layers is %d, must be 0 to %d", n_layers, XQ_MAX_LAYERS);
+    }
+    const int preset = index_of(preset_names, name);
+    if (preset < 0) {
+        return fail(XQ_ERR_PLAN, "preset \"%.64s\" is unknown; there are %s", name, xq_plan_preset_names());
+    }
+    memset(plan, 0, sizeof(*plan));
+    plan->n_layers = n_layers;
+    plan->window = 128;
+    plan->pinned = 1;
+    if (preset >= 3) {
+        paper_plan(n_layers, preset == 3 ? 32 : 128, plan);
+        return XQ_OK;
+    }
+    for (int32_t l = 0; l < n_layers; ++l) {
+        plan->layers[l] = {key_side(4 - preset), value_side(preset == 2 ? 1 : 2)};
+    }
+    return XQ_OK;
+}
+
+/* ---- text form ---- */
+
+static int format_side(const xq_side &side, char *text, size_t size) {
+    return snprintf(text, size, "%d,%d,%s,%s,%.9g,%d%s", side.bits, side.group, fit_names[side.fit],
+                    param_names[side.param], (double)side.eta, side.owner, side.rotate ? ",rot" : "");
+}
+
+static bool names_valid(const xq_side &side) {
+    return side.fit >= 0 && side.fit <= XQ_FIT_LSQ && side.param >= 0 && side.param <= XQ_PARAM_LOG8;
+}
+
+int xq_layer_format(const xq_layer *layer, char *text, size_t text_size) {
+    if (!layer || !text || !names_valid(layer->k) || !names_valid(layer->v)) {
+        return fail(XQ_ERR_ARGUMENT, "xq_layer_format: not a layer");
+    }
+    char k[96], v[96];
+    format_side(layer->k, k, sizeof(k));
+    format_side(layer->v, v, sizeof(v));
+    const int n = snprintf(text, text_size, "k=%s v=%s", k, v);
+    return n >= 0 && (size_t)n < text_size ? XQ_OK : fail(XQ_ERR_ARGUMENT, "xq_layer_format: %d bytes are needed", n + 1);
+}
+
+static bool parse_int(const char *text, int32_t *value) {
+    char *end;
+    const long n = strtol(text, &end, 10);
+    *value = (int32_t)n;
+    return end != text && *end == '\0' && n >= -(1 << 20) && n <= 1 << 20;
+}
+
+/* text: one side without its name; it is cut into fields in place. */
+static bool parse_side(char *text, xq_side *side) {
+    char *fields[8];
+    int n = 0;
+    for (char *at = text; at && n < 8; ++n) {
+        fields[n] = at;
+        at = strchr(at, ',');
+        if (at) {
+            *at++ = '\0';
+        }
+    }
+    if (n != 6 && n != 7) {
+        return false;
+    }
+    char *end;
+    side->fit = index_of(fit_names, fields[2]);
+    side->param = index_of(param_names, fields[3]);
+    side->eta = strtof(fields[4], &end);
+    side->rotate = n == 7;
+    return parse_int(fields[0], &side->bits) && parse_int(fields[1], &side->group) && side->fit >= 0 &&
+           side->param >= 0 && end != fields[4] && *end == '\0' && parse_int(fields[5], &side->owner) &&
+           (n == 6 || strcmp(fields[6], "rot") == 0);
+}
+
+int xq_layer_parse(const char *text, xq_layer *layer) {
+    if (!text || !layer) {
+        return fail(XQ_ERR_ARGUMENT, "xq_layer_parse: null");
+    }
+    char copy[256];
+    char *space = nullptr;
+    if (strlen(text) < sizeof(copy)) {
+        strcpy(copy, text);
+        space = strchr(copy, ' ');
+    }
+    if (!space || strncmp(copy, "k=", 2) != 0 || strncmp(space + 1, "v=", 2) != 0) {
+        return fail(XQ_ERR_PLAN, "layer \"%.200s\" must be of the form k=... v=...", text);
+    }
+    *space = '\0';
+    xq_layer parsed;
+    if (!parse_side(copy + 2, &parsed.k) || !parse_side(space + 3, &parsed.v)) {
+        return fail(XQ_ERR_PLAN,
+                    "layer \"%.200s\": a side is bits,group,fit,param,eta,owner[,rot] with fit one of paper, minmax, "
+                    "clip, lloyd, lsq and param f16 or log8",
+                    text);
+    }
+    *layer = parsed;
+    return XQ_OK;
+}
+
+/* ---- checks ---- */
+
+static int bad(int32_t layer, char side, const char *field, double value, const char *allowed) {
+    return fail(XQ_ERR_PLAN, "layer %d, %c: %s is %g, must be %s", layer, side, field, value, allowed);
+}
+
+/* width: of this side's head, or 0 if unknown. */
+static int check_side(const xq_plan *plan, int32_t l, bool is_k, const int32_t *widths) {
+    const xq_side &side = is_k ? plan->layers[l].k : plan->layers[l].v;
+    const char name = is_k ? 'K' : 'V';
+    const int32_t width = widths ? widths[l] : 0;
+    if (side.bits < 0 || side.bits > 4) {
+        return bad(l, name, "bits", side.bits, "0 to 4");
+    }
+    const bool group_known = side.group == 32 || side.group == 64 || side.group == 128;
+    if (is_k ? !group_known : !group_known && side.group != 0) {
+        return bad(l, name, "group", side.group, is_k ? "32, 64 or 128 tokens" : "32, 64 or 128 channels, or 0 for the whole head");
+    }
+    if (side.fit < 0 || side.fit > XQ_FIT_LSQ) {
+        return bad(l, name, "fit", side.fit, "paper, minmax, clip, lloyd or lsq");
+    }
+    if (side.param != XQ_PARAM_F16 && side.param != XQ_PARAM_LOG8) {
+        return bad(l, name, "param", side.param, "f16 or log8");
+    }
+    if (!(side.eta >= 0.0f && side.eta < 0.5f)) {
+        return bad(l, name, "eta", side.eta, "in [0, 0.5)");
+    }
+    if (side.rotate != 0 && (is_k || side.rotate != 1)) {
+        return bad(l, name, "rotate", side.rotate, is_k ? "0" : "0 or 1");
+    }
+    if (width != 0 && (width < 16 || width > XQ_MAX_HEAD_DIM || width % 16 != 0)) {
+        return bad(l, name, "head width", width, "a multiple of 16 from 16 to 512");
+    }
+    if (!is_k && width != 0 && side.group > 0 && side.group < width && width % side.group != 0) {
+        return fail(XQ_ERR_PLAN, "layer %d, V: group %d does not divide the head width %d; use 0 for the whole head", l,
+                    side.group, width);
+    }
+    if (side.owner < 0) {
+        return side.owner != -1          ? bad(l, name, "owner", side.owner, "an earlier layer, or -1")
+               : side.fit == XQ_FIT_LSQ ? bad(l, name, "fit", side.fit, "paper, minmax, clip or lloyd: lsq is for borrowed codes")
+                                        : XQ_OK;
+    }
+    if (side.owner >= l) {
+        return bad(l, name, "owner", side.owner, "an earlier layer, or -1");
+    }
+    const xq_side &owner = is_k ? plan->layers[side.owner].k : plan->layers[side.owner].v;
+    if (owner.owner != -1 || owner.bits < 1 || (widths && widths[side.owner] != width)) {
+        return fail(XQ_ERR_PLAN, "layer %d, %c: owner %d must be a layer of the cache with the same head width and own codes",
+                    l, name, side.owner);
+    }
+    if (side.bits != owner.bits || side.rotate != owner.rotate) {
+        return fail(XQ_ERR_PLAN, "layer %d, %c: bits and rotation must be those of its owner %d", l, name, side.owner);
+    }
+    if (side.param != XQ_PARAM_F16 || side.fit == XQ_FIT_CLIP || side.fit == XQ_FIT_LLOYD) {
+        return fail(XQ_ERR_PLAN, "layer %d, %c: borrowed codes need fit paper, minmax or lsq and param f16", l, name);
+    }
+    return XQ_OK;
+}
+
+int xq_plan_check(const xq_plan *plan, const int32_t *d, const int32_t *e) {
+    if (!plan || plan->n_layers < 0 || plan->n_layers > XQ_MAX_LAYERS) {
+        return fail(XQ_ERR_PLAN, "n_layers is %d, must be 0 to %d", plan ? plan->n_layers : -1, XQ_MAX_LAYERS);
+    }
+    if (plan->window < -1 || plan->window > 1 << 20) {
+        return fail(XQ_ERR_PLAN, "window is %d, must be -1 (never seal) to %d tokens", plan->window, 1 << 20);
+    }
+    if (plan->pinned < 0 || plan->pinned > 1024) {
+        return fail(XQ_ERR_PLAN, "pinned is %d, must be 0 to 1024 pages", plan->pinned);
+    }
+    for (int32_t l = 0; l < plan->n_layers; ++l) {
+        if (d && d[l] == 0) {
+            continue; // not part of the cache
+        }
+        for (const bool is_k : {true, false}) {
+            if (const int status = check_side(plan, l, is_k, is_k ? d : e); status != XQ_OK) {
+                return status;
+            }
+        }
+    }
+    return XQ_OK;
+}
+
+/* ---- sizes ---- */
+
+/* Bytes of the parameters of one side of a block: n numbers a group, groups along the other axis. */
+static int32_t param_bytes(const xq_side &side, bool is_k, int32_t width) {
+    const int32_t length = is_k ? XQ_PAGE : width, n = is_k ? width : XQ_PAGE;
+    const int32_t group = side.group == 0 || side.group > length ? length : side.group;
+    const int32_t numbers = side.bits == 0 ? 1 : 2, bytes = side.bits == 0 || side.param == XQ_PARAM_F16 ? 2 : 1;
+    return length / group * numbers * n * bytes;
+}
+
+int xq_block_layout_of(const xq_layer *layer, int32_t d, int32_t e, xq_block_layout *layout) {
+    if (!layer || !layout || d < 16 || e < 16 || d > XQ_MAX_HEAD_DIM || e > XQ_MAX_HEAD_DIM || d % 16 || e % 16) {
+        return fail(XQ_ERR_ARGUMENT, "head widths are %d and %d, must be multiples of 16 from 16 to %d", d, e,
+                    XQ_MAX_HEAD_DIM);
+    }
+    int64_t at = 0;
+    const auto take = [&at](int64_t bytes) {
+        const int64_t start = at;
+        at += (bytes + 63) / 64 * 64;
+        return bytes > 0 ? (int32_t)start : -1;
+    };
+    const auto code_bytes = [](const xq_side &side, int32_t n_i, int32_t n_j) {
+        return side.owner >= 0 || side.bits == 0 ? 0 : xq_packed_bytes(side.bits, n_i, n_j);
+    };
+    layout->k_codes = take(code_bytes(layer->k, d, XQ_PAGE));
+    layout->k_param = take(param_bytes(layer->k, true, d));
+    layout->v_codes = take(code_bytes(layer->v, XQ_PAGE, e));
+    layout->v_param = take(param_bytes(layer->v, false, e));
+    layout->bytes = (int32_t)at;
+    return XQ_OK;
+}
