@@ -2,7 +2,7 @@
 #define XQ_SET avx2
 #include "codec_seal.h"
 
-#include "features.h"
+#include "cpu_features.h"
 
 namespace xq {
 

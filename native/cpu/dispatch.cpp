@@ -3,7 +3,7 @@
  * A set may run if the CPU has its instructions and the operating system saves their registers (XGETBV).  The best such
  * set is taken, unless XQUANT_KERNELS or xq_kernels_force names one.
  */
-#include "features.h"
+#include "cpu_features.h"
 #include "kernels.h"
 
 #include <cstdarg>

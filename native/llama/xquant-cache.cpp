@@ -327,3 +327,20 @@ int xquant_llama_get_plan(const llama_context *ctx, xq_plan *plan, int32_t *d, i
     c->plan(*plan, d, e, n_head_kv);
     return 0;
 }
+
+int xquant_llama_get_shapes(const llama_context *ctx, int32_t *d, int32_t *e, int32_t *n_head_kv, int64_t *bytes) {
+    const auto &hparams = ctx->get_model().hparams;
+    for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
+        const bool has = hparams.has_kv(il);
+        d[il] = has ? (int32_t)hparams.n_embd_head_k(il) : 0;
+        e[il] = has ? (int32_t)hparams.n_embd_head_v(il) : 0;
+        n_head_kv[il] = has ? (int32_t)hparams.n_head_kv(il) : 0;
+    }
+    *bytes = 0;
+    if (auto *memory = ctx->get_memory()) {
+        for (const auto &[type, size] : memory->memory_breakdown()) {
+            *bytes += (int64_t)size;
+        }
+    }
+    return (int)hparams.n_layer_all;
+}

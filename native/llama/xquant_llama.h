@@ -40,6 +40,10 @@ XQ_API int xquant_llama_get_info(const struct llama_context *ctx, xquant_llama_i
  * not in the XQuant cache).  0, or -1 if the context has no XQuant cache. */
 XQ_API int xquant_llama_get_plan(const struct llama_context *ctx, xq_plan *plan, int32_t *d, int32_t *e,
                                  int32_t *n_head_kv);
+/* Head widths and KV heads of every model layer with keys and values ([1024] each; 0: none), and the bytes of the
+ * context's cache, of any type.  The number of model layers. */
+XQ_API int xquant_llama_get_shapes(const struct llama_context *ctx, int32_t *d, int32_t *e, int32_t *n_head_kv,
+                                   int64_t *bytes);
 /* Why the last context with an XQuant cache could not be created on this thread; "" if it could. */
 XQ_API const char *xquant_llama_error(void);
 

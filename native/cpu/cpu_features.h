@@ -1,0 +1,8 @@
+/* cpu_features.h: what this CPU has and this operating system saves.  Implemented in dispatch.cpp, without vector code. */
+#pragma once
+
+namespace xq {
+
+bool has_avx2(); /* AVX2, FMA and F16C */
+
+} // namespace xq

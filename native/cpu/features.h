@@ -1,8 +1,0 @@
-/* features.h: what this CPU has and this operating system saves.  Implemented in dispatch.cpp, without vector code. */
-#pragma once
-
-namespace xq {
-
-bool has_avx2(); /* AVX2, FMA and F16C */
-
-} // namespace xq

@@ -1,0 +1,13 @@
+"""XQuant: an ultra-low-bit KV cache for llama.cpp and its Python users."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from xquant_gguf.llama import Llama
+from xquant_gguf.plan import Layer, Plan, Side
+
+try:
+    __version__ = version("xquant-gguf")
+except PackageNotFoundError:  # used from a source tree
+    __version__ = "0"
+
+__all__ = ["Layer", "Llama", "Plan", "Side", "__version__"]

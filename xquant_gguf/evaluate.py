@@ -1,0 +1,111 @@
+"""Quality of KV cache types on a text: perplexity, and KL divergence and top-1 agreement with the F16 cache."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from xquant_gguf.llama import Llama, llama_cpp
+
+
+@dataclass
+class Tally:
+    """What adds up over the scored positions of one cache type."""
+
+    nll: list[NDArray[np.float64]] = field(default_factory=list)
+    kld: list[NDArray[np.float64]] = field(default_factory=list)
+    agree: int = 0
+    scored: int = 0
+
+    def add(self, reference: NDArray[np.float32], logp: NDArray[np.float32], targets: NDArray[np.int64]) -> None:
+        """reference, logp [positions, vocabulary]: log-probabilities of the F16 cache and of this one."""
+        rows = np.arange(len(targets))
+        self.nll.append(-logp[rows, targets].astype(np.float64))
+        self.kld.append(np.einsum("ij,ij->i", np.exp(reference), reference - logp, dtype=np.float64))
+        self.agree += int((reference.argmax(1) == logp.argmax(1)).sum())
+        self.scored += len(targets)
+
+    def result(self) -> dict[str, float]:
+        """ppl, kld (mean), kld_p99, kld_max and top1 (share)."""
+        kld = np.concatenate(self.kld)
+        return {
+            "ppl": float(np.exp(np.concatenate(self.nll).mean())),
+            "kld": float(kld.mean()),
+            "kld_p99": float(np.quantile(kld, 0.99)),
+            "kld_max": float(kld.max()),
+            "top1": self.agree / self.scored,
+        }
+
+
+def log_probabilities(llm: Llama, tokens: Sequence[int], n_past: int) -> NDArray[np.float32]:
+    """Decodes tokens at positions n_past .. and gives log-probabilities [token, vocabulary]."""
+    llm._batch.set_batch(tokens, n_past, logits_all=True)
+    llm._ctx.decode(llm._batch)
+    n = len(tokens) * llm.n_vocab()
+    pointer = ctypes.cast(llama_cpp.llama_get_logits(llm._ctx.ctx), ctypes.POINTER(ctypes.c_float * n))
+    logits = np.frombuffer(pointer.contents, dtype=np.float32).reshape(len(tokens), -1).copy()
+    logits -= logits.max(1, keepdims=True)
+    logits -= np.log(np.exp(logits).sum(1, keepdims=True))
+    return logits
+
+
+def evaluate(
+    model_path: str,
+    text: str,
+    kv_types: Sequence[str],
+    *,
+    n_tokens: int,
+    n_ctx: int = 4096,
+    skip: int = 512,
+    n_ubatch: int = 512,
+    n_threads: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Scores every cache type on the first n_tokens of a text, all types in step with an F16 one.
+
+    The text is cut into windows of n_ctx tokens; positions from `skip` on are scored in each.  Micro-batches of
+    n_ubatch tokens read what the earlier ones stored, as in use: the quantized cache is read during the prompt too.
+    Returns {"results": [one dictionary a type], settings...}.  Raises ValueError if the text is too short.
+    """
+    common: dict[str, Any] = {"n_ctx": n_ctx, "n_batch": n_ubatch, "n_ubatch": n_ubatch, "verbose": False}
+    common.update(n_threads=n_threads, n_threads_batch=n_threads)
+    reference = Llama(model_path, kv_type="f16", flash_attn=True, **common)
+    models = {kv: reference if kv == "f16" else Llama(model_path, kv_type=kv, **common) for kv in kv_types}
+    tokens = reference.tokenize(text.encode(), special=False)[:n_tokens]
+    if len(tokens) < n_tokens or min(n_tokens, n_ctx) <= skip + 1:
+        raise ValueError(f"the text has {len(tokens)} tokens: {n_tokens} were asked for, and more than {skip + 1} needed")
+
+    tallies = {kv: Tally() for kv in kv_types}
+    bar = tqdm(total=n_tokens * len({"f16", *kv_types}), unit="token", disable=not progress)
+    for start in range(0, n_tokens, n_ctx):
+        window = tokens[start : start + n_ctx]
+        for llm in (reference, *models.values()):
+            llm._ctx.kv_cache_clear()
+        for first in range(0, len(window), n_ubatch):
+            chunk = window[first : first + n_ubatch]
+            # the last token of a window has no next one to be scored against
+            low, high = max(skip - first, 0), min(len(chunk), len(window) - 1 - first)
+            targets = np.array(window[first + low + 1 : first + high + 1], dtype=np.int64)
+            expected = log_probabilities(reference, chunk, first)
+            bar.update(len(chunk))
+            for kv, llm in models.items():
+                logp = expected if llm is reference else log_probabilities(llm, chunk, first)
+                bar.update(0 if llm is reference else len(chunk))
+                if low < high:
+                    tallies[kv].add(expected[low:high], logp[low:high], targets)
+    bar.close()
+
+    results = []
+    for kv, llm in models.items():
+        info = llm.kv_cache_info()
+        bits = {name: info[name] for name in ("true_bits", "equivalent_bits")}
+        results.append({"kv_type": kv, **tallies[kv].result(), **bits, "kv_bytes": info["bytes_allocated"]})
+    settings = {"model": Path(model_path).name, "tokens": n_tokens, "n_ctx": n_ctx, "skip": skip, "n_ubatch": n_ubatch}
+    return {"results": results, **settings, "kernels": Llama.kernels()}

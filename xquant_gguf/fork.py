@@ -1,0 +1,94 @@
+"""The fork's libllama: makes llama_cpp load ours, and binds what it exports beside llama.h."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Any
+
+from cffi import FFI
+
+from xquant_gguf import native
+from xquant_gguf.plan import Layer, Plan, Shape, Side, side_from_c
+
+LLAMA_CPP_PYTHON = "0.3.36"
+GGML_TYPE_XQUANT = 43
+
+
+def use() -> None:
+    """Makes `import llama_cpp` load the fork; ImportError if another library or version is in the way."""
+    ours = str(native.library_path("llama").parent)
+    if "llama_cpp" in sys.modules:
+        loaded = getattr(getattr(sys.modules["llama_cpp"], "llama_cpp", None), "_lib", None)
+        path = getattr(loaded, "_name", "unknown")
+        if os.path.dirname(os.path.abspath(path)) != os.path.abspath(ours):
+            raise ImportError(
+                f"llama_cpp was imported before xquant_gguf and uses {path}: import xquant_gguf first, so that it "
+                f"uses the fork in {ours}"
+            )
+    found = version("llama-cpp-python")
+    if found != LLAMA_CPP_PYTHON:
+        raise ImportError(
+            f"llama-cpp-python is {found}; the fork is built from {LLAMA_CPP_PYTHON}, whose bindings must match it "
+            f"exactly: pip install llama-cpp-python=={LLAMA_CPP_PYTHON}"
+        )
+    os.environ["LLAMA_CPP_LIB_PATH"] = ours
+
+
+@lru_cache(maxsize=1)
+def load() -> tuple[FFI, Any]:
+    """The cffi instance and libllama, the same library that llama_cpp has loaded."""
+    ffi = FFI()
+    for header in ("xquant.h", "xquant_llama.h"):
+        ffi.cdef(native.declarations(native.LIBRARY_DIR / header))
+    return ffi, ffi.dlopen(str(native.library_path("llama")))
+
+
+def error() -> str:
+    """Why the last context with an XQuant cache could not be created on this thread; empty if it could."""
+    ffi, lib = load()
+    return str(ffi.string(lib.xquant_llama_error()).decode())
+
+
+def _context(ctx: Any) -> Any:
+    """A llama_cpp context (ctypes pointer or address) as a cffi pointer."""
+    ffi, _ = load()
+    address = ctx if isinstance(ctx, int) else ctypes.cast(ctx, ctypes.c_void_p).value
+    return ffi.cast("struct llama_context *", address)
+
+
+def info(ctx: Any) -> dict[str, int] | None:
+    """Fields of xquant_llama_info (native/llama/xquant_llama.h); None if the context has no XQuant cache."""
+    ffi, lib = load()
+    out = ffi.new("xquant_llama_info *")
+    if lib.xquant_llama_get_info(_context(ctx), out) != 0:
+        return None
+    return {name: int(getattr(out, name)) for name, _ in ffi.typeof("xquant_llama_info").fields}
+
+
+def shapes(ctx: Any) -> tuple[list[Shape], int]:
+    """Shapes of all model layers (heads 0: no keys and values), and the bytes of the context's cache, of any type."""
+    ffi, lib = load()
+    d, e, heads = (ffi.new("int32_t[1024]") for _ in range(3))
+    size = ffi.new("int64_t *")
+    n = lib.xquant_llama_get_shapes(_context(ctx), d, e, heads, size)
+    return [Shape(d[i], e[i], heads[i]) for i in range(max(n, 0))], int(size[0])
+
+
+def plan(ctx: Any, preset: str) -> tuple[Plan, list[Shape], list[int]] | None:
+    """Plan in force, shapes and model layer numbers of the layers in the XQuant cache; None if there is none."""
+    ffi, lib = load()
+    c, arrays = ffi.new("xq_plan *"), [ffi.new("int32_t[1024]") for _ in range(3)]
+    if lib.xquant_llama_get_plan(_context(ctx), c, *arrays) != 0:
+        return None
+    d, e, heads = arrays
+    held = [i for i in range(c.n_layers) if d[i] > 0]
+
+    def side(s: Any) -> Side:
+        return side_from_c(s, held.index(s.owner) if s.owner >= 0 else -1)
+
+    layers = tuple(Layer(side(c.layers[i].k), side(c.layers[i].v)) for i in held)
+    return Plan(preset, layers, c.window, c.pinned), [Shape(d[i], e[i], heads[i]) for i in held], held

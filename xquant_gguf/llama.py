@@ -1,0 +1,211 @@
+"""Llama: llama_cpp.Llama with a choice of KV cache."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xquant_gguf import fork, native
+from xquant_gguf.plan import Plan, Shape, preset_names
+
+fork.use()
+
+import llama_cpp  # noqa: E402  (after fork.use, which chooses the library)
+
+# llama.cpp's own cache types: ggml type and bits per value
+LLAMA_TYPES: dict[str, tuple[int, float]] = {
+    "f32": (0, 32.0),
+    "f16": (1, 16.0),
+    "bf16": (30, 16.0),
+    "q8_0": (8, 8.5),
+    "q5_1": (7, 6.0),
+    "q5_0": (6, 5.5),
+    "q4_1": (3, 5.0),
+    "iq4_nl": (20, 4.5),
+    "q4_0": (2, 4.5),
+}
+
+
+class Llama(llama_cpp.Llama):
+    """llama_cpp.Llama with kv_type and kv_plan; everything else is as it is there."""
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        kv_type: str | None = None,
+        kv_plan: str | Path | Mapping[str, Any] | Plan | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Loads a GGUF model.
+
+        kv_type: "xquant" or another preset (xquant-small, xquant-tiny, xquant-paper, xquant-paper-128), or one of
+        llama.cpp's own types (f16, q8_0, q4_0, ...); None: llama.cpp's default.  kv_plan: what each layer stores, as a
+        Plan, a dictionary or a JSON file; implies XQuant.  Quantized caches turn flash attention on.
+
+        Raises ValueError if arguments contradict each other, or the model cannot have such a cache.
+        """
+        self._kv_type = _checked_kv_type(kv_type, kv_plan, kwargs)
+        self._kv_plan = kv_plan
+        self._given_overrides = kwargs.get("kv_overrides")
+        kwargs["verbose"] = verbose = kwargs.get("verbose", True)
+        if self._kv_type in LLAMA_TYPES:
+            kwargs["type_k"] = kwargs["type_v"] = LLAMA_TYPES[self._kv_type][0]
+            if LLAMA_TYPES[self._kv_type][1] < 16:
+                kwargs["flash_attn"] = True
+        elif self._kv_type is not None:
+            overrides: dict[str, str | int] = {"xquant.preset": self._kv_type}
+            if kv_plan is not None:
+                overrides = _overrides(model_path, kv_plan, self._kv_type, kwargs)
+            kwargs["type_k"] = kwargs["type_v"] = fork.GGML_TYPE_XQUANT
+            kwargs["flash_attn"] = True
+            kwargs["kv_overrides"] = {**(self._given_overrides or {}), **overrides}
+        try:
+            super().__init__(model_path, **kwargs)
+        except ValueError as error:
+            reason = fork.error() if self.is_xquant else ""
+            if reason:
+                raise ValueError(f"{model_path} with kv_type {self._kv_type!r}: {reason}") from error
+            raise
+        if verbose:
+            print(f"xquant_gguf: {self.kv_cache_info()}", file=sys.stderr)
+
+    @property
+    def is_xquant(self) -> bool:
+        """Whether the cache is an XQuant one."""
+        return self._kv_type is not None and self._kv_type not in LLAMA_TYPES
+
+    def kv_cache_info(self) -> dict[str, Any]:
+        """What the KV cache stores and how much memory it takes.
+
+        preset; k_bits, v_bits: bits of codes per layer; equivalent_bits: code bits per value, borrowed codes counted 0
+        (arXiv 2510.11236); true_bits: bits per value of sealed tokens, everything counted; bytes_allocated;
+        bytes_used: of these, what holds tokens now; pages_open, pages_sealed: pages in F16 and in codes; kernels: the
+        kernel set in force.  For sliding-window models the F16 cache of the sliding layers is in the bytes, and in
+        bytes_sliding.
+        """
+        kv_type = self._kv_type or "f16"
+        info = fork.info(self._ctx.ctx)
+        found = fork.plan(self._ctx.ctx, kv_type)
+        if info is None or found is None:
+            return self._plain_info(kv_type)
+        plan, shapes, layers = found
+        return {
+            "preset": kv_type,
+            "layers": layers,
+            "k_bits": [layer.k.bits for layer in plan.layers],
+            "v_bits": [layer.v.bits for layer in plan.layers],
+            "equivalent_bits": plan.equivalent_bits(),
+            "true_bits": plan.true_bits(shapes),
+            "window": plan.window,
+            "bytes_allocated": info["bytes_allocated"] + info["bytes_other"],
+            "bytes_used": info["bytes_used"] + info["bytes_other"],
+            "bytes_sliding": info["bytes_other"],
+            "pages_open": info["pages_open"],
+            "pages_sealed": info["pages_sealed"],
+            "pages_free": info["pages_free"],
+            "nonfinite": info["n_nonfinite"],
+            "kernels": self.kernels(),
+        }
+
+    def _plain_info(self, kv_type: str) -> dict[str, Any]:
+        shapes, allocated = fork.shapes(self._ctx.ctx)
+        bits = LLAMA_TYPES[kv_type][1]
+        layers = [i for i, shape in enumerate(shapes) if shape.heads > 0]
+        return {
+            "preset": kv_type,
+            "layers": layers,
+            "k_bits": [bits for _ in layers],
+            "v_bits": [bits for _ in layers],
+            "equivalent_bits": bits,
+            "true_bits": bits,
+            "window": 0,
+            "bytes_allocated": allocated,
+            "bytes_used": allocated * min(self.n_tokens, self.n_ctx()) // max(self.n_ctx(), 1),
+            "bytes_sliding": 0,
+            "pages_open": 0,
+            "pages_sealed": 0,
+            "pages_free": 0,
+            "nonfinite": 0,
+            "kernels": "llama.cpp",
+        }
+
+    @staticmethod
+    def kernels() -> str:
+        """Name of the kernel set in force."""
+        ffi, lib = native.load()
+        return str(ffi.string(lib.xq_kernels()).decode())
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        if self._kv_type is not None:
+            del state["type_k"], state["type_v"]
+            if self.is_xquant:
+                del state["flash_attn"]
+            state.update(kv_type=self._kv_type, kv_plan=self._kv_plan, kv_overrides=self._given_overrides)
+        return state
+
+
+def _checked_kv_type(kv_type: str | None, kv_plan: Any, kwargs: Mapping[str, Any]) -> str | None:
+    """The kv_type in force, or ValueError if arguments contradict each other."""
+    presets = preset_names()
+    if kv_type is not None and kv_type not in presets and kv_type not in LLAMA_TYPES:
+        raise ValueError(f"kv_type is {kv_type!r}, must be one of {', '.join((*presets, *LLAMA_TYPES))}")
+    if kv_plan is not None:
+        if kv_type in LLAMA_TYPES:
+            raise ValueError(f"kv_plan is given, but kv_type is {kv_type!r}: must be an XQuant preset or left out")
+        named = kv_plan.preset if isinstance(kv_plan, Plan) else None
+        if isinstance(kv_plan, Mapping):
+            named = kv_plan.get("preset")
+        if kv_type is not None and named is not None and named != kv_type:
+            raise ValueError(f"kv_plan says preset {named!r}, but kv_type is {kv_type!r}: leave one of them out")
+        kv_type = kv_type or named or "xquant"
+        if kv_type not in presets:
+            raise ValueError(f"kv_plan: preset is {kv_type!r}, must be one of {', '.join(presets)}")
+    if kv_type is None:
+        return None
+    for name in ("type_k", "type_v"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} is {kwargs[name]!r} beside kv_type {kv_type!r}: leave one of them out")
+    quantized = kv_type in presets or LLAMA_TYPES[kv_type][1] < 16
+    if quantized and kwargs.get("flash_attn") is False:
+        raise ValueError(f"flash_attn is False, but kv_type {kv_type!r} needs flash attention: leave it out")
+    named_keys = [key for key in kwargs.get("kv_overrides") or {} if key.startswith("xquant.")]
+    if kv_type in presets and named_keys:
+        raise ValueError(f"kv_overrides has {named_keys[0]!r} beside kv_type or kv_plan: leave one of them out")
+    return kv_type
+
+
+def _overrides(model_path: str, kv_plan: Any, preset: str, kwargs: Mapping[str, Any]) -> dict[str, str | int]:
+    """A plan as kv_overrides. Which layers the model's cache has is asked of llama.cpp, with a tiny context."""
+    keep = ("n_gpu_layers", "split_mode", "main_gpu", "tensor_split", "use_mmap", "kv_overrides")
+    probe = Llama(model_path, kv_type="xquant", n_ctx=256, verbose=False, **{k: kwargs[k] for k in keep if k in kwargs})
+    try:
+        found = fork.plan(probe._ctx.ctx, "xquant")
+        assert found is not None
+        _, shapes, layers = found
+    finally:
+        probe.close()
+    plan = Plan.load(kv_plan, len(layers), preset)
+    plan.check(shapes)
+    return plan.overrides(layers)
+
+
+def cache_table(llm: Llama, n_ctx: int) -> dict[str, int]:
+    """Bytes of the whole KV cache at n_ctx by kv_type: f16, q8_0, q4_0 and the XQuant cache of llm."""
+    found = fork.plan(llm._ctx.ctx, "xquant")
+    if found is None:
+        raise ValueError("the model was not loaded with an XQuant cache")
+    plan, shapes, _ = found
+    info = fork.info(llm._ctx.ctx)
+    assert info is not None
+    sliding, n_ubatch = info["bytes_other"], llm.context_params.n_ubatch
+    growing = n_ctx * sum((s.d + s.e) * s.heads for s in shapes)  # values
+    table = {name: int((2 * growing + sliding) * LLAMA_TYPES[name][1] / 16) for name in ("f16", "q8_0", "q4_0")}
+    table[llm._kv_type or "xquant"] = plan.cache_bytes(shapes, n_ctx, n_ubatch) + sliding
+    return table
+
+
+__all__ = ["LLAMA_TYPES", "Llama", "Shape", "cache_table"]

@@ -1,0 +1,256 @@
+"""What each layer of a cache stores: the plan object that presets, a dictionary, a JSON file or GGUF metadata fill in.
+
+Presets, checks, sizes and the text form live in libxquant (native/cpu/plan.cpp); this module is their Python face.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xquant_gguf import native
+
+FITS = ("paper", "minmax", "clip", "lloyd", "lsq")
+PARAMS = ("f16", "log8")
+PAGE = 128
+"""Tokens of a page."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one layer stores of its keys or of its values (xq_side in native/include/xquant.h)."""
+
+    bits: int
+    group: int
+    fit: str = "minmax"
+    param: str = "f16"
+    rotate: bool = False
+    owner: int = -1
+    eta: float = 0.0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer stores."""
+
+    k: Side
+    v: Side
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Head widths and number of KV heads of one layer; heads = 0: the layer has no cache."""
+
+    d: int
+    e: int
+    heads: int
+
+
+def preset_names() -> tuple[str, ...]:
+    """Names of the presets, each also a kv_type."""
+    ffi, lib = native.load()
+    names: str = ffi.string(lib.xq_plan_preset_names()).decode()
+    return tuple(names.split(","))
+
+
+def shortest(x: float) -> float:
+    """The shortest decimal that is the same number in single precision: 0.045 instead of 0.04500000178813934."""
+    return float(str(np.float32(x)))
+
+
+def side_from_c(c: Any, owner: int) -> Side:
+    """A Side from an xq_side; owner: what to call the layer whose codes it reads."""
+    return Side(c.bits, c.group, FITS[c.fit], PARAMS[c.param], bool(c.rotate), owner, shortest(c.eta))
+
+
+def _fill(c: Any, side: Side, where: str) -> None:
+    for name, value, names in (("fit", side.fit, FITS), ("param", side.param, PARAMS)):
+        if value not in names:
+            raise ValueError(f"{where}: {name} is {value!r}, must be one of {', '.join(names)}")
+    c.bits, c.group, c.fit, c.param = side.bits, side.group, FITS.index(side.fit), PARAMS.index(side.param)
+    c.rotate, c.owner, c.eta = int(side.rotate), side.owner, side.eta
+
+
+def _c_layer(layer: Layer, where: str) -> Any:
+    ffi, _ = native.load()
+    c = ffi.new("xq_layer *")
+    _fill(c.k, layer.k, f"{where}, K")
+    _fill(c.v, layer.v, f"{where}, V")
+    return c
+
+
+def layer_text(layer: Layer, where: str = "layer") -> str:
+    """The text form of a layer, as kv_overrides and GGUF metadata carry it."""
+    ffi, lib = native.load()
+    text = ffi.new("char[256]")
+    if lib.xq_layer_format(_c_layer(layer, where), text, 256) != 0:
+        raise ValueError(f"{where}: {native.error()}")
+    return str(ffi.string(text).decode())
+
+
+def block_bytes(layer: Layer, shape: Shape) -> int:
+    """Bytes of one sealed page of one KV head."""
+    ffi, lib = native.load()
+    layout = ffi.new("xq_block_layout *")
+    if lib.xq_block_layout_of(_c_layer(layer, "layer"), shape.d, shape.e, layout) != 0:
+        raise ValueError(native.error())
+    return int(layout.bytes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a whole cache stores: one Layer for each layer that has keys and values, in order.
+
+    window: newest tokens that stay F16; negative: nothing is ever sealed. pinned: first pages of a sequence that
+    stay F16. preset: the preset that the plan started from. changed: layers that differ from it.
+    """
+
+    preset: str
+    layers: tuple[Layer, ...]
+    window: int
+    pinned: int
+
+    @classmethod
+    def from_preset(cls, name: str, n_layers: int) -> Plan:
+        """The named preset for n_layers layers; ValueError names the presets there are."""
+        ffi, lib = native.load()
+        c = ffi.new("xq_plan *")
+        if lib.xq_plan_preset(name.encode(), n_layers, c) != 0:
+            raise ValueError(native.error())
+        layers = tuple(Layer(*(side_from_c(side, side.owner) for side in (c.layers[i].k, c.layers[i].v))) for i in range(n_layers))
+        return cls(name, layers, c.window, c.pinned)
+
+    def check(self, shapes: Sequence[Shape] | None = None) -> None:
+        """ValueError if a field is out of range or does not fit the shapes; it names layer, field and what is allowed."""
+        ffi, lib = native.load()
+        c = ffi.new("xq_plan *")
+        c.n_layers, c.window, c.pinned = len(self.layers), self.window, self.pinned
+        for i, layer in enumerate(self.layers):
+            c.layers[i] = _c_layer(layer, f"layer {i}")[0]
+        d = ffi.new("int32_t[]", [s.d for s in shapes]) if shapes else ffi.NULL
+        e = ffi.new("int32_t[]", [s.e for s in shapes]) if shapes else ffi.NULL
+        if lib.xq_plan_check(c, d, e) != 0:
+            raise ValueError(native.error())
+
+    def true_bits(self, shapes: Sequence[Shape]) -> float:
+        """Bits per value of a sealed page, everything in it counted: codes, scales, zeros and padding."""
+        pairs = list(zip(self.layers, shapes, strict=True))
+        stored = sum(8 * block_bytes(layer, s) * s.heads for layer, s in pairs)
+        return stored / sum(PAGE * (s.d + s.e) * s.heads for _, s in pairs)
+
+    def equivalent_bits(self) -> float:
+        """Bits of codes per value, averaged over K, V and layers; borrowed codes count 0 (arXiv 2510.11236)."""
+        sides = [side for layer in self.layers for side in (layer.k, layer.v)]
+        return sum(side.bits for side in sides if side.owner < 0) / len(sides)
+
+    def slots(self, n_ctx: int, n_ubatch: int = 512, n_seq: int = 1) -> int:
+        """Pages that have room in F16: pinned, window, one micro-batch and one more; at most all of n_ctx."""
+        pages = -(-n_ctx // PAGE)
+        if self.window < 0:
+            return pages
+        return min(pages, self.pinned * n_seq + -(-self.window * n_seq // PAGE) + -(-n_ubatch // PAGE) + 1)
+
+    def cache_bytes(self, shapes: Sequence[Shape], n_ctx: int, n_ubatch: int = 512, n_seq: int = 1) -> int:
+        """Bytes that a cache of n_ctx cells allocates: blocks and window slots (page tables, a few KiB, apart)."""
+        pages, slots = -(-n_ctx // PAGE), self.slots(n_ctx, n_ubatch, n_seq)
+        sealed = sum(block_bytes(layer, s) * s.heads for layer, s in zip(self.layers, shapes, strict=True))
+        rows = sum(2 * PAGE * (s.d + s.e) * s.heads for s in shapes)
+        return slots * rows + (pages * sealed if slots < pages else 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as a dictionary that Plan.load reads back."""
+        layers = {str(i): asdict(layer) for i, layer in enumerate(self.layers)}
+        return {"preset": self.preset, "window": self.window, "pinned": self.pinned, "layers": layers}
+
+    def overrides(self, model_layers: Sequence[int]) -> dict[str, str | int]:
+        """The plan as kv_overrides of llama.cpp; model_layers: the model's number of each layer of the plan."""
+        out: dict[str, str | int] = {"xquant.preset": self.preset, "xquant.window": self.window}
+        out["xquant.pinned"] = self.pinned
+        standard = Plan.from_preset(self.preset, len(self.layers))
+        for i, layer in enumerate(self.layers):
+            if layer != standard.layers[i]:
+                sides = (replace(s, owner=s.owner if s.owner < 0 else model_layers[s.owner]) for s in (layer.k, layer.v))
+                out[f"xquant.layer.{model_layers[i]}"] = layer_text(Layer(*sides), f"layer {i}")
+        return out
+
+    @classmethod
+    def load(cls, source: str | Path | Mapping[str, Any] | Plan, n_layers: int, preset: str = "xquant") -> Plan:
+        """A plan from a Plan, a dictionary or a JSON file; preset: where it starts from if it names none.
+
+        {"preset": "xquant", "window": 128, "pinned": 1, "layers": {"0-3": {"k": {"bits": 4}}, "18": {...}}}: all keys
+        may be left out; layers are those of the cache, counted from 0. ValueError names an unknown key or a bad value.
+        """
+        if isinstance(source, Plan):
+            if len(source.layers) != n_layers:
+                raise ValueError(f"kv_plan has {len(source.layers)} layers, the model's cache has {n_layers}")
+            return source
+        where = "kv_plan"
+        if not isinstance(source, Mapping):
+            where = str(source)
+            try:
+                source = json.loads(Path(source).read_text())
+            except (OSError, ValueError) as error:
+                raise ValueError(f"kv_plan {where}: {error}") from error
+        if not isinstance(source, Mapping):
+            raise ValueError(f"{where}: must be an object, not {type(source).__name__}")
+        _known(source, {"preset", "window", "pinned", "layers"}, where)
+        plan = cls.from_preset(str(source.get("preset", preset)), n_layers)
+        layers = list(plan.layers)
+        for key, change in _mapping(source.get("layers", {}), f"{where}: layers").items():
+            for i in _layer_range(str(key), n_layers, where):
+                layers[i] = _changed(layers[i], _mapping(change, f"{where}: layer {key}"), f"{where}: layer {key}")
+        window, pinned = (_integer(source.get(k, getattr(plan, k)), f"{where}: {k}") for k in ("window", "pinned"))
+        plan = replace(plan, layers=tuple(layers), window=window, pinned=pinned)
+        plan.check()
+        return plan
+
+
+def _integer(value: Any, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not -(2**31) <= value < 2**31:
+        raise ValueError(f"{where} is {value!r}, must be an integer")
+    return value
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} must be an object, not {value!r}")
+    return value
+
+
+def _known(value: Mapping[str, Any], allowed: set[str], where: str) -> None:
+    for key in value:
+        if key not in allowed:
+            raise ValueError(f"{where}: unknown key {key!r}; there are {', '.join(sorted(allowed))}")
+
+
+def _layer_range(text: str, n_layers: int, where: str) -> Iterator[int]:
+    first, _, last = text.partition("-")
+    if not first.isdecimal() or (last and not last.isdecimal()) or text.endswith("-"):
+        raise ValueError(f"{where}: layers {text!r} must be a number or a range such as '0-3'")
+    low, high = int(first), int(last or first)
+    if low > high or high >= n_layers:
+        raise ValueError(f"{where}: layers {text!r} must lie within 0 to {n_layers - 1}")
+    return iter(range(low, high + 1))
+
+
+def _changed(layer: Layer, change: Mapping[str, Any], where: str) -> Layer:
+    _known(change, {"k", "v"}, where)
+    return Layer(*(_changed_side(getattr(layer, name), change.get(name, {}), f"{where}, {name}") for name in "kv"))
+
+
+def _changed_side(side: Side, change: Any, where: str) -> Side:
+    change = _mapping(change, where)
+    _known(change, {field.name for field in fields(Side)}, where)
+    for name, value in change.items():
+        kind = type(getattr(side, name))
+        fits = isinstance(value, (int, float)) if kind is float else type(value) is kind
+        if not fits or isinstance(value, bool) != (kind is bool):
+            raise ValueError(f"{where}: {name} is {value!r}, must be {kind.__name__}")
+        if kind is int:
+            _integer(value, f"{where}: {name}")
+    return replace(side, **change)
