@@ -68,7 +68,8 @@ def side_from_c(c: Any, owner: int) -> Side:
     return Side(c.bits, c.group, FITS[c.fit], PARAMS[c.param], bool(c.rotate), owner, shortest(c.eta))
 
 
-def _fill(c: Any, side: Side, where: str) -> None:
+def side_to_c(c: Any, side: Side, where: str) -> None:
+    """Fills an xq_side."""
     for name, value, names in (("fit", side.fit, FITS), ("param", side.param, PARAMS)):
         if value not in names:
             raise ValueError(f"{where}: {name} is {value!r}, must be one of {', '.join(names)}")
@@ -79,8 +80,8 @@ def _fill(c: Any, side: Side, where: str) -> None:
 def _c_layer(layer: Layer, where: str) -> Any:
     ffi, _ = native.load()
     c = ffi.new("xq_layer *")
-    _fill(c.k, layer.k, f"{where}, K")
-    _fill(c.v, layer.v, f"{where}, V")
+    side_to_c(c.k, layer.k, f"{where}, K")
+    side_to_c(c.v, layer.v, f"{where}, V")
     return c
 
 

@@ -5,29 +5,16 @@ using namespace xq;
 
 namespace {
 
-bool width_ok(int32_t n) { return n >= 16 && n <= XQ_MAX_HEAD_DIM && n % 16 == 0; }
-
 /* XQ_OK if a side can be sealed at this width; codes: whether own codes, and the owner's, are given as they must be. */
 int check(const xq_side *side, bool is_k, int32_t width, const void *rows, int64_t stride, const void *param,
           const void *codes, int32_t code_bits) {
     if (!side || !rows || !param) {
         return fail(XQ_ERR_ARGUMENT, "side, rows and param must not be null");
     }
-    if (!width_ok(width) || stride < width) {
-        return fail(XQ_ERR_ARGUMENT, "head width is %d with rows %lld apart, must be a multiple of 16 from 16 to %d", width,
-                    (long long)stride, XQ_MAX_HEAD_DIM);
+    if (width < 16 || stride < width) {
+        return fail(XQ_ERR_ARGUMENT, "head width is %d with rows %lld apart", width, (long long)stride);
     }
-    xq_plan plan;
-    plan.n_layers = 1;
-    plan.window = plan.pinned = 0;
-    plan.layers[0] = {{0, XQ_PAGE, XQ_FIT_MINMAX, XQ_PARAM_F16, 0, -1, 0}, {0, 0, XQ_FIT_MINMAX, XQ_PARAM_F16, 0, -1, 0}};
-    xq_side &checked = is_k ? plan.layers[0].k : plan.layers[0].v;
-    checked = *side;
-    checked.owner = -1; // which layer the codes come from is the caller's business
-    if (side->owner >= 0 && side->fit == XQ_FIT_LSQ) {
-        checked.fit = XQ_FIT_MINMAX;
-    }
-    if (const int status = xq_plan_check(&plan, nullptr, is_k ? nullptr : &width); status != XQ_OK) {
+    if (const int status = xq_check_side(side, is_k, width); status != XQ_OK) {
         return status;
     }
     if (side->bits > 0 && !codes) {

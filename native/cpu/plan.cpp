@@ -168,16 +168,14 @@ static int bad(int32_t layer, char side, const char *field, double value, const 
 }
 
 /* width: of this side's head, or 0 if unknown. */
-static int check_side(const xq_plan *plan, int32_t l, bool is_k, const int32_t *widths) {
-    const xq_side &side = is_k ? plan->layers[l].k : plan->layers[l].v;
+static int check_fields(const xq_side &side, int32_t l, bool is_k, int32_t width) {
     const char name = is_k ? 'K' : 'V';
-    const int32_t width = widths ? widths[l] : 0;
     if (side.bits < 0 || side.bits > 4) {
         return bad(l, name, "bits", side.bits, "0 to 4");
     }
-    const bool group_known = side.group == 32 || side.group == 64 || side.group == 128;
-    if (is_k ? !group_known : !group_known && side.group != 0) {
-        return bad(l, name, "group", side.group, is_k ? "32, 64 or 128 tokens" : "32, 64 or 128 channels, or 0 for the whole head");
+    if (side.group != 32 && side.group != 64 && side.group != 128 && (is_k || side.group != 0)) {
+        return bad(l, name, "group", side.group,
+                   is_k ? "32, 64 or 128 tokens" : "32, 64 or 128 channels, or 0 for the whole head");
     }
     if (side.fit < 0 || side.fit > XQ_FIT_LSQ) {
         return bad(l, name, "fit", side.fit, "paper, minmax, clip, lloyd or lsq");
@@ -198,26 +196,42 @@ static int check_side(const xq_plan *plan, int32_t l, bool is_k, const int32_t *
         return fail(XQ_ERR_PLAN, "layer %d, V: group %d does not divide the head width %d; use 0 for the whole head", l,
                     side.group, width);
     }
-    if (side.owner < 0) {
-        return side.owner != -1          ? bad(l, name, "owner", side.owner, "an earlier layer, or -1")
-               : side.fit == XQ_FIT_LSQ ? bad(l, name, "fit", side.fit, "paper, minmax, clip or lloyd: lsq is for borrowed codes")
-                                        : XQ_OK;
+    if (side.owner < -1) {
+        return bad(l, name, "owner", side.owner, "an earlier layer, or -1");
+    }
+    if (side.owner < 0 && side.fit == XQ_FIT_LSQ) {
+        return fail(XQ_ERR_PLAN, "layer %d, %c: fit lsq is for borrowed codes; use paper, minmax, clip or lloyd", l, name);
+    }
+    if (side.owner >= 0 && (side.param != XQ_PARAM_F16 || side.fit == XQ_FIT_CLIP || side.fit == XQ_FIT_LLOYD)) {
+        return fail(XQ_ERR_PLAN, "layer %d, %c: borrowed codes need fit paper, minmax or lsq and param f16", l, name);
+    }
+    return XQ_OK;
+}
+
+static int check_side(const xq_plan *plan, int32_t l, bool is_k, const int32_t *widths) {
+    const xq_side &side = is_k ? plan->layers[l].k : plan->layers[l].v;
+    const char name = is_k ? 'K' : 'V';
+    const int32_t width = widths ? widths[l] : 0;
+    if (const int status = check_fields(side, l, is_k, width); status != XQ_OK || side.owner < 0) {
+        return status;
     }
     if (side.owner >= l) {
         return bad(l, name, "owner", side.owner, "an earlier layer, or -1");
     }
     const xq_side &owner = is_k ? plan->layers[side.owner].k : plan->layers[side.owner].v;
     if (owner.owner != -1 || owner.bits < 1 || (widths && widths[side.owner] != width)) {
-        return fail(XQ_ERR_PLAN, "layer %d, %c: owner %d must be a layer of the cache with the same head width and own codes",
-                    l, name, side.owner);
+        return fail(XQ_ERR_PLAN,
+                    "layer %d, %c: owner %d must be a layer of the cache with the same head width and own codes", l, name,
+                    side.owner);
     }
     if (side.bits != owner.bits || side.rotate != owner.rotate) {
         return fail(XQ_ERR_PLAN, "layer %d, %c: bits and rotation must be those of its owner %d", l, name, side.owner);
     }
-    if (side.param != XQ_PARAM_F16 || side.fit == XQ_FIT_CLIP || side.fit == XQ_FIT_LLOYD) {
-        return fail(XQ_ERR_PLAN, "layer %d, %c: borrowed codes need fit paper, minmax or lsq and param f16", l, name);
-    }
     return XQ_OK;
+}
+
+int xq_check_side(const xq_side *side, int32_t is_k, int32_t width) {
+    return side ? check_fields(*side, 0, is_k != 0, width) : fail(XQ_ERR_ARGUMENT, "xq_check_side: null");
 }
 
 int xq_plan_check(const xq_plan *plan, const int32_t *d, const int32_t *e) {

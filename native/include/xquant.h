@@ -117,6 +117,8 @@ XQ_API int xq_layer_parse(const char *text, xq_layer *layer);
 /* Checks every field, and head widths d[n_layers] and e[n_layers]; d and e may be null.
  * A layer with d = 0 is not part of the cache: nothing is checked and nobody may borrow from it. */
 XQ_API int xq_plan_check(const xq_plan *plan, const int32_t *d, const int32_t *e);
+/* Checks one side on its own for a head width; which layer owns its codes is not looked at. */
+XQ_API int xq_check_side(const xq_side *side, int32_t is_k, int32_t width);
 XQ_API int xq_block_layout_of(const xq_layer *layer, int32_t d, int32_t e, xq_block_layout *layout);
 
 /* ---- kernel sets ---- */

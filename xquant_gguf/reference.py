@@ -1,0 +1,310 @@
+"""The codec in numpy: the executable specification that every native kernel set matches byte for byte.
+
+A group of values x becomes B-bit codes and two numbers (arXiv 2510.11236, section 3):
+
+    x^ = base + scale * (code - middle)      code = round((x - base) / scale + middle), within 0 .. 2^B - 1
+
+"f16" parameters store scale and zero (base = zero, middle = 0) as F16; "log8" stores scale = 2^((e - 161) / 8) with
+e in 1 .. 255 and centre = q * scale / 8 with q in -127 .. 127 (base = centre, middle = (2^B - 1) / 2).
+
+Arrays are x [n_j elements of all groups][n_i lanes]: one group a lane.  Keys: j = token of the page, i = channel.
+Values: j = channel of the head, i = token.  All arithmetic is single precision in the order written here: sums run over
+j, roundings are half to even, nothing is contracted.
+
+What follows for special input: a constant group gives scale 0, code 0 and its value exactly with "f16" (with "log8"
+the value to within scale / 2, where scale is at least the value / 15); not-a-numbers count as 0 and infinities, like
+everything beyond F16, as +-65504.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xquant_gguf.plan import PAGE, Side
+
+F32 = np.float32
+Floats = NDArray[np.float32]
+Codes = NDArray[np.uint8]
+
+LOG8_ZERO = 161
+STEPS = np.array([2 ** (j / 8) for j in range(8)]).astype(F32)
+# mantissa bits of 2^((j + 1/2) / 8): where one step of the logarithmic scale rounds to the next
+THRESHOLDS = np.array([2 ** ((j + 0.5) / 8) for j in range(8)]).astype(F32).view(np.uint32) & 0x7FFFFF
+CLIP_ONE_BIT = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
+CLIP_MORE_BITS = (0.0, 0.04, 0.08, 0.12, 0.16, 0.2)
+
+
+@dataclass
+class Parameters:
+    """Scale and base of each lane, and, for log8, what is stored for them."""
+
+    scale: Floats
+    base: Floats
+    middle: np.float32 = F32(0)
+    e: NDArray[np.int32] | None = None
+    q: NDArray[np.int32] | None = None
+
+
+# ---- packing: the unit order of native/include/xquant.h ----
+
+
+def pack(codes: Codes, bits: int) -> bytes:
+    """Codes [n_i][n_j] (both multiples of 16) as bytes: [j / 16][unit of i][64], 3 bits as a 2-bit and a 1-bit part."""
+    if bits == 3:
+        low = np.frombuffer(pack(codes & 3, 2), np.uint8).reshape(codes.shape[1] // 16, -1)
+        high = np.frombuffer(pack(codes >> 2, 1), np.uint8).reshape(codes.shape[1] // 16, -1)
+        return np.concatenate([low, high], axis=1).tobytes()
+    n_i, n_j = codes.shape
+    rows = 32 // bits  # of a unit
+    padded = np.zeros((-(-n_i // rows) * rows, n_j), np.uint8)
+    padded[:n_i] = codes
+    # i = (unit, plane, i % 4), j = (block, j % 16); byte 4 (j % 16) + i % 4 of a unit holds all planes
+    parts = padded.reshape(-1, 8 // bits, 4, n_j // 16, 16).transpose(3, 0, 4, 2, 1)
+    shifts = (bits * np.arange(8 // bits)).astype(np.uint8)
+    return np.bitwise_or.reduce(parts << shifts, axis=-1).astype(np.uint8).tobytes()
+
+
+def unpack(packed: bytes, bits: int, n_i: int, n_j: int) -> Codes:
+    """The way back: codes [n_i][n_j]."""
+    if bits == 3:
+        blocks = np.frombuffer(packed, np.uint8).reshape(n_j // 16, -1)
+        cut = 64 * (-(-n_i // 16))
+        low, high = blocks[:, :cut].tobytes(), blocks[:, cut:].tobytes()
+        return unpack(low, 2, n_i, n_j) | unpack(high, 1, n_i, n_j) << 2
+    units = np.frombuffer(packed, np.uint8).reshape(n_j // 16, -1, 16, 4)
+    shifts = (bits * np.arange(8 // bits)).astype(np.uint8)
+    planes = units[..., None] >> shifts & (2**bits - 1)  # [block][unit][j % 16][i % 4][plane]
+    return planes.transpose(1, 4, 3, 0, 2).reshape(-1, n_j)[:n_i].astype(np.uint8)
+
+
+# ---- parameters ----
+
+
+def _half(x: Floats) -> Floats:
+    return np.clip(x, F32(-65504), F32(65504)).astype(np.float16).astype(F32)
+
+
+def log8_scale(e: NDArray[np.int32]) -> Floats:
+    """2^((e - 161) / 8)."""
+    k = e - LOG8_ZERO
+    return np.ldexp(STEPS[k & 7], k >> 3).astype(F32)
+
+
+def round_parameters(scale: Floats, zero: Floats, bits: int, param: str) -> Parameters:
+    """Scale and zero as they are stored. log8: the scale grows until the centre fits into q."""
+    if param == "f16":
+        return Parameters(_half(scale), _half(zero))
+    middle = F32((2**bits - 1) * 0.5)
+    centre = zero + scale * middle
+    scale = np.maximum(scale, np.abs(centre) * (F32(8) / F32(120)))
+    raw = scale.view(np.uint32)
+    e = ((raw >> 23).astype(np.int32) - 127) * 8 + LOG8_ZERO
+    e += ((raw & 0x7FFFFF)[:, None] >= THRESHOLDS).sum(axis=1, dtype=np.int32)
+    e = np.clip(e, 1, 255)
+    scale = log8_scale(e)
+    unit = scale * F32(0.125)
+    q = np.rint(np.clip(centre * (F32(1) / unit), F32(-127), F32(127)))
+    return Parameters(scale, q * unit, middle, e, q.astype(np.int32))
+
+
+def _param_bytes(p: Parameters, bits: int, param: str) -> bytes:
+    if bits == 0:
+        return p.base.astype(np.float16).tobytes()
+    if param == "f16":
+        return p.scale.astype(np.float16).tobytes() + p.base.astype(np.float16).tobytes()
+    assert p.e is not None and p.q is not None
+    return p.e.astype(np.uint8).tobytes() + p.q.astype(np.int8).tobytes()
+
+
+def _load_parameters(data: bytes, n: int, bits: int, param: str) -> Parameters:
+    if bits == 0:
+        return Parameters(np.zeros(n, F32), np.frombuffer(data, np.float16, n).astype(F32))
+    if param == "f16":
+        scale, zero = np.frombuffer(data, np.float16, 2 * n).astype(F32).reshape(2, n)
+        return Parameters(scale, zero)
+    e = np.frombuffer(data, np.uint8, n).astype(np.int32)
+    q = np.frombuffer(data, np.int8, n, offset=n).astype(F32)
+    scale = log8_scale(e)
+    return Parameters(scale, q * (scale * F32(0.125)), F32((2**bits - 1) * 0.5))
+
+
+# ---- fits ----
+
+
+def _range(x: Floats) -> tuple[Floats, Floats]:
+    low = high = x[0]
+    for row in x[1:]:
+        low, high = np.where(row < low, row, low), np.where(row > high, row, high)
+    return low, high
+
+
+def _relaxed(x: Floats, bits: int, eta: float) -> tuple[Floats, Floats]:
+    """Scale and zero of the range, shrunk by eta at both ends (paper, section 3.2)."""
+    low, high = _range(x)
+    r = high - low
+    return r / F32(2**bits - 1) * (F32(1) - F32(2) * F32(eta)), low + r * F32(eta)
+
+
+def encode(x: Floats, p: Parameters, bits: int) -> Floats:
+    """Codes of x [n][lanes], as floats; a lane of scale 0 has code 0."""
+    inverse = np.where(p.scale != 0, F32(1) / np.where(p.scale != 0, p.scale, F32(1)), F32(0))
+    return np.rint(np.clip((x - p.base) * inverse + p.middle, F32(0), F32(2**bits - 1)))
+
+
+def _least_squares(x: Floats, codes: Floats, flat: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
+    """Scale and zero that fit given codes best; lanes whose codes are all the same get `flat`."""
+    low, high = _range(x)
+    shift = (low + high) * F32(0.5)
+    sum_c = sum_cc = sum_x = sum_xc = np.zeros_like(x[0])
+    for row, c in zip(x, codes, strict=True):
+        y = row - shift
+        sum_c, sum_cc, sum_x, sum_xc = sum_c + c, sum_cc + c * c, sum_x + y, sum_xc + y * c
+    mean_c = sum_c / F32(len(x))
+    variance = sum_cc - sum_c * mean_c
+    usable = variance > F32(0.25)
+    scale = (sum_xc - sum_x * mean_c) / np.where(usable, variance, F32(1))
+    zero = shift + sum_x / F32(len(x)) - scale * mean_c
+    return np.where(usable, scale, flat[0]), np.where(usable, zero, flat[1])
+
+
+def _mean(x: Floats) -> Floats:
+    low, high = _range(x)
+    shift = (low + high) * F32(0.5)
+    total = np.zeros_like(x[0])
+    for row in x:
+        total = total + (row - shift)
+    return shift + total / F32(len(x))
+
+
+def _fit_clip(x: Floats, bits: int, param: str) -> Parameters:
+    """The shrink ratio of least squared error, per lane; the first of equals."""
+    best: Parameters | None = None
+    best_error = np.full_like(x[0], np.inf)
+    for eta in CLIP_ONE_BIT if bits == 1 else CLIP_MORE_BITS:
+        p = round_parameters(*_relaxed(x, bits, eta), bits, param)
+        error = np.zeros_like(x[0])
+        for row, c in zip(x, encode(x, p, bits), strict=True):
+            off = p.base + p.scale * (c - p.middle) - row
+            error = error + off * off
+        better = error < best_error
+        best_error = np.where(better, error, best_error)
+        if best is not None:
+            p.scale, p.base = np.where(better, p.scale, best.scale), np.where(better, p.base, best.base)
+            if p.e is not None and p.q is not None:
+                p.e, p.q = np.where(better, p.e, best.e), np.where(better, p.q, best.q)
+        best = p
+    assert best is not None
+    return best
+
+
+def quantize(x: Floats, side: Side, owner_codes: Codes | None = None) -> tuple[Codes, Parameters]:
+    """One group a lane: codes [n][lanes] and parameters of x [n][lanes]; owner_codes: borrowed ones, kept as they are."""
+    bits, param = side.bits, side.param
+    if bits == 0:
+        return np.zeros(x.shape, np.uint8), Parameters(np.zeros_like(x[0]), _half(_mean(x)))
+    if side.fit == "lsq":
+        assert owner_codes is not None
+        flat = (np.zeros_like(x[0]), _mean(x))
+        return owner_codes, round_parameters(*_least_squares(x, owner_codes.astype(F32), flat), bits, param)
+    if side.fit == "clip":
+        p = _fit_clip(x, bits, param)
+    elif side.fit == "lloyd":
+        fit = _relaxed(x, bits, side.eta)
+        for _ in range(3):
+            fit = _least_squares(x, encode(x, Parameters(*fit), bits), fit)
+        p = round_parameters(*fit, bits, param)
+    else:
+        p = round_parameters(*_relaxed(x, bits, side.eta), bits, param)
+    if owner_codes is not None:
+        return owner_codes, p
+    # the paper's codes belong to the full range, before it was relaxed and rounded
+    grid = Parameters(*_relaxed(x, bits, 0.0)) if side.fit == "paper" else p
+    return encode(x, grid, bits).astype(np.uint8), p
+
+
+# ---- pages ----
+
+
+def hadamard(x: Floats) -> Floats:
+    """x [n][lanes] times the normalised Hadamard matrix along n, in blocks of the largest power of two that divides n."""
+    n = len(x)
+    block = n & -n
+    x = x.copy()
+    h = 1
+    while h < block:
+        y = x.reshape(n // (2 * h), 2, h, -1)
+        x = np.stack([y[:, 0] + y[:, 1], y[:, 0] - y[:, 1]], axis=1).reshape(x.shape)
+        h *= 2
+    return x * F32(1 / np.sqrt(np.float64(block)))
+
+
+def _finite(rows: NDArray[np.float16], valid: NDArray[np.bool_]) -> tuple[Floats, int]:
+    """F32 rows [PAGE][width], tokens that are not valid replaced by the first one that is, and the non-finite inputs."""
+    first = int(valid.argmax()) if valid.any() else PAGE - 1
+    x = rows[np.where(valid, np.arange(PAGE), first)].astype(F32)
+    bad = ~(np.abs(x) <= F32(65504))
+    return np.clip(np.where(np.isnan(x), F32(0), x), F32(-65504), F32(65504)), int(bad.sum())
+
+
+def _seal(side: Side, x: Floats, group: int, owner: bytes | None) -> tuple[bytes, bytes]:
+    n_j, n_i = x.shape
+    owned = None if owner is None or side.bits == 0 else unpack(owner, side.bits, n_i, n_j).T
+    codes = np.zeros((n_j, n_i), np.uint8)
+    parameters = b""
+    for j in range(0, n_j, group):
+        borrowed = None if owned is None else owned[j : j + group]
+        codes[j : j + group], p = quantize(x[j : j + group], side, borrowed)
+        parameters += _param_bytes(p, side.bits, side.param)
+    return (pack(codes.T, side.bits) if side.bits > 0 and owned is None else b""), parameters
+
+
+def _dequantize(side: Side, n_j: int, n_i: int, group: int, codes: bytes, parameters: bytes) -> Floats:
+    c = unpack(codes, side.bits, n_i, n_j).T.astype(F32) if side.bits > 0 else np.zeros((n_j, n_i), F32)
+    size = len(parameters) // (n_j // group)
+    x = np.empty((n_j, n_i), F32)
+    for g, j in enumerate(range(0, n_j, group)):
+        p = _load_parameters(parameters[g * size : (g + 1) * size], n_i, side.bits, side.param)
+        x[j : j + group] = p.base if side.bits == 0 else p.base + p.scale * (c[j : j + group] - p.middle)
+    return x
+
+
+def _value_group(side: Side, e: int) -> int:
+    return e if side.group == 0 or side.group > e else side.group
+
+
+Seal = Callable[[Side, NDArray[np.float16], NDArray[np.bool_], bytes | None], tuple[bytes, bytes, int]]
+
+
+def seal_k(
+    side: Side, rows: NDArray[np.float16], valid: NDArray[np.bool_], owner_codes: bytes | None = None
+) -> tuple[bytes, bytes, int]:
+    """Codes and parameters of the keys of one page and KV head, rows [PAGE][d], and how many inputs were not finite.
+
+    valid [PAGE]: tokens that count. owner_codes: codes to borrow; the codes returned are then empty.
+    """
+    x, bad = _finite(rows, valid)
+    return *_seal(side, x, side.group, owner_codes), bad
+
+
+def seal_v(
+    side: Side, rows: NDArray[np.float16], valid: NDArray[np.bool_], owner_codes: bytes | None = None
+) -> tuple[bytes, bytes, int]:
+    """As seal_k, for values [PAGE][e]; rotated first if the side says so."""
+    x, bad = _finite(rows, valid)
+    y = np.ascontiguousarray(x.T)
+    return *_seal(side, hadamard(y) if side.rotate else y, _value_group(side, rows.shape[1]), owner_codes), bad
+
+
+def dequantize_k(side: Side, d: int, codes: bytes, parameters: bytes) -> Floats:
+    """Keys [PAGE][d] of a sealed page; codes: its own or the owner's."""
+    return _dequantize(side, PAGE, d, side.group, codes, parameters)
+
+
+def dequantize_v(side: Side, e: int, codes: bytes, parameters: bytes) -> Floats:
+    """Values [PAGE][e] of a sealed page, rotated back if they are stored rotated."""
+    x = _dequantize(side, e, PAGE, _value_group(side, e), codes, parameters)
+    return np.ascontiguousarray((hadamard(x) if side.rotate else x).T)
