@@ -1,0 +1,50 @@
+# make         virtual environment in .venv, package installed (one native build, of the fork)
+# make demo    continue a long prompt with an XQuant cache; MODEL=path.gguf for any model
+# make test    the whole test suite
+# make lint    formatting, lint and types, as pre-commit runs them
+# make clean   removes .venv and build
+
+VENV   := .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+# Changes to these build the package again; an unchanged tree builds nothing.
+SOURCES := $(shell find native xquant_gguf tools -type f -not -path '*/lib/*' -not -path '*/__pycache__/*') \
+           CMakeLists.txt pyproject.toml
+MODEL  ?=
+
+.PHONY: all demo test lint clean
+all: $(VENV)/installed
+
+$(VENV)/created:
+	$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed: on Debian, apt-get install python3-venv"; exit 1; }
+	touch $@
+
+# LLAMA_BUILD=OFF: of llama-cpp-python only the Python part is installed, so that llama.cpp is compiled once, by us.
+$(VENV)/installed: $(VENV)/created $(SOURCES)
+	CMAKE_ARGS="-DLLAMA_BUILD=OFF $(CMAKE_ARGS)" $(BIN)/python -m pip install --progress-bar off -v ".[test]" \
+	  > $(VENV)/install.log 2>&1 & pid=$$!; echo "installing (log: $(VENV)/install.log)"; \
+	  while kill -0 $$pid 2>/dev/null; do sleep 5; \
+	    line=$$(grep -o '^ *\[[0-9]*/[0-9]*\]' $(VENV)/install.log | tail -n 1); \
+	    [ -n "$$line" ] && printf '\r  native build %s ' "$$line"; done; echo; \
+	  wait $$pid || { tail -n 40 $(VENV)/install.log; exit 1; }
+	touch $@
+
+demo: all
+	@model="$(MODEL)"; [ -n "$$model" ] || model=$$($(BIN)/python tools/fetch_model.py) && \
+	  $(BIN)/xquant-gguf generate "$$model" --kv-type xquant --prompt-file README.md --n-ctx 8192 --max-tokens 100
+
+test: all
+	$(BIN)/python -m pytest
+
+$(VENV)/dev: $(VENV)/installed
+	$(BIN)/python -m pip install -q ruff mypy clang-format pre-commit
+	touch $@
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'native/*.h' 'native/*.cpp')
+
+clean:
+	rm -rf $(VENV) build
