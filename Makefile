@@ -21,13 +21,13 @@ $(VENV)/created:
 
 # LLAMA_BUILD=OFF: of llama-cpp-python only the Python part is installed, so that llama.cpp is compiled once, by us.
 $(VENV)/installed: $(VENV)/created $(SOURCES)
-	CMAKE_ARGS="-DLLAMA_BUILD=OFF $(CMAKE_ARGS)" $(BIN)/python -m pip install --progress-bar off -v ".[test]" \
+	@CMAKE_ARGS="-DLLAMA_BUILD=OFF $(CMAKE_ARGS)" $(BIN)/python -m pip install --progress-bar off -v ".[test]" \
 	  > $(VENV)/install.log 2>&1 & pid=$$!; echo "installing (log: $(VENV)/install.log)"; \
 	  while kill -0 $$pid 2>/dev/null; do sleep 5; \
 	    line=$$(grep -o '^ *\[[0-9]*/[0-9]*\]' $(VENV)/install.log | tail -n 1); \
 	    [ -n "$$line" ] && printf '\r  native build %s ' "$$line"; done; echo; \
 	  wait $$pid || { tail -n 40 $(VENV)/install.log; exit 1; }
-	touch $@
+	@touch $@
 
 demo: all
 	@model="$(MODEL)"; [ -n "$$model" ] || model=$$($(BIN)/python tools/fetch_model.py) && \
