@@ -34,7 +34,7 @@ demo: all
 	  $(BIN)/xquant-gguf generate "$$model" --kv-type xquant --prompt-file README.md --n-ctx 8192 --max-tokens 100
 
 test: all
-	$(BIN)/python -m pytest
+	$(BIN)/pytest
 
 $(VENV)/dev: $(VENV)/installed
 	$(BIN)/python -m pip install -q ruff mypy clang-format pre-commit

@@ -202,12 +202,13 @@ def test_the_forced_set_really_ran(kernels: str) -> None:
 
 
 @pytest.mark.parametrize("kernels", ["mmx", "neon" if "scalar" in SETS and "avx2" in SETS else "avx2"])
-def test_forcing_a_set_that_cannot_run_is_an_error(kernels: str) -> None:
+def test_forcing_a_set_that_cannot_run_is_an_error(kernels: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f'kernel set "{kernels}" .* this machine can run'), codec.force_kernels(kernels):
         pass
     out = subprocess.run(
         [sys.executable, "-c", "from xquant_gguf import codec; codec.kernels()"],
         env={**os.environ, "XQUANT_KERNELS": kernels},
+        cwd=tmp_path,  # the installed package, not the source tree
         capture_output=True,
         text=True,
         check=False,
@@ -216,8 +217,9 @@ def test_forcing_a_set_that_cannot_run_is_an_error(kernels: str) -> None:
     assert f'XQUANT_KERNELS: kernel set "{kernels}"' in out.stderr
 
 
-def test_the_environment_chooses_the_set() -> None:
+def test_the_environment_chooses_the_set(tmp_path: Path) -> None:
     program = "from xquant_gguf import codec; print(codec.kernels())"
     env = {**os.environ, "XQUANT_KERNELS": "scalar"}
-    out = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", program]
+    out = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "scalar"
