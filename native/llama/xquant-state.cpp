@@ -248,8 +248,12 @@ void cache::state_read(llama_io_read_i &io, llama_seq_id seq_id) {
                 kv.v_heads[first + i] = std::min(heads[i], cells(first + i).size());
             }
         }
-    } catch (...) {
-        kv.state_clear(seq_id);
+    } catch (...) { // pages without cells count as free, whatever was read into them
+        if (whole) {
+            kv.clear(false);
+        } else {
+            kv.seq_rm(seq_id, -1, -1);
+        }
         throw;
     }
 }

@@ -1,0 +1,98 @@
+"""A llama.cpp context through the low-level bindings, for what Llama does not expose: sequences, streams, state."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xquant_gguf import fork
+from xquant_gguf.llama import llama_cpp
+
+Logits = NDArray[np.float32]
+TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
+
+
+class Context:
+    """One model and one context. kv_type: f16, q8_0, q4_0 or an XQuant preset."""
+
+    def __init__(
+        self, path: Path, kv_type: str, *, n_ctx: int = 2048, n_ubatch: int = 128, n_seq: int = 1, unified: bool = True
+    ) -> None:
+        model = llama_cpp.llama_model_default_params()
+        self.overrides = (llama_cpp.llama_model_kv_override * 2)()
+        if kv_type not in TYPES:
+            self.overrides[0].key = b"xquant.preset"
+            self.overrides[0].tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR
+            # reading the bytes field gives a copy: write to its address
+            ctypes.memmove(ctypes.addressof(self.overrides[0].value), kv_type.encode() + b"\0", len(kv_type) + 1)
+            model.kv_overrides = self.overrides
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), model)
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, n_ctx, n_ubatch, n_seq
+        params.kv_unified = unified
+        params.n_threads = params.n_threads_batch = 1
+        params.type_k = params.type_v = TYPES.get(kv_type, fork.GGML_TYPE_XQUANT)
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        self.ctx = llama_cpp.llama_init_from_model(self.model, params)
+        if not self.ctx:
+            raise ValueError(fork.error())
+        self.memory = llama_cpp.llama_get_memory(self.ctx)
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def close(self) -> None:
+        llama_cpp.llama_free(self.ctx)
+        llama_cpp.llama_model_free(self.model)
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def decode(self, tokens: Sequence[int], first: int, sequences: Sequence[int] = (0,)) -> Logits:
+        """Logits [token][vocabulary] of tokens at positions first, first + 1, ... in the given sequences."""
+        return self.decode_mixed([(t, first + i, sequences) for i, t in enumerate(tokens)])
+
+    def decode_mixed(self, rows: Sequence[tuple[int, int, Sequence[int]]]) -> Logits:
+        """Logits of (token, position, sequences) rows in one batch; RuntimeError with llama_decode's code."""
+        batch = llama_cpp.llama_batch_init(len(rows), 0, max(len(s) for _, _, s in rows))
+        try:
+            batch.n_tokens = len(rows)
+            for i, (token, position, sequences) in enumerate(rows):
+                batch.token[i], batch.pos[i], batch.logits[i] = token, position, 1
+                batch.n_seq_id[i] = len(sequences)
+                for j, s in enumerate(sequences):
+                    batch.seq_id[i][j] = s
+            code = llama_cpp.llama_decode(self.ctx, batch)
+            if code != 0:
+                raise RuntimeError(f"llama_decode: {code}")
+            n = len(rows) * self.n_vocab
+            pointer = ctypes.cast(llama_cpp.llama_get_logits(self.ctx), ctypes.POINTER(ctypes.c_float * n))
+            return np.frombuffer(pointer.contents, np.float32).reshape(len(rows), -1).copy()
+        finally:
+            llama_cpp.llama_batch_free(batch)
+
+    def save(self, sequence: int | None = None) -> bytes:
+        """The state of everything, or of one sequence."""
+        get = llama_cpp.llama_state_get_data if sequence is None else llama_cpp.llama_state_seq_get_data
+        size = llama_cpp.llama_state_get_size(self.ctx) if sequence is None else 0
+        size = size or llama_cpp.llama_state_seq_get_size(self.ctx, sequence)
+        data = (ctypes.c_uint8 * size)()
+        written = get(self.ctx, data, size, *(() if sequence is None else (sequence,)))
+        return bytes(data[:written])
+
+    def load(self, state: bytes, sequence: int | None = None) -> int:
+        """Bytes read; 0 if the state was refused."""
+        data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if sequence is None:
+            return int(llama_cpp.llama_state_set_data(self.ctx, data, len(state)))
+        return int(llama_cpp.llama_state_seq_set_data(self.ctx, data, len(state), sequence))
+
+    def info(self) -> dict[str, int]:
+        out = fork.info(self.ctx)
+        assert out is not None
+        return out
