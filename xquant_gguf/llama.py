@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +48,7 @@ class Llama(llama_cpp.Llama):
 
         Raises ValueError if arguments contradict each other, or the model cannot have such a cache.
         """
+        self._stack = contextlib.ExitStack()  # llama_cpp closes it even if a check below raises
         self._kv_type = _checked_kv_type(kv_type, kv_plan, kwargs)
         self._kv_plan = kv_plan
         self._given_overrides = kwargs.get("kv_overrides")

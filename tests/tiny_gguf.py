@@ -1,0 +1,141 @@
+"""Random tiny models as GGUF files: F32 weights and a byte vocabulary, loaded by llama.cpp in milliseconds.
+
+Three architectures cover what a KV cache can meet: `llama` (RoPE on interleaved pairs), `qwen2` (RoPE on halves, biases
+on query, key and value) and `mimo2` (as qwen2 without biases, but key and value heads may differ in width, and every
+head has an attention sink). llama.cpp insists on a sliding layer in mimo2: the last one, whose attention adds zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+Weights = dict[str, NDArray[np.float32]]
+
+N_BYTES = 256
+SPECIAL = ("<unk>", "<s>", "</s>")
+N_VOCAB = 288  # special tokens, bytes, then single letters
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a tiny model looks like; the defaults are grouped-query attention with heads of 64."""
+
+    arch: str = "llama"
+    n_layer: int = 4
+    n_embd: int = 96
+    n_ff: int = 160
+    n_head: int = 4
+    n_head_kv: int = 2
+    key_length: int = 64
+    value_length: int = 64
+    freq_base: float = 10000.0
+    rms_eps: float = 1e-5
+    n_ctx: int = 4096
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.arch not in ("llama", "qwen2", "mimo2"):
+            raise ValueError(f"arch must be llama, qwen2 or mimo2, not {self.arch!r}")
+        if self.arch != "mimo2" and self.key_length != self.value_length:
+            raise ValueError(f"{self.arch} needs key_length = value_length, not {self.key_length}, {self.value_length}")
+        if self.arch == "qwen2" and self.n_embd != self.n_head * self.key_length:
+            raise ValueError(f"qwen2 needs n_embd = n_head * key_length, not {self.n_embd}")
+        if self.n_head % self.n_head_kv != 0:
+            raise ValueError(f"n_head_kv must divide n_head = {self.n_head}, not {self.n_head_kv}")
+
+    @property
+    def rope_halves(self) -> bool:
+        """RoPE turns channel i with i + d/2 instead of 2i with 2i + 1."""
+        return self.arch != "llama"
+
+
+def random_weights(shape: Shape) -> Weights:
+    """Weights by their GGUF names, matrices as [out][in].
+
+    Scores have a standard deviation of about 1, so that every page matters. What a layer adds is small beside the
+    residual stream: a code that flips because a key differs in its last bit stays a small error, where larger gains
+    would let it flip codes in all later layers. Keys with biases get channels with a large constant part, as real
+    models have them.
+    """
+    rng = np.random.default_rng(shape.seed)
+
+    def matrix(n_out: int, n_in: int, gain: float) -> NDArray[np.float32]:
+        return (rng.standard_normal((n_out, n_in)) * gain / np.sqrt(n_in)).astype(np.float32)
+
+    def norm(n: int) -> NDArray[np.float32]:
+        return (1.0 + 0.1 * rng.standard_normal(n)).astype(np.float32)
+
+    n_q, n_k = shape.n_head * shape.key_length, shape.n_head_kv * shape.key_length
+    n_v, n_o = shape.n_head_kv * shape.value_length, shape.n_head * shape.value_length
+    weights: Weights = {
+        "token_embd.weight": matrix(N_VOCAB, shape.n_embd, np.sqrt(shape.n_embd)),
+        "output_norm.weight": norm(shape.n_embd),
+        "output.weight": matrix(N_VOCAB, shape.n_embd, 2.0),
+    }
+    for il in range(shape.n_layer):
+        block = f"blk.{il}."
+        weights[block + "attn_norm.weight"] = norm(shape.n_embd)
+        weights[block + "attn_q.weight"] = matrix(n_q, shape.n_embd, 1.0)
+        weights[block + "attn_k.weight"] = matrix(n_k, shape.n_embd, 1.0)
+        weights[block + "attn_v.weight"] = matrix(n_v, shape.n_embd, 1.0)
+        weights[block + "attn_output.weight"] = matrix(shape.n_embd, n_o, 0.2)
+        if shape.arch == "qwen2":
+            for name, n, gain in (("q", n_q, 0.3), ("k", n_k, 2.0), ("v", n_v, 0.3)):
+                weights[block + f"attn_{name}.bias"] = (gain * rng.standard_normal(n)).astype(np.float32)
+        if shape.arch == "mimo2":
+            weights[block + "attn_sinks.weight"] = (2.0 + rng.standard_normal(shape.n_head)).astype(np.float32)
+            if il == shape.n_layer - 1:
+                weights[block + "attn_output.weight"][:] = 0.0
+        weights[block + "ffn_norm.weight"] = norm(shape.n_embd)
+        weights[block + "ffn_gate.weight"] = matrix(shape.n_ff, shape.n_embd, 1.0)
+        weights[block + "ffn_up.weight"] = matrix(shape.n_ff, shape.n_embd, 1.0)
+        weights[block + "ffn_down.weight"] = matrix(shape.n_embd, shape.n_ff, 0.3)
+    return weights
+
+
+def write(path: Path, shape: Shape, weights: Weights) -> Path:
+    """Writes the model as a GGUF file and returns its path."""
+    writer = gguf.GGUFWriter(path, shape.arch)
+    writer.add_name("tiny random model")
+    writer.add_context_length(shape.n_ctx)
+    writer.add_embedding_length(shape.n_embd)
+    writer.add_block_count(shape.n_layer)
+    writer.add_feed_forward_length(shape.n_ff)
+    writer.add_head_count(shape.n_head)
+    writer.add_head_count_kv(shape.n_head_kv)
+    writer.add_key_length(shape.key_length)
+    writer.add_value_length(shape.value_length)
+    writer.add_rope_dimension_count(shape.key_length)
+    writer.add_rope_freq_base(shape.freq_base)
+    writer.add_layer_norm_rms_eps(shape.rms_eps)
+    writer.add_vocab_size(N_VOCAB)
+    if shape.arch == "mimo2":
+        writer.add_sliding_window(128)
+        writer.add_sliding_window_pattern([il == shape.n_layer - 1 for il in range(shape.n_layer)])
+        # The key must be there; the model has no experts.
+        writer.add_expert_feed_forward_length(shape.n_ff)
+
+    n_letters = N_VOCAB - len(SPECIAL) - N_BYTES
+    tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(N_BYTES)), *(chr(ord("a") + i) for i in range(n_letters))]
+    kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
+    kinds += [gguf.TokenType.BYTE] * N_BYTES + [gguf.TokenType.NORMAL] * n_letters
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * N_VOCAB)
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_space_prefix(False)
+
+    for name, tensor in weights.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
