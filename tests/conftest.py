@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def smollm2() -> str:
     """Path of SmolLM2-135M-Instruct, fetched once into the user's cache folder."""
     spec = importlib.util.spec_from_file_location("fetch_model", ROOT / "tools" / "fetch_model.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return str(module.fetch())

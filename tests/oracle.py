@@ -31,7 +31,8 @@ Array = NDArray[np.float64]
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """x [n][width] over its root mean square, times weight [width]."""
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    scaled: Array = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    return scaled
 
 
 def rope(x: Array, positions: NDArray[np.int64], freq_base: float, halves: bool) -> Array:

@@ -32,7 +32,9 @@ def xquant(path: Path) -> Iterator[Context]:
 
 def kld(a: Logits, b: Logits) -> float:
     """Mean KL divergence of rows of logits."""
-    a, b = (x - np.log(np.exp(x - x.max(1, keepdims=True)).sum(1, keepdims=True)) - x.max(1, keepdims=True) for x in (a, b))
+    a, b = (
+        x - np.log(np.exp(x - x.max(1, keepdims=True)).sum(1, keepdims=True)) - x.max(1, keepdims=True) for x in (a, b)
+    )
     return float((np.exp(a) * (a - b)).sum(1).mean())
 
 
@@ -54,7 +56,9 @@ def test_pages_and_bytes(xquant: Context) -> None:
     info = xquant.info()
     # 1000 tokens are 8 pages; the last micro-batch began at 896: pages 1 to 5 were older than its window
     assert (info["pages_sealed"], info["pages_open"]) == (5, 3)
-    block = plan.true_bits(shapes) / 8 * PAGE * SHAPE.n_layer * SHAPE.n_head_kv * (SHAPE.key_length + SHAPE.value_length)
+    block = (
+        plan.true_bits(shapes) / 8 * PAGE * SHAPE.n_layer * SHAPE.n_head_kv * (SHAPE.key_length + SHAPE.value_length)
+    )
     rows = 2 * PAGE * SHAPE.n_layer * SHAPE.n_head_kv * (SHAPE.key_length + SHAPE.value_length)
     assert info["bytes_used"] == 5 * block + 3 * rows
 

@@ -47,7 +47,9 @@ def test_evaluate(smollm2: str, tmp_path: Path, prose: str, capfd: pytest.Captur
     text, out = tmp_path / "text.txt", tmp_path / "out.json"
     text.write_text(prose)
     arguments = ["--tokens", "1024", "--n-ctx", "1024", "--n-ubatch", "128", "--skip", "512", "--json", str(out)]
-    assert main(["evaluate", smollm2, "--text", str(text), "--kv-types", "f16,q4_0,xquant,xquant-tiny", *arguments]) == 0
+    assert (
+        main(["evaluate", smollm2, "--text", str(text), "--kv-types", "f16,q4_0,xquant,xquant-tiny", *arguments]) == 0
+    )
     assert "xquant-tiny" in capfd.readouterr().out
     results = {r["kv_type"]: r for r in json.loads(out.read_text())["results"]}
     names = {"kv_type", "ppl", "kld", "kld_p99", "top1", "true_bits", "equivalent_bits", "kv_bytes"}

@@ -65,7 +65,9 @@ def sides(draw: st.DrawFn, is_k: bool) -> tuple[Side, int]:
 def test_seal_and_unseal_match_the_reference(kernels: str, name: str, data: st.DataObject) -> None:
     side, width = data.draw(sides(name == "k"))
     rows = made_rows(data.draw(st.sampled_from(KINDS)), width, data.draw(st.integers(0, 99)))
-    valid = np.random.default_rng(data.draw(st.integers(0, 99))).random(PAGE) < data.draw(st.sampled_from((0.1, 0.9, 1)))
+    valid = np.random.default_rng(data.draw(st.integers(0, 99))).random(PAGE) < data.draw(
+        st.sampled_from((0.1, 0.9, 1))
+    )
     owner = None
     if side.owner >= 0:
         other = made_rows("normal", width, 1000)
@@ -203,7 +205,10 @@ def test_the_forced_set_really_ran(kernels: str) -> None:
 
 @pytest.mark.parametrize("kernels", ["mmx", "neon" if "scalar" in SETS and "avx2" in SETS else "avx2"])
 def test_forcing_a_set_that_cannot_run_is_an_error(kernels: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f'kernel set "{kernels}" .* this machine can run'), codec.force_kernels(kernels):
+    with (
+        pytest.raises(ValueError, match=f'kernel set "{kernels}" .* this machine can run'),
+        codec.force_kernels(kernels),
+    ):
         pass
     out = subprocess.run(
         [sys.executable, "-c", "from xquant_gguf import codec; codec.kernels()"],

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from xquant_gguf import Llama, Plan, fork
@@ -45,7 +44,9 @@ def test_streaming_logprobs_and_grammar(smollm2: str) -> None:
     assert llm("Is water wet? ", max_tokens=4, grammar=grammar)["choices"][0]["text"] in ("yes", "no")
     out = llm("One two three four", max_tokens=3, logprobs=2, temperature=0)
     assert len(out["choices"][0]["logprobs"]["token_logprobs"]) == 3
-    parts = [chunk["choices"][0]["text"] for chunk in llm("One two three four", max_tokens=5, stream=True, temperature=0)]
+    parts = [
+        chunk["choices"][0]["text"] for chunk in llm("One two three four", max_tokens=5, stream=True, temperature=0)
+    ]
     assert len(parts) >= 5
     llm.close()
 

@@ -109,7 +109,10 @@ def test_dictionary_round_trip(tmp_path: Path) -> None:
         ({"layers": {"1": {"k": {"rotate": True}}}}, "rotate is 1, must be 0"),
         ({"layers": {"1": {"v": {"eta": 0.5}}}}, "eta is 0.5, must be in"),
         ({"layers": {"1": {"v": {"owner": 3}}}}, "borrowed codes need fit paper"),
-        ({"layers": {"0-3": {"v": {"fit": "paper", "param": "f16"}}, "1": {"v": {"owner": 2}}}}, "owner is 2, must be an ea"),
+        (
+            {"layers": {"0-3": {"v": {"fit": "paper", "param": "f16"}}, "1": {"v": {"owner": 2}}}},
+            "owner is 2, must be an ea",
+        ),
         ({"layers": {"0-3": {"v": {"fit": "lsq"}}}}, "fit lsq is for borrowed codes"),
         ([1], "must be an object"),
     ],

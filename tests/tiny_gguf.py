@@ -65,7 +65,8 @@ def random_weights(shape: Shape) -> Weights:
     rng = np.random.default_rng(shape.seed)
 
     def matrix(n_out: int, n_in: int, gain: float) -> NDArray[np.float32]:
-        return (rng.standard_normal((n_out, n_in)) * gain / np.sqrt(n_in)).astype(np.float32)
+        values: NDArray[np.float32] = (rng.standard_normal((n_out, n_in)) * gain / np.sqrt(n_in)).astype(np.float32)
+        return values
 
     def norm(n: int) -> NDArray[np.float32]:
         return (1.0 + 0.1 * rng.standard_normal(n)).astype(np.float32)

@@ -96,7 +96,8 @@ def unpack(archive: Path, out: Path) -> None:
 def insert(tree: Path) -> None:
     """Applies the table of insertions; stops if an anchor is missing or not unique."""
     spec = importlib.util.spec_from_file_location("insertions", TABLE)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
     for number, (file, anchor, text, where) in enumerate(table.INSERTIONS, 1):

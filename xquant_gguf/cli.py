@@ -21,7 +21,10 @@ from xquant_gguf.plan import preset_names
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows as aligned columns, the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in rows)
+    lines = (
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -35,7 +38,9 @@ def bytes_table(llm: Llama, n_ctx: int) -> str:
 
 def generate(args: argparse.Namespace) -> int:
     prompt = Path(args.prompt_file).read_text() if args.prompt_file else args.prompt
-    llm = Llama(args.model, kv_type=args.kv_type, kv_plan=args.kv_plan, n_ctx=args.n_ctx, verbose=False, **_threads(args))
+    llm = Llama(
+        args.model, kv_type=args.kv_type, kv_plan=args.kv_plan, n_ctx=args.n_ctx, verbose=False, **_threads(args)
+    )
     tokens = llm.tokenize(prompt.encode(), special=True)
     if len(tokens) + args.max_tokens > llm.n_ctx():
         tokens = tokens[: max(llm.n_ctx() - args.max_tokens, 1)]
@@ -76,8 +81,10 @@ def inspect(args: argparse.Namespace) -> int:
         print(json.dumps({**{k: info[k] for k in keys}, "n_ctx": args.n_ctx, "kv_bytes": sizes}, indent=2))
         return 0
     rows = [["layer", "K bits", "V bits"]]
-    rows += [[str(i), str(k), str(v)] for i, k, v in zip(info["layers"], info["k_bits"], info["v_bits"])]
-    print(f"{info['preset']}: {info['true_bits']:.3f} true bits, {info['equivalent_bits']:.3f} equivalent bits a value, ")
+    rows += [[str(i), str(k), str(v)] for i, k, v in zip(info["layers"], info["k_bits"], info["v_bits"], strict=True)]
+    print(
+        f"{info['preset']}: {info['true_bits']:.3f} true bits, {info['equivalent_bits']:.3f} equivalent bits a value, "
+    )
     print(f"the newest {info['window']} tokens in F16; kernels {info['kernels']}\n\n{table(rows)}\n")
     print(bytes_table(llm, args.n_ctx))
     return 0

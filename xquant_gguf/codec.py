@@ -87,7 +87,7 @@ def hadamard(x: ArrayLike) -> NDArray[np.float32]:
 
 def _part_sizes(side: Side, width: int, is_k: bool) -> tuple[int, int]:
     """Bytes of the codes and of the parameters of one side of a block, without padding."""
-    ffi, lib = native.load()
+    _ffi, lib = native.load()
     length, n = (PAGE, width) if is_k else (width, PAGE)
     group = length if side.group == 0 or side.group > length else side.group
     param = length // max(group, 1) * n * (2 if side.bits == 0 or side.param == "log8" else 4)
@@ -132,7 +132,9 @@ def _unseal(name: str, side: Side, width: int, codes: bytes, param: bytes) -> ND
     _check(lib.xq_check_side(c, int(name == "k"), width))
     sizes = _part_sizes(side, width, name == "k")
     if (len(codes), len(param)) != sizes:
-        raise ValueError(f"codes and param have {len(codes)} and {len(param)} bytes, must have {sizes[0]} and {sizes[1]}")
+        raise ValueError(
+            f"codes and param have {len(codes)} and {len(param)} bytes, must have {sizes[0]} and {sizes[1]}"
+        )
     out = np.empty((PAGE, width), np.float16)
     buffers = [ffi.from_buffer("uint8_t[]", part) for part in (codes, param)]
     call = getattr(lib, f"xq_unseal_{name}")
@@ -166,4 +168,3 @@ def unseal_k(side: Side, d: int, codes: bytes, param: bytes) -> NDArray[np.float
 def unseal_v(side: Side, e: int, codes: bytes, param: bytes) -> NDArray[np.float16]:
     """Values [128][e] of a sealed page, rotated back if they are stored rotated."""
     return _unseal("v", side, e, codes, param)
-

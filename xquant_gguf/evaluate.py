@@ -80,7 +80,9 @@ def evaluate(
     models = {kv: reference if kv == "f16" else Llama(model_path, kv_type=kv, **common) for kv in kv_types}
     tokens = reference.tokenize(text.encode(), special=False)[:n_tokens]
     if len(tokens) < n_tokens or min(n_tokens, n_ctx) <= skip + 1:
-        raise ValueError(f"the text has {len(tokens)} tokens: {n_tokens} were asked for, and more than {skip + 1} needed")
+        raise ValueError(
+            f"the text has {len(tokens)} tokens: {n_tokens} were asked for, and more than {skip + 1} needed"
+        )
 
     tallies = {kv: Tally() for kv in kv_types}
     bar = tqdm(total=n_tokens * len({"f16", *kv_types}), unit="token", disable=not progress)

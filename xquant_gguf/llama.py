@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xquant_gguf import fork, native
-from xquant_gguf.plan import Plan, Shape, preset_names
+from xquant_gguf.plan import Plan, preset_names
 
 fork.use()
 
@@ -210,4 +210,4 @@ def cache_table(llm: Llama, n_ctx: int) -> dict[str, int]:
     return table
 
 
-__all__ = ["LLAMA_TYPES", "Llama", "Shape", "cache_table"]
+__all__ = ["LLAMA_TYPES", "Llama", "cache_table", "llama_cpp"]

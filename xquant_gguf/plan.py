@@ -123,11 +123,13 @@ class Plan:
         c = ffi.new("xq_plan *")
         if lib.xq_plan_preset(name.encode(), n_layers, c) != 0:
             raise ValueError(native.error())
-        layers = tuple(Layer(*(side_from_c(side, side.owner) for side in (c.layers[i].k, c.layers[i].v))) for i in range(n_layers))
+        layers = tuple(
+            Layer(*(side_from_c(side, side.owner) for side in (c.layers[i].k, c.layers[i].v))) for i in range(n_layers)
+        )
         return cls(name, layers, c.window, c.pinned)
 
     def check(self, shapes: Sequence[Shape] | None = None) -> None:
-        """ValueError if a field is out of range or does not fit the shapes; it names layer, field and what is allowed."""
+        """ValueError if a field is out of range or does not fit the shapes: names layer, field and what is allowed."""
         ffi, lib = native.load()
         c = ffi.new("xq_plan *")
         c.n_layers, c.window, c.pinned = len(self.layers), self.window, self.pinned
@@ -175,7 +177,9 @@ class Plan:
         standard = Plan.from_preset(self.preset, len(self.layers))
         for i, layer in enumerate(self.layers):
             if layer != standard.layers[i]:
-                sides = (replace(s, owner=s.owner if s.owner < 0 else model_layers[s.owner]) for s in (layer.k, layer.v))
+                sides = (
+                    replace(s, owner=s.owner if s.owner < 0 else model_layers[s.owner]) for s in (layer.k, layer.v)
+                )
                 out[f"xquant.layer.{model_layers[i]}"] = layer_text(Layer(*sides), f"layer {i}")
         return out
 

@@ -55,8 +55,8 @@ class Parameters:
 def pack(codes: Codes, bits: int) -> bytes:
     """Codes [n_i][n_j] (both multiples of 16) as bytes: [j / 16][unit of i][64], 3 bits as a 2-bit and a 1-bit part."""
     if bits == 3:
-        low = np.frombuffer(pack(codes & 3, 2), np.uint8).reshape(codes.shape[1] // 16, -1)
-        high = np.frombuffer(pack(codes >> 2, 1), np.uint8).reshape(codes.shape[1] // 16, -1)
+        low = np.frombuffer(pack((codes & 3).astype(np.uint8), 2), np.uint8).reshape(codes.shape[1] // 16, -1)
+        high = np.frombuffer(pack((codes >> 2).astype(np.uint8), 1), np.uint8).reshape(codes.shape[1] // 16, -1)
         return np.concatenate([low, high], axis=1).tobytes()
     n_i, n_j = codes.shape
     rows = 32 // bits  # of a unit
@@ -74,7 +74,7 @@ def unpack(packed: bytes, bits: int, n_i: int, n_j: int) -> Codes:
         blocks = np.frombuffer(packed, np.uint8).reshape(n_j // 16, -1)
         cut = 64 * (-(-n_i // 16))
         low, high = blocks[:, :cut].tobytes(), blocks[:, cut:].tobytes()
-        return unpack(low, 2, n_i, n_j) | unpack(high, 1, n_i, n_j) << 2
+        return (unpack(low, 2, n_i, n_j) | unpack(high, 1, n_i, n_j) << 2).astype(np.uint8)
     units = np.frombuffer(packed, np.uint8).reshape(n_j // 16, -1, 16, 4)
     shifts = (bits * np.arange(8 // bits)).astype(np.uint8)
     planes = units[..., None] >> shifts & (2**bits - 1)  # [block][unit][j % 16][i % 4][plane]
@@ -116,7 +116,8 @@ def _param_bytes(p: Parameters, bits: int, param: str) -> bytes:
         return p.base.astype(np.float16).tobytes()
     if param == "f16":
         return p.scale.astype(np.float16).tobytes() + p.base.astype(np.float16).tobytes()
-    assert p.e is not None and p.q is not None
+    assert p.e is not None
+    assert p.q is not None
     return p.e.astype(np.uint8).tobytes() + p.q.astype(np.int8).tobytes()
 
 
@@ -194,7 +195,7 @@ def _fit_clip(x: Floats, bits: int, param: str) -> Parameters:
         best_error = np.where(better, error, best_error)
         if best is not None:
             p.scale, p.base = np.where(better, p.scale, best.scale), np.where(better, p.base, best.base)
-            if p.e is not None and p.q is not None:
+            if p.e is not None and p.q is not None and best.e is not None and best.q is not None:
                 p.e, p.q = np.where(better, p.e, best.e), np.where(better, p.q, best.q)
         best = p
     assert best is not None
@@ -202,7 +203,7 @@ def _fit_clip(x: Floats, bits: int, param: str) -> Parameters:
 
 
 def quantize(x: Floats, side: Side, owner_codes: Codes | None = None) -> tuple[Codes, Parameters]:
-    """One group a lane: codes [n][lanes] and parameters of x [n][lanes]; owner_codes: borrowed ones, kept as they are."""
+    """One group a lane: codes [n][lanes] and parameters of x [n][lanes]; owner_codes: borrowed ones, kept."""
     bits, param = side.bits, side.param
     if bits == 0:
         return np.zeros(x.shape, np.uint8), Parameters(np.zeros_like(x[0]), _half(_mean(x)))
@@ -230,7 +231,7 @@ def quantize(x: Floats, side: Side, owner_codes: Codes | None = None) -> tuple[C
 
 
 def hadamard(x: Floats) -> Floats:
-    """x [n][lanes] times the normalised Hadamard matrix along n, in blocks of the largest power of two that divides n."""
+    """x [n][lanes] times the normalised Hadamard matrix along n, in blocks of the largest power of two dividing n."""
     n = len(x)
     block = n & -n
     x = x.copy()
@@ -243,7 +244,7 @@ def hadamard(x: Floats) -> Floats:
 
 
 def _finite(rows: NDArray[np.float16], valid: NDArray[np.bool_]) -> tuple[Floats, int]:
-    """F32 rows [PAGE][width], tokens that are not valid replaced by the first one that is, and the non-finite inputs."""
+    """F32 rows [PAGE][width], invalid tokens replaced by the first valid one, and the number of non-finite inputs."""
     first = int(valid.argmax()) if valid.any() else PAGE - 1
     x = rows[np.where(valid, np.arange(PAGE), first)].astype(F32)
     bad = ~(np.abs(x) <= F32(65504))

@@ -6,7 +6,9 @@
 
 using namespace xq;
 
-static bool width_ok(int32_t n) { return n >= 16 && n <= XQ_MAX_HEAD_DIM && n % 16 == 0; }
+static bool width_ok(int32_t n) {
+    return n >= 16 && n <= XQ_MAX_HEAD_DIM && n % 16 == 0;
+}
 
 int xq_attend(const xq_attention *a) {
     if (!a || !width_ok(a->d) || !width_ok(a->e)) {
@@ -41,7 +43,8 @@ int xq_attend(const xq_attention *a) {
     return XQ_OK;
 }
 
-int xq_attention_merge(int32_t n_parts, const float *const *partial, int32_t e, int32_t rotate, float sink, float *out) {
+int xq_attention_merge(int32_t n_parts, const float *const *partial, int32_t e, int32_t rotate, float sink,
+                       float *out) {
     if (n_parts < 1 || !partial || !out || !width_ok(e)) {
         return fail(XQ_ERR_ARGUMENT, "merge of %d parts of width %d", n_parts, e);
     }

@@ -2,8 +2,8 @@
  *
  * Open pages: exact in single precision.  A few tokens at a time are converted to F32 on the stack, for all rows.
  *
- * Sealed pages: a[i] = q_i s_i (or p_i s_i) is rounded to 8 bits with one scale a row and group, and multiplied with the
- * unsigned codes (vpmaddubsw), several products in 16 bits before they are widened.  What this rounding costs is
+ * Sealed pages: a[i] = q_i s_i (or p_i s_i) is rounded to 8 bits with one scale a row and group, and multiplied with
+ * the unsigned codes (vpmaddubsw), several products in 16 bits before they are widened.  What this rounding costs is
  * measured in tests/test_attention.py; the codes are centred first, which keeps it small:
  *
  *     sum_i a_i c_ij = step * (sum_i a8_i c_ij - middle * sum_i a8_i) + middle * sum_i a_i
@@ -31,7 +31,8 @@ static inline void to_float(const uint16_t *half, int n /* multiple of 8 */, flo
 }
 
 /* scores[row][t0 .. t0 + n_k - 1] of R rows against n_k keys, a multiple of 8 / R rounded up to pairs. */
-template <int R> static inline void dot_rows(int d, const float *const *q, const float *k, int t0, int n_k, float *const *scores) {
+template <int R>
+static inline void dot_rows(int d, const float *const *q, const float *k, int t0, int n_k, float *const *scores) {
     constexpr int K = 8 / R; // keys at a time: 8 accumulators
     for (int t = 0; t < n_k; t += K) {
         __m256 acc[8];
@@ -59,7 +60,8 @@ template <int R> static inline void dot_rows(int d, const float *const *q, const
 }
 
 /* out[row][j] += sum of p[row][t] v[t][j] for R rows and n_v values. */
-template <int R> static inline void add_rows(int e, const float *const *p, const float *v, int t0, int n_v, float *const *out) {
+template <int R>
+static inline void add_rows(int e, const float *const *p, const float *v, int t0, int n_v, float *const *out) {
     for (int j = 0; j < e; j += 16) {
         __m256 acc[R][2];
         for (int r = 0; r < R; ++r) {
@@ -153,7 +155,8 @@ struct avx2_set {
         }
     }
 
-    static bool softmax(float *s, float scale, float softcap, const uint16_t *mask, float slope, float *max, float *sum) {
+    static bool softmax(float *s, float scale, float softcap, const uint16_t *mask, float slope, float *max,
+                        float *sum) {
         const __m256 infinite = _mm256_set1_ps(-INFINITY);
         __m256 top = _mm256_set1_ps(*max);
         for (int t = 0; t < XQ_PAGE; t += 8) {
@@ -187,6 +190,8 @@ struct avx2_set {
 
 } // namespace avx2_attention
 
-void attend_avx2(const xq_attention &args) { attend<avx2_attention::avx2_set>(args); }
+void attend_avx2(const xq_attention &args) {
+    attend<avx2_attention::avx2_set>(args);
+}
 
 } // namespace xq

@@ -35,16 +35,16 @@ struct folding {
 /* One folded vector: a_i = x_i scale_i in 8 bits, and what is exact about it. */
 struct folded {
     alignas(32) int8_t a[max_i];
-    float step;     /* a_i = step * a[i] */
-    float offset;   /* what every y[j] starts from: sum_i x_i zero_i, and what centring the codes leaves */
+    float step;   /* a_i = step * a[i] */
+    float offset; /* what every y[j] starts from: sum_i x_i zero_i, and what centring the codes leaves */
 };
 
 /* 2^((e - 161) / 8) and centre of 8 numbers in LOG8 form. */
 static inline void load_log8(const uint8_t *param, int n, int i, __m256 &scale, __m256 &centre) {
-    const __m256i k = _mm256_sub_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(param + i))),
-                                       _mm256_set1_epi32(161));
-    const __m256 steps = _mm256_setr_ps(1.0f, 1.09050775f, 1.18920708f, 1.29683959f, 1.41421354f, 1.54221082f,
-                                        1.68179286f, 1.83400810f);
+    const __m256i k =
+        _mm256_sub_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(param + i))), _mm256_set1_epi32(161));
+    const __m256 steps =
+        _mm256_setr_ps(1.0f, 1.09050775f, 1.18920708f, 1.29683959f, 1.41421354f, 1.54221082f, 1.68179286f, 1.83400810f);
     const __m256 fraction = _mm256_permutevar8x32_ps(steps, _mm256_and_si256(k, _mm256_set1_epi32(7)));
     const __m256i exponent = _mm256_slli_epi32(_mm256_srai_epi32(k, 3), 23);
     scale = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(fraction), exponent));
@@ -62,7 +62,8 @@ static inline void fold(const folding &f, const float *x, int padded, folded &ou
         const __m256 v = _mm256_loadu_ps(x + i);
         __m256 scale, centre;
         if (f.side.bits == 0) {
-            constant = _mm256_fmadd_ps(v, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(f.param + 2 * i))), constant);
+            constant =
+                _mm256_fmadd_ps(v, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(f.param + 2 * i))), constant);
             continue;
         } else if (f.side.param == XQ_PARAM_F16) {
             scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(f.param + 2 * i)));
@@ -135,7 +136,8 @@ template <int R> struct accumulators {
     }
 };
 
-template <int R, int B> static inline void dot_column(int n_i, const uint8_t *block, const folded *const *f, accumulators<R> &acc) {
+template <int R, int B>
+static inline void dot_column(int n_i, const uint8_t *block, const folded *const *f, accumulators<R> &acc) {
     constexpr int planes = 8 / B, rows = 4 * planes; // of a unit
     // a product of two pairs is at most 2 * 127 * (2^B - 1): so many units fit into 16 bits
     constexpr int units_a_flush = 32767 / (2 * 127 * ((1 << B) - 1)) / planes;
@@ -156,7 +158,8 @@ template <int R, int B> static inline void dot_column(int n_i, const uint8_t *bl
 }
 
 /* 3 bits: units of 2 bits, then half as many of the high bit. */
-template <int R> static inline void dot_column_3(int n_i, const uint8_t *block, const folded *const *f, accumulators<R> &acc) {
+template <int R>
+static inline void dot_column_3(int n_i, const uint8_t *block, const folded *const *f, accumulators<R> &acc) {
     constexpr int units_a_flush = 32767 / (2 * 127 * 7) / 4;
     const __m256i two = _mm256_set1_epi8(3), four = _mm256_set1_epi8(4);
     const int units = (n_i + 15) / 16;
@@ -167,8 +170,16 @@ template <int R> static inline void dot_column_3(int n_i, const uint8_t *block, 
             const __m256i x0 = _mm256_loadu_si256((const __m256i *)(block + 64 * u));
             const __m256i x1 = _mm256_loadu_si256((const __m256i *)(block + 64 * u + 32));
             const int down = u % 2 * 4; // this unit's half of the high bits, moved to bits 2 to 5 below
-            const __m256i h0 = _mm256_slli_epi16(_mm256_srli_epi16(_mm256_and_si256(_mm256_loadu_si256((const __m256i *)(high + 64 * (u / 2))), _mm256_set1_epi8((char)(15 << down))), down), 2);
-            const __m256i h1 = _mm256_slli_epi16(_mm256_srli_epi16(_mm256_and_si256(_mm256_loadu_si256((const __m256i *)(high + 64 * (u / 2) + 32)), _mm256_set1_epi8((char)(15 << down))), down), 2);
+            const __m256i h0 = _mm256_slli_epi16(
+                _mm256_srli_epi16(_mm256_and_si256(_mm256_loadu_si256((const __m256i *)(high + 64 * (u / 2))),
+                                                   _mm256_set1_epi8((char)(15 << down))),
+                                  down),
+                2);
+            const __m256i h1 = _mm256_slli_epi16(
+                _mm256_srli_epi16(_mm256_and_si256(_mm256_loadu_si256((const __m256i *)(high + 64 * (u / 2) + 32)),
+                                                   _mm256_set1_epi8((char)(15 << down))),
+                                  down),
+                2);
             for (int g = 0; g < 4; ++g) {
                 const auto code = [&](__m256i x, __m256i h) {
                     return _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(x, 2 * g), two),

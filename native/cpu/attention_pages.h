@@ -29,7 +29,8 @@ constexpr int block_rows = 64;
 /* Where the state of a row lies in partial: [e] sealed sum, [e] open sum, maximum, sum of p. */
 struct row_state {
     float *sealed, *open, *max, *sum;
-    row_state(float *partial, int e) : sealed(partial), open(partial + e), max(partial + 2 * e), sum(partial + 2 * e + 1) {}
+    row_state(float *partial, int e)
+        : sealed(partial), open(partial + e), max(partial + 2 * e), sum(partial + 2 * e + 1) {}
 };
 
 enum mask_kind { mask_none, mask_zero, mask_mixed }; /* nothing visible; all visible, nothing to add; else */
@@ -49,7 +50,9 @@ inline mask_kind kind_of(const uint16_t *mask /* [XQ_PAGE] */) {
 }
 
 /* How many groups a side has in a page, and how long they are: K tiles of tokens, V groups of channels. */
-inline int group_length(const xq_side &side, int n) { return side.group == 0 || side.group > n ? n : side.group; }
+inline int group_length(const xq_side &side, int n) {
+    return side.group == 0 || side.group > n ? n : side.group;
+}
 inline int64_t group_param_bytes(const xq_side &side, int n) {
     return side.bits == 0 ? 2 * n : side.param == XQ_PARAM_F16 ? 4 * n : 2 * n;
 }

@@ -41,7 +41,9 @@ void multiply_codes(int bits, int n_i, const uint8_t *block, const float *a /* [
     }
 }
 
-int64_t column_bytes(int bits, int n_i) { return xq_packed_bytes(bits, (n_i + 15) / 16 * 16, 16); }
+int64_t column_bytes(int bits, int n_i) {
+    return xq_packed_bytes(bits, (n_i + 15) / 16 * 16, 16);
+}
 
 struct scalar_set {
     static void open_scores(int d, int n, const float *const *q, const uint16_t *k, float *const *scores) {
@@ -110,8 +112,8 @@ struct scalar_set {
                     float y[16];
                     std::fill(y, y + 16, constant);
                     if (a.v.bits > 0) {
-                        multiply_codes(a.v_code_bits, XQ_PAGE,
-                                       codes + j / 16 * column_bytes(a.v_code_bits, XQ_PAGE), folded, y);
+                        multiply_codes(a.v_code_bits, XQ_PAGE, codes + j / 16 * column_bytes(a.v_code_bits, XQ_PAGE),
+                                       folded, y);
                     }
                     for (int k = 0; k < 16; ++k) {
                         out[row][j + k] += y[k];
@@ -122,7 +124,8 @@ struct scalar_set {
     }
 
     /* Scores to p, in place; max and sum of the row move on. false: nothing is visible. */
-    static bool softmax(float *s, float scale, float softcap, const uint16_t *mask, float slope, float *max, float *sum) {
+    static bool softmax(float *s, float scale, float softcap, const uint16_t *mask, float slope, float *max,
+                        float *sum) {
         float top = *max;
         for (int t = 0; t < XQ_PAGE; ++t) {
             s[t] *= scale;
@@ -151,6 +154,8 @@ struct scalar_set {
 
 } // namespace
 
-void attend_scalar(const xq_attention &args) { attend<scalar_set>(args); }
+void attend_scalar(const xq_attention &args) {
+    attend<scalar_set>(args);
+}
 
 } // namespace xq

@@ -36,8 +36,8 @@ const kernel_set *kernels() {
 
 int check_matrix(int32_t bits, int32_t n_i, int32_t n_j) {
     if (bits < 1 || bits > 4 || n_i < 16 || n_j < 16 || n_i % 16 || n_j % 16 || n_i > 1 << 20 || n_j > 1 << 20) {
-        return fail(XQ_ERR_ARGUMENT, "codes of %d bits, %d by %d: bits must be 1 to 4, the sides multiples of 16", bits, n_i,
-                    n_j);
+        return fail(XQ_ERR_ARGUMENT, "codes of %d bits, %d by %d: bits must be 1 to 4, the sides multiples of 16", bits,
+                    n_i, n_j);
     }
     return XQ_OK;
 }

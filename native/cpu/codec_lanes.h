@@ -29,13 +29,25 @@ typedef uint8_t byte_lanes __attribute__((vector_size(16)));
 
 /* ---- lanes ---- */
 
-static inline lanes splat(float x) { return lanes{} + x; }
-static inline lanes low(lanes a, lanes b) { return b < a ? b : a; }
-static inline lanes high(lanes a, lanes b) { return b > a ? b : a; }
+static inline lanes splat(float x) {
+    return lanes{} + x;
+}
+static inline lanes low(lanes a, lanes b) {
+    return b < a ? b : a;
+}
+static inline lanes high(lanes a, lanes b) {
+    return b > a ? b : a;
+}
 /* Rounds half to even, for |x| < 2^22. */
-static inline lanes nearest(lanes x) { return (x + 12582912.0f) - 12582912.0f; }
-static inline lanes absolute(lanes x) { return (lanes)((bit_lanes)x & 0x7fffffffu); }
-static inline lanes inverse(lanes x) { return x != 0.0f ? 1.0f / (x != 0.0f ? x : splat(1.0f)) : splat(0.0f); }
+static inline lanes nearest(lanes x) {
+    return (x + 12582912.0f) - 12582912.0f;
+}
+static inline lanes absolute(lanes x) {
+    return (lanes)((bit_lanes)x & 0x7fffffffu);
+}
+static inline lanes inverse(lanes x) {
+    return x != 0.0f ? 1.0f / (x != 0.0f ? x : splat(1.0f)) : splat(0.0f);
+}
 
 static inline lanes load_half(const uint16_t *p /* [16] */) {
 #if defined(__F16C__)
@@ -85,7 +97,9 @@ static inline lanes finite(lanes x, int_lanes &count) {
 
 /* ---- packing: the unit order of xquant.h for 16 rows i ---- */
 
-static inline int units_of(int bits, int n_i) { return (n_i * bits + 31) / 32; }
+static inline int units_of(int bits, int n_i) {
+    return (n_i * bits + 31) / 32;
+}
 /* Bytes of 16 columns j. */
 static inline int64_t column_bytes(int bits, int n_i) {
     return 64 * (bits == 3 ? units_of(2, n_i) + units_of(1, n_i) : units_of(bits, n_i));

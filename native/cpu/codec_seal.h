@@ -113,7 +113,9 @@ struct matrix {
     int group;    /* elements of a group */
 };
 
-static inline matrix key_matrix(const xq_side &side, int d) { return {side, d, XQ_PAGE, side.group}; }
+static inline matrix key_matrix(const xq_side &side, int d) {
+    return {side, d, XQ_PAGE, side.group};
+}
 static inline matrix value_matrix(const xq_side &side, int e) {
     return {side, XQ_PAGE, e, side.group == 0 || side.group > e ? e : side.group};
 }
@@ -158,15 +160,17 @@ static void unseal_lanes(const matrix &m, lanes *x, int i0, const uint8_t *codes
     for (int j0 = 0; j0 < m.n_j; j0 += m.group, param += parameter_bytes(m.side, m.n_i)) {
         const parameters p = load_parameters(m.side, param, m.n_i, i0);
         for (int j = j0; j < j0 + m.group; ++j) {
-            x[j] = m.side.bits == 0 ? p.base
-                                    : p.base + p.scale * (load_codes(code_bits, m.n_i, codes, j, i0) - p.middle);
+            x[j] =
+                m.side.bits == 0 ? p.base : p.base + p.scale * (load_codes(code_bits, m.n_i, codes, j, i0) - p.middle);
         }
     }
 }
 
 /* ---- Hadamard ---- */
 
-static inline int hadamard_block(int n) { return n & -n; }
+static inline int hadamard_block(int n) {
+    return n & -n;
+}
 
 /* x [n], stride elements apart: any type with +, - and * float. */
 template <typename T> static inline void transform(T *x, int n) {

@@ -1,4 +1,5 @@
-/* cpu_features.h: what this CPU has and this operating system saves.  Implemented in dispatch.cpp, without vector code. */
+/* cpu_features.h: what this CPU has and this operating system saves.  Implemented in dispatch.cpp, without vector code.
+ */
 #pragma once
 
 namespace xq {

@@ -121,9 +121,13 @@ const kernel_set *active_kernels() {
 
 using namespace xq;
 
-const char *xq_error(void) { return message; }
+const char *xq_error(void) {
+    return message;
+}
 
-const char *xq_kernels_available(void) { return available().c_str(); }
+const char *xq_kernels_available(void) {
+    return available().c_str();
+}
 
 const char *xq_kernels(void) {
     const kernel_set *set = active_kernels();

@@ -59,7 +59,9 @@ static void paper_plan(int32_t n, int32_t group, xq_plan *plan) {
 
 using namespace xq;
 
-const char *xq_plan_preset_names(void) { return "xquant,xquant-small,xquant-tiny,xquant-paper,xquant-paper-128"; }
+const char *xq_plan_preset_names(void) {
+    return "xquant,xquant-small,xquant-tiny,xquant-paper,xquant-paper-128";
+}
 
 int xq_plan_preset(const char *name, int32_t n_layers, xq_plan *plan) {
     if (!name || !plan || n_layers < 0 || n_layers > XQ_MAX_LAYERS) {
@@ -102,7 +104,8 @@ int xq_layer_format(const xq_layer *layer, char *text, size_t text_size) {
     format_side(layer->k, k, sizeof(k));
     format_side(layer->v, v, sizeof(v));
     const int n = snprintf(text, text_size, "k=%s v=%s", k, v);
-    return n >= 0 && (size_t)n < text_size ? XQ_OK : fail(XQ_ERR_ARGUMENT, "xq_layer_format: %d bytes are needed", n + 1);
+    return n >= 0 && (size_t)n < text_size ? XQ_OK
+                                           : fail(XQ_ERR_ARGUMENT, "xq_layer_format: %d bytes are needed", n + 1);
 }
 
 static bool parse_int(const char *text, int32_t *value) {
@@ -200,7 +203,8 @@ static int check_fields(const xq_side &side, int32_t l, bool is_k, int32_t width
         return bad(l, name, "owner", side.owner, "an earlier layer, or -1");
     }
     if (side.owner < 0 && side.fit == XQ_FIT_LSQ) {
-        return fail(XQ_ERR_PLAN, "layer %d, %c: fit lsq is for borrowed codes; use paper, minmax, clip or lloyd", l, name);
+        return fail(XQ_ERR_PLAN, "layer %d, %c: fit lsq is for borrowed codes; use paper, minmax, clip or lloyd", l,
+                    name);
     }
     if (side.owner >= 0 && (side.param != XQ_PARAM_F16 || side.fit == XQ_FIT_CLIP || side.fit == XQ_FIT_LLOYD)) {
         return fail(XQ_ERR_PLAN, "layer %d, %c: borrowed codes need fit paper, minmax or lsq and param f16", l, name);
@@ -221,8 +225,8 @@ static int check_side(const xq_plan *plan, int32_t l, bool is_k, const int32_t *
     const xq_side &owner = is_k ? plan->layers[side.owner].k : plan->layers[side.owner].v;
     if (owner.owner != -1 || owner.bits < 1 || (widths && widths[side.owner] != width)) {
         return fail(XQ_ERR_PLAN,
-                    "layer %d, %c: owner %d must be a layer of the cache with the same head width and own codes", l, name,
-                    side.owner);
+                    "layer %d, %c: owner %d must be a layer of the cache with the same head width and own codes", l,
+                    name, side.owner);
     }
     if (side.bits != owner.bits || side.rotate != owner.rotate) {
         return fail(XQ_ERR_PLAN, "layer %d, %c: bits and rotation must be those of its owner %d", l, name, side.owner);

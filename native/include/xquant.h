@@ -142,47 +142,51 @@ XQ_API int xq_unpack(int32_t bits, int32_t n_i, int32_t n_j, const uint8_t *pack
 /* Seals one side of one page.  rows: F16 [XQ_PAGE][d], distance stride elements.  valid: bit t = token t counts;
  * tokens that do not are given the value of the first one that does.  codes, param: the parts of the block.
  * owner_codes: the owner's codes part if side->owner >= 0 (codes is then not written), else null.
- * Not-a-numbers count as 0 and infinities as +-65504.  Returns how many such inputs there were, or a negative status. */
+ * Not-a-numbers count as 0 and infinities as +-65504.  Returns how many such inputs there were, or a negative status.
+ */
 XQ_API int xq_seal_k(const xq_side *side, int32_t d, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
-              uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int32_t owner_bits);
+                     uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int32_t owner_bits);
 XQ_API int xq_seal_v(const xq_side *side, int32_t e, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
-              uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int32_t owner_bits);
+                     uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int32_t owner_bits);
 /* The way back, rounded to F16.  codes: own or the owner's, of the given bits. */
 XQ_API int xq_unseal_k(const xq_side *side, int32_t d, const uint8_t *codes, int32_t code_bits, const uint8_t *param,
-                uint16_t *rows, int64_t stride);
+                       uint16_t *rows, int64_t stride);
 XQ_API int xq_unseal_v(const xq_side *side, int32_t e, const uint8_t *codes, int32_t code_bits, const uint8_t *param,
-                uint16_t *rows, int64_t stride);
-/* x [n_rows][n] *= normalised Hadamard matrix, in blocks of the largest power of two that divides n.  Its own inverse. */
+                       uint16_t *rows, int64_t stride);
+/* x [n_rows][n] *= normalised Hadamard matrix, in blocks of the largest power of two that divides n.  Its own inverse.
+ */
 XQ_API int xq_hadamard(float *x, int32_t n_rows, int32_t n);
 
 /* ---- attention ---- */
 
 /* One KV head of one layer over a range of pages, for query rows that share the head. */
 typedef struct xq_attention {
-    int32_t d, e;                       /* head widths of K and V */
-    xq_side k, v;                       /* how this layer stores sealed pages */
-    int32_t k_code_bits, v_code_bits;   /* bits of the codes that are read: own or the owner's */
-    const uint8_t *k_codes, *k_param;   /* of page 0; page p lies p strides on; null where absent */
+    int32_t d, e;                     /* head widths of K and V */
+    xq_side k, v;                     /* how this layer stores sealed pages */
+    int32_t k_code_bits, v_code_bits; /* bits of the codes that are read: own or the owner's */
+    const uint8_t *k_codes, *k_param; /* of page 0; page p lies p strides on; null where absent */
     const uint8_t *v_codes, *v_param;
     int64_t k_codes_stride, k_param_stride, v_codes_stride, v_param_stride; /* bytes from page to page */
-    const uint16_t *k_window;           /* F16 [n_slots][XQ_PAGE][d] */
-    const uint16_t *v_window;           /* F16 [n_slots][XQ_PAGE][e] */
-    const int32_t *page_slot;           /* [page_end] >= 0: open, in that slot; -1: sealed; -2: no cells */
+    const uint16_t *k_window;                                               /* F16 [n_slots][XQ_PAGE][d] */
+    const uint16_t *v_window;                                               /* F16 [n_slots][XQ_PAGE][e] */
+    const int32_t *page_slot; /* [page_end] >= 0: open, in that slot; -1: sealed; -2: no cells */
     int32_t page_begin, page_end;
     int32_t n_rows;
-    const float *const *q;              /* [n_rows] -> [d] */
-    const uint16_t *const *mask;        /* [n_rows] -> F16 [page_end * XQ_PAGE], added to the scores; null: no mask */
-    const float *slope;                 /* [n_rows] factor of the mask (ALiBi); null: 1 */
-    float scale;                        /* of q . k */
-    float softcap;                      /* > 0: score = softcap * tanh(score / softcap) */
-    float *const *partial;              /* [n_rows] -> [2 e + 2]: see xq_attention_merge */
+    const float *const *q;       /* [n_rows] -> [d] */
+    const uint16_t *const *mask; /* [n_rows] -> F16 [page_end * XQ_PAGE], added to the scores; null: no mask */
+    const float *slope;          /* [n_rows] factor of the mask (ALiBi); null: 1 */
+    float scale;                 /* of q . k */
+    float softcap;               /* > 0: score = softcap * tanh(score / softcap) */
+    float *const *partial;       /* [n_rows] -> [2 e + 2]: see xq_attention_merge */
 } xq_attention;
 
 /* Writes, per row, the state of an online softmax over the pages: sum of p * v over sealed pages (in rotated space if
  * v.rotate) [e], over open pages [e], the maximum score, the sum of p. A row that sees no cell: zeros, -inf, 0. */
 XQ_API int xq_attend(const xq_attention *args);
-/* Merges n_parts states of one row and finishes: out [e].  sink: an extra score that takes part in the sum; -inf: none. */
-XQ_API int xq_attention_merge(int32_t n_parts, const float *const *partial, int32_t e, int32_t rotate, float sink, float *out);
+/* Merges n_parts states of one row and finishes: out [e].  sink: an extra score that takes part in the sum; -inf: none.
+ */
+XQ_API int xq_attention_merge(int32_t n_parts, const float *const *partial, int32_t e, int32_t rotate, float sink,
+                              float *out);
 
 /* cdef: end */
 

@@ -91,7 +91,8 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "            for (uint32_t il = 0; il < layers.size(); ++il) {\n"
         "                const auto & layer = layers[il];\n\n"
         "                ggml_backend_tensor_copy(layer.k_stream[ssrc], layer.k_stream[sdst]);\n",
-        "            if (xq) {\n                xq->copy_stream(ssrc, sdst);\n                continue;\n            }\n\n",
+        "            if (xq) {\n                xq->copy_stream(ssrc, sdst);\n"
+        "                continue;\n            }\n\n",
         "before",
     ),
     # -- cells: a micro-batch writes no more pages than there are slots

@@ -15,7 +15,9 @@
 
 namespace xquant {
 
-static int32_t pages_of(uint64_t tokens) { return (int32_t)((tokens + XQ_PAGE - 1) / XQ_PAGE); }
+static int32_t pages_of(uint64_t tokens) {
+    return (int32_t)((tokens + XQ_PAGE - 1) / XQ_PAGE);
+}
 
 cache::cache(llama_kv_cache &kv, uint32_t kv_size, const llama_memory_i::layer_filter_cb &filter)
     : kv(kv), d_(XQ_MAX_LAYERS), e_(XQ_MAX_LAYERS), n_streams(kv.n_stream) {
@@ -239,7 +241,9 @@ bool cache::begin(const slot_info &sinfo) {
     return true;
 }
 
-void cache::copy_pages(uint32_t from, uint32_t to) { streams[to] = streams[from]; }
+void cache::copy_pages(uint32_t from, uint32_t to) {
+    streams[to] = streams[from];
+}
 
 void cache::copy_stream(uint32_t from, uint32_t to) const {
     for (const auto &l : layers_) {

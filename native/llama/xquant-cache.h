@@ -4,9 +4,9 @@
  * together.  A page is free, open (its rows lie in one of n_slots window slots) or sealed (one block per layer and KV
  * head).  Per micro-batch and layer the graph runs three operations:
  *
- *     update   seals the pages that left the window, unseals the pages that are about to be written, writes the new rows
- *     attend   one online softmax over open and sealed pages: partial states, split over pages
- *     merge    partial states to the output
+ *     update   seals the pages that left the window, unseals the pages that are about to be written, writes the new
+ * rows attend   one online softmax over open and sealed pages: partial states, split over pages merge    partial states
+ * to the output
  *
  * The graph's topology depends on none of this: which pages go where is one input tensor, filled by set_input().
  *
@@ -14,8 +14,8 @@
  *                                     window  F16  K [KV head][slot][XQ_PAGE][d], then V [KV head][slot][XQ_PAGE][e]
  *
  * Rule of sealing: before a micro-batch is written, a page is sealed if at least `window` tokens were written after its
- * newest one, unless it is among the pinned first pages of a sequence.  If a micro-batch needs more slots than are free,
- * the pages that were written longest ago are sealed early: precision gives way, never correctness.
+ * newest one, unless it is among the pinned first pages of a sequence.  If a micro-batch needs more slots than are
+ * free, the pages that were written longest ago are sealed early: precision gives way, never correctness.
  */
 #pragma once
 
@@ -48,11 +48,12 @@ uint32_t announced_n_ubatch();
 /* Records why a context cannot be created (xquant_llama_error) and throws it. */
 [[noreturn]] void refuse(const std::string &reason);
 
-/* The plan by model layer from the model's metadata; d, e [XQ_MAX_LAYERS]: head widths, 0 where a layer has no cache. */
+/* The plan by model layer from the model's metadata; d, e [XQ_MAX_LAYERS]: head widths, 0 where a layer has no cache.
+ */
 void resolve_plan(const llama_model &model, const int32_t *d, const int32_t *e, xq_plan &plan);
 
 class cache {
-public:
+  public:
     using slot_info = llama_kv_cache::slot_info;
 
     cache(llama_kv_cache &kv, uint32_t kv_size, const llama_memory_i::layer_filter_cb &filter);
@@ -108,8 +109,8 @@ public:
         uint64_t done = 0; /* the last micro-batch whose update ran */
 
         int64_t block_stride() const { return layout.bytes; }
-        int64_t head_blocks() const { return (int64_t)n_pages * layout.bytes; }  /* bytes of one KV head */
-        int64_t k_slot() const { return (int64_t)XQ_PAGE * d; }                  /* elements of one slot */
+        int64_t head_blocks() const { return (int64_t)n_pages * layout.bytes; } /* bytes of one KV head */
+        int64_t k_slot() const { return (int64_t)XQ_PAGE * d; }                 /* elements of one slot */
         int64_t v_slot() const { return (int64_t)XQ_PAGE * e; }
         int64_t window_elements() const { return (k_slot() + v_slot()) * n_slots * n_head_kv; } /* of one stream */
         int64_t k_window(int head) const { return k_slot() * n_slots * head; }
@@ -135,7 +136,7 @@ public:
 
     const std::vector<std::unique_ptr<layer>> &layers() const { return layers_; }
 
-private:
+  private:
     struct page {
         int32_t state = page_free;
         uint64_t written = 0; /* clock of its newest token */
@@ -179,7 +180,7 @@ private:
 
 /* Counts the pages that a search for cells would touch. */
 class page_budget {
-public:
+  public:
     page_budget(const cache *c, uint32_t /* stream */) : left(c ? c->max_touched() : 0), limited(c != nullptr) {}
 
     /* May the micro-batch write this cell as well? Counts its page if so. */
@@ -196,7 +197,7 @@ public:
         return true;
     }
 
-private:
+  private:
     uint32_t left;
     uint32_t last = UINT32_MAX;
     bool limited;

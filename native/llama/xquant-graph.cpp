@@ -93,7 +93,9 @@ static ggml_fp16_t *window_of(const ggml_tensor *window, int stream) {
 }
 
 /* The part of a block at an offset of xq_block_layout; null where the layer has no such part. */
-static uint8_t *part(uint8_t *block, int32_t offset) { return offset < 0 ? nullptr : block + offset; }
+static uint8_t *part(uint8_t *block, int32_t offset) {
+    return offset < 0 ? nullptr : block + offset;
+}
 
 /* One side (keys or values) of one KV head of a layer: what update works on. */
 struct side {
@@ -106,9 +108,7 @@ struct side {
     decltype(&xq_seal_k) seal;
     decltype(&xq_unseal_k) unseal;
 
-    uint8_t *codes_of(int stream, int page) const {
-        return part(block_of(owner, codes, stream, head, page), codes_at);
-    }
+    uint8_t *codes_of(int stream, int page) const { return part(block_of(owner, codes, stream, head, page), codes_at); }
     uint8_t *param_of(int stream, int page) const { return part(block_of(l, blocks, stream, head, page), param_at); }
     ggml_fp16_t *rows_of(int stream, int at) const { return window_of(window, stream) + first + at * slot; }
 };
@@ -116,15 +116,41 @@ struct side {
 static side key_side(const layer &l, const ggml_tensor *blocks, const ggml_tensor *window, const ggml_tensor *codes,
                      int head) {
     const layer &owner = *l.k_owner;
-    return {l, owner, blocks, codes, window, l.plan.k, owner.layout.k_codes, l.layout.k_param, owner.plan.k.bits,
-            l.d, head, l.k_window(head), l.k_slot(), xq_seal_k, xq_unseal_k};
+    return {l,
+            owner,
+            blocks,
+            codes,
+            window,
+            l.plan.k,
+            owner.layout.k_codes,
+            l.layout.k_param,
+            owner.plan.k.bits,
+            l.d,
+            head,
+            l.k_window(head),
+            l.k_slot(),
+            xq_seal_k,
+            xq_unseal_k};
 }
 
 static side value_side(const layer &l, const ggml_tensor *blocks, const ggml_tensor *window, const ggml_tensor *codes,
                        int head) {
     const layer &owner = *l.v_owner;
-    return {l, owner, blocks, codes, window, l.plan.v, owner.layout.v_codes, l.layout.v_param, owner.plan.v.bits,
-            l.e, head, l.v_window(head), l.v_slot(), xq_seal_v, xq_unseal_v};
+    return {l,
+            owner,
+            blocks,
+            codes,
+            window,
+            l.plan.v,
+            owner.layout.v_codes,
+            l.layout.v_param,
+            owner.plan.v.bits,
+            l.e,
+            head,
+            l.v_window(head),
+            l.v_slot(),
+            xq_seal_v,
+            xq_unseal_v};
 }
 
 /* Seals, then unseals, the pages of the input. */
@@ -167,8 +193,8 @@ static void update(ggml_tensor *dst, int ith, int nth, void *userdata) {
     // each side of each KV head is one task: nothing is shared between them
     for (int task = ith; task < 2 * l.n_head_kv; task += nth) {
         const int head = task / 2;
-        const side x = task % 2 == 0 ? key_side(l, blocks, window, k_codes, head)
-                                     : value_side(l, blocks, window, v_codes, head);
+        const side x =
+            task % 2 == 0 ? key_side(l, blocks, window, k_codes, head) : value_side(l, blocks, window, v_codes, head);
         move_pages(x, input, at);
         write_rows(x, task % 2 == 0 ? k_cur : v_cur, input, at);
     }
@@ -290,8 +316,8 @@ static void merge(ggml_tensor *dst, int ith, int nth, void *userdata) {
     for (int64_t row = ith; row < n_head * dst->ne[2]; row += nth) {
         const int64_t h = row % n_head, t = row / n_head;
         for (int i = 0; i < n_parts; ++i) {
-            partial[i] = (const float *)((const char *)states->data + h * states->nb[1] + t * states->nb[2] +
-                                         i * states->nb[3]);
+            partial[i] =
+                (const float *)((const char *)states->data + h * states->nb[1] + t * states->nb[2] + i * states->nb[3]);
         }
         const float sink = sinks ? ((const float *)sinks->data)[h] : -INFINITY;
         const int status = xq_attention_merge(n_parts, partial.data(), l.e, l.plan.v.rotate, sink,

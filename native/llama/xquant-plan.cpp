@@ -22,7 +22,9 @@ void refuse(const std::string &reason) {
     throw std::runtime_error("xquant: " + reason);
 }
 
-uint32_t announced_n_ubatch() { return last_n_ubatch; }
+uint32_t announced_n_ubatch() {
+    return last_n_ubatch;
+}
 
 void keep_overrides(const std::unordered_map<std::string, llama_model_kv_override> &overrides,
                     std::unordered_map<std::string, std::string> &metadata) {
@@ -160,4 +162,6 @@ void resolve_plan(const llama_model &model, const int32_t *d, const int32_t *e, 
 
 } // namespace xquant
 
-extern "C" const char *xquant_llama_error(void) { return xquant::last_error.c_str(); }
+extern "C" const char *xquant_llama_error(void) {
+    return xquant::last_error.c_str();
+}

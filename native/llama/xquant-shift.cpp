@@ -88,7 +88,8 @@ void write_keys(ggml_tensor *dst, int ith, int nth, void *userdata) {
     each_page_and_head(dst->src[1], l, ith, nth, [&](const shifted_page &p, int i, int head) {
         ggml_fp16_t *rows = p.state == cache::page_sealed ? scratch : k.rows(p, head);
         for (int t = 0; t < XQ_PAGE; ++t) {
-            const auto *in = (const float *)((const char *)src->data + head * src->nb[1] + (i * XQ_PAGE + t) * src->nb[2]);
+            const auto *in =
+                (const float *)((const char *)src->data + head * src->nb[1] + (i * XQ_PAGE + t) * src->nb[2]);
             ggml_cpu_fp32_to_fp16(in, rows + (int64_t)t * l.d, l.d);
         }
         if (p.state == cache::page_sealed) {
@@ -133,7 +134,8 @@ bool cache::shift(llama_context *lctx) {
         auto *res = lctx->get_gf_res_reserve();
         res->reset();
         ggml_context *ctx = res->get_ctx();
-        ggml_tensor *list = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n * (int64_t)(sizeof(shifted_page) / sizeof(int32_t)));
+        ggml_tensor *list =
+            ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n * (int64_t)(sizeof(shifted_page) / sizeof(int32_t)));
         ggml_tensor *by = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n * XQ_PAGE);
         ggml_set_input(list);
         ggml_set_input(by);

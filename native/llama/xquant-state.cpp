@@ -31,7 +31,9 @@ struct saved_cell {
     llama_kv_cell_ext ext;
 };
 
-template <typename T> void put(llama_io_write_i &io, const T &value) { io.write(&value, sizeof(value)); }
+template <typename T> void put(llama_io_write_i &io, const T &value) {
+    io.write(&value, sizeof(value));
+}
 
 template <typename T> T get(llama_io_read_i &io) {
     T value;
@@ -39,7 +41,9 @@ template <typename T> T get(llama_io_read_i &io) {
     return value;
 }
 
-bool bit(const uint32_t valid[4], uint32_t i) { return valid[i / 32] >> (i % 32) & 1u; }
+bool bit(const uint32_t valid[4], uint32_t i) {
+    return valid[i / 32] >> (i % 32) & 1u;
+}
 
 [[noreturn]] void refuse_state(const std::string &reason) {
     throw std::runtime_error("xquant: cannot restore the state: " + reason);
