@@ -121,6 +121,13 @@ def write(path: Path, shape: Shape, weights: Weights) -> Path:
         # The key must be there; the model has no experts.
         writer.add_expert_feed_forward_length(shape.n_ff)
 
+    add_tokenizer(writer)
+    finish(writer, weights)
+    return path
+
+
+def add_tokenizer(writer: gguf.GGUFWriter) -> None:
+    """Special tokens, bytes, letters."""
     n_letters = N_VOCAB - len(SPECIAL) - N_BYTES
     tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(N_BYTES)), *(chr(ord("a") + i) for i in range(n_letters))]
     kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
@@ -133,10 +140,12 @@ def write(path: Path, shape: Shape, weights: Weights) -> Path:
     writer.add_eos_token_id(2)
     writer.add_add_space_prefix(False)
 
+
+def finish(writer: gguf.GGUFWriter, weights: Weights) -> None:
+    """Writes the tensors and closes the file."""
     for name, tensor in weights.items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path

@@ -176,6 +176,7 @@ class cache {
     std::vector<unseal_op> pending_unseals;
     uint64_t epoch = 0; /* micro-batches so far */
     std::atomic<uint64_t> n_nonfinite{0};
+    bool warned = false; /* about them */
 };
 
 /* Counts the pages that a search for cells would touch. */
