@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
+
+# before numpy is imported: its threads and those of llama.cpp would wait for each other on a small machine
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 
