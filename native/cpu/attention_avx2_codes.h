@@ -102,13 +102,9 @@ static inline void fold(const folding &f, const float *x, int padded, folded &ou
     out.offset -= out.step * middle * horizontal_sum(_mm256_cvtepi32_ps(sum));
 }
 
-/* Codes of rows i = 4 g .. 4 g + 3 of a unit (g: plane), 8 columns. */
-template <int B> struct unit_bits {
-    static constexpr int planes = 8 / B;
-};
-
+/* Sums of R rows for 16 columns j: in 16 bits, pairs of rows i side by side, then in 32 bits. */
 template <int R> struct accumulators {
-    __m256i word[R][2]; /* 16 bits: pairs of rows i, 8 columns each */
+    __m256i word[R][2]; /* 8 columns each */
     __m256i total[R][2];
 
     void clear() {

@@ -107,7 +107,7 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
     (
         "src/llama-kv-cache.cpp",
         "        res.idxs[s].reserve(n_tokens);\n",
-        "        xquant::page_budget xq_budget(xq.get(), seq_to_stream[seq_id]);\n",
+        "        xquant::page_budget xq_budget(xq.get());\n",
         "after",
     ),
     (

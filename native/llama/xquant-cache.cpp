@@ -204,9 +204,10 @@ bool cache::begin(const slot_info &sinfo) {
     epoch++;
     if (!warned && n_nonfinite.load() > 0) {
         warned = true;
-        LLAMA_LOG_WARN("%s: xquant: keys or values that are not finite were stored as 0 or +-65504; with this model, use "
-                       "the cache type f32 or bf16\n",
-                       __func__);
+        LLAMA_LOG_WARN(
+            "%s: xquant: keys or values that are not finite were stored as 0 or +-65504; with this model, use "
+            "the cache type f32 or bf16\n",
+            __func__);
     }
 
     for (uint32_t i = 0; i < sinfo.n_stream(); ++i) {

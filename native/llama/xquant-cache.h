@@ -179,10 +179,25 @@ class cache {
     bool warned = false; /* about them */
 };
 
+/* Block of one page of one KV head; blocks: the layer's tensor as a graph holds it. */
+inline uint8_t *block_of(const cache::layer &l, const ggml_tensor *blocks, int stream, int head, int page) {
+    return (uint8_t *)blocks->data + stream * blocks->nb[1] + head * l.head_blocks() + page * l.block_stride();
+}
+
+/* Window rows of one stream. */
+inline ggml_fp16_t *window_of(const ggml_tensor *window, int stream) {
+    return (ggml_fp16_t *)((char *)window->data + stream * window->nb[1]);
+}
+
+/* The part of a block at an offset of xq_block_layout; null where the layer has no such part. */
+inline uint8_t *part(uint8_t *block, int32_t offset) {
+    return offset < 0 ? nullptr : block + offset;
+}
+
 /* Counts the pages that a search for cells would touch. */
 class page_budget {
   public:
-    page_budget(const cache *c, uint32_t /* stream */) : left(c ? c->max_touched() : 0), limited(c != nullptr) {}
+    explicit page_budget(const cache *c) : left(c ? c->max_touched() : 0), limited(c != nullptr) {}
 
     /* May the micro-batch write this cell as well? Counts its page if so. */
     bool take(uint32_t cell) {

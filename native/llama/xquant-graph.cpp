@@ -83,20 +83,6 @@ void cache::set_input(ggml_tensor *tensor, const slot_info &sinfo) {
 
 /* ---- update ---- */
 
-/* Block of one page of one KV head. */
-static uint8_t *block_of(const layer &l, const ggml_tensor *blocks, int stream, int head, int page) {
-    return (uint8_t *)blocks->data + stream * blocks->nb[1] + head * l.head_blocks() + page * l.block_stride();
-}
-
-static ggml_fp16_t *window_of(const ggml_tensor *window, int stream) {
-    return (ggml_fp16_t *)((char *)window->data + stream * window->nb[1]);
-}
-
-/* The part of a block at an offset of xq_block_layout; null where the layer has no such part. */
-static uint8_t *part(uint8_t *block, int32_t offset) {
-    return offset < 0 ? nullptr : block + offset;
-}
-
 /* One side (keys or values) of one KV head of a layer: what update works on. */
 struct side {
     const layer &l, &owner;

@@ -35,18 +35,14 @@ struct keys {
     const layer &l;
     const ggml_tensor *blocks, *window, *codes; /* codes: blocks of the owner */
 
-    uint8_t *block(const layer &of, const ggml_tensor *tensor, const shifted_page &p, int head) const {
-        return (uint8_t *)tensor->data + p.stream * tensor->nb[1] + head * of.head_blocks() +
-               p.page * of.block_stride();
-    }
     uint8_t *owner_codes(const shifted_page &p, int head) const {
-        const int32_t at = l.k_owner->layout.k_codes;
-        return at < 0 ? nullptr : block(*l.k_owner, codes, p, head) + at;
+        return part(block_of(*l.k_owner, codes, p.stream, head, p.page), l.k_owner->layout.k_codes);
     }
-    uint8_t *param(const shifted_page &p, int head) const { return block(l, blocks, p, head) + l.layout.k_param; }
+    uint8_t *param(const shifted_page &p, int head) const {
+        return part(block_of(l, blocks, p.stream, head, p.page), l.layout.k_param);
+    }
     ggml_fp16_t *rows(const shifted_page &p, int head) const {
-        return (ggml_fp16_t *)((char *)window->data + p.stream * window->nb[1]) + l.k_window(head) +
-               p.state * l.k_slot();
+        return window_of(window, p.stream) + l.k_window(head) + p.state * l.k_slot();
     }
 };
 
