@@ -117,10 +117,11 @@ def test_golden_vectors(kernels: str) -> None:
     for case in json.loads(GOLDEN.read_text()):
         side = Side(**case["side"])
         rows = np.frombuffer(bytes.fromhex(case["rows"]), np.float16).reshape(PAGE, -1)
+        owner = None if case["owner_codes"] is None else bytes.fromhex(case["owner_codes"])
         stored = bytes.fromhex(case["codes"]), bytes.fromhex(case["param"])
-        assert getattr(reference, f"seal_{case['name']}")(side, rows, np.ones(PAGE, bool))[:2] == stored
+        assert getattr(reference, f"seal_{case['name']}")(side, rows, np.ones(PAGE, bool), owner)[:2] == stored
         with codec.force_kernels(kernels):
-            assert getattr(codec, f"seal_{case['name']}")(side, rows) == stored
+            assert getattr(codec, f"seal_{case['name']}")(side, rows, None, owner) == stored
 
 
 @pytest.mark.parametrize(("bits", "ceiling"), [(4, 0.107), (3, 0.193), (2, 0.345), (1, 0.603), (0, 1.0)])

@@ -23,6 +23,9 @@ SIDES = [
     ("v", Side(1, 0, "lloyd", "log8", rotate=True, eta=0.3)),
     ("v", Side(4, 32, "clip", "f16")),
     ("v", Side(0, 32, "minmax", "f16")),
+    ("k", Side(3, 32, "lloyd", "log8", eta=0.02)),
+    ("v", Side(2, 32, "paper", "f16", owner=0, eta=0.045)),
+    ("k", Side(1, 128, "lsq", "f16", owner=0)),
 ]
 
 
@@ -32,9 +35,12 @@ def main() -> None:
     for name, side in SIDES:
         rows = (rng.standard_normal((PAGE, 32)) + 8 * (rng.random(32) < 0.1)).astype(np.float16)
         seal = reference.seal_k if name == "k" else reference.seal_v
-        codes, param, _ = seal(side, rows, np.ones(PAGE, bool))
+        # codes to borrow: any will do
+        owner = rng.bytes(len(reference.pack(np.zeros((PAGE, 32), np.uint8), side.bits))) if side.owner >= 0 else None
+        codes, param, _ = seal(side, rows, np.ones(PAGE, bool), owner)
         case = {"name": name, "side": asdict(side), "rows": rows.tobytes().hex()}
-        cases.append({**case, "codes": codes.hex(), "param": param.hex()})
+        borrowed = None if owner is None else owner.hex()
+        cases.append({**case, "owner_codes": borrowed, "codes": codes.hex(), "param": param.hex()})
     path = Path(__file__).parent.parent / "tests" / "golden" / "codec.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(cases, indent=1) + "\n")

@@ -26,6 +26,7 @@ int check(const xq_side *side, bool is_k, int32_t width, const void *rows, int64
     return XQ_OK;
 }
 
+/* The set in force, for one call that is about to be made; null as active_kernels(). */
 const kernel_set *kernels() {
     const kernel_set *set = active_kernels();
     if (set) {
@@ -56,14 +57,17 @@ int xq_pack(int32_t bits, int32_t n_i, int32_t n_j, const uint8_t *codes, uint8_
     if (const int status = check_matrix(bits, n_i, n_j); status != XQ_OK) {
         return status;
     }
-    const kernel_set *set = kernels();
-    if (!codes || !packed || !set) {
-        return set ? fail(XQ_ERR_ARGUMENT, "codes and packed must not be null") : XQ_ERR_KERNELS;
+    if (!codes || !packed) {
+        return fail(XQ_ERR_ARGUMENT, "codes and packed must not be null");
     }
     for (int64_t i = 0; i < (int64_t)n_i * n_j; ++i) {
         if (codes[i] >> bits) {
             return fail(XQ_ERR_ARGUMENT, "code %d does not fit %d bits", codes[i], bits);
         }
+    }
+    const kernel_set *set = kernels();
+    if (!set) {
+        return XQ_ERR_KERNELS;
     }
     set->pack(bits, n_i, n_j, codes, packed);
     return XQ_OK;
@@ -73,9 +77,12 @@ int xq_unpack(int32_t bits, int32_t n_i, int32_t n_j, const uint8_t *packed, uin
     if (const int status = check_matrix(bits, n_i, n_j); status != XQ_OK) {
         return status;
     }
+    if (!codes || !packed) {
+        return fail(XQ_ERR_ARGUMENT, "codes and packed must not be null");
+    }
     const kernel_set *set = kernels();
-    if (!codes || !packed || !set) {
-        return set ? fail(XQ_ERR_ARGUMENT, "codes and packed must not be null") : XQ_ERR_KERNELS;
+    if (!set) {
+        return XQ_ERR_KERNELS;
     }
     set->unpack(bits, n_i, n_j, packed, codes);
     return XQ_OK;
@@ -86,9 +93,12 @@ int xq_seal_k(const xq_side *side, int32_t d, const uint16_t *rows, int64_t stri
     const bool own = side && side->owner < 0;
     const int status =
         check(side, true, d, rows, stride, param, own ? codes : owner_codes, own ? side->bits : owner_bits);
+    if (status != XQ_OK || !valid) {
+        return status != XQ_OK ? status : fail(XQ_ERR_ARGUMENT, "valid must not be null");
+    }
     const kernel_set *set = kernels();
-    if (status != XQ_OK || !valid || !set) {
-        return status != XQ_OK ? status : set ? fail(XQ_ERR_ARGUMENT, "valid must not be null") : XQ_ERR_KERNELS;
+    if (!set) {
+        return XQ_ERR_KERNELS;
     }
     return set->seal_k(*side, d, rows, stride, valid, codes, param, own ? nullptr : owner_codes, owner_bits);
 }
@@ -98,9 +108,12 @@ int xq_seal_v(const xq_side *side, int32_t e, const uint16_t *rows, int64_t stri
     const bool own = side && side->owner < 0;
     const int status =
         check(side, false, e, rows, stride, param, own ? codes : owner_codes, own ? side->bits : owner_bits);
+    if (status != XQ_OK || !valid) {
+        return status != XQ_OK ? status : fail(XQ_ERR_ARGUMENT, "valid must not be null");
+    }
     const kernel_set *set = kernels();
-    if (status != XQ_OK || !valid || !set) {
-        return status != XQ_OK ? status : set ? fail(XQ_ERR_ARGUMENT, "valid must not be null") : XQ_ERR_KERNELS;
+    if (!set) {
+        return XQ_ERR_KERNELS;
     }
     return set->seal_v(*side, e, rows, stride, valid, codes, param, own ? nullptr : owner_codes, owner_bits);
 }
@@ -108,9 +121,12 @@ int xq_seal_v(const xq_side *side, int32_t e, const uint16_t *rows, int64_t stri
 int xq_unseal_k(const xq_side *side, int32_t d, const uint8_t *codes, int32_t code_bits, const uint8_t *param,
                 uint16_t *rows, int64_t stride) {
     const int status = check(side, true, d, rows, stride, param, codes, code_bits);
+    if (status != XQ_OK) {
+        return status;
+    }
     const kernel_set *set = kernels();
-    if (status != XQ_OK || !set) {
-        return status != XQ_OK ? status : XQ_ERR_KERNELS;
+    if (!set) {
+        return XQ_ERR_KERNELS;
     }
     set->unseal_k(*side, d, codes, code_bits, param, rows, stride);
     return XQ_OK;
@@ -119,18 +135,27 @@ int xq_unseal_k(const xq_side *side, int32_t d, const uint8_t *codes, int32_t co
 int xq_unseal_v(const xq_side *side, int32_t e, const uint8_t *codes, int32_t code_bits, const uint8_t *param,
                 uint16_t *rows, int64_t stride) {
     const int status = check(side, false, e, rows, stride, param, codes, code_bits);
+    if (status != XQ_OK) {
+        return status;
+    }
     const kernel_set *set = kernels();
-    if (status != XQ_OK || !set) {
-        return status != XQ_OK ? status : XQ_ERR_KERNELS;
+    if (!set) {
+        return XQ_ERR_KERNELS;
     }
     set->unseal_v(*side, e, codes, code_bits, param, rows, stride);
     return XQ_OK;
 }
 
 int xq_hadamard(float *x, int32_t n_rows, int32_t n) {
+    if (!x) {
+        return fail(XQ_ERR_ARGUMENT, "x must not be null");
+    }
+    if (n_rows < 0 || n < 1 || n > 1 << 20) {
+        return fail(XQ_ERR_ARGUMENT, "n_rows is %d, must be 0 or more; n is %d, must be 1 to %d", n_rows, n, 1 << 20);
+    }
     const kernel_set *set = kernels();
-    if (!x || n_rows < 0 || n < 1 || n > 1 << 20 || !set) {
-        return set ? fail(XQ_ERR_ARGUMENT, "hadamard: n_rows is %d and n is %d", n_rows, n) : XQ_ERR_KERNELS;
+    if (!set) {
+        return XQ_ERR_KERNELS;
     }
     set->hadamard(x, n_rows, n);
     return XQ_OK;

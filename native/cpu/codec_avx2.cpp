@@ -1,5 +1,6 @@
 /* codec_avx2.cpp: the codec for AVX2 with F16C; the same bytes as every other set. */
 #define XQ_SET avx2
+#define XQ_SET_AVX2
 #include "codec_seal.h"
 
 #include "cpu_features.h"

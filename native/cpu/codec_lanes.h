@@ -1,4 +1,5 @@
-/* codec_lanes.h: the codec, 16 groups at a time: one group a lane.  Compiled once per kernel set, in its namespace.
+/* codec_lanes.h: the codec, a vector of groups at a time: one group a lane.  Compiled once per kernel set, in its
+ * namespace.
  *
  *     seal:    zero, scale from the group's values;  code = round((x - zero) / scale), clamped to 0 .. 2^B - 1
  *     unseal:  x^ = zero + scale * code       (XQ_PARAM_LOG8: centre + scale * (code - (2^B - 1) / 2))
@@ -6,7 +7,8 @@
  * Both sides have the same shape: x [n_j elements][n_i lanes], lanes i = channels for keys and tokens for values, so
  * that lanes are the rows i and elements the columns j of the code matrix of xquant.h.  Every lane goes through the
  * same sequence of single-precision operations (sums in the order of j, nothing contracted), so that all sets and
- * reference.py give the same bytes.  Scratch lies on the stack: 16 lanes of one head, 32 KiB at most.
+ * reference.py give the same bytes.  A vector is as wide as the set's registers: compilers take wider ones apart,
+ * element by element.  Codes are packed 16 rows i at a time.  Scratch lies on the stack: 24 KiB at most.
  */
 #include "half.h"
 #include "kernels.h"
@@ -14,18 +16,22 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#if defined(__F16C__)
+#if defined(XQ_SET_AVX2)
 #include <immintrin.h>
 #endif
 
 namespace xq {
 namespace XQ_SET { // the name of the kernel set that includes this file
 
-constexpr int n_lanes = 16;
-typedef float lanes __attribute__((vector_size(64)));
-typedef int32_t int_lanes __attribute__((vector_size(64)));
-typedef uint32_t bit_lanes __attribute__((vector_size(64)));
-typedef uint8_t byte_lanes __attribute__((vector_size(16)));
+#if defined(XQ_SET_AVX2)
+constexpr int n_lanes = 8;
+#else
+constexpr int n_lanes = 4;
+#endif
+constexpr int n_packed = 16; // rows i of one column that are packed together
+typedef float lanes __attribute__((vector_size(4 * n_lanes)));
+typedef int32_t int_lanes __attribute__((vector_size(4 * n_lanes)));
+typedef uint32_t bit_lanes __attribute__((vector_size(4 * n_lanes)));
 
 /* ---- lanes ---- */
 
@@ -49,14 +55,9 @@ static inline lanes inverse(lanes x) {
     return x != 0.0f ? 1.0f / (x != 0.0f ? x : splat(1.0f)) : splat(0.0f);
 }
 
-static inline lanes load_half(const uint16_t *p /* [16] */) {
-#if defined(__F16C__)
-    const __m256 a = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
-    const __m256 b = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)));
-    lanes x;
-    memcpy(&x, &a, 32);
-    memcpy((char *)&x + 32, &b, 32);
-    return x;
+static inline lanes load_half(const uint16_t *p /* [n_lanes] */) {
+#if defined(XQ_SET_AVX2)
+    return (lanes)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 #else
     lanes x;
     for (int i = 0; i < n_lanes; ++i) {
@@ -67,18 +68,40 @@ static inline lanes load_half(const uint16_t *p /* [16] */) {
 }
 
 /* Rounded half to even; what is too large becomes +-65504. */
-static inline void store_half(uint16_t *p /* [16] */, lanes x) {
+static inline void store_half(uint16_t *p /* [n_lanes] */, lanes x) {
     x = low(high(x, splat(-65504.0f)), splat(65504.0f));
-#if defined(__F16C__)
-    __m256 a, b;
-    memcpy(&a, &x, 32);
-    memcpy(&b, (const char *)&x + 32, 32);
-    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
-    _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT));
+#if defined(XQ_SET_AVX2)
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 #else
     for (int i = 0; i < n_lanes; ++i) {
         p[i] = float_to_half(x[i]);
     }
+#endif
+}
+
+/* Whole numbers, their low bytes. */
+static inline void store_bytes(uint8_t *p /* [n_lanes] */, int_lanes x) {
+#if defined(XQ_SET_AVX2)
+    const __m256i order = _mm256_set1_epi32(0x0c080400);
+    const __m256i bytes = _mm256_shuffle_epi8((__m256i)x, order);
+    const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    _mm_storel_epi64((__m128i *)p, both);
+#else
+    for (int i = 0; i < n_lanes; ++i) {
+        p[i] = (uint8_t)x[i];
+    }
+#endif
+}
+
+static inline int_lanes load_bytes(const uint8_t *p /* [n_lanes] */) {
+#if defined(XQ_SET_AVX2)
+    return (int_lanes)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+#else
+    int_lanes x;
+    for (int i = 0; i < n_lanes; ++i) {
+        x[i] = p[i];
+    }
+    return x;
 #endif
 }
 
@@ -141,7 +164,7 @@ static inline void get_words(int bits, const uint8_t *column, int j, int i0, uin
     }
 }
 
-static inline void put_codes(int bits, int n_i, uint8_t *packed, int j, int i0, const uint8_t codes[n_lanes]) {
+static inline void put_codes(int bits, int n_i, uint8_t *packed, int j, int i0, const uint8_t codes[n_packed]) {
     uint8_t *column = packed + j / 16 * column_bytes(bits, n_i);
     uint32_t c[4];
     memcpy(c, codes, sizeof(c));
@@ -158,7 +181,7 @@ static inline void put_codes(int bits, int n_i, uint8_t *packed, int j, int i0, 
     put_words(1, column + 64 * units_of(2, n_i), j, i0, hi);
 }
 
-static inline void get_codes(int bits, int n_i, const uint8_t *packed, int j, int i0, uint8_t codes[n_lanes]) {
+static inline void get_codes(int bits, int n_i, const uint8_t *packed, int j, int i0, uint8_t codes[n_packed]) {
     const uint8_t *column = packed + j / 16 * column_bytes(bits, n_i);
     uint32_t c[4];
     get_words(bits == 3 ? 2 : bits, column, j, i0, c);
@@ -172,26 +195,19 @@ static inline void get_codes(int bits, int n_i, const uint8_t *packed, int j, in
     memcpy(codes, c, sizeof(c));
 }
 
-static inline void store_codes(int bits, int n_i, uint8_t *packed, int j, int i0, lanes code) {
-    const byte_lanes bytes = __builtin_convertvector(__builtin_convertvector(code, int_lanes), byte_lanes);
-    uint8_t c[n_lanes];
-    memcpy(c, &bytes, sizeof(c));
-    put_codes(bits, n_i, packed, j, i0, c);
+static inline void store_codes(uint8_t *p /* [n_lanes] */, lanes code) {
+    store_bytes(p, __builtin_convertvector(code, int_lanes));
 }
 
-static inline lanes load_codes(int bits, int n_i, const uint8_t *packed, int j, int i0) {
-    uint8_t c[n_lanes];
-    get_codes(bits, n_i, packed, j, i0, c);
-    byte_lanes bytes;
-    memcpy(&bytes, c, sizeof(c));
-    return __builtin_convertvector(__builtin_convertvector(bytes, int_lanes), lanes);
+static inline lanes load_codes(const uint8_t *p /* [n_lanes] */) {
+    return __builtin_convertvector(load_bytes(p), lanes);
 }
 
 static void pack(int bits, int n_i, int n_j, const uint8_t *codes, uint8_t *packed) {
-    for (int i0 = 0; i0 < n_i; i0 += n_lanes) {
+    for (int i0 = 0; i0 < n_i; i0 += n_packed) {
         for (int j = 0; j < n_j; ++j) {
-            uint8_t c[n_lanes];
-            for (int k = 0; k < n_lanes; ++k) {
+            uint8_t c[n_packed];
+            for (int k = 0; k < n_packed; ++k) {
                 c[k] = codes[(int64_t)(i0 + k) * n_j + j];
             }
             put_codes(bits, n_i, packed, j, i0, c);
@@ -200,11 +216,11 @@ static void pack(int bits, int n_i, int n_j, const uint8_t *codes, uint8_t *pack
 }
 
 static void unpack(int bits, int n_i, int n_j, const uint8_t *packed, uint8_t *codes) {
-    for (int i0 = 0; i0 < n_i; i0 += n_lanes) {
+    for (int i0 = 0; i0 < n_i; i0 += n_packed) {
         for (int j = 0; j < n_j; ++j) {
-            uint8_t c[n_lanes];
+            uint8_t c[n_packed];
             get_codes(bits, n_i, packed, j, i0, c);
-            for (int k = 0; k < n_lanes; ++k) {
+            for (int k = 0; k < n_packed; ++k) {
                 codes[(int64_t)(i0 + k) * n_j + j] = c[k];
             }
         }
@@ -268,9 +284,8 @@ static inline void store_parameters(const xq_side &side, uint8_t *at, int n_i, i
         store_half((uint16_t *)at + i0, p.scale);
         store_half((uint16_t *)at + n_i + i0, p.base);
     } else {
-        const byte_lanes e = __builtin_convertvector(p.e, byte_lanes), q = __builtin_convertvector(p.q, byte_lanes);
-        memcpy(at + i0, &e, n_lanes);
-        memcpy(at + n_i + i0, &q, n_lanes);
+        store_bytes(at + i0, p.e);
+        store_bytes(at + n_i + i0, p.q);
     }
 }
 
@@ -282,10 +297,8 @@ static inline parameters load_parameters(const xq_side &side, const uint8_t *at,
         p.scale = load_half((const uint16_t *)at + i0);
         p.base = load_half((const uint16_t *)at + n_i + i0);
     } else {
-        for (int i = 0; i < n_lanes; ++i) {
-            p.e[i] = at[i0 + i];
-            p.q[i] = (int8_t)at[n_i + i0 + i];
-        }
+        p.e = load_bytes(at + i0);
+        p.q = (int_lanes)((bit_lanes)load_bytes(at + n_i + i0) << 24) >> 24; // signed
         p.middle = (float)((1 << side.bits) - 1) * 0.5f;
         p.scale = log8_scale(p.e);
         p.base = __builtin_convertvector(p.q, lanes) * (p.scale * 0.125f);

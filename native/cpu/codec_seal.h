@@ -1,4 +1,5 @@
-/* codec_seal.h: fits, sealing and unsealing, 16 groups at a time; see codec_lanes.h.  Compiled once per kernel set. */
+/* codec_seal.h: fits, sealing and unsealing, a vector of groups at a time; see codec_lanes.h.  Compiled once per kernel
+ * set. */
 #include "codec_lanes.h"
 
 namespace xq {
@@ -105,7 +106,7 @@ static inline parameters fit_lloyd(const group &g) {
     return round_parameters(g.side, p.scale, p.base);
 }
 
-/* ---- one chunk of 16 lanes ---- */
+/* ---- one vector of groups ---- */
 
 struct matrix {
     const xq_side &side;
@@ -120,20 +121,19 @@ static inline matrix value_matrix(const xq_side &side, int e) {
     return {side, XQ_PAGE, e, side.group == 0 || side.group > e ? e : side.group};
 }
 
-/* x [n_j]: lanes i0 .. i0 + 15. codes: written if owner_codes is null. */
-static void seal_lanes(const matrix &m, const lanes *x, int i0, uint8_t *codes, uint8_t *param,
-                       const uint8_t *owner_codes, int owner_bits) {
+/* x [n_j]: lanes i0 .. i0 + n_lanes - 1.  codes: of element j at j * n_packed; read if borrowed, else written. */
+static inline void seal_lanes(const matrix &m, const lanes *x, int i0, uint8_t *codes, uint8_t *param, bool borrowed) {
     const xq_side &side = m.side;
     for (int j0 = 0; j0 < m.n_j; j0 += m.group, param += parameter_bytes(side, m.n_i)) {
         const group g = make_group(side, x + j0, m.group);
-        const auto owned = [&](int j) { return load_codes(owner_bits, m.n_i, owner_codes, j0 + j, i0); };
+        uint8_t *const c = codes + j0 * n_packed;
         parameters p = {};
         if (side.bits == 0) {
             p.base = mean(g);
         } else if (side.fit == XQ_FIT_LSQ) {
             parameters flat = {};
             flat.base = mean(g);
-            p = least_squares(g, flat, owned);
+            p = least_squares(g, flat, [&](int j) { return load_codes(c + j * n_packed); });
             p = round_parameters(side, p.scale, p.base);
         } else if (side.fit == XQ_FIT_CLIP) {
             p = fit_clip(g);
@@ -144,25 +144,36 @@ static void seal_lanes(const matrix &m, const lanes *x, int i0, uint8_t *codes, 
             p = round_parameters(side, p.scale, p.base);
         }
         store_parameters(side, param, m.n_i, i0, p);
-        if (side.bits == 0 || owner_codes) {
+        if (side.bits == 0 || borrowed) {
             continue;
         }
         // the paper's codes belong to the full range, before it was relaxed and rounded
         const parameters grid = side.fit == XQ_FIT_PAPER ? relaxed(g, 0.0f) : p;
         const lanes inv = inverse(grid.scale);
         for (int j = 0; j < m.group; ++j) {
-            store_codes(side.bits, m.n_i, codes, j0 + j, i0, encode(g.x[j], grid, inv, g.top));
+            store_codes(c + j * n_packed, encode(g.x[j], grid, inv, g.top));
         }
     }
 }
 
-static void unseal_lanes(const matrix &m, lanes *x, int i0, const uint8_t *codes, int code_bits, const uint8_t *param) {
+static inline void unseal_lanes(const matrix &m, lanes *x, int i0, const uint8_t *codes, const uint8_t *param) {
     for (int j0 = 0; j0 < m.n_j; j0 += m.group, param += parameter_bytes(m.side, m.n_i)) {
         const parameters p = load_parameters(m.side, param, m.n_i, i0);
         for (int j = j0; j < j0 + m.group; ++j) {
-            x[j] =
-                m.side.bits == 0 ? p.base : p.base + p.scale * (load_codes(code_bits, m.n_i, codes, j, i0) - p.middle);
+            x[j] = m.side.bits == 0 ? p.base : p.base + p.scale * (load_codes(codes + j * n_packed) - p.middle);
         }
+    }
+}
+
+/* codes [n_j][n_packed] of rows i0 .. i0 + n_packed - 1 to the unit order, and back. */
+static inline void pack_rows(const matrix &m, int bits, int i0, const uint8_t *codes, uint8_t *packed) {
+    for (int j = 0; j < m.n_j; ++j) {
+        put_codes(bits, m.n_i, packed, j, i0, codes + j * n_packed);
+    }
+}
+static inline void unpack_rows(const matrix &m, int bits, int i0, const uint8_t *packed, uint8_t *codes) {
+    for (int j = 0; j < m.n_j; ++j) {
+        get_codes(bits, m.n_i, packed, j, i0, codes + j * n_packed);
     }
 }
 
@@ -172,7 +183,7 @@ static inline int hadamard_block(int n) {
     return n & -n;
 }
 
-/* x [n], stride elements apart: any type with +, - and * float. */
+/* x [n]: of any type with +, - and * float. */
 template <typename T> static inline void transform(T *x, int n) {
     const int block = hadamard_block(n);
     const float norm = (float)(1.0 / std::sqrt((double)block));
@@ -218,77 +229,130 @@ static inline int total(int_lanes count) {
     return n;
 }
 
+/* All rows of one side.  load(i, x) fills x [n_j] with lanes i .. i + n_lanes - 1. */
+template <typename F>
+static inline void seal_rows(const matrix &m, lanes *x, uint8_t *c /* [n_j][n_packed] */, uint8_t *codes,
+                             uint8_t *param, const uint8_t *owner_codes, int owner_bits, const F &load) {
+    for (int i0 = 0; i0 < m.n_i; i0 += n_packed) {
+        if (owner_codes) {
+            unpack_rows(m, owner_bits, i0, owner_codes, c);
+        }
+        for (int i = 0; i < n_packed; i += n_lanes) {
+            load(i0 + i, x);
+            seal_lanes(m, x, i0 + i, c + i, param, owner_codes != nullptr);
+        }
+        if (m.side.bits > 0 && !owner_codes) {
+            pack_rows(m, m.side.bits, i0, c, codes);
+        }
+    }
+}
+
+/* The way back.  store(i, x) takes lanes i .. i + n_lanes - 1. */
+template <typename F>
+static inline void unseal_rows(const matrix &m, lanes *x, uint8_t *c /* [n_j][n_packed] */, const uint8_t *codes,
+                               int code_bits, const uint8_t *param, const F &store) {
+    for (int i0 = 0; i0 < m.n_i; i0 += n_packed) {
+        if (m.side.bits > 0) {
+            unpack_rows(m, code_bits, i0, codes, c);
+        }
+        for (int i = 0; i < n_packed; i += n_lanes) {
+            unseal_lanes(m, x, i0 + i, c + i, param);
+            store(i0 + i, x);
+        }
+    }
+}
+
 static int seal_k(const xq_side &side, int d, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
                   uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int owner_bits) {
     int source[XQ_PAGE];
     sources(valid, source);
-    lanes x[XQ_PAGE];
+    lanes scratch[XQ_PAGE];
+    uint8_t c[XQ_PAGE * n_packed];
     int_lanes bad = {};
-    for (int i0 = 0; i0 < d; i0 += n_lanes) {
+    seal_rows(key_matrix(side, d), scratch, c, codes, param, owner_codes, owner_bits, [&](int i, lanes *x) {
         for (int t = 0; t < XQ_PAGE; ++t) {
-            x[t] = finite(load_half(rows + source[t] * stride + i0), bad);
+            x[t] = finite(load_half(rows + source[t] * stride + i), bad);
         }
-        seal_lanes(key_matrix(side, d), x, i0, codes, param, owner_codes, owner_bits);
-    }
+    });
     return total(bad);
 }
 
 static void unseal_k(const xq_side &side, int d, const uint8_t *codes, int code_bits, const uint8_t *param,
                      uint16_t *rows, int64_t stride) {
-    lanes x[XQ_PAGE];
-    for (int i0 = 0; i0 < d; i0 += n_lanes) {
-        unseal_lanes(key_matrix(side, d), x, i0, codes, code_bits, param);
+    lanes scratch[XQ_PAGE];
+    uint8_t c[XQ_PAGE * n_packed];
+    unseal_rows(key_matrix(side, d), scratch, c, codes, code_bits, param, [&](int i, const lanes *x) {
         for (int t = 0; t < XQ_PAGE; ++t) {
-            store_half(rows + t * stride + i0, x[t]);
+            store_half(rows + t * stride + i, x[t]);
         }
-    }
+    });
 }
 
-/* Transposes 16 by 16. */
+/* Transposes n_lanes by n_lanes. */
 static inline void transpose(const lanes in[n_lanes], lanes out[n_lanes]) {
+#if defined(XQ_SET_AVX2)
+    __m256 a[8], b[8];
+    for (int r = 0; r < 8; r += 2) { // pairs of rows, then fours, then halves
+        a[r] = _mm256_unpacklo_ps((__m256)in[r], (__m256)in[r + 1]);
+        a[r + 1] = _mm256_unpackhi_ps((__m256)in[r], (__m256)in[r + 1]);
+    }
+    for (int r = 0; r < 8; r += 4) {
+        b[r] = _mm256_shuffle_ps(a[r], a[r + 2], 0x44);
+        b[r + 1] = _mm256_shuffle_ps(a[r], a[r + 2], 0xee);
+        b[r + 2] = _mm256_shuffle_ps(a[r + 1], a[r + 3], 0x44);
+        b[r + 3] = _mm256_shuffle_ps(a[r + 1], a[r + 3], 0xee);
+    }
+    for (int c = 0; c < 4; ++c) {
+        out[c] = (lanes)_mm256_permute2f128_ps(b[c], b[c + 4], 0x20);
+        out[c + 4] = (lanes)_mm256_permute2f128_ps(b[c], b[c + 4], 0x31);
+    }
+#else
     for (int r = 0; r < n_lanes; ++r) {
         for (int c = 0; c < n_lanes; ++c) {
             out[c][r] = in[r][c];
         }
     }
+#endif
 }
 
 static int seal_v(const xq_side &side, int e, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
                   uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int owner_bits) {
     int source[XQ_PAGE];
     sources(valid, source);
-    lanes x[XQ_MAX_HEAD_DIM], block[n_lanes];
+    lanes scratch[XQ_MAX_HEAD_DIM];
+    uint8_t c[XQ_MAX_HEAD_DIM * n_packed];
     int_lanes bad = {};
-    for (int i0 = 0; i0 < XQ_PAGE; i0 += n_lanes) {
+    seal_rows(value_matrix(side, e), scratch, c, codes, param, owner_codes, owner_bits, [&](int i, lanes *x) {
         for (int j = 0; j < e; j += n_lanes) {
+            lanes block[n_lanes];
             for (int k = 0; k < n_lanes; ++k) {
-                block[k] = finite(load_half(rows + source[i0 + k] * stride + j), bad);
+                block[k] = finite(load_half(rows + source[i + k] * stride + j), bad);
             }
             transpose(block, x + j);
         }
         if (side.rotate) {
             transform(x, e);
         }
-        seal_lanes(value_matrix(side, e), x, i0, codes, param, owner_codes, owner_bits);
-    }
+    });
     return total(bad);
 }
 
 static void unseal_v(const xq_side &side, int e, const uint8_t *codes, int code_bits, const uint8_t *param,
                      uint16_t *rows, int64_t stride) {
-    lanes x[XQ_MAX_HEAD_DIM], block[n_lanes];
-    for (int i0 = 0; i0 < XQ_PAGE; i0 += n_lanes) {
-        unseal_lanes(value_matrix(side, e), x, i0, codes, code_bits, param);
+    lanes scratch[XQ_MAX_HEAD_DIM];
+    uint8_t c[XQ_MAX_HEAD_DIM * n_packed];
+    unseal_rows(value_matrix(side, e), scratch, c, codes, code_bits, param, [&](int i, lanes *x) {
         if (side.rotate) {
             transform(x, e);
         }
         for (int j = 0; j < e; j += n_lanes) {
+            lanes block[n_lanes];
             transpose(x + j, block);
             for (int k = 0; k < n_lanes; ++k) {
-                store_half(rows + (i0 + k) * stride + j, block[k]);
+                store_half(rows + (i + k) * stride + j, block[k]);
             }
         }
-    }
+    });
 }
 
 } // namespace XQ_SET
