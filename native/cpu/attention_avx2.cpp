@@ -138,8 +138,7 @@ struct avx2_set {
         const uint8_t *param = a.k_param + page * a.k_param_stride, *codes = a.k_codes + page * a.k_codes_stride;
         const int64_t column = column_bytes(a.k_code_bits, a.d);
         for (int t0 = 0; t0 < XQ_PAGE; t0 += a.k.group, param += group_param_bytes(a.k, a.d)) {
-            const folding fold = {a.k, a.d, param};
-            multiply(a.k_code_bits, a.d, a.k.group, codes ? codes + t0 / 16 * column : nullptr, fold, n, q, t0, scores,
+            multiply(a.k.bits, parameters(a.k, a.d, param), a.k.group, codes + t0 / 16 * column, n, q, t0, scores,
                      true);
         }
     }
@@ -149,9 +148,7 @@ struct avx2_set {
         const int group = group_length(a.v, a.e);
         const int64_t column = column_bytes(a.v_code_bits, XQ_PAGE);
         for (int j0 = 0; j0 < a.e; j0 += group, param += group_param_bytes(a.v, XQ_PAGE)) {
-            const folding fold = {a.v, XQ_PAGE, param};
-            multiply(a.v_code_bits, XQ_PAGE, group, codes ? codes + j0 / 16 * column : nullptr, fold, n, p, j0, out,
-                     false);
+            multiply(a.v.bits, parameters(a.v, XQ_PAGE, param), group, codes + j0 / 16 * column, n, p, j0, out, false);
         }
     }
 
@@ -182,7 +179,7 @@ struct avx2_set {
             _mm256_store_ps(s + t, p);
             total = _mm256_add_ps(total, p);
         }
-        *sum = *sum * std::exp(*max - highest) + horizontal_sum(total);
+        *sum = (highest > *max ? *sum * std::exp(*max - highest) : *sum) + horizontal_sum(total);
         *max = highest;
         return true;
     }
