@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,20 @@ def test_generate(smollm2: str, tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert "decode 5 tokens" in out
     for name in ("f16", "q8_0", "q4_0", "xquant"):
         assert f"\n{name} " in out
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+def test_generate_tells_sizes_for_every_type(smollm2: str, kv_type: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", smollm2, "--kv-type", kv_type, "--max-tokens", "2", "--n-ctx", "512"]) == 0
+    out = capfd.readouterr().out
+    assert all(f"\n{name} " in out for name in ("f16", "q8_0", "q4_0", "xquant"))
+
+
+def test_generate_follows_a_plan(smollm2: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text('{"preset": "xquant-tiny", "window": 256}')
+    assert main(["generate", smollm2, "--kv-plan", str(plan), "--max-tokens", "2", "--n-ctx", "512"]) == 0
+    assert "\nxquant-tiny " in capfd.readouterr().out
 
 
 def test_generate_cuts_a_prompt_that_is_too_long(
@@ -39,6 +54,10 @@ def test_inspect(smollm2: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert out["equivalent_bits"] == pytest.approx((28 * 2 + 2 + 2 * 2 + 28 - 8) / 60)
     assert out["true_bits"] == pytest.approx(out["equivalent_bits"] + 1)
     assert out["kv_bytes"]["f16"] == 2 * 32768 * 30 * 3 * 128
+    # 256 pages of 30 layers and 3 heads: K codes 4096, V 2048, scales 256 each; 7 slots of F16 at 512 tokens a batch
+    assert main(["inspect", smollm2, "--n-ctx", "32768", "--json"]) == 0
+    xquant = json.loads(capfd.readouterr().out)["kv_bytes"]["xquant"]
+    assert 0 <= xquant - 90 * (256 * 6656 + 7 * 128 * 256) < 8192  # and the page tables
     assert main(["inspect", smollm2, "--n-ctx", "32768"]) == 0
     assert "3.250 true bits, 3.000 equivalent bits" in capfd.readouterr().out
 
@@ -67,6 +86,10 @@ def test_evaluate(smollm2: str, tmp_path: Path, prose: str, capfd: pytest.Captur
     [
         (["generate", "no-such-model.gguf"], "no-such-model.gguf"),
         (["inspect", "MODEL", "--kv-type", "nope"], "kv_type is 'nope', must be one of"),
+        (["inspect", "MODEL", "--kv-type", "q8_0"], "kv_type is 'q8_0', must be one of xquant"),
+        (["inspect", "no-such-model.gguf"], "no-such-model.gguf"),
+        (["generate", "MODEL", "--prompt", ""], "the prompt is empty"),
+        (["generate", "MODEL", "--n-ctx", "512", "--max-tokens", "512"], "--max-tokens is 512, must be less than"),
         (["evaluate", "MODEL", "--text", "no-such-text"], "no-such-text"),
     ],
 )
@@ -77,6 +100,14 @@ def test_errors_are_one_line(
     err = capfd.readouterr().err.strip().splitlines()
     assert err[-1].startswith("xquant-gguf: ")
     assert message in err[-1]
+
+
+@pytest.mark.parametrize("option", ["--n-ctx=-1", "--max-tokens=0", "--threads=0", "--n-ctx=x", "--n-ctx=99999999999"])
+def test_numbers_out_of_range_are_named(option: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "model.gguf", option])
+    name, value = option.split("=")
+    assert re.search(f"argument {name}: is '{value}', must be an integer of at least [01]", capfd.readouterr().err)
 
 
 def test_a_text_that_is_too_short(smollm2: str) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from xquant_gguf import Llama, Plan, fork
-from xquant_gguf.llama import LLAMA_TYPES, cache_table, llama_cpp
-from xquant_gguf.plan import preset_names
+from xquant_gguf.llama import LLAMA_TYPES, llama_cpp
+from xquant_gguf.plan import Shape, preset_names
 
 OPTIONS: dict[str, Any] = {"n_ctx": 2048, "n_ubatch": 128, "n_batch": 128, "verbose": False, "n_threads": 2}
 
@@ -97,10 +97,8 @@ def test_kv_cache_info(llm: Llama) -> None:
     assert info["kernels"] in ("scalar", "avx2", "avx512", "neon")
     assert info["pages_open"] + info["pages_sealed"] + info["pages_free"] == 16
     assert 0 <= info["bytes_used"] <= info["bytes_allocated"]
-    table = cache_table(llm, 2048)
-    assert table["f16"] == 2 * 2048 * 30 * 3 * 128
-    assert table["q8_0"] == table["f16"] * 8.5 / 16
-    assert info["bytes_allocated"] - 1024 < table["xquant"] < info["bytes_allocated"]
+    told = plan.cache_bytes([Shape(64, 64, 3)] * 30, 2048, 128)
+    assert info["bytes_allocated"] - 1024 < told < info["bytes_allocated"]  # page tables apart
     assert plan.slots(2048, 128) == 4
 
 
@@ -161,6 +159,7 @@ def test_a_plan_changes_single_layers(smollm2: str, tmp_path: Path) -> None:
     info = llm.kv_cache_info()
     assert info["k_bits"] == [4, 4] + [2] * 28
     assert info["v_bits"] == [1] * 29 + [3]
+    assert info["preset"] == "xquant-tiny"
     llm.close()
 
 
@@ -185,6 +184,13 @@ def test_a_plan_changes_single_layers(smollm2: str, tmp_path: Path) -> None:
 def test_contradictions_are_one_clear_error(smollm2: str, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Llama(smollm2, n_ctx=512, verbose=False, **arguments)
+
+
+def test_a_file_contradicts_as_a_dictionary_does(smollm2: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text('{"preset": "xquant-tiny"}')
+    with pytest.raises(ValueError, match="kv_plan says preset 'xquant-tiny', but kv_type is 'xquant'"):
+        Llama(smollm2, kv_type="xquant", kv_plan=path, n_ctx=512, verbose=False)
 
 
 def test_bad_metadata_is_refused_by_the_fork(smollm2: str) -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import argparse
 import codecs
 import json
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from xquant_gguf.evaluate import evaluate
-from xquant_gguf.llama import LLAMA_TYPES, Llama, cache_table
+from xquant_gguf.llama import LLAMA_TYPES, Llama, checked_kv_type
 from xquant_gguf.plan import preset_names
+from xquant_gguf.sizes import inspect_cache
+
+UBATCH = "tokens of a micro-batch (default %(default)s)"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -28,22 +32,26 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def bytes_table(llm: Llama, n_ctx: int) -> str:
-    """KV bytes at n_ctx for F16, q8_0, q4_0 and the model's own XQuant cache."""
-    sizes = cache_table(llm, n_ctx)
+def bytes_table(sizes: Mapping[str, int | None], n_ctx: int) -> str:
+    """KV bytes at n_ctx by cache type, against F16; a type that the model cannot have shows "-"."""
+    f16 = sizes["f16"]
     rows = [["KV cache", f"MiB at {n_ctx}", "F16 / this"]]
-    rows += [[name, f"{size / 2**20:.1f}", f"{sizes['f16'] / size:.2f}"] for name, size in sizes.items()]
+    for name, size in sizes.items():
+        rows.append([name, f"{size / 2**20:.1f}" if size else "-", f"{f16 / size:.2f}" if size and f16 else "-"])
     return table(rows)
 
 
 def generate(args: argparse.Namespace) -> int:
     prompt = Path(args.prompt_file).read_text() if args.prompt_file else args.prompt
-    llm = Llama(
-        args.model, kv_type=args.kv_type, kv_plan=args.kv_plan, n_ctx=args.n_ctx, verbose=False, **_threads(args)
-    )
+    kv_type = _kv_type(args)
+    llm = Llama(args.model, kv_type=kv_type, kv_plan=args.kv_plan, n_ctx=args.n_ctx, verbose=False, **_threads(args))
     tokens = llm.tokenize(prompt.encode(), special=True)
+    if not tokens:
+        raise ValueError("the prompt is empty: --prompt or --prompt-file must give at least one token")
+    if args.max_tokens >= llm.n_ctx():
+        raise ValueError(f"--max-tokens is {args.max_tokens}, must be less than the context's {llm.n_ctx()} tokens")
     if len(tokens) + args.max_tokens > llm.n_ctx():
-        tokens = tokens[: max(llm.n_ctx() - args.max_tokens, 1)]
+        tokens = tokens[: llm.n_ctx() - args.max_tokens]
         print(f"prompt cut to {len(tokens)} tokens to fit --n-ctx {llm.n_ctx()}", file=sys.stderr)
 
     start = time.perf_counter()
@@ -67,26 +75,34 @@ def generate(args: argparse.Namespace) -> int:
 
     print(f"\nprompt {len(tokens)} tokens, {len(tokens) / prompt_time:.1f} tokens/s; ", end="")
     print(f"decode {n} tokens, {n / max(decode_time, 1e-9):.1f} tokens/s\n")
-    if llm.is_xquant:
-        print(bytes_table(llm, llm.n_ctx()))
+    preset, n_ubatch = kv_type if llm.is_xquant else "xquant", llm.context_params.n_ubatch
+    try:
+        _, sizes, n_ctx = inspect_cache(args.model, preset, args.kv_plan, n_ctx=llm.n_ctx(), n_ubatch=n_ubatch)
+    except ValueError as error:  # a model with another kind of state, run with a cache type of llama.cpp
+        print(f"no table of KV bytes: {error}", file=sys.stderr)
+    else:
+        print(bytes_table(sizes, n_ctx))
     return 0
 
 
 def inspect(args: argparse.Namespace) -> int:
-    llm = Llama(args.model, kv_type=args.kv_type, kv_plan=args.kv_plan, n_ctx=256, verbose=False)
-    info = llm.kv_cache_info()
-    sizes = cache_table(llm, args.n_ctx)
+    preset = _kv_type(args)
+    if preset in LLAMA_TYPES:
+        raise ValueError(f"kv_type is {preset!r}, must be one of {', '.join(preset_names())} to inspect its plan")
+    info, sizes, n_ctx = inspect_cache(args.model, preset, args.kv_plan, n_ctx=args.n_ctx, n_ubatch=args.n_ubatch)
+    info["kernels"] = Llama.kernels()
     if args.json:
         keys = ("preset", "layers", "k_bits", "v_bits", "equivalent_bits", "true_bits", "window", "kernels")
-        print(json.dumps({**{k: info[k] for k in keys}, "n_ctx": args.n_ctx, "kv_bytes": sizes}, indent=2))
+        settings = {"n_ctx": n_ctx, "n_ubatch": args.n_ubatch}
+        print(json.dumps({**{k: info[k] for k in keys}, **settings, "kv_bytes": sizes}, indent=2))
         return 0
     rows = [["layer", "K bits", "V bits"]]
     rows += [[str(i), str(k), str(v)] for i, k, v in zip(info["layers"], info["k_bits"], info["v_bits"], strict=True)]
     print(
-        f"{info['preset']}: {info['true_bits']:.3f} true bits, {info['equivalent_bits']:.3f} equivalent bits a value, "
+        f"{info['preset']}: {info['true_bits']:.3f} true bits, {info['equivalent_bits']:.3f} equivalent bits a value;"
     )
     print(f"the newest {info['window']} tokens in F16; kernels {info['kernels']}\n\n{table(rows)}\n")
-    print(bytes_table(llm, args.n_ctx))
+    print(bytes_table(sizes, n_ctx))
     return 0
 
 
@@ -108,6 +124,23 @@ def run_evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _kv_type(args: argparse.Namespace) -> str:
+    """--kv-type, or what --kv-plan says, or xquant."""
+    kv_type = args.kv_type if args.kv_type or args.kv_plan else "xquant"
+    return checked_kv_type(kv_type, args.kv_plan, {}) or "xquant"
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    """An argparse type: an integer not below low."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"-?[0-9]{1,9}", text) or int(text) < low:
+            raise argparse.ArgumentTypeError(f"is {text!r}, must be an integer of at least {low}")
+        return int(text)
+
+    return parse
+
+
 def _threads(args: argparse.Namespace) -> dict[str, Any]:
     return {"n_threads": args.threads, "n_threads_batch": args.threads}
 
@@ -121,31 +154,33 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(function=function)
         sub.add_argument("model", help="GGUF file")
-        sub.add_argument("--n-ctx", type=int, default=n_ctx, help="tokens of the context (default %(default)s)")
-        sub.add_argument("--threads", type=int, default=None, help="CPU threads (default: llama.cpp's)")
+        text = "tokens of the context; 0: those the model was trained with (default %(default)s)"
+        sub.add_argument("--n-ctx", type=_at_least(0), default=n_ctx, help=text)
+        sub.add_argument("--threads", type=_at_least(1), default=None, help="CPU threads (default: llama.cpp's)")
         return sub
 
     sub = command("generate", generate, "continue a prompt; speed and cache size afterwards", n_ctx=4096)
     sub.add_argument("--prompt", default="The history of the computer begins", help="text to continue")
     sub.add_argument("--prompt-file", help="file with the text to continue")
-    sub.add_argument("--max-tokens", type=int, default=128)
+    sub.add_argument("--max-tokens", type=_at_least(1), default=128)
     sub.add_argument("--temperature", type=float, default=0.0)
     _cache_options(sub, names)
     sub = command("inspect", inspect, "what the cache stores, and its bytes at a context length", n_ctx=32768)
+    sub.add_argument("--n-ubatch", type=_at_least(1), default=512, help=UBATCH)
     sub.add_argument("--json", action="store_true", help="print JSON")
     _cache_options(sub, names)
     sub = command("evaluate", run_evaluate, "perplexity and KL divergence from the F16 cache on a text", n_ctx=4096)
     sub.add_argument("--text", required=True, help="text file")
     sub.add_argument("--kv-types", default="f16,q8_0,q4_0,xquant,xquant-small,xquant-tiny", help=f"any of {names}")
-    sub.add_argument("--tokens", type=int, default=4096, help="tokens of the text (default %(default)s)")
-    sub.add_argument("--skip", type=int, default=512, help="first positions of a window that are not scored")
-    sub.add_argument("--n-ubatch", type=int, default=512, help="tokens of a micro-batch")
+    sub.add_argument("--tokens", type=_at_least(2), default=4096, help="tokens of the text (default %(default)s)")
+    sub.add_argument("--skip", type=_at_least(0), default=512, help="first positions of a window that are not scored")
+    sub.add_argument("--n-ubatch", type=_at_least(1), default=512, help=UBATCH)
     sub.add_argument("--json", help="file for the results")
     return top
 
 
 def _cache_options(sub: argparse.ArgumentParser, names: str) -> None:
-    sub.add_argument("--kv-type", default="xquant", help=f"one of {names} (default %(default)s)")
+    sub.add_argument("--kv-type", help=f"one of {names} (default: the plan's preset, or xquant)")
     sub.add_argument("--kv-plan", help="JSON file with a plan")
 
 

@@ -70,14 +70,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores every cache type on the first n_tokens of a text, all types in step with an F16 one.
 
-    The text is cut into windows of n_ctx tokens; positions from `skip` on are scored in each.  Micro-batches of
-    n_ubatch tokens read what the earlier ones stored, as in use: the quantized cache is read during the prompt too.
+    The text is cut into windows of n_ctx tokens (0: as many as the model was trained with); positions from `skip` on
+    are scored in each.  Micro-batches of n_ubatch tokens read what the earlier ones stored, as in use: the quantized
+    cache is read during the prompt too.
     Returns {"results": [one dictionary a type], settings...}.  Raises ValueError if the text is too short.
     """
     common: dict[str, Any] = {"n_ctx": n_ctx, "n_batch": n_ubatch, "n_ubatch": n_ubatch, "verbose": False}
     common.update(n_threads=n_threads, n_threads_batch=n_threads)
     reference = Llama(model_path, kv_type="f16", flash_attn=True, **common)
     models = {kv: reference if kv == "f16" else Llama(model_path, kv_type=kv, **common) for kv in kv_types}
+    n_ctx = n_ctx or reference.n_ctx()
     tokens = reference.tokenize(text.encode(), special=False)[:n_tokens]
     if len(tokens) < n_tokens or min(n_tokens, n_ctx) <= skip + 1:
         raise ValueError(

@@ -9,25 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from xquant_gguf import fork, native
-from xquant_gguf.plan import Plan, preset_names
-
-fork.use()
-
-import llama_cpp  # noqa: E402  (after fork.use, which chooses the library)
-
-# llama.cpp's own cache types: ggml type and bits per value
-LLAMA_TYPES: dict[str, tuple[int, float]] = {
-    "f32": (0, 32.0),
-    "f16": (1, 16.0),
-    "bf16": (30, 16.0),
-    "q8_0": (8, 8.5),
-    "q5_1": (7, 6.0),
-    "q5_0": (6, 5.5),
-    "q4_1": (3, 5.0),
-    "iq4_nl": (20, 4.5),
-    "q4_0": (2, 4.5),
-}
-
+from xquant_gguf.plan import Plan, named_preset, preset_names
+from xquant_gguf.sizes import LLAMA_TYPES, cache_info, llama_cpp, xquant_overrides
 
 _TYPE_NAMES = {number: name for name, (number, _) in LLAMA_TYPES.items()} | {fork.GGML_TYPE_XQUANT: "xquant"}
 
@@ -52,7 +35,7 @@ class Llama(llama_cpp.Llama):
         Raises ValueError if arguments contradict each other, or the model cannot have such a cache.
         """
         self._stack = contextlib.ExitStack()  # llama_cpp closes it even if a check below raises
-        self._kv_type = _checked_kv_type(kv_type, kv_plan, kwargs)
+        self._kv_type = checked_kv_type(kv_type, kv_plan, kwargs)
         self._kv_plan = kv_plan
         self._given_overrides = kwargs.get("kv_overrides")
         kwargs["verbose"] = verbose = kwargs.get("verbose", True)
@@ -61,12 +44,9 @@ class Llama(llama_cpp.Llama):
             if LLAMA_TYPES[self._kv_type][1] < 16:
                 kwargs["flash_attn"] = True
         elif self._kv_type is not None:
-            overrides: dict[str, str | int] = {"xquant.preset": self._kv_type}
-            if kv_plan is not None:
-                overrides = _overrides(model_path, kv_plan, self._kv_type, kwargs)
             kwargs["type_k"] = kwargs["type_v"] = fork.GGML_TYPE_XQUANT
             kwargs["flash_attn"] = True
-            kwargs["kv_overrides"] = {**(self._given_overrides or {}), **overrides}
+            kwargs["kv_overrides"] = xquant_overrides(model_path, self._kv_type, kv_plan, self._given_overrides)
         try:
             super().__init__(model_path, **kwargs)
         except ValueError as error:
@@ -92,28 +72,8 @@ class Llama(llama_cpp.Llama):
         bytes_sliding.
         """
         kv_type = self._kv_type or _TYPE_NAMES.get(self.context_params.type_k, "f16")
-        info = fork.info(self._ctx.ctx)
-        found = fork.plan(self._ctx.ctx, kv_type)
-        if info is None or found is None:
-            return self._plain_info(kv_type)
-        plan, shapes, layers = found
-        return {
-            "preset": kv_type,
-            "layers": layers,
-            "k_bits": [layer.k.bits for layer in plan.layers],
-            "v_bits": [layer.v.bits for layer in plan.layers],
-            "equivalent_bits": plan.equivalent_bits(),
-            "true_bits": plan.true_bits(shapes),
-            "window": plan.window,
-            "bytes_allocated": info["bytes_allocated"] + info["bytes_other"],
-            "bytes_used": info["bytes_used"] + info["bytes_other"],
-            "bytes_sliding": info["bytes_other"],
-            "pages_open": info["pages_open"],
-            "pages_sealed": info["pages_sealed"],
-            "pages_free": info["pages_free"],
-            "nonfinite": info["n_nonfinite"],
-            "kernels": self.kernels(),
-        }
+        info = cache_info(self._ctx.ctx, kv_type)
+        return self._plain_info(kv_type) if info is None else {**info, "kernels": self.kernels()}
 
     def _plain_info(self, kv_type: str) -> dict[str, Any]:
         shapes, allocated = fork.shapes(self._ctx.ctx)
@@ -153,17 +113,15 @@ class Llama(llama_cpp.Llama):
         return state
 
 
-def _checked_kv_type(kv_type: str | None, kv_plan: Any, kwargs: Mapping[str, Any]) -> str | None:
-    """The kv_type in force, or ValueError if arguments contradict each other."""
+def checked_kv_type(kv_type: str | None, kv_plan: Any, kwargs: Mapping[str, Any]) -> str | None:
+    """The kv_type in force; ValueError if arguments (kwargs: the others of Llama) contradict each other."""
     presets = preset_names()
     if kv_type is not None and kv_type not in presets and kv_type not in LLAMA_TYPES:
         raise ValueError(f"kv_type is {kv_type!r}, must be one of {', '.join((*presets, *LLAMA_TYPES))}")
     if kv_plan is not None:
         if kv_type in LLAMA_TYPES:
             raise ValueError(f"kv_plan is given, but kv_type is {kv_type!r}: must be an XQuant preset or left out")
-        named = kv_plan.preset if isinstance(kv_plan, Plan) else None
-        if isinstance(kv_plan, Mapping):
-            named = kv_plan.get("preset")
+        named = named_preset(kv_plan)
         if kv_type is not None and named is not None and named != kv_type:
             raise ValueError(f"kv_plan says preset {named!r}, but kv_type is {kv_type!r}: leave one of them out")
         kv_type = kv_type or named or "xquant"
@@ -183,34 +141,4 @@ def _checked_kv_type(kv_type: str | None, kv_plan: Any, kwargs: Mapping[str, Any
     return kv_type
 
 
-def _overrides(model_path: str, kv_plan: Any, preset: str, kwargs: Mapping[str, Any]) -> dict[str, str | int]:
-    """A plan as kv_overrides. Which layers the model's cache has is asked of llama.cpp, with a tiny context."""
-    keep = ("n_gpu_layers", "split_mode", "main_gpu", "tensor_split", "use_mmap", "kv_overrides")
-    probe = Llama(model_path, kv_type="xquant", n_ctx=256, verbose=False, **{k: kwargs[k] for k in keep if k in kwargs})
-    try:
-        found = fork.plan(probe._ctx.ctx, "xquant")
-        assert found is not None
-        _, shapes, layers = found
-    finally:
-        probe.close()
-    plan = Plan.load(kv_plan, len(layers), preset)
-    plan.check(shapes)
-    return plan.overrides(layers)
-
-
-def cache_table(llm: Llama, n_ctx: int) -> dict[str, int]:
-    """Bytes of the whole KV cache at n_ctx by kv_type: f16, q8_0, q4_0 and the XQuant cache of llm."""
-    found = fork.plan(llm._ctx.ctx, "xquant")
-    if found is None:
-        raise ValueError("the model was not loaded with an XQuant cache")
-    plan, shapes, _ = found
-    info = fork.info(llm._ctx.ctx)
-    assert info is not None
-    sliding, n_ubatch = info["bytes_other"], llm.context_params.n_ubatch
-    growing = n_ctx * sum((s.d + s.e) * s.heads for s in shapes)  # values
-    table = {name: int((2 * growing + sliding) * LLAMA_TYPES[name][1] / 16) for name in ("f16", "q8_0", "q4_0")}
-    table[llm._kv_type or "xquant"] = plan.cache_bytes(shapes, n_ctx, n_ubatch) + sliding
-    return table
-
-
-__all__ = ["LLAMA_TYPES", "Llama", "cache_table", "llama_cpp"]
+__all__ = ["LLAMA_TYPES", "Llama", "llama_cpp"]

@@ -108,7 +108,7 @@ class Plan:
     """What a whole cache stores: one Layer for each layer that has keys and values, in order.
 
     window: newest tokens that stay F16; negative: nothing is ever sealed. pinned: first pages of a sequence that
-    stay F16. preset: the preset that the plan started from. changed: layers that differ from it.
+    stay F16. preset: the preset that the plan started from.
     """
 
     preset: str
@@ -194,15 +194,7 @@ class Plan:
             if len(source.layers) != n_layers:
                 raise ValueError(f"kv_plan has {len(source.layers)} layers, the model's cache has {n_layers}")
             return source
-        where = "kv_plan"
-        if not isinstance(source, Mapping):
-            where = str(source)
-            try:
-                source = json.loads(Path(source).read_text())
-            except (OSError, ValueError) as error:
-                raise ValueError(f"kv_plan {where}: {error}") from error
-        if not isinstance(source, Mapping):
-            raise ValueError(f"{where}: must be an object, not {type(source).__name__}")
+        source, where = _read(source)
         _known(source, {"preset", "window", "pinned", "layers"}, where)
         plan = cls.from_preset(str(source.get("preset", preset)), n_layers)
         layers = list(plan.layers)
@@ -213,6 +205,27 @@ class Plan:
         plan = replace(plan, layers=tuple(layers), window=window, pinned=pinned)
         plan.check()
         return plan
+
+
+def named_preset(source: str | Path | Mapping[str, Any] | Plan) -> str | None:
+    """The preset that a plan, in any form that Plan.load takes, says it starts from; None if it names none."""
+    if isinstance(source, Plan):
+        return source.preset
+    preset = _read(source)[0].get("preset")
+    return None if preset is None else str(preset)
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """A plan's dictionary and what to call it in messages."""
+    if isinstance(source, Mapping):
+        return source, "kv_plan"
+    try:
+        value = json.loads(Path(source).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"kv_plan {source}: {error}") from error
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{source}: must be an object, not {type(value).__name__}")
+    return value, str(source)
 
 
 def _integer(value: Any, where: str) -> int:
