@@ -140,7 +140,7 @@ def attend(case: Case, head: Head, parts: Sequence[int]) -> NDArray[np.float32]:
         rows = [ffi.from_buffer("float[]", states[i, row]) for i in range(len(states))]
         merged = ffi.new("const float *[]", rows)
         result = ffi.from_buffer("float[]", out[row])
-        assert lib.xq_attention_merge(len(rows), merged, case.e, int(case.v.rotate), case.sink, result) == 0
+        assert lib.xq_attention_merge(len(rows), merged, case.e, int(case.v.rotate), case.sink, ffi.NULL, result) == 0
     return out
 
 

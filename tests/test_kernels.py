@@ -42,6 +42,11 @@ def words(valid: NDArray[np.bool_]) -> NDArray[np.uint32]:
     return np.packbits(valid, bitorder="little").view(np.uint32)
 
 
+def not_mapped(name: str) -> list[Any]:
+    """The last argument of the functions for values."""
+    return [native.load()[0].NULL] if name == "v" else []
+
+
 def strided(rows: NDArray[np.float16]) -> NDArray[np.float16]:
     """The same rows, GAP not-a-numbers apart."""
     out = np.full((PAGE, rows.shape[1] + GAP), np.nan, np.float16)
@@ -59,7 +64,7 @@ def seal(name: str, side: Side, rows: NDArray[np.float16], valid: NDArray[np.boo
     x = strided(rows)
     status = getattr(lib, f"xq_seal_{name}")(
         c_side(side), width, pointer("uint16_t[]", x), width + GAP, pointer("uint32_t[]", words(valid)), c, p,
-        ffi.NULL, 0,
+        ffi.NULL, 0, *not_mapped(name),
     )  # fmt: skip
     assert status >= 0, native.error()
     assert all((part[size:] == GUARD).all() for part, size in zip(parts, sizes, strict=True))
@@ -97,7 +102,8 @@ def test_unseal_of_any_codes_and_parameters(name: str, side: Side, width: int) -
     out = np.full((PAGE, width + GAP), np.nan, np.float16)
     buffers = [pointer("uint8_t[]", np.frombuffer(part or b"\0", np.uint8)) for part in (codes, param)]
     call = getattr(lib, f"xq_unseal_{name}")
-    status = call(c_side(side), width, buffers[0], side.bits, buffers[1], pointer("uint16_t[]", out), width + GAP)
+    at = pointer("uint16_t[]", out)
+    status = call(c_side(side), width, buffers[0], side.bits, buffers[1], at, width + GAP, *not_mapped(name))
     assert status == 0, native.error()
     exact = getattr(reference, f"dequantize_{name}")(side, width, codes, param)
     expected = np.clip(exact, -65504, 65504).astype(np.float16)
@@ -158,10 +164,10 @@ def test_bad_arguments_are_named(name: str, kernels: str) -> None:
         ({**borrowing, "owner_codes": ffi.NULL, "owner_bits": 4}, "codes must not be null for 4 bits"),
         ({**borrowing, "owner_bits": 2}, "codes of 2 bits do not fit a side of 4 bits"),
     ):
-        assert call(*{**good, **change}.values()) < 0, message
+        assert call(*{**good, **change}.values(), *not_mapped(name)) < 0, message
         assert message in native.error()
     assert lib.xq_kernels_calls(kernels.encode()) == before  # nothing ran
-    assert call(*good.values()) == 0
+    assert call(*good.values(), *not_mapped(name)) == 0
     assert lib.xq_kernels_calls(kernels.encode()) == before + 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -95,7 +96,19 @@ def _part_sizes(side: Side, width: int, is_k: bool) -> tuple[int, int]:
     return codes, param
 
 
-def _seal(name: str, side: Side, rows: ArrayLike, valid: ArrayLike | None, owner: bytes | None) -> tuple[bytes, bytes]:
+def _predicted(e: int, predicted: NDArray[np.float32] | None) -> Any:
+    """What predict_v gave, as a C pointer."""
+    ffi, _ = native.load()
+    if predicted is None:
+        return ffi.NULL
+    if predicted.shape != (e, PAGE) or predicted.dtype != np.float32:
+        raise ValueError(f"predicted is {predicted.dtype} {predicted.shape}, must be float32 ({e}, {PAGE})")
+    return ffi.from_buffer("float[]", np.ascontiguousarray(predicted))
+
+
+def _seal(
+    name: str, side: Side, rows: ArrayLike, valid: ArrayLike | None, owner: bytes | None, *more: Any
+) -> tuple[bytes, bytes]:
     ffi, lib = native.load()
     x = np.ascontiguousarray(rows, np.float16)
     if x.ndim != 2 or len(x) != PAGE:
@@ -117,7 +130,7 @@ def _seal(name: str, side: Side, rows: ArrayLike, valid: ArrayLike | None, owner
         getattr(lib, f"xq_seal_{name}")(
             c, x.shape[1], ffi.from_buffer("uint16_t[]", x), x.shape[1], ffi.from_buffer("uint32_t[]", words),
             ffi.NULL if owner is not None else codes, param,
-            ffi.NULL if owner is None else ffi.from_buffer("uint8_t[]", owner), side.bits,
+            ffi.NULL if owner is None else ffi.from_buffer("uint8_t[]", owner), side.bits, *more,
         )
     )  # fmt: skip
     if bad:
@@ -125,7 +138,7 @@ def _seal(name: str, side: Side, rows: ArrayLike, valid: ArrayLike | None, owner
     return b"" if owner is not None else bytes(ffi.buffer(codes, n_codes)), bytes(ffi.buffer(param, n_param))
 
 
-def _unseal(name: str, side: Side, width: int, codes: bytes, param: bytes) -> NDArray[np.float16]:
+def _unseal(name: str, side: Side, width: int, codes: bytes, param: bytes, *more: Any) -> NDArray[np.float16]:
     ffi, lib = native.load()
     c = ffi.new("xq_side *")
     side_to_c(c, side, "side")
@@ -138,7 +151,7 @@ def _unseal(name: str, side: Side, width: int, codes: bytes, param: bytes) -> ND
     out = np.empty((PAGE, width), np.float16)
     buffers = [ffi.from_buffer("uint8_t[]", part) for part in (codes, param)]
     call = getattr(lib, f"xq_unseal_{name}")
-    _check(call(c, width, buffers[0], side.bits, buffers[1], ffi.from_buffer("uint16_t[]", out), width))
+    _check(call(c, width, buffers[0], side.bits, buffers[1], ffi.from_buffer("uint16_t[]", out), width, *more))
     return out
 
 
@@ -154,10 +167,31 @@ def seal_k(
 
 
 def seal_v(
-    side: Side, rows: ArrayLike, valid: ArrayLike | None = None, owner_codes: bytes | None = None
+    side: Side,
+    rows: ArrayLike,
+    valid: ArrayLike | None = None,
+    owner_codes: bytes | None = None,
+    predicted: NDArray[np.float32] | None = None,
 ) -> tuple[bytes, bytes]:
-    """As seal_k, for values [128][e]."""
-    return _seal("v", side, rows, valid, owner_codes)
+    """As seal_k, for values [128][e].  predicted [e][128]: what a map says they are; the remainder is stored."""
+    return _seal("v", side, rows, valid, owner_codes, _predicted(np.shape(rows)[-1], predicted))
+
+
+def predict_v(source: Side, e: int, codes: bytes, param: bytes, weight: ArrayLike) -> NDArray[np.float32]:
+    """Values [e][128] that a map, weight [e of the source][e], makes of a sealed page of its source."""
+    ffi, lib = native.load()
+    w = np.ascontiguousarray(weight, np.float32)
+    if w.shape != (e, e):
+        raise ValueError(f"weight has shape {w.shape}, must be ({e}, {e})")
+    c = ffi.new("xq_side *")
+    side_to_c(c, source, "source")
+    _check(lib.xq_check_side(c, 0, e))
+    if (len(codes), len(param)) != (sizes := _part_sizes(source, e, False)):
+        raise ValueError(f"codes and param have {len(codes)} and {len(param)} bytes, must have {sizes}")
+    out = np.empty((e, PAGE), np.float32)
+    buffers = [ffi.from_buffer("uint8_t[]", part) for part in (codes, param)]
+    _check(lib.xq_predict_v(c, e, *buffers, ffi.from_buffer("float[]", w), ffi.from_buffer("float[]", out)))
+    return out
 
 
 def unseal_k(side: Side, d: int, codes: bytes, param: bytes) -> NDArray[np.float16]:
@@ -165,6 +199,8 @@ def unseal_k(side: Side, d: int, codes: bytes, param: bytes) -> NDArray[np.float
     return _unseal("k", side, d, codes, param)
 
 
-def unseal_v(side: Side, e: int, codes: bytes, param: bytes) -> NDArray[np.float16]:
+def unseal_v(
+    side: Side, e: int, codes: bytes, param: bytes, predicted: NDArray[np.float32] | None = None
+) -> NDArray[np.float16]:
     """Values [128][e] of a sealed page, rotated back if they are stored rotated."""
-    return _unseal("v", side, e, codes, param)
+    return _unseal("v", side, e, codes, param, _predicted(e, predicted))

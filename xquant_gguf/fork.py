@@ -7,12 +7,15 @@ import os
 import sys
 from functools import lru_cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from cffi import FFI
+from numpy.typing import NDArray
 
 from xquant_gguf import native
-from xquant_gguf.plan import Layer, Plan, Shape, Side, side_from_c
+from xquant_gguf.plan import Layer, Plan, Shape, side_from_c
 
 LLAMA_CPP_PYTHON = "0.3.36"
 GGML_TYPE_XQUANT = 43
@@ -60,13 +63,13 @@ def _context(ctx: Any) -> Any:
     return ffi.cast("struct llama_context *", address)
 
 
-def info(ctx: Any) -> dict[str, int] | None:
+def info(ctx: Any) -> dict[str, Any] | None:
     """Fields of xquant_llama_info (native/llama/xquant_llama.h); None if the context has no XQuant cache."""
     ffi, lib = load()
     out = ffi.new("xquant_llama_info *")
     if lib.xquant_llama_get_info(_context(ctx), out) != 0:
         return None
-    return {name: int(getattr(out, name)) for name, _ in ffi.typeof("xquant_llama_info").fields}
+    return {name: getattr(out, name) for name, _ in ffi.typeof("xquant_llama_info").fields}
 
 
 def shapes(ctx: Any) -> tuple[list[Shape], int]:
@@ -78,6 +81,25 @@ def shapes(ctx: Any) -> tuple[list[Shape], int]:
     return [Shape(d[i], e[i], heads[i]) for i in range(max(n, 0))], int(size[0])
 
 
+def use_plan(model: Any, path: Path | None) -> None:
+    """Makes later contexts of a model follow the plan in a GGUF file; None: the default preset."""
+    ffi, lib = load()
+    address = ctypes.cast(model, ctypes.c_void_p).value
+    name = ffi.NULL if path is None else ffi.new("char[]", os.fsencode(path))
+    if lib.xquant_llama_use_plan(ffi.cast("struct llama_model *", address), name) != 0:
+        raise ValueError(f"{path} is not a GGUF file with a plan")
+
+
+def rows(ctx: Any, layer: int, name: str, head: int, n_cells: int, width: int) -> NDArray[np.float16]:
+    """F16 keys or values (name: "k" or "v") [cell][width] of a model layer's KV head, in a cache that never seals."""
+    ffi, lib = load()
+    out = np.empty((n_cells, width), np.float16)
+    pointer = ffi.from_buffer("uint16_t[]", out)
+    if lib.xquant_llama_read_rows(_context(ctx), layer, int(name == "v"), head, n_cells, pointer) != 0:
+        raise ValueError(f"layer {layer}, {name}: head {head} has no {n_cells} open cells")
+    return out
+
+
 def plan(ctx: Any, preset: str) -> tuple[Plan, list[Shape], list[int]] | None:
     """Plan in force, shapes and model layer numbers of the layers in the XQuant cache; None if there is none."""
     ffi, lib = load()
@@ -87,8 +109,5 @@ def plan(ctx: Any, preset: str) -> tuple[Plan, list[Shape], list[int]] | None:
     d, e, heads = arrays
     held = [i for i in range(c.n_layers) if d[i] > 0]
 
-    def side(s: Any) -> Side:
-        return side_from_c(s, held.index(s.owner) if s.owner >= 0 else -1)
-
-    layers = tuple(Layer(side(c.layers[i].k), side(c.layers[i].v)) for i in held)
+    layers = tuple(Layer(*(side_from_c(s, held.index) for s in (c.layers[i].k, c.layers[i].v))) for i in held)
     return Plan(preset, layers, c.window, c.pinned), [Shape(d[i], e[i], heads[i]) for i in held], held

@@ -6,8 +6,8 @@ Presets, checks, sizes and the text form live in libxquant (native/cpu/plan.cpp)
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Side:
     rotate: bool = False
     owner: int = -1
     eta: float = 0.0
+    source: int = -1
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,18 @@ class Layer:
 
     k: Side
     v: Side
+
+
+@dataclass(frozen=True)
+class ValueMap:
+    """How the values of one layer are predicted from those of its source (Side.source).
+
+    heads [KV head]: the KV head of the source that each is predicted from.  weight: F16 numbers, little-endian,
+    [KV head][e of the source][e].
+    """
+
+    heads: tuple[int, ...]
+    weight: bytes
 
 
 @dataclass(frozen=True)
@@ -63,9 +76,10 @@ def shortest(x: float) -> float:
     return float(str(np.float32(x)))
 
 
-def side_from_c(c: Any, owner: int) -> Side:
-    """A Side from an xq_side; owner: what to call the layer whose codes it reads."""
-    return Side(c.bits, c.group, FITS[c.fit], PARAMS[c.param], bool(c.rotate), owner, shortest(c.eta))
+def side_from_c(c: Any, number: Callable[[int], int] = int) -> Side:
+    """A Side from an xq_side; number: what to call the layers that it reads."""
+    owner, source = (-1 if layer < 0 else number(layer) for layer in (c.owner, c.source))
+    return Side(c.bits, c.group, FITS[c.fit], PARAMS[c.param], bool(c.rotate), owner, shortest(c.eta), source)
 
 
 def side_to_c(c: Any, side: Side, where: str) -> None:
@@ -74,7 +88,7 @@ def side_to_c(c: Any, side: Side, where: str) -> None:
         if value not in names:
             raise ValueError(f"{where}: {name} is {value!r}, must be one of {', '.join(names)}")
     c.bits, c.group, c.fit, c.param = side.bits, side.group, FITS.index(side.fit), PARAMS.index(side.param)
-    c.rotate, c.owner, c.eta = int(side.rotate), side.owner, side.eta
+    c.rotate, c.owner, c.eta, c.source = int(side.rotate), side.owner, side.eta, side.source
 
 
 def _c_layer(layer: Layer, where: str) -> Any:
@@ -94,6 +108,15 @@ def layer_text(layer: Layer, where: str = "layer") -> str:
     return str(ffi.string(text).decode())
 
 
+def renumbered(layer: Layer, numbers: Sequence[int]) -> Layer:
+    """A layer that names those it reads as numbers[i] instead of i."""
+
+    def name(i: int) -> int:
+        return i if i < 0 else numbers[i]
+
+    return Layer(*(replace(s, owner=name(s.owner), source=name(s.source)) for s in (layer.k, layer.v)))
+
+
 def block_bytes(layer: Layer, shape: Shape) -> int:
     """Bytes of one sealed page of one KV head."""
     ffi, lib = native.load()
@@ -108,13 +131,14 @@ class Plan:
     """What a whole cache stores: one Layer for each layer that has keys and values, in order.
 
     window: newest tokens that stay F16; negative: nothing is ever sealed. pinned: first pages of a sequence that
-    stay F16. preset: the preset that the plan started from.
+    stay F16. preset: the preset that the plan started from.  maps: one for each layer whose values have a source.
     """
 
     preset: str
     layers: tuple[Layer, ...]
     window: int
     pinned: int
+    maps: Mapping[int, ValueMap] = field(default_factory=dict)
 
     @classmethod
     def from_preset(cls, name: str, n_layers: int) -> Plan:
@@ -123,9 +147,7 @@ class Plan:
         c = ffi.new("xq_plan *")
         if lib.xq_plan_preset(name.encode(), n_layers, c) != 0:
             raise ValueError(native.error())
-        layers = tuple(
-            Layer(*(side_from_c(side, side.owner) for side in (c.layers[i].k, c.layers[i].v))) for i in range(n_layers)
-        )
+        layers = tuple(Layer(*(side_from_c(side) for side in (c.layers[i].k, c.layers[i].v))) for i in range(n_layers))
         return cls(name, layers, c.window, c.pinned)
 
     def check(self, shapes: Sequence[Shape] | None = None) -> None:
@@ -177,10 +199,8 @@ class Plan:
         standard = Plan.from_preset(self.preset, len(self.layers))
         for i, layer in enumerate(self.layers):
             if layer != standard.layers[i]:
-                sides = (
-                    replace(s, owner=s.owner if s.owner < 0 else model_layers[s.owner]) for s in (layer.k, layer.v)
-                )
-                out[f"xquant.layer.{model_layers[i]}"] = layer_text(Layer(*sides), f"layer {i}")
+                numbered = renumbered(layer, model_layers)
+                out[f"xquant.layer.{model_layers[i]}"] = layer_text(numbered, f"layer {i}")
         return out
 
     @classmethod

@@ -292,12 +292,27 @@ def seal_k(
 
 
 def seal_v(
-    side: Side, rows: NDArray[np.float16], valid: NDArray[np.bool_], owner_codes: bytes | None = None
+    side: Side,
+    rows: NDArray[np.float16],
+    valid: NDArray[np.bool_],
+    owner_codes: bytes | None = None,
+    predicted: Floats | None = None,
 ) -> tuple[bytes, bytes, int]:
-    """As seal_k, for values [PAGE][e]; rotated first if the side says so."""
+    """As seal_k, for values [PAGE][e]; rotated first if the side says so.  predicted [e][PAGE]: of predict_v."""
     x, bad = _finite(rows, valid)
     y = np.ascontiguousarray(x.T)
-    return *_seal(side, hadamard(y) if side.rotate else y, _value_group(side, rows.shape[1]), owner_codes), bad
+    y = hadamard(y) if side.rotate else y
+    y = y if predicted is None else y - predicted
+    return *_seal(side, y, _value_group(side, rows.shape[1]), owner_codes), bad
+
+
+def predict_v(source: Side, e: int, codes: bytes, parameters: bytes, weight: Floats) -> Floats:
+    """Values [e][PAGE], in the space they are stored in, that a map [e][e] makes of a sealed page of its source."""
+    stored = _dequantize(source, e, PAGE, _value_group(source, e), codes, parameters)
+    total = np.zeros((e, PAGE), F32)
+    for row, w in zip(stored, weight, strict=True):
+        total = total + row[None, :] * w[:, None]
+    return total
 
 
 def dequantize_k(side: Side, d: int, codes: bytes, parameters: bytes) -> Floats:
@@ -305,7 +320,8 @@ def dequantize_k(side: Side, d: int, codes: bytes, parameters: bytes) -> Floats:
     return _dequantize(side, PAGE, d, side.group, codes, parameters)
 
 
-def dequantize_v(side: Side, e: int, codes: bytes, parameters: bytes) -> Floats:
+def dequantize_v(side: Side, e: int, codes: bytes, parameters: bytes, predicted: Floats | None = None) -> Floats:
     """Values [PAGE][e] of a sealed page, rotated back if they are stored rotated."""
     x = _dequantize(side, e, PAGE, _value_group(side, e), codes, parameters)
+    x = x if predicted is None else x + predicted
     return np.ascontiguousarray((hadamard(x) if side.rotate else x).T)

@@ -179,4 +179,4 @@ def inspect_cache(
     return info, sizes, n_ctx
 
 
-__all__ = ["LLAMA_TYPES", "DryModel", "cache_info", "inspect_cache", "llama_cpp", "xquant_overrides"]
+__all__ = ["LLAMA_TYPES", "DryModel", "cache_info", "inspect_cache", "llama_cpp", "set_verbose", "xquant_overrides"]

@@ -1,5 +1,5 @@
 /* attention.cpp: attention's part of the ABI: checks the arguments, calls the kernel set in force, merges states. */
-#include "kernels.h"
+#include "attention_pages.h"
 
 #include <algorithm>
 #include <cmath>
@@ -28,10 +28,13 @@ int xq_attend(const xq_attention *a) {
     const auto readable = [](const xq_side &side, int32_t code_bits, const void *codes, const void *param) {
         return param && side.bits >= 0 && side.bits <= 4 && (side.bits == 0 || (codes && code_bits == side.bits));
     };
-    if (sealed && (!readable(a->k, a->k_code_bits, a->k_codes, a->k_param) ||
-                   !readable(a->v, a->v_code_bits, a->v_codes, a->v_param) || a->k.group < 16 || a->k.group % 16 != 0 ||
-                   XQ_PAGE % a->k.group != 0 || a->v.group < 0 || a->v.group % 16 != 0 ||
-                   (a->v.group > 0 && a->v.group < a->e && a->e % a->v.group != 0))) {
+    const auto values_readable = [&](const xq_side &v, int32_t code_bits, const void *codes, const void *param) {
+        return readable(v, code_bits, codes, param) && v.group >= 0 && v.group % 16 == 0 &&
+               (v.group == 0 || v.group >= a->e || a->e % v.group == 0);
+    };
+    if (sealed && (!readable(a->k, a->k_code_bits, a->k_codes, a->k_param) || a->k.group < 16 || a->k.group % 16 != 0 ||
+                   XQ_PAGE % a->k.group != 0 || !values_readable(a->v, a->v_code_bits, a->v_codes, a->v_param) ||
+                   (a->mapped && !values_readable(a->source, a->source.bits, a->source_codes, a->source_param)))) {
         return fail(XQ_ERR_ARGUMENT, "a sealed page needs codes, parameters and groups that divide it");
     }
     const kernel_set *set = active_kernels();
@@ -44,7 +47,7 @@ int xq_attend(const xq_attention *a) {
 }
 
 int xq_attention_merge(int32_t n_parts, const float *const *partial, int32_t e, int32_t rotate, float sink,
-                       float *out) {
+                       const float *weight, float *out) {
     if (n_parts < 1 || !partial || !out || !width_ok(e)) {
         return fail(XQ_ERR_ARGUMENT, "merge of %d parts of width %d", n_parts, e);
     }
@@ -54,23 +57,30 @@ int xq_attention_merge(int32_t n_parts, const float *const *partial, int32_t e, 
     }
     float max = sink;
     for (int32_t i = 0; i < n_parts; ++i) {
-        max = std::max(max, partial[i][2 * e]);
+        max = std::max(max, partial[i][0]);
     }
-    std::fill(out, out + e, 0.0f);
     if (max == -INFINITY) {
-        return XQ_OK; // nothing is visible
+        std::fill(out, out + e, 0.0f); // nothing is visible
+        return XQ_OK;
     }
     float sum = std::exp(sink - max);
-    float open[XQ_MAX_HEAD_DIM] = {};
+    float sums[3 * XQ_MAX_HEAD_DIM] = {}; // sealed, open, source
+    const int32_t n = (weight ? 3 : 2) * e;
     for (int32_t i = 0; i < n_parts; ++i) {
-        const float weight = std::exp(partial[i][2 * e] - max);
-        if (weight == 0.0f) {
+        const float factor = std::exp(partial[i][0] - max);
+        if (factor == 0.0f) {
             continue;
         }
-        sum += weight * partial[i][2 * e + 1];
+        sum += factor * partial[i][1];
+        for (int32_t j = 0; j < n; ++j) {
+            sums[j] += factor * partial[i][2 + j];
+        }
+    }
+    std::copy(sums, sums + e, out);
+    const float *open = sums + e, *source = open + e;
+    for (int32_t k = 0; k < e && weight; ++k) {
         for (int32_t j = 0; j < e; ++j) {
-            out[j] += weight * partial[i][j];
-            open[j] += weight * partial[i][e + j];
+            out[j] += source[k] * weight[(int64_t)k * e + j];
         }
     }
     if (rotate) {

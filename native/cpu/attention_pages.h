@@ -26,12 +26,27 @@ namespace xq {
 /* Rows that share one pass over a page; their scores lie on the stack. */
 constexpr int block_rows = 64;
 
-/* Where the state of a row lies in partial: [e] sealed sum, [e] open sum, maximum, sum of p. */
+/* Where the state of a row lies in partial: maximum, sum of p, then the sums of p v [e]. */
 struct row_state {
-    float *sealed, *open, *max, *sum;
+    float *max, *sum, *sealed, *open, *source;
     row_state(float *partial, int e)
-        : sealed(partial), open(partial + e), max(partial + 2 * e), sum(partial + 2 * e + 1) {}
+        : max(partial), sum(partial + 1), sealed(partial + 2), open(sealed + e), source(open + e) {}
 };
+/* Numbers of the sums of a row: sealed, open and, if mapped, source. */
+inline int n_sums(const xq_attention &a) {
+    return (a.mapped ? 3 : 2) * a.e;
+}
+/* The same pages with the values of the layer that a map reads. */
+inline xq_attention source_of(const xq_attention &a) {
+    xq_attention b = a;
+    b.v = a.source;
+    b.v_code_bits = a.source.bits;
+    b.v_codes = a.source_codes;
+    b.v_param = a.source_param;
+    b.v_codes_stride = a.source_codes_stride;
+    b.v_param_stride = a.source_param_stride;
+    return b;
+}
 
 enum mask_kind { mask_none, mask_zero, mask_mixed }; /* nothing visible; all visible, nothing to add; else */
 
@@ -60,8 +75,9 @@ inline int64_t group_param_bytes(const xq_side &side, int n) {
 template <typename Set> void attend_block(const xq_attention &a, int first, int n_rows) {
     alignas(64) float scores[block_rows][XQ_PAGE];
     const float *q[block_rows];
-    float *p[block_rows], *sums[block_rows];
+    float *p[block_rows], *sums[block_rows], *source_sums[block_rows];
     int rows[block_rows];
+    const xq_attention source = source_of(a);
 
     for (int page = a.page_begin; page < a.page_end; ++page) {
         const int32_t slot = a.page_slot[page];
@@ -102,11 +118,12 @@ template <typename Set> void attend_block(const xq_attention &a, int first, int 
             }
             if (*state.max != before) {
                 const float factor = std::exp(before - *state.max);
-                for (int j = 0; j < 2 * a.e; ++j) {
+                for (int j = 0; j < n_sums(a); ++j) {
                     state.sealed[j] *= factor;
                 }
             }
             sums[kept] = open ? state.open : state.sealed;
+            source_sums[kept] = state.source;
             p[kept] = p[i];
             kept++;
         }
@@ -117,6 +134,9 @@ template <typename Set> void attend_block(const xq_attention &a, int first, int 
             Set::open_values(a.e, kept, p, a.v_window + (int64_t)slot * XQ_PAGE * a.e, sums);
         } else {
             Set::sealed_values(a, page, kept, p, sums);
+            if (a.mapped) {
+                Set::sealed_values(source, page, kept, p, source_sums);
+            }
         }
     }
 }
@@ -124,7 +144,7 @@ template <typename Set> void attend_block(const xq_attention &a, int first, int 
 template <typename Set> void attend(const xq_attention &a) {
     for (int row = 0; row < a.n_rows; ++row) {
         const row_state state(a.partial[row], a.e);
-        std::fill(state.sealed, state.sealed + 2 * a.e, 0.0f);
+        std::fill(state.sealed, state.sealed + n_sums(a), 0.0f);
         *state.max = -INFINITY;
         *state.sum = 0.0f;
     }

@@ -104,7 +104,7 @@ int xq_seal_k(const xq_side *side, int32_t d, const uint16_t *rows, int64_t stri
 }
 
 int xq_seal_v(const xq_side *side, int32_t e, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
-              uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int32_t owner_bits) {
+              uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int32_t owner_bits, const float *predicted) {
     const bool own = side && side->owner < 0;
     const int status =
         check(side, false, e, rows, stride, param, own ? codes : owner_codes, own ? side->bits : owner_bits);
@@ -115,7 +115,7 @@ int xq_seal_v(const xq_side *side, int32_t e, const uint16_t *rows, int64_t stri
     if (!set) {
         return XQ_ERR_KERNELS;
     }
-    return set->seal_v(*side, e, rows, stride, valid, codes, param, own ? nullptr : owner_codes, owner_bits);
+    return set->seal_v(*side, e, rows, stride, valid, codes, param, own ? nullptr : owner_codes, owner_bits, predicted);
 }
 
 int xq_unseal_k(const xq_side *side, int32_t d, const uint8_t *codes, int32_t code_bits, const uint8_t *param,
@@ -133,7 +133,7 @@ int xq_unseal_k(const xq_side *side, int32_t d, const uint8_t *codes, int32_t co
 }
 
 int xq_unseal_v(const xq_side *side, int32_t e, const uint8_t *codes, int32_t code_bits, const uint8_t *param,
-                uint16_t *rows, int64_t stride) {
+                uint16_t *rows, int64_t stride, const float *predicted) {
     const int status = check(side, false, e, rows, stride, param, codes, code_bits);
     if (status != XQ_OK) {
         return status;
@@ -142,7 +142,27 @@ int xq_unseal_v(const xq_side *side, int32_t e, const uint8_t *codes, int32_t co
     if (!set) {
         return XQ_ERR_KERNELS;
     }
-    set->unseal_v(*side, e, codes, code_bits, param, rows, stride);
+    set->unseal_v(*side, e, codes, code_bits, param, rows, stride, predicted);
+    return XQ_OK;
+}
+
+int xq_predict_v(const xq_side *source, int32_t e, const uint8_t *codes, const uint8_t *param, const float *weight,
+                 float *predicted) {
+    if (!weight || !predicted) {
+        return fail(XQ_ERR_ARGUMENT, "weight and predicted must not be null");
+    }
+    if (source && source->owner >= 0) {
+        return fail(XQ_ERR_ARGUMENT, "the source of a map must have codes of its own");
+    }
+    const int status = check(source, false, e, weight, e, param, codes, source ? source->bits : 0);
+    if (status != XQ_OK) {
+        return status;
+    }
+    const kernel_set *set = kernels();
+    if (!set) {
+        return XQ_ERR_KERNELS;
+    }
+    set->predict_v(*source, e, codes, param, weight, predicted);
     return XQ_OK;
 }
 

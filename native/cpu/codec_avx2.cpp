@@ -12,8 +12,8 @@ void attend_avx2(const xq_attention &args);
 static std::atomic<uint64_t> calls;
 
 const kernel_set kernels_avx2 = {
-    "avx2",         has_avx2,       avx2::pack,     avx2::unpack, avx2::seal_k, avx2::seal_v,
-    avx2::unseal_k, avx2::unseal_v, avx2::hadamard, attend_avx2,  &calls,
+    "avx2",         has_avx2,       avx2::pack,      avx2::unpack,   avx2::seal_k, avx2::seal_v,
+    avx2::unseal_k, avx2::unseal_v, avx2::predict_v, avx2::hadamard, attend_avx2,  &calls,
 };
 
 } // namespace xq

@@ -55,6 +55,16 @@ static inline lanes inverse(lanes x) {
     return x != 0.0f ? 1.0f / (x != 0.0f ? x : splat(1.0f)) : splat(0.0f);
 }
 
+static inline lanes load(const float *p /* [n_lanes] */) {
+    lanes x;
+    memcpy(&x, p, sizeof(x));
+    return x;
+}
+
+static inline void store(float *p /* [n_lanes] */, lanes x) {
+    memcpy(p, &x, sizeof(x));
+}
+
 static inline lanes load_half(const uint16_t *p /* [n_lanes] */) {
 #if defined(XQ_SET_AVX2)
     return (lanes)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));

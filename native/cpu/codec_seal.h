@@ -316,7 +316,8 @@ static inline void transpose(const lanes in[n_lanes], lanes out[n_lanes]) {
 }
 
 static int seal_v(const xq_side &side, int e, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
-                  uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int owner_bits) {
+                  uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int owner_bits,
+                  const float *predicted /* [e][XQ_PAGE] */) {
     int source[XQ_PAGE];
     sources(valid, source);
     lanes scratch[XQ_MAX_HEAD_DIM];
@@ -333,15 +334,21 @@ static int seal_v(const xq_side &side, int e, const uint16_t *rows, int64_t stri
         if (side.rotate) {
             transform(x, e);
         }
+        for (int j = 0; j < e && predicted; ++j) {
+            x[j] = x[j] - load(predicted + j * XQ_PAGE + i);
+        }
     });
     return total(bad);
 }
 
 static void unseal_v(const xq_side &side, int e, const uint8_t *codes, int code_bits, const uint8_t *param,
-                     uint16_t *rows, int64_t stride) {
+                     uint16_t *rows, int64_t stride, const float *predicted /* [e][XQ_PAGE] */) {
     lanes scratch[XQ_MAX_HEAD_DIM];
     uint8_t c[XQ_MAX_HEAD_DIM * n_packed];
     unseal_rows(value_matrix(side, e), scratch, c, codes, code_bits, param, [&](int i, lanes *x) {
+        for (int j = 0; j < e && predicted; ++j) {
+            x[j] = x[j] + load(predicted + j * XQ_PAGE + i);
+        }
         if (side.rotate) {
             transform(x, e);
         }
@@ -350,6 +357,28 @@ static void unseal_v(const xq_side &side, int e, const uint8_t *codes, int code_
             transpose(x + j, block);
             for (int k = 0; k < n_lanes; ++k) {
                 store_half(rows + (i + k) * stride + j, block[k]);
+            }
+        }
+    });
+}
+
+/* Sums in the order of the source's channels, nothing contracted: every set predicts the same bits. */
+static void predict_v(const xq_side &source, int e, const uint8_t *codes, const uint8_t *param,
+                      const float *weight /* [e][e] */, float *predicted /* [e][XQ_PAGE] */) {
+    constexpr int together = 8; // channels that share the loads of the source: what the registers hold
+    lanes scratch[XQ_MAX_HEAD_DIM];
+    uint8_t c[XQ_MAX_HEAD_DIM * n_packed];
+    unseal_rows(value_matrix(source, e), scratch, c, codes, source.bits, param, [&](int i, const lanes *u) {
+        for (int j0 = 0; j0 < e; j0 += together) {
+            lanes sum[together] = {};
+            for (int k = 0; k < e; ++k) {
+                const float *w = weight + (int64_t)k * e + j0;
+                for (int j = 0; j < together; ++j) {
+                    sum[j] = sum[j] + u[k] * w[j];
+                }
+            }
+            for (int j = 0; j < together; ++j) {
+                store(predicted + (j0 + j) * XQ_PAGE + i, sum[j]);
             }
         }
     });

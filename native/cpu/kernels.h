@@ -23,11 +23,13 @@ struct kernel_set {
     int (*seal_k)(const xq_side &side, int d, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
                   uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int owner_bits);
     int (*seal_v)(const xq_side &side, int e, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
-                  uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int owner_bits);
+                  uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int owner_bits, const float *predicted);
     void (*unseal_k)(const xq_side &side, int d, const uint8_t *codes, int code_bits, const uint8_t *param,
                      uint16_t *rows, int64_t stride);
     void (*unseal_v)(const xq_side &side, int e, const uint8_t *codes, int code_bits, const uint8_t *param,
-                     uint16_t *rows, int64_t stride);
+                     uint16_t *rows, int64_t stride, const float *predicted);
+    void (*predict_v)(const xq_side &source, int e, const uint8_t *codes, const uint8_t *param, const float *weight,
+                      float *predicted);
     void (*hadamard)(float *x, int n_rows, int n);
 
     void (*attend)(const xq_attention &args);

@@ -2,7 +2,7 @@
  *
  * Text form of a layer: the fields of xq_side in order, separated by commas, the sides by a space:
  *
- *     k=<bits>,<group>,<fit>,<param>,<eta>,<owner> v=<bits>,<group>,<fit>,<param>,<eta>,<owner>[,rot]
+ *     k=<bits>,<group>,<fit>,<param>,<eta>,<owner> v=<bits>,<group>,<fit>,<param>,<eta>,<owner>[,rot][,map:<source>]
  */
 #include "kernels.h"
 
@@ -32,16 +32,16 @@ template <size_t N> static int index_of(const char *const (&names)[N], const cha
 /* Keys: the more bits, the less there is to gain from a search for the best range. */
 static xq_side key_side(int bits) {
     const int fit = bits >= 3 ? XQ_FIT_MINMAX : XQ_FIT_CLIP;
-    return {bits, XQ_PAGE, fit, XQ_PARAM_F16, 0, -1, bits == 3 ? 0.02f : 0.0f};
+    return {bits, XQ_PAGE, fit, XQ_PARAM_F16, 0, -1, -1, bits == 3 ? 0.02f : 0.0f};
 }
 
 static xq_side value_side(int bits) {
-    return {bits, 0, XQ_FIT_LLOYD, XQ_PARAM_LOG8, 1, -1, bits == 1 ? 0.3f : 0.09f};
+    return {bits, 0, XQ_FIT_LLOYD, XQ_PARAM_LOG8, 1, -1, -1, bits == 1 ? 0.3f : 0.09f};
 }
 
 /* The middle constants of the paper's search, section 3.2. */
 static xq_side paper_side(int bits, int group, int owner) {
-    return {bits, group, XQ_FIT_PAPER, XQ_PARAM_F16, 0, owner, bits == 1 ? 1.0f / 6.0f : 0.045f};
+    return {bits, group, XQ_FIT_PAPER, XQ_PARAM_F16, 0, owner, -1, bits == 1 ? 1.0f / 6.0f : 0.045f};
 }
 
 /* The paper's 1.375 schedule (32 layers: k_q 30, v_q 2, k_m 32, v_m 16), scaled to n layers. */
@@ -88,8 +88,12 @@ int xq_plan_preset(const char *name, int32_t n_layers, xq_plan *plan) {
 /* ---- text form ---- */
 
 static int format_side(const xq_side &side, char *text, size_t size) {
-    return snprintf(text, size, "%d,%d,%s,%s,%.9g,%d%s", side.bits, side.group, fit_names[side.fit],
-                    param_names[side.param], (double)side.eta, side.owner, side.rotate ? ",rot" : "");
+    char map[24] = "";
+    if (side.source >= 0) {
+        snprintf(map, sizeof(map), ",map:%d", side.source);
+    }
+    return snprintf(text, size, "%d,%d,%s,%s,%.9g,%d%s%s", side.bits, side.group, fit_names[side.fit],
+                    param_names[side.param], (double)side.eta, side.owner, side.rotate ? ",rot" : "", map);
 }
 
 static bool names_valid(const xq_side &side) {
@@ -117,26 +121,34 @@ static bool parse_int(const char *text, int32_t *value) {
 
 /* text: one side without its name; it is cut into fields in place. */
 static bool parse_side(char *text, xq_side *side) {
-    char *fields[8];
+    char *fields[9];
     int n = 0;
-    for (char *at = text; at && n < 8; ++n) {
+    for (char *at = text; at && n < 9; ++n) {
         fields[n] = at;
         at = strchr(at, ',');
         if (at) {
             *at++ = '\0';
         }
     }
-    if (n != 6 && n != 7) {
+    if (n < 6) {
         return false;
+    }
+    int at = 6;
+    side->rotate = at < n && strcmp(fields[at], "rot") == 0;
+    at += side->rotate;
+    side->source = -1;
+    if (at < n && strncmp(fields[at], "map:", 4) == 0) {
+        if (!parse_int(fields[at] + 4, &side->source) || side->source < 0) {
+            return false;
+        }
+        at++;
     }
     char *end;
     side->fit = index_of(fit_names, fields[2]);
     side->param = index_of(param_names, fields[3]);
     side->eta = strtof(fields[4], &end);
-    side->rotate = n == 7;
-    return parse_int(fields[0], &side->bits) && parse_int(fields[1], &side->group) && side->fit >= 0 &&
-           side->param >= 0 && end != fields[4] && *end == '\0' && parse_int(fields[5], &side->owner) &&
-           (n == 6 || strcmp(fields[6], "rot") == 0);
+    return at == n && parse_int(fields[0], &side->bits) && parse_int(fields[1], &side->group) && side->fit >= 0 &&
+           side->param >= 0 && end != fields[4] && *end == '\0' && parse_int(fields[5], &side->owner);
 }
 
 int xq_layer_parse(const char *text, xq_layer *layer) {
@@ -156,7 +168,8 @@ int xq_layer_parse(const char *text, xq_layer *layer) {
     xq_layer parsed;
     if (!parse_side(copy + 2, &parsed.k) || !parse_side(space + 3, &parsed.v)) {
         return fail(XQ_ERR_PLAN,
-                    "layer \"%.200s\": a side is bits,group,fit,param,eta,owner[,rot] with fit one of paper, minmax, "
+                    "layer \"%.200s\": a side is bits,group,fit,param,eta,owner[,rot][,map:source] with fit one of "
+                    "paper, minmax, "
                     "clip, lloyd, lsq and param f16 or log8",
                     text);
     }
@@ -202,6 +215,13 @@ static int check_fields(const xq_side &side, int32_t l, bool is_k, int32_t width
     if (side.owner < -1) {
         return bad(l, name, "owner", side.owner, "an earlier layer, or -1");
     }
+    if (side.source < -1 || (is_k && side.source != -1)) {
+        return bad(l, name, "map", side.source, is_k ? "-1: keys are not mapped" : "an earlier layer, or -1");
+    }
+    if (side.source >= 0 && side.owner >= 0) {
+        return fail(XQ_ERR_PLAN, "layer %d, V: a layer that borrows codes from %d cannot be mapped from %d as well", l,
+                    side.owner, side.source);
+    }
     if (side.owner < 0 && side.fit == XQ_FIT_LSQ) {
         return fail(XQ_ERR_PLAN, "layer %d, %c: fit lsq is for borrowed codes; use paper, minmax, clip or lloyd", l,
                     name);
@@ -216,8 +236,23 @@ static int check_side(const xq_plan *plan, int32_t l, bool is_k, const int32_t *
     const xq_side &side = is_k ? plan->layers[l].k : plan->layers[l].v;
     const char name = is_k ? 'K' : 'V';
     const int32_t width = widths ? widths[l] : 0;
-    if (const int status = check_fields(side, l, is_k, width); status != XQ_OK || side.owner < 0) {
+    if (const int status = check_fields(side, l, is_k, width); status != XQ_OK) {
         return status;
+    }
+    if (side.source >= l) {
+        return bad(l, name, "map", side.source, "an earlier layer, or -1");
+    }
+    if (side.source >= 0) {
+        const xq_side &source = plan->layers[side.source].v;
+        if (source.owner != -1 || source.source != -1 || (widths && widths[side.source] != width)) {
+            return fail(XQ_ERR_PLAN,
+                        "layer %d, V: its map reads layer %d, which must be a layer of the cache with the same head "
+                        "width, own codes and no map",
+                        l, side.source);
+        }
+    }
+    if (side.owner < 0) {
+        return XQ_OK;
     }
     if (side.owner >= l) {
         return bad(l, name, "owner", side.owner, "an earlier layer, or -1");

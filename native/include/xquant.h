@@ -28,6 +28,13 @@
  *
  * A layer that borrows codes has no codes part; it reads the codes of its owner with its own parameters.
  *
+ * A layer whose values are mapped stores what a linear map of an earlier layer's values leaves over.  With x the values
+ * of a token in the space they are stored in (rotated or not) and u^ what the source layer stores of one KV head,
+ *
+ *     x_j ~ sum_i u^_i W[i][j] + x^_j               sum_t p_t x_tj ~ sum_i (sum_t p_t u^_ti) W[i][j] + sum_t p_t x^_tj
+ *
+ * so that reading takes one more pass over the source's codes and one small product for each row of the query.
+ *
  * The part between the two cdef marks is what the Python binding reads: plain declarations only.
  */
 #ifndef XQUANT_H
@@ -80,6 +87,7 @@ typedef struct xq_side {
     int32_t param;  /* enum xq_param */
     int32_t rotate; /* V only: 1 multiplies by a normalised Hadamard matrix before quantization */
     int32_t owner;  /* layer whose codes are read, or -1 for own codes */
+    int32_t source; /* V only: layer from whose stored values these are predicted, or -1; the map is given apart */
     float eta;      /* [0, 0.5) */
 } xq_side;
 
@@ -111,7 +119,9 @@ XQ_API const char *xq_error(void);
 XQ_API int xq_plan_preset(const char *name, int32_t n_layers, xq_plan *plan);
 /* The names of the presets, separated by commas. */
 XQ_API const char *xq_plan_preset_names(void);
-/* One layer as text, e.g. "k=4,128,minmax,f16,0,-1 v=2,0,lloyd,log8,0.09,-1,rot" and back.  text_size bytes at most. */
+/* One layer as text, e.g. "k=4,128,minmax,f16,0,-1 v=2,0,lloyd,log8,0.09,-1,rot,map:5" and back.  text_size bytes at
+ * most.
+ */
 XQ_API int xq_layer_format(const xq_layer *layer, char *text, size_t text_size);
 XQ_API int xq_layer_parse(const char *text, xq_layer *layer);
 /* Checks every field, and head widths d[n_layers] and e[n_layers]; d and e may be null.
@@ -142,17 +152,23 @@ XQ_API int xq_unpack(int32_t bits, int32_t n_i, int32_t n_j, const uint8_t *pack
 /* Seals one side of one page.  rows: F16 [XQ_PAGE][d], distance stride elements.  valid: bit t = token t counts;
  * tokens that do not are given the value of the first one that does.  codes, param: the parts of the block.
  * owner_codes: the owner's codes part if side->owner >= 0 (codes is then not written), else null.
+ * predicted: F32 [e][XQ_PAGE] from xq_predict_v, which is taken off before codes are made; null: nothing is.
  * Not-a-numbers count as 0 and infinities as +-65504.  Returns how many such inputs there were, or a negative status.
  */
 XQ_API int xq_seal_k(const xq_side *side, int32_t d, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
                      uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int32_t owner_bits);
 XQ_API int xq_seal_v(const xq_side *side, int32_t e, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
-                     uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int32_t owner_bits);
-/* The way back, rounded to F16.  codes: own or the owner's, of the given bits. */
+                     uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int32_t owner_bits,
+                     const float *predicted);
+/* The way back, rounded to F16.  codes: own or the owner's, of the given bits.  predicted: as it was when sealed. */
 XQ_API int xq_unseal_k(const xq_side *side, int32_t d, const uint8_t *codes, int32_t code_bits, const uint8_t *param,
                        uint16_t *rows, int64_t stride);
 XQ_API int xq_unseal_v(const xq_side *side, int32_t e, const uint8_t *codes, int32_t code_bits, const uint8_t *param,
-                       uint16_t *rows, int64_t stride);
+                       uint16_t *rows, int64_t stride, const float *predicted);
+/* What a map makes of a sealed page of its source.  source: with own codes; weight: [e of the source][e];
+ * predicted: [e][XQ_PAGE]. */
+XQ_API int xq_predict_v(const xq_side *source, int32_t e, const uint8_t *codes, const uint8_t *param,
+                        const float *weight, float *predicted);
 /* x [n_rows][n] *= normalised Hadamard matrix, in blocks of the largest power of two that divides n.  Its own inverse.
  */
 XQ_API int xq_hadamard(float *x, int32_t n_rows, int32_t n);
@@ -167,8 +183,12 @@ typedef struct xq_attention {
     const uint8_t *k_codes, *k_param; /* of page 0; page p lies p strides on; null where absent */
     const uint8_t *v_codes, *v_param;
     int64_t k_codes_stride, k_param_stride, v_codes_stride, v_param_stride; /* bytes from page to page */
-    const uint16_t *k_window;                                               /* F16 [n_slots][XQ_PAGE][d] */
-    const uint16_t *v_window;                                               /* F16 [n_slots][XQ_PAGE][e] */
+    int32_t mapped; /* 1: V is what a map of `source` leaves over, which lies in source_codes and source_param */
+    xq_side source; /* with own codes, as wide as V */
+    const uint8_t *source_codes, *source_param;
+    int64_t source_codes_stride, source_param_stride;
+    const uint16_t *k_window; /* F16 [n_slots][XQ_PAGE][d] */
+    const uint16_t *v_window; /* F16 [n_slots][XQ_PAGE][e] */
     const int32_t *page_slot; /* [page_end] >= 0: open, in that slot; -1: sealed; -2: no cells */
     int32_t page_begin, page_end;
     int32_t n_rows;
@@ -177,16 +197,17 @@ typedef struct xq_attention {
     const float *slope;          /* [n_rows] factor of the mask (ALiBi); null: 1 */
     float scale;                 /* of q . k */
     float softcap;               /* > 0: score = softcap * tanh(score / softcap) */
-    float *const *partial;       /* [n_rows] -> [2 e + 2]: see xq_attention_merge */
+    float *const *partial;       /* [n_rows] -> [2 e + 2], mapped: [3 e + 2] */
 } xq_attention;
 
-/* Writes, per row, the state of an online softmax over the pages: sum of p * v over sealed pages (in rotated space if
- * v.rotate) [e], over open pages [e], the maximum score, the sum of p. A row that sees no cell: zeros, -inf, 0. */
+/* Writes, per row, the state of an online softmax over the pages: the maximum score, the sum of p, the sum of p * v
+ * over sealed pages (in the space they are stored in) [e], over open pages [e], and, if mapped, of p * u over the
+ * sealed pages of the source [e].  A row that sees no cell: -inf, 0, zeros. */
 XQ_API int xq_attend(const xq_attention *args);
 /* Merges n_parts states of one row and finishes: out [e].  sink: an extra score that takes part in the sum; -inf: none.
- */
+ * weight: the map [e of the source][e]; null if the states are not mapped. */
 XQ_API int xq_attention_merge(int32_t n_parts, const float *const *partial, int32_t e, int32_t rotate, float sink,
-                              float *out);
+                              const float *weight, float *out);
 
 /* cdef: end */
 

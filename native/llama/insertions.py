@@ -18,12 +18,19 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "after",
     ),
     ("common/arg.cpp", "const std::vector<ggml_type> kv_cache_types = {\n", "    GGML_TYPE_XQUANT,\n", "after"),
-    # -- kv_overrides that name a plan are kept with the model's metadata
+    # -- the plan in the model's metadata, and kv_overrides that name one, are kept with the model
     (
         "src/llama-model.cpp",
         "    // get general kv\n    ml.get_key(LLM_KV_GENERAL_NAME, name, false);\n",
-        "    xquant::keep_overrides(ml.kv_overrides, gguf_kv);\n\n",
+        "    xq = xquant::read_metadata(ml.metadata, ml.kv_overrides);\n\n",
         "before",
+    ),
+    ("src/llama-model.h", "#include \"llama-graph.h\"\n", "#include \"xquant-metadata.h\"\n", "after"),
+    (
+        "src/llama-model.h",
+        "    std::unordered_map<std::string, std::string> gguf_kv;\n",
+        "    // the KV cache plan of the file\n    std::shared_ptr<const xquant::metadata> xq;\n\n",
+        "after",
     ),
     # -- the cache is made: what it cannot serve is refused first
     ("src/llama-model.cpp", '#include "llama-kv-cache.h"\n', '#include "xquant-cache.h"\n', "after"),

@@ -5,7 +5,6 @@
 #include "llama-cparams.h"
 #include "llama-hparams.h"
 #include "llama-impl.h"
-#include "llama-kv-cache-iswa.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -64,6 +63,13 @@ std::pair<ggml_tensor *, ggml_tensor *> cache::add_layer(ggml_context *ctx, uint
     }
     l->k_owner = l->plan.k.owner < 0 ? l.get() : find(l->plan.k.owner);
     l->v_owner = l->plan.v.owner < 0 ? l.get() : find(l->plan.v.owner);
+    l->v_source = l->plan.v.source < 0 ? l.get() : find(l->plan.v.source);
+    if (!l->v_source) {
+        refuse("layer " + std::to_string(il) + ": the source of its map must be an earlier layer");
+    }
+    if (l->plan.v.source >= 0) {
+        l->map = &kv.model.xq->maps.at((int32_t)il);
+    }
     if (!l->k_owner || !l->v_owner || l->k_owner->n_head_kv != l->n_head_kv || l->v_owner->n_head_kv != l->n_head_kv) {
         refuse("layer " + std::to_string(il) + ": its owner must be an earlier layer with as many KV heads");
     }
@@ -141,6 +147,24 @@ bool cache::is_pinned(uint32_t s, int32_t p) const {
 
 uint32_t cache::max_touched() const {
     return seals ? (uint32_t)(n_slots - pages_of(window)) : (uint32_t)n_pages;
+}
+
+bool cache::read_rows(int32_t il, bool is_value, int32_t head, int32_t n_cells, uint16_t *rows) const {
+    const layer *l = find(il);
+    if (!l || head < 0 || head >= l->n_head_kv || n_cells < 0 || (int64_t)n_cells > (int64_t)n_pages * XQ_PAGE) {
+        return false;
+    }
+    const int64_t slot = is_value ? l->v_slot() : l->k_slot(), width = slot / XQ_PAGE;
+    for (int32_t p = 0; p < pages_of((uint64_t)n_cells); ++p) {
+        if (streams[0].pages[p].state < 0) {
+            return false;
+        }
+        const int64_t first = (is_value ? l->v_window(head) : l->k_window(head)) + streams[0].pages[p].state * slot;
+        const int64_t n = std::min<int64_t>(XQ_PAGE, n_cells - (int64_t)p * XQ_PAGE) * width;
+        ggml_backend_tensor_get(l->window_stream[0], rows + p * slot, (size_t)first * sizeof(uint16_t),
+                                (size_t)n * sizeof(uint16_t));
+    }
+    return true;
 }
 
 /* Marks page p of stream s sealed and frees its slot; the graph does the work. */
@@ -264,6 +288,7 @@ void cache::info(xquant_llama_info &out) const {
     int64_t page_blocks = 0, page_rows = 0; // bytes of one sealed and of one open page, all layers
     for (const auto &l : layers_) {
         out.bytes_allocated += (int64_t)(ggml_nbytes(l->blocks) + ggml_nbytes(l->window));
+        out.bytes_allocated += l->map ? (int64_t)(l->map->weight.size() * sizeof(float)) : 0;
         page_blocks += l->block_stride() * l->n_head_kv;
         page_rows += (l->k_slot() + l->v_slot()) * l->n_head_kv * (int64_t)sizeof(ggml_fp16_t);
     }
@@ -288,6 +313,8 @@ void cache::info(xquant_llama_info &out) const {
     out.n_layers = plan_.n_layers;
     out.window = plan_.window;
     out.pinned = plan_.pinned;
+    out.expected_kld = kv.model.xq->expected_kld;
+    out.calibrated = kv.model.xq->present && kv.model.xq->given.count("xquant.preset") == 0;
 }
 
 void cache::plan(xq_plan &out, int32_t *d, int32_t *e, int32_t *n_head_kv) const {
@@ -300,58 +327,4 @@ void cache::plan(xq_plan &out, int32_t *d, int32_t *e, int32_t *n_head_kv) const
     }
 }
 
-/* The XQuant cache of a context, and the F16 cache of its sliding layers; null if it has none. */
-static const cache *cache_of(const llama_context *ctx, const llama_kv_cache **other) {
-    *other = nullptr;
-    auto *memory = ctx ? ctx->get_memory() : nullptr;
-    if (auto *both = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
-        *other = both->get_swa();
-        return both->get_base()->xq.get();
-    }
-    auto *kv = dynamic_cast<llama_kv_cache *>(memory);
-    return kv ? kv->xq.get() : nullptr;
-}
-
 } // namespace xquant
-
-int xquant_llama_get_info(const llama_context *ctx, xquant_llama_info *info) {
-    const llama_kv_cache *other;
-    const auto *c = xquant::cache_of(ctx, &other);
-    if (!c || !info) {
-        return -1;
-    }
-    c->info(*info);
-    if (other) {
-        for (const auto &[type, bytes] : other->memory_breakdown()) {
-            info->bytes_other += (int64_t)bytes;
-        }
-    }
-    return 0;
-}
-
-int xquant_llama_get_plan(const llama_context *ctx, xq_plan *plan, int32_t *d, int32_t *e, int32_t *n_head_kv) {
-    const llama_kv_cache *other;
-    const auto *c = xquant::cache_of(ctx, &other);
-    if (!c || !plan || !d || !e || !n_head_kv) {
-        return -1;
-    }
-    c->plan(*plan, d, e, n_head_kv);
-    return 0;
-}
-
-int xquant_llama_get_shapes(const llama_context *ctx, int32_t *d, int32_t *e, int32_t *n_head_kv, int64_t *bytes) {
-    const auto &hparams = ctx->get_model().hparams;
-    for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
-        const bool has = hparams.has_kv(il);
-        d[il] = has ? (int32_t)hparams.n_embd_head_k(il) : 0;
-        e[il] = has ? (int32_t)hparams.n_embd_head_v(il) : 0;
-        n_head_kv[il] = has ? (int32_t)hparams.n_head_kv(il) : 0;
-    }
-    *bytes = 0;
-    if (auto *memory = ctx->get_memory()) {
-        for (const auto &[type, size] : memory->memory_breakdown()) {
-            *bytes += (int64_t)size;
-        }
-    }
-    return (int)hparams.n_layer_all;
-}

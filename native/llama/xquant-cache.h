@@ -21,23 +21,17 @@
 
 #include "llama-kv-cache.h"
 
+#include "xquant-metadata.h"
 #include "xquant.h"
 #include "xquant_llama.h"
 
 #include <atomic>
 #include <memory>
 #include <string>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
-struct llama_model_kv_override;
-
 namespace xquant {
-
-/* Keeps the kv_overrides whose key starts with "xquant." in the model's metadata. */
-void keep_overrides(const std::unordered_map<std::string, llama_model_kv_override> &overrides,
-                    std::unordered_map<std::string, std::string> &metadata);
 
 /* Called before a context's memory is made: throws what XQuant cannot serve, keeps what the cache needs to know. */
 void announce(const llama_model &model, const llama_memory_params &params, const llama_cparams &cparams);
@@ -90,6 +84,8 @@ class cache {
     void state_read(llama_io_read_i &io, llama_seq_id seq_id);
 
     void info(xquant_llama_info &out) const;
+    /* F16 rows [cell][width] of the first cells of stream 0, which must all lie in open pages. */
+    bool read_rows(int32_t il, bool is_value, int32_t head, int32_t n_cells, uint16_t *rows) const;
     void plan(xq_plan &out, int32_t *d, int32_t *e, int32_t *n_head_kv) const;
 
     static constexpr int32_t page_free = -2, page_sealed = -1; /* else: the slot of an open page */
@@ -103,11 +99,17 @@ class cache {
         xq_layer plan = {};
         xq_block_layout layout = {};
         const layer *k_owner = nullptr, *v_owner = nullptr; /* whose codes are read: itself or an earlier layer */
+        const layer *v_source = nullptr;                    /* whose values predict these; itself: not mapped */
+        const value_map *map = nullptr;                     /* how they do; null: not mapped */
         ggml_tensor *blocks = nullptr, *window = nullptr;
         std::vector<ggml_tensor *> blocks_stream, window_stream; /* views, one per stream */
         std::atomic<uint64_t> *n_nonfinite = nullptr;
         uint64_t done = 0; /* the last micro-batch whose update ran */
 
+        /* The map of a KV head, [e of the source][e]; null: not mapped. */
+        const float *weight(int head) const { return map ? map->weight.data() + (int64_t)head * e * e : nullptr; }
+        /* Width of attend's states of a row. */
+        int64_t state_width() const { return (map ? 3 : 2) * (int64_t)e + 2; }
         int64_t block_stride() const { return layout.bytes; }
         int64_t head_blocks() const { return (int64_t)n_pages * layout.bytes; } /* bytes of one KV head */
         int64_t k_slot() const { return (int64_t)XQ_PAGE * d; }                 /* elements of one slot */

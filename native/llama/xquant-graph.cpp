@@ -2,9 +2,9 @@
  *
  * They are GGML_OP_CUSTOM nodes; the arguments of ours lie in op_params behind those of ggml_custom_op_params.
  *
- *     update  [1]                        <- input, k_cur, v_cur, blocks, window, blocks of the owners
- *     attend  [2 e + 2, head, token, part] <- q, input, mask, blocks, window, blocks of the owners, update
- *     merge   [e, head, token]           <- attend, sinks
+ *     update  [1]                        <- input, k_cur, v_cur, blocks, window, blocks of K's and V's owner and source
+ *     attend  [2 e + 2, head, token, part] <- q, input, mask, blocks, window, the same three, update     (mapped: 3 e +
+ * 2) merge   [e, head, token]           <- attend, sinks
  */
 #include "xquant-cache.h"
 
@@ -90,9 +90,8 @@ struct side {
     const xq_side &plan;
     int32_t codes_at, param_at; /* offsets in a block */
     int32_t owner_bits, width, head;
-    int64_t first, slot; /* of the head's rows in a stream's window; elements of a slot */
-    decltype(&xq_seal_k) seal;
-    decltype(&xq_unseal_k) unseal;
+    int64_t first, slot;       /* of the head's rows in a stream's window; elements of a slot */
+    const ggml_tensor *source; /* blocks that a map reads; null: not mapped */
 
     uint8_t *codes_of(int stream, int page) const { return part(block_of(owner, codes, stream, head, page), codes_at); }
     uint8_t *param_of(int stream, int page) const { return part(block_of(l, blocks, stream, head, page), param_at); }
@@ -115,12 +114,11 @@ static side key_side(const layer &l, const ggml_tensor *blocks, const ggml_tenso
             head,
             l.k_window(head),
             l.k_slot(),
-            xq_seal_k,
-            xq_unseal_k};
+            nullptr};
 }
 
 static side value_side(const layer &l, const ggml_tensor *blocks, const ggml_tensor *window, const ggml_tensor *codes,
-                       int head) {
+                       const ggml_tensor *source, int head) {
     const layer &owner = *l.v_owner;
     return {l,
             owner,
@@ -135,27 +133,47 @@ static side value_side(const layer &l, const ggml_tensor *blocks, const ggml_ten
             head,
             l.v_window(head),
             l.v_slot(),
-            xq_seal_v,
-            xq_unseal_v};
+            l.map ? source : nullptr};
+}
+
+/* What the map of a side says a page's values are, in `out`; null: not mapped. */
+static const float *predict(const side &x, int stream, int page, std::vector<float> &out) {
+    if (!x.source) {
+        return nullptr;
+    }
+    out.resize((size_t)x.width * XQ_PAGE);
+    const layer &source = *x.l.v_source;
+    uint8_t *block = block_of(source, x.source, stream, x.l.map->heads[x.head], page);
+    const int status = xq_predict_v(&source.plan.v, x.width, part(block, source.layout.v_codes),
+                                    part(block, source.layout.v_param), x.l.weight(x.head), out.data());
+    GGML_ASSERT(status == XQ_OK);
+    return out.data();
 }
 
 /* Seals, then unseals, the pages of the input. */
 static void move_pages(const side &x, const int32_t *input, const cache::input_layout &at) {
-    const bool own = &x.owner == &x.l;
+    const bool own = &x.owner == &x.l, is_k = &x.plan == &x.l.plan.k;
+    std::vector<float> scratch;
     const auto *seals = (const cache::seal_op *)(input + at.seals);
     for (int i = 0; i < input[cache::in_n_seal]; ++i) {
         const auto &op = seals[i];
-        uint8_t *codes = x.codes_of(op.stream, op.page);
-        const int n = x.seal(&x.plan, x.width, x.rows_of(op.stream, op.slot), x.width, op.valid, own ? codes : nullptr,
-                             x.param_of(op.stream, op.page), own ? nullptr : codes, x.owner_bits);
+        const ggml_fp16_t *rows = x.rows_of(op.stream, op.slot);
+        uint8_t *codes = x.codes_of(op.stream, op.page), *param = x.param_of(op.stream, op.page);
+        uint8_t *mine = own ? codes : nullptr, *borrowed = own ? nullptr : codes;
+        const int n = is_k ? xq_seal_k(&x.plan, x.width, rows, x.width, op.valid, mine, param, borrowed, x.owner_bits)
+                           : xq_seal_v(&x.plan, x.width, rows, x.width, op.valid, mine, param, borrowed, x.owner_bits,
+                                       predict(x, op.stream, op.page, scratch));
         GGML_ASSERT(n >= 0);
         *x.l.n_nonfinite += (uint64_t)n;
     }
     const auto *unseals = (const cache::unseal_op *)(input + at.unseals);
     for (int i = 0; i < input[cache::in_n_unseal]; ++i) {
         const auto &op = unseals[i];
-        const int status = x.unseal(&x.plan, x.width, x.codes_of(op.stream, op.page), x.owner_bits,
-                                    x.param_of(op.stream, op.page), x.rows_of(op.stream, op.slot), x.width);
+        ggml_fp16_t *rows = x.rows_of(op.stream, op.slot);
+        const uint8_t *codes = x.codes_of(op.stream, op.page), *param = x.param_of(op.stream, op.page);
+        const int status = is_k ? xq_unseal_k(&x.plan, x.width, codes, x.owner_bits, param, rows, x.width)
+                                : xq_unseal_v(&x.plan, x.width, codes, x.owner_bits, param, rows, x.width,
+                                              predict(x, op.stream, op.page, scratch));
         GGML_ASSERT(status == XQ_OK);
     }
 }
@@ -173,14 +191,14 @@ static void write_rows(const side &x, const ggml_tensor *cur, const int32_t *inp
 static void update(ggml_tensor *dst, int ith, int nth, void *userdata) {
     layer &l = *(layer *)userdata;
     const ggml_tensor *k_cur = dst->src[1], *v_cur = dst->src[2], *blocks = dst->src[3], *window = dst->src[4];
-    const ggml_tensor *k_codes = dst->src[5], *v_codes = dst->src[6];
+    const ggml_tensor *k_codes = dst->src[5], *v_codes = dst->src[6], *source = dst->src[7];
     const int32_t *input = (const int32_t *)dst->src[0]->data;
     const auto at = l.home->layout_of(k_cur->ne[2]);
     // each side of each KV head is one task: nothing is shared between them
     for (int task = ith; task < 2 * l.n_head_kv; task += nth) {
         const int head = task / 2;
-        const side x =
-            task % 2 == 0 ? key_side(l, blocks, window, k_codes, head) : value_side(l, blocks, window, v_codes, head);
+        const side x = task % 2 == 0 ? key_side(l, blocks, window, k_codes, head)
+                                     : value_side(l, blocks, window, v_codes, source, head);
         move_pages(x, input, at);
         write_rows(x, task % 2 == 0 ? k_cur : v_cur, input, at);
     }
@@ -196,7 +214,7 @@ void cache::run_pending(const layer &l) const {
     fill_operations(input.data(), at);
     for (int head = 0; head < l.n_head_kv; ++head) {
         move_pages(key_side(l, l.blocks, l.window, l.k_owner->blocks, head), input.data(), at);
-        move_pages(value_side(l, l.blocks, l.window, l.v_owner->blocks, head), input.data(), at);
+        move_pages(value_side(l, l.blocks, l.window, l.v_owner->blocks, l.v_source->blocks, head), input.data(), at);
     }
 }
 
@@ -229,7 +247,7 @@ static float slope_of(float max_bias, int head, int n_head) {
 static void attend(ggml_tensor *dst, int ith, int nth, void *userdata) {
     const layer &l = *(const layer *)userdata;
     const ggml_tensor *q = dst->src[0], *mask = dst->src[2], *blocks = dst->src[3], *window = dst->src[4];
-    const ggml_tensor *k_codes = dst->src[5], *v_codes = dst->src[6];
+    const ggml_tensor *k_codes = dst->src[5], *v_codes = dst->src[6], *source = dst->src[7];
     const int32_t *input = (const int32_t *)dst->src[1]->data;
     attend_params params;
     memcpy(&params, dst->op_params + 8, sizeof(params));
@@ -275,6 +293,14 @@ static void attend(ggml_tensor *dst, int ith, int nth, void *userdata) {
         a.k_codes_stride = l.k_owner->block_stride();
         a.v_codes_stride = l.v_owner->block_stride();
         a.k_param_stride = a.v_param_stride = l.block_stride();
+        if (l.map) {
+            uint8_t *from = block_of(*l.v_source, source, stream, l.map->heads[head], 0);
+            a.mapped = 1;
+            a.source = l.v_source->plan.v;
+            a.source_codes = part(from, l.v_source->layout.v_codes);
+            a.source_param = part(from, l.v_source->layout.v_param);
+            a.source_codes_stride = a.source_param_stride = l.v_source->block_stride();
+        }
         a.k_window = window_of(window, stream) + l.k_window(head);
         a.v_window = window_of(window, stream) + l.v_window(head);
         a.page_slot = input + cache::in_header + (int64_t)stream * l.n_pages;
@@ -306,7 +332,8 @@ static void merge(ggml_tensor *dst, int ith, int nth, void *userdata) {
                 (const float *)((const char *)states->data + h * states->nb[1] + t * states->nb[2] + i * states->nb[3]);
         }
         const float sink = sinks ? ((const float *)sinks->data)[h] : -INFINITY;
-        const int status = xq_attention_merge(n_parts, partial.data(), l.e, l.plan.v.rotate, sink,
+        const float *weight = l.weight((int)(h / (n_head / l.n_head_kv)));
+        const int status = xq_attention_merge(n_parts, partial.data(), l.e, l.plan.v.rotate, sink, weight,
                                               (float *)((char *)dst->data + h * dst->nb[1] + t * dst->nb[2]));
         GGML_ASSERT(status == XQ_OK);
     }
@@ -329,14 +356,14 @@ ggml_tensor *cache::build_attention(const llm_graph_context &graph, ggml_tensor 
     ggml_context *ctx = graph.ctx0;
     // layers without keys and values of their own read an earlier layer's cache
     layer *l = layers_[kv.map_layer_ids.at(il)].get();
-    ggml_tensor *k_codes = l->k_owner->blocks, *v_codes = l->v_owner->blocks;
+    ggml_tensor *k_codes = l->k_owner->blocks, *v_codes = l->v_owner->blocks, *source = l->v_source->blocks;
 
     ggml_tensor *stored = nullptr;
     if (k_cur && v_cur) {
         k_cur = k_cur->type == GGML_TYPE_F32 ? k_cur : ggml_cast(ctx, k_cur, GGML_TYPE_F32);
         v_cur = v_cur->type == GGML_TYPE_F32 ? v_cur : ggml_cast(ctx, v_cur, GGML_TYPE_F32);
-        ggml_tensor *args[] = {input, k_cur, v_cur, l->blocks, l->window, k_codes, v_codes};
-        stored = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, 7, update, GGML_N_TASKS_MAX, l);
+        ggml_tensor *args[] = {input, k_cur, v_cur, l->blocks, l->window, k_codes, v_codes, source};
+        stored = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, 8, update, GGML_N_TASKS_MAX, l);
         graph.cb(stored, "xquant_update", il);
         ggml_build_forward_expand(graph.gf, stored);
     }
@@ -352,9 +379,9 @@ ggml_tensor *cache::build_attention(const llm_graph_context &graph, ggml_tensor 
         graph.hparams.f_max_alibi_bias,
         (int32_t)std::clamp<int64_t>(wanted, 1, kq_mask->ne[0] / XQ_PAGE),
     };
-    ggml_tensor *args[] = {q, input, kq_mask, l->blocks, l->window, k_codes, v_codes, stored};
-    ggml_tensor *states = ggml_custom_4d(ctx, GGML_TYPE_F32, 2 * l->e + 2, n_head, n_tokens, params.n_parts, args,
-                                         stored ? 8 : 7, attend, GGML_N_TASKS_MAX, l);
+    ggml_tensor *args[] = {q, input, kq_mask, l->blocks, l->window, k_codes, v_codes, source, stored};
+    ggml_tensor *states = ggml_custom_4d(ctx, GGML_TYPE_F32, l->state_width(), n_head, n_tokens, params.n_parts, args,
+                                         stored ? 9 : 8, attend, GGML_N_TASKS_MAX, l);
     set_params(states, params);
     graph.cb(states, "xquant_attend", il);
 

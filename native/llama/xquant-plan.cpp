@@ -26,25 +26,6 @@ uint32_t announced_n_ubatch() {
     return last_n_ubatch;
 }
 
-void keep_overrides(const std::unordered_map<std::string, llama_model_kv_override> &overrides,
-                    std::unordered_map<std::string, std::string> &metadata) {
-    for (const auto &[key, value] : overrides) {
-        if (key.rfind("xquant.", 0) != 0) {
-            continue;
-        }
-        switch (value.tag) {
-        case LLAMA_KV_OVERRIDE_TYPE_INT:
-            metadata[key] = std::to_string(value.val_i64);
-            break;
-        case LLAMA_KV_OVERRIDE_TYPE_STR:
-            metadata[key] = std::string(value.val_str, strnlen(value.val_str, sizeof(value.val_str)));
-            break;
-        default:
-            throw std::runtime_error("kv_overrides: " + key + " must be a string or an integer");
-        }
-    }
-}
-
 /* Architectures that make a memory of their own kind; everything else gets a KV cache of one vector a token. */
 static const char *unsupported(const llama_model &model) {
     switch (model.arch) {
@@ -114,21 +95,13 @@ static int64_t parse_integer(const std::string &key, const std::string &text, in
     return value;
 }
 
-void resolve_plan(const llama_model &model, const int32_t *d, const int32_t *e, xq_plan &plan) {
-    const auto &metadata = model.gguf_kv;
-    const int32_t n_layers = (int32_t)model.hparams.n_layer_all;
-
-    std::vector<int32_t> held; /* model layers that the cache holds */
-    for (int32_t il = 0; il < n_layers; ++il) {
-        if (d[il] > 0) {
-            held.push_back(il);
-        }
-    }
-
-    const auto preset = metadata.find("xquant.preset");
+/* A preset, laid over the layers that the cache holds. */
+static void lay_preset(const std::map<std::string, std::string> &given, const std::vector<int32_t> &held,
+                       int32_t n_layers, xq_plan &plan) {
+    const auto preset = given.find("xquant.preset");
     auto named = std::make_unique<xq_plan>();
-    if (xq_plan_preset(preset == metadata.end() ? "xquant" : preset->second.c_str(), (int32_t)held.size(),
-                       named.get()) != XQ_OK) {
+    if (xq_plan_preset(preset == given.end() ? "xquant" : preset->second.c_str(), (int32_t)held.size(), named.get()) !=
+        XQ_OK) {
         refuse(std::string("xquant.preset: ") + xq_error());
     }
 
@@ -140,9 +113,12 @@ void resolve_plan(const llama_model &model, const int32_t *d, const int32_t *e, 
         layer.k.owner = layer.k.owner < 0 ? -1 : held[layer.k.owner];
         layer.v.owner = layer.v.owner < 0 ? -1 : held[layer.v.owner];
     }
+}
 
+/* What kv_overrides change. */
+static void lay_overrides(const std::map<std::string, std::string> &given, int32_t n_layers, xq_plan &plan) {
     const std::string prefix = "xquant.layer.";
-    for (const auto &[key, value] : metadata) {
+    for (const auto &[key, value] : given) {
         if (key == "xquant.window") {
             plan.window = (int32_t)parse_integer(key, value, -1, INT32_MAX);
         } else if (key == "xquant.pinned") {
@@ -154,10 +130,69 @@ void resolve_plan(const llama_model &model, const int32_t *d, const int32_t *e, 
             }
         }
     }
+}
 
+/* Every map of the plan must fit the heads that it joins. */
+static void check_maps(const llama_model &model, const int32_t *e, const xq_plan &plan) {
+    for (int32_t il = 0; il < plan.n_layers; ++il) {
+        const int32_t source = plan.layers[il].v.source;
+        if (e[il] == 0 || source < 0) {
+            continue;
+        }
+        const std::string key = "xquant.map." + std::to_string(il);
+        const auto found = model.xq->maps.find(il);
+        if (found == model.xq->maps.end()) {
+            refuse(key + ".weight is missing: layer " + std::to_string(il) + " is mapped from layer " +
+                   std::to_string(source));
+        }
+        const value_map &map = found->second;
+        const size_t heads = model.hparams.n_head_kv(il), source_heads = model.hparams.n_head_kv(source);
+        const size_t weights = heads * (size_t)e[il] * (size_t)e[il];
+        if (map.heads.size() != heads || map.weight.size() != weights) {
+            refuse(key + ".heads and .weight are " + std::to_string(map.heads.size()) + " and " +
+                   std::to_string(map.weight.size()) + " entries long, must be " + std::to_string(heads) + " and " +
+                   std::to_string(weights));
+        }
+        for (const int32_t head : map.heads) {
+            if (head < 0 || (size_t)head >= source_heads) {
+                refuse(key + ".heads has " + std::to_string(head) + ", must be 0 to " +
+                       std::to_string((int)source_heads - 1));
+            }
+        }
+    }
+}
+
+void resolve_plan(const llama_model &model, const int32_t *d, const int32_t *e, xq_plan &plan) {
+    const metadata &file = *model.xq;
+    const int32_t n_layers = (int32_t)model.hparams.n_layer_all;
+
+    std::vector<int32_t> held; /* model layers that the cache holds */
+    for (int32_t il = 0; il < n_layers; ++il) {
+        if (d[il] > 0) {
+            held.push_back(il);
+        }
+    }
+
+    if (file.present && file.given.count("xquant.preset") == 0) {
+        if (!file.error.empty()) {
+            refuse(file.error + "; remove the plan with xquant-gguf strip, or name a preset");
+        }
+        if ((int32_t)file.layers.size() != n_layers) {
+            refuse("xquant.k.bits is " + std::to_string(file.layers.size()) + " entries long, must be " +
+                   std::to_string(n_layers));
+        }
+        plan.n_layers = n_layers;
+        plan.window = file.window;
+        plan.pinned = file.pinned;
+        std::copy(file.layers.begin(), file.layers.end(), plan.layers);
+    } else {
+        lay_preset(file.given, held, n_layers, plan);
+    }
+    lay_overrides(file.given, n_layers, plan);
     if (xq_plan_check(&plan, d, e) != XQ_OK) {
         refuse(xq_error());
     }
+    check_maps(model, e, plan);
 }
 
 } // namespace xquant

@@ -73,6 +73,10 @@ uint64_t cache::fingerprint() const {
         add(text, strlen(text));
         const int32_t shape[] = {(int32_t)l->il, l->d, l->e, l->n_head_kv, (int32_t)seals};
         add(shape, sizeof(shape));
+        if (l->map) {
+            add(l->map->heads.data(), l->map->heads.size() * sizeof(l->map->heads[0]));
+            add(l->map->weight.data(), l->map->weight.size() * sizeof(l->map->weight[0]));
+        }
     }
     return hash;
 }

@@ -1,9 +1,11 @@
 /* xquant_llama.h: what libllama, built by us, exports beside llama.h.
  *
  * A context has an XQuant cache when it was created with type_k = type_v = GGML_TYPE_XQUANT.  Which plan the cache
- * follows is decided at load from the model's metadata and kv_overrides:
+ * follows is decided at load: that of the GGUF file, if it carries one (xquant-metadata.h), else a preset.
+ * kv_overrides:
  *
- *     xquant.preset   string   name of a preset (default "xquant")
+ *     xquant.plan_file string  GGUF file with a plan, instead of the model's own (xquant-metadata.h)
+ *     xquant.preset   string   name of a preset (default "xquant"), instead of the model's plan
  *     xquant.window   integer  newest tokens that stay F16; negative: never seal
  *     xquant.pinned   integer  first pages of a sequence that stay F16
  *     xquant.layer.N  string   what model layer N stores, in the text form of xq_layer_format
@@ -20,6 +22,7 @@ extern "C" {
 /* cdef: begin */
 
 struct llama_context;
+struct llama_model;
 
 typedef struct xquant_llama_info {
     int64_t bytes_allocated; /* blocks, window slots and page tables of the XQuant layers */
@@ -32,6 +35,8 @@ typedef struct xquant_llama_info {
     int32_t n_streams;
     int32_t n_layers; /* layers of the model */
     int32_t window, pinned;
+    int32_t calibrated;  /* 1: the plan comes from a GGUF file */
+    double expected_kld; /* what calibration measured; negative: nothing */
 } xquant_llama_info;
 
 /* 0, or -1 if the context has no XQuant cache. */
@@ -44,6 +49,13 @@ XQ_API int xquant_llama_get_plan(const struct llama_context *ctx, xq_plan *plan,
  * context's cache, of any type.  The number of model layers. */
 XQ_API int xquant_llama_get_shapes(const struct llama_context *ctx, int32_t *d, int32_t *e, int32_t *n_head_kv,
                                    int64_t *bytes);
+/* F16 rows [n_cells][width] of the keys or values of a model layer's KV head: the first n_cells cells, which must all
+ * be open (a cache that never seals).  0, or -1 if there is no such head or a page is sealed. */
+XQ_API int xquant_llama_read_rows(const struct llama_context *ctx, int32_t layer, int32_t is_value, int32_t head,
+                                  int32_t n_cells, uint16_t *rows);
+/* Contexts that are made of the model from now on follow the plan in this GGUF file; null: the default preset.
+ * The model must not be making a context meanwhile.  0, or -1: the file has no plan. */
+XQ_API int xquant_llama_use_plan(struct llama_model *model, const char *path);
 /* Why the last context with an XQuant cache could not be created on this thread; "" if it could. */
 XQ_API const char *xquant_llama_error(void);
 

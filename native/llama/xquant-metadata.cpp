@@ -1,0 +1,221 @@
+/* xquant-metadata.cpp: reads the plan that a GGUF file carries; see xquant-metadata.h for the keys. */
+#include "xquant-metadata.h"
+
+#include "ggml.h"
+#include "gguf.h"
+#include "llama.h"
+
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+namespace xquant {
+
+namespace {
+
+struct bad_key : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+[[noreturn]] void bad(const std::string &key, const std::string &is, const std::string &must) {
+    throw bad_key(key + " is " + is + ", must be " + must);
+}
+
+template <typename T> constexpr gguf_type type_of = GGUF_TYPE_COUNT;
+template <> constexpr gguf_type type_of<int32_t> = GGUF_TYPE_INT32;
+template <> constexpr gguf_type type_of<uint32_t> = GGUF_TYPE_UINT32;
+template <> constexpr gguf_type type_of<uint16_t> = GGUF_TYPE_UINT16;
+template <> constexpr gguf_type type_of<float> = GGUF_TYPE_FLOAT32;
+template <> constexpr gguf_type type_of<int8_t> = GGUF_TYPE_BOOL;
+
+/* One file's keys; every reader throws bad_key. */
+struct reader {
+    const gguf_context *file;
+
+    int64_t find(const std::string &key) const {
+        const int64_t id = gguf_find_key(file, key.c_str());
+        return id >= 0 ? id : throw bad_key(key + " is missing");
+    }
+
+    template <typename T> T number(const std::string &key) const {
+        const int64_t id = find(key);
+        if (gguf_get_kv_type(file, id) != type_of<T>) {
+            bad(key, gguf_type_name(gguf_get_kv_type(file, id)), gguf_type_name(type_of<T>));
+        }
+        T value;
+        memcpy(&value, gguf_get_val_data(file, id), sizeof(value));
+        return value;
+    }
+
+    int64_t array(const std::string &key, gguf_type type, size_t n) const {
+        const int64_t id = find(key);
+        const bool is_array = gguf_get_kv_type(file, id) == GGUF_TYPE_ARRAY;
+        if (!is_array || gguf_get_arr_type(file, id) != type) {
+            bad(key,
+                is_array ? std::string("an array of ") + gguf_type_name(gguf_get_arr_type(file, id))
+                         : std::string(gguf_type_name(gguf_get_kv_type(file, id))),
+                std::string("an array of ") + gguf_type_name(type));
+        }
+        if (gguf_get_arr_n(file, id) != n) {
+            bad(key, std::to_string(gguf_get_arr_n(file, id)) + " entries long", std::to_string(n));
+        }
+        return id;
+    }
+
+    template <typename T> std::vector<T> numbers(const std::string &key, size_t n) const {
+        const int64_t id = array(key, type_of<T>, n);
+        std::vector<T> values(n);
+        if (n > 0) {
+            memcpy(values.data(), gguf_get_arr_data(file, id), n * sizeof(T));
+        }
+        return values;
+    }
+
+    /* Entries of a string array as their places in names. */
+    std::vector<int32_t> choices(const std::string &key, size_t n, const std::vector<std::string> &names) const {
+        const int64_t id = array(key, GGUF_TYPE_STRING, n);
+        std::vector<int32_t> values;
+        for (size_t i = 0; i < n; ++i) {
+            const std::string text = gguf_get_arr_str(file, id, i);
+            size_t choice = 0;
+            while (choice < names.size() && names[choice] != text) {
+                choice++;
+            }
+            if (choice == names.size()) {
+                std::string all = names[0];
+                for (size_t k = 1; k < names.size(); ++k) {
+                    all += ", " + names[k];
+                }
+                bad(key + "[" + std::to_string(i) + "]", "\"" + text.substr(0, 64) + "\"", "one of " + all);
+            }
+            values.push_back((int32_t)choice);
+        }
+        return values;
+    }
+};
+
+const std::vector<std::string> fits = {"paper", "minmax", "clip", "lloyd", "lsq"}; /* enum xq_fit */
+const std::vector<std::string> scales = {"f16", "log8"};                           /* enum xq_param */
+
+void read_sides(const reader &file, const std::string &name, size_t n, std::vector<xq_layer> &layers,
+                xq_side xq_layer::*side) {
+    const std::string prefix = "xquant." + name + ".";
+    const bool is_v = name == "v";
+    const auto bits = file.numbers<int32_t>(prefix + "bits", n), group = file.numbers<int32_t>(prefix + "group", n);
+    const auto owner = file.numbers<int32_t>(prefix + "owner", n);
+    const auto eta = file.numbers<float>(prefix + "eta", n);
+    const auto fit = file.choices(prefix + "fit", n, fits), scale = file.choices(prefix + "scale", n, scales);
+    const auto source = is_v ? file.numbers<int32_t>(prefix + "source", n) : std::vector<int32_t>(n, -1);
+    const auto rotate = is_v ? file.numbers<int8_t>(prefix + "rotate", n) : std::vector<int8_t>(n, 0);
+    for (size_t i = 0; i < n; ++i) {
+        layers[i].*side = {bits[i], group[i], fit[i], scale[i], rotate[i] != 0, owner[i], source[i], eta[i]};
+    }
+}
+
+void read_map(const reader &file, int32_t layer, value_map &map) {
+    const std::string prefix = "xquant.map." + std::to_string(layer) + ".";
+    const int64_t heads = gguf_find_key(file.file, (prefix + "heads").c_str());
+    const int64_t weight = gguf_find_key(file.file, (prefix + "weight").c_str());
+    const auto length = [&](int64_t id) {
+        return id >= 0 && gguf_get_kv_type(file.file, id) == GGUF_TYPE_ARRAY ? gguf_get_arr_n(file.file, id) : 0;
+    };
+    // lengths are compared with the model's shapes when a cache is made; here only the types
+    map.heads = file.numbers<int32_t>(prefix + "heads", length(heads));
+    const auto halves = file.numbers<uint16_t>(prefix + "weight", length(weight));
+    map.weight.resize(halves.size());
+    for (size_t i = 0; i < halves.size(); ++i) {
+        map.weight[i] = ggml_fp16_to_fp32(halves[i]);
+        if (!std::isfinite(map.weight[i])) {
+            bad(prefix + "weight[" + std::to_string(i) + "]", "not finite", "a finite number");
+        }
+    }
+}
+
+void read_plan(const reader &file, metadata &out) {
+    const uint32_t version = file.number<uint32_t>("xquant.version");
+    if (version != 1) {
+        bad("xquant.version", std::to_string(version), "1: another version of xquant_gguf wrote it");
+    }
+    out.window = file.number<int32_t>("xquant.window");
+    out.pinned = file.number<int32_t>("xquant.pinned");
+    const int64_t bits = file.find("xquant.k.bits");
+    const size_t n = gguf_get_kv_type(file.file, bits) == GGUF_TYPE_ARRAY ? gguf_get_arr_n(file.file, bits) : 0;
+    if (n < 1 || n > XQ_MAX_LAYERS) {
+        bad("xquant.k.bits", std::to_string(n) + " entries long", "one for each layer of the model");
+    }
+    out.layers.resize(n);
+    read_sides(file, "k", n, out.layers, &xq_layer::k);
+    read_sides(file, "v", n, out.layers, &xq_layer::v);
+    for (size_t i = 0; i < n; ++i) {
+        if (out.layers[i].v.source >= 0) {
+            read_map(file, (int32_t)i, out.maps[(int32_t)i]);
+        }
+    }
+    if (gguf_find_key(file.file, "xquant.calibration.expected_kld") >= 0) {
+        out.expected_kld = file.number<float>("xquant.calibration.expected_kld");
+    }
+}
+
+void read_file(const gguf_context *context, metadata &out) {
+    if (gguf_find_key(context, "xquant.version") < 0) {
+        return;
+    }
+    out.present = true;
+    try {
+        read_plan({context}, out);
+    } catch (const bad_key &error) {
+        out.error = error.what();
+    }
+}
+
+/* false: the file cannot be read, or has no plan. */
+bool read_path(const std::string &path, metadata &out) {
+    gguf_init_params params = {};
+    params.no_alloc = true;
+    const std::unique_ptr<gguf_context, decltype(&gguf_free)> file(gguf_init_from_file(path.c_str(), params),
+                                                                   gguf_free);
+    if (file) {
+        read_file(file.get(), out);
+    }
+    return out.present;
+}
+
+std::string text_of(const std::string &key, const llama_model_kv_override &value) {
+    switch (value.tag) {
+    case LLAMA_KV_OVERRIDE_TYPE_INT:
+        return std::to_string(value.val_i64);
+    case LLAMA_KV_OVERRIDE_TYPE_STR:
+        return std::string(value.val_str, strnlen(value.val_str, sizeof(value.val_str)));
+    default:
+        throw std::runtime_error("kv_overrides: " + key + " must be a string or an integer");
+    }
+}
+
+} // namespace
+
+std::shared_ptr<const metadata>
+read_metadata(const gguf_context *file, const std::unordered_map<std::string, llama_model_kv_override> &overrides) {
+    auto out = std::make_shared<metadata>();
+    for (const auto &[key, value] : overrides) {
+        if (key.rfind("xquant.", 0) == 0) {
+            out->given[key] = text_of(key, value);
+        }
+    }
+    const auto other = out->given.find("xquant.plan_file");
+    if (other == out->given.end()) {
+        read_file(file, *out);
+        return out;
+    }
+    if (!read_path(other->second, *out)) {
+        out->present = true;
+        out->error = "xquant.plan_file \"" + other->second + "\" is not a GGUF file with a plan";
+    }
+    return out;
+}
+
+std::shared_ptr<const metadata> read_plan_file(const std::string &path) {
+    auto out = std::make_shared<metadata>();
+    return read_path(path, *out) ? out : nullptr;
+}
+
+} // namespace xquant
