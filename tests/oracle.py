@@ -57,6 +57,7 @@ class Side:
         self.rows = np.zeros((n_head_kv, n_ctx, width), dtype=np.float16)
         self.read = np.zeros((n_head_kv, n_ctx, width))
         self.codes: dict[tuple[int, int], bytes] = {}  # (KV head, page) -> codes of a sealed page
+        self.parameters: dict[tuple[int, int], bytes] = {}
 
     def write(self, first: int, x: Array) -> None:
         """Stores x [n][head][width] as the rows of cells first, first + 1, ..."""
@@ -92,6 +93,7 @@ class Oracle:
         self.window = window
         self.pinned = pinned
         self.n_ubatch = n_ubatch
+        self.maps: dict[int, tuple[Sequence[int], NDArray[np.float32]]] = {}
         self.n_stored = 0
         self.sealed: set[int] = set()
         self.keys = [Side(shape.n_ctx, shape.n_head_kv, shape.key_length) for _ in layers]
@@ -122,10 +124,22 @@ class Oracle:
         ):
             store = stores[il]
             for head in range(self.shape.n_head_kv):
+                mapped = self.predict(il, head, page) if side.source >= 0 else []
                 borrowed = stores[side.owner].codes[head, page] if side.owner >= 0 else None
-                codes, parameters, _ = seal(side, store.page(head, page), valid, borrowed)
+                codes, parameters, _ = seal(side, store.page(head, page), valid, borrowed, *mapped)
                 store.codes[head, page] = codes if borrowed is None else borrowed
-                store.replace(head, page, dequantize(side, store.width, store.codes[head, page], parameters))
+                store.parameters[head, page] = parameters
+                values = dequantize(side, store.width, store.codes[head, page], parameters, *mapped)
+                store.replace(head, page, values)
+
+    def predict(self, il: int, head: int, page: int) -> list[NDArray[np.float32]]:
+        """What the map of a layer says of a page's values."""
+        layer, (heads, weight) = self.layers[il], self.maps[il]
+        assert layer is not None
+        source = self.layers[layer.v.source]
+        assert source is not None
+        store, at = self.values[layer.v.source], (heads[head], page)
+        return [reference.predict_v(source.v, store.width, store.codes[at], store.parameters[at], weight[head])]
 
     def attention(self, il: int, q: Array) -> Array:
         """softmax(q k / sqrt(d)) v for q [n][head][d] of the newest n cells; the result is [n][head * e]."""

@@ -35,6 +35,7 @@ class Case:
     sink: float = -np.inf
     masked: bool = True
     seed: int = 0
+    source: Side | None = None  # V is what a random map of such values leaves over
 
 
 def parameters(rng: np.random.Generator, side: Side, n: int, groups: int) -> list[bytes]:
@@ -73,6 +74,8 @@ class Head:
             self.codes.append(np.frombuffer(b"".join(pages_codes), np.uint8).reshape(n_pages, -1))
             self.params.append(np.frombuffer(b"".join(pages_param), np.uint8).reshape(n_pages, -1))
             self.read.append(values.reshape(n_pages * PAGE, -1))
+        if case.source is not None:
+            self.map_values(case, rng)
         self.q = (rng.standard_normal((case.n_rows, case.d)) * 1.5).astype(np.float32)
         mask = np.zeros((case.n_rows, n_pages * PAGE), np.float16)
         if case.masked:
@@ -84,6 +87,24 @@ class Head:
         self.mask = mask
         hidden = np.repeat([state == -2 for state in case.states], PAGE)
         self.hidden = (mask == -np.inf) | hidden[None, :]
+
+    def map_values(self, case: Case, rng: np.random.Generator) -> None:
+        """Gives the sealed pages a source, and a map of its values."""
+        assert case.source is not None
+        e = case.e
+        self.weight = (rng.standard_normal((e, e)) / e**0.5).astype(np.float32)
+        values = self.read[1].reshape(-1, PAGE, e)
+        codes, params = [], []
+        for p, state in enumerate(case.states):
+            rows = rng.standard_normal((PAGE, e)).astype(np.float16)
+            packed, param, _ = reference.seal_v(case.source, rows, np.ones(PAGE, bool))
+            codes.append(packed or bytes(64))
+            params.append(param)
+            if state < 0:
+                predicted = reference.predict_v(case.source, e, packed, param, self.weight)
+                own = self.codes[1][p].tobytes(), self.params[1][p].tobytes()
+                values[p] = reference.dequantize_v(case.v, e, *own, predicted)
+        self.source = [np.frombuffer(b"".join(x), np.uint8).reshape(len(x), -1) for x in (codes, params)]
 
 
 def expected(case: Case, head: Head) -> Array:
@@ -120,6 +141,13 @@ def attend(case: Case, head: Head, parts: Sequence[int]) -> NDArray[np.float32]:
     a.k_param_stride, a.v_param_stride = (c.strides[0] for c in head.params)
     a.k_window, a.v_window = (pointer("uint16_t[]", w) for w in head.windows)
     a.page_slot = pointer("int32_t[]", np.array(case.states, np.int32))
+    weight = ffi.NULL
+    if case.source is not None:
+        a.mapped = 1
+        side_to_c(a.source, case.source, "source")
+        a.source_codes, a.source_param = (pointer("uint8_t[]", x) for x in head.source)
+        a.source_codes_stride, a.source_param_stride = (x.strides[0] for x in head.source)
+        weight = pointer("float[]", head.weight)
     q = [pointer("float[]", row) for row in head.q]
     mask = [pointer("uint16_t[]", row) for row in head.mask]
     q_rows, mask_rows = ffi.new("const float *[]", q), ffi.new("const uint16_t *[]", mask)
@@ -128,7 +156,7 @@ def attend(case: Case, head: Head, parts: Sequence[int]) -> NDArray[np.float32]:
     a.scale, a.softcap = 1 / np.sqrt(case.d), case.softcap
 
     edges = [0, *parts, len(case.states)]
-    states = np.full((len(edges) - 1, case.n_rows, 2 * case.e + 2), np.nan, np.float32)
+    states = np.full((len(edges) - 1, case.n_rows, (2 if case.source is None else 3) * case.e + 2), np.nan, np.float32)
     for i in range(len(edges) - 1):
         a.page_begin, a.page_end = edges[i], edges[i + 1]
         rows = [ffi.from_buffer("float[]", row) for row in states[i]]
@@ -140,7 +168,7 @@ def attend(case: Case, head: Head, parts: Sequence[int]) -> NDArray[np.float32]:
         rows = [ffi.from_buffer("float[]", states[i, row]) for i in range(len(states))]
         merged = ffi.new("const float *[]", rows)
         result = ffi.from_buffer("float[]", out[row])
-        assert lib.xq_attention_merge(len(rows), merged, case.e, int(case.v.rotate), case.sink, ffi.NULL, result) == 0
+        assert lib.xq_attention_merge(len(rows), merged, case.e, int(case.v.rotate), case.sink, weight, result) == 0
     return out
 
 
@@ -168,6 +196,10 @@ CASES = {
     "alibi": Case(slope=0.25),
     "sink": Case(sink=1.5),
     "no mask": Case(masked=False),
+    "mapped": Case(v=replace(V, bits=1), source=V),
+    "mapped from 1 bit, head 128": Case(d=128, e=128, source=replace(V, bits=1), n_rows=5),
+    "mapped, nothing left over": Case(v=Side(0, 0, rotate=True), source=replace(V, bits=3), n_rows=70),
+    "mapped from groups": Case(d=96, e=96, v=Side(2, 32, "paper"), source=Side(4, 32, "clip")),
 }
 
 
@@ -178,7 +210,8 @@ def test_attention_matches_float64(kernels: str, name: str) -> None:
     head = Head(case)
     right = expected(case, head)
     exact = all(state != -1 for state in case.states)
-    tolerance = TOLERANCE["scalar" if exact else kernels]
+    # mapped values are read from two sets of codes: two roundings add up
+    tolerance = TOLERANCE["scalar" if exact else kernels] * (1 if case.source is None else 2)
     with codec.force_kernels(kernels):
         for parts in ((), (1,), (1, len(case.states) - 1)):
             out = attend(case, head, parts)

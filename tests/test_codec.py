@@ -86,6 +86,28 @@ def test_seal_and_unseal_match_the_reference(kernels: str, name: str, data: st.D
 
 
 @pytest.mark.parametrize("kernels", SETS)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_mapped_values_match_the_reference(kernels: str, data: st.DataObject) -> None:
+    """Predict from a source, seal and unseal what is left over: the same bytes as the reference."""
+    side, width = data.draw(sides(False).filter(lambda case: case[0].owner < 0))
+    bits = data.draw(st.integers(0, 4))
+    source = Side(bits, 0, "lloyd", "log8", True, -1, 0.09) if bits else Side(0, 0)
+    seed = data.draw(st.integers(0, 99))
+    rows, other = (made_rows(data.draw(st.sampled_from(KINDS)), width, seed + i) for i in range(2))
+    weight = (np.random.default_rng(seed).standard_normal((width, width)) / width**0.5).astype(np.float32)
+    with codec.force_kernels(kernels):
+        stored = codec.seal_v(source, other)
+        predicted = codec.predict_v(source, width, *stored, weight)
+        assert np.array_equal(predicted, reference.predict_v(source, width, *stored, weight))
+        sealed = codec.seal_v(side, rows, predicted=predicted)
+        assert sealed == reference.seal_v(side, rows, np.ones(PAGE, bool), None, predicted)[:2]
+        out = codec.unseal_v(side, width, *sealed, predicted)
+    exact = reference.dequantize_v(side, width, *sealed, predicted)
+    assert np.array_equal(out, np.clip(exact, -65504, 65504).astype(np.float16))
+
+
+@pytest.mark.parametrize("kernels", SETS)
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_pack_and_unpack(kernels: str, data: st.DataObject) -> None:

@@ -9,6 +9,7 @@ made so that they stay rare from layer to layer; hence bounds on the median (not
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -89,7 +90,22 @@ class Case:
     def kv_plan(self) -> dict[str, object]:
         """The same for the fork."""
         layers = {str(il): asdict(layer) for il, layer in self.layers}
-        return {"preset": self.preset, "window": self.window, "pinned": self.pinned, "layers": layers}
+        plan = {"preset": self.preset, "window": self.window, "pinned": self.pinned, "layers": layers}
+        maps = {
+            str(il): {"heads": heads, "weight": b64encode(weight.astype("<f2").tobytes()).decode()}
+            for il, (heads, weight) in self.maps().items()
+        }
+        return {**plan, "maps": maps}
+
+    def maps(self) -> dict[int, tuple[list[int], NDArray[np.float32]]]:
+        """Random maps for the layers that have a source, from its heads in reverse: (heads, [head][e][e])."""
+        heads, e = self.shape.n_head_kv, self.shape.value_length
+        rng = np.random.default_rng(7)
+        return {
+            il: (list(range(heads))[::-1], (rng.standard_normal((heads, e, e)) / e**0.5).astype("<f2").astype("<f4"))
+            for il, layer in self.layers
+            if layer.v.source >= 0
+        }
 
     def pieces_of(self, tokens: Sequence[int]) -> Iterator[list[int]]:
         """The prompt as the calls that feed it, then one token a call."""
@@ -103,6 +119,8 @@ LSQ = Side(bits=2, group=64, fit="lsq", param="f16", rotate=False, owner=1, eta=
 OWN = Side(bits=2, group=64, fit="clip", param="f16", rotate=False, owner=-1, eta=0.0)
 MEAN = Side(bits=0, group=32, fit="minmax", param="f16", rotate=True, owner=-1, eta=0.0)
 ROTATED = Side(bits=3, group=0, fit="minmax", param="log8", rotate=True, owner=-1, eta=0.02)
+
+VALUES = Side(bits=2, group=0, fit="lloyd", param="log8", rotate=True, owner=-1, eta=0.09)
 
 CASES = {
     "mha-xquant": Case("mha", "xquant"),
@@ -119,6 +137,16 @@ CASES = {
         window=200,
         pinned=2,
         layers=((1, Layer(OWN, replace(ROTATED, bits=4))), (2, Layer(LSQ, MEAN)), (3, Layer(OWN, ROTATED))),
+    ),
+    "mapped": Case(
+        "gqa",
+        layers=((1, Layer(OWN, replace(VALUES, bits=1, source=0))), (3, Layer(OWN, replace(MEAN, source=2)))),
+    ),
+    "mapped-from-one-layer": Case(
+        "mha",
+        window=64,
+        n_ubatch=96,
+        layers=((2, Layer(OWN, replace(VALUES, source=1))), (3, Layer(OWN, replace(VALUES, bits=3, source=1)))),
     ),
     "no-window": Case("mha", "xquant-small", window=0, pinned=0),
     "uneven-pieces": Case("mqa", window=64, n_ubatch=96, pieces=(5, 300, 1, 250, 144)),
@@ -140,6 +168,7 @@ def weights(model: str) -> tiny_gguf.Weights:
 def oracle_logits(case: Case, kind: type[Oracle] = Oracle, layers: Sequence[Layer | None] | None = None) -> Array:
     """Logits [position][vocabulary] of the oracle; kind and layers replace the right rule and plan by wrong ones."""
     oracle = kind(case.shape, weights(case.model), layers or case.plan(), case.window, case.pinned, case.n_ubatch)
+    oracle.maps = dict(case.maps())
     return np.concatenate([oracle.decode(piece) for piece in case.pieces_of(tokens())])
 
 
@@ -346,7 +375,19 @@ class ReadsNextHead(Oracle):
             side.read[:, cells] = np.roll(side.read[:, cells], 1, axis=0)
 
 
+class MapsOtherHead(Oracle):
+    """Predicts values from another KV head of the source."""
+
+    def predict(self, il: int, head: int, page: int) -> list[NDArray[np.float32]]:
+        heads, weight = self.maps[il]
+        right, self.maps[il] = self.maps[il], (heads[::-1], weight)
+        out = super().predict(il, head, page)
+        self.maps[il] = right
+        return out
+
+
 WRONG_RULES = [
+    ("mapped", MapsOtherHead),
     ("mha-xquant", SealsEarly),
     ("no-window", SealsEarly),
     ("gqa-xquant", SealsPinned),
@@ -355,6 +396,7 @@ WRONG_RULES = [
 ]
 
 WRONG_PLANS = [
+    ("mapped", "v", 1, {"source": -1}),
     ("mha-xquant", "v", None, {"eta": 0.0}),
     ("mha-xquant", "v", None, {"param": "f16"}),
     ("mha-xquant", "v", 3, {"rotate": False}),

@@ -15,6 +15,8 @@ from xquant_gguf.plan import FITS, PARAMS, Shape, block_bytes, layer_text, prese
 
 LLAMA_8B = [Shape(128, 128, 8)] * 32
 
+MAP = {"heads": [0], "weight": "ADw="}
+
 
 @pytest.mark.parametrize(
     ("name", "true", "equivalent"),
@@ -86,16 +88,13 @@ def test_dictionary_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan.to_dict()))
     assert Plan.load(path, 6) == plan
-    overrides = plan.overrides([5, 11, 17, 23, 29, 35])
-    assert overrides["xquant.layer.17"] == layer_text(changed)
-    assert list(overrides) == ["xquant.preset", "xquant.window", "xquant.pinned", "xquant.layer.17"]
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ({"preset": "none"}, 'preset "none" is unknown; there are xquant'),
-        ({"layer": {}}, "unknown key 'layer'; there are layers, pinned, preset, window"),
+        ({"layer": {}}, "unknown key 'layer'; there are layers, maps, pinned, preset, window"),
         ({"window": "big"}, "window is 'big', must be an integer"),
         ({"window": -2}, "window is -2, must be -1"),
         ({"pinned": 5000}, "pinned is 5000, must be 0 to 1024"),
@@ -114,6 +113,13 @@ def test_dictionary_round_trip(tmp_path: Path) -> None:
             "owner is 2, must be an ea",
         ),
         ({"layers": {"0-3": {"v": {"fit": "lsq"}}}}, "fit lsq is for borrowed codes"),
+        ({"layers": {"1": {"v": {"source": 1}}}, "maps": {"1": MAP}}, "map is 1, must be an earlier layer"),
+        ({"layers": {"1": {"k": {"source": 0}}}}, "map is 0, must be -1: keys are not mapped"),
+        ({"layers": {"1-2": {"v": {"source": 0}}, "3": {"v": {"source": 2}}}}, "its map reads layer 2, which must be"),
+        ({"layers": {"1": {"v": {"source": 0}}}}, "layer 1 is mapped from layer 0, but maps has no 1"),
+        ({"maps": {"1": {"heads": [0], "weight": "?"}}}, "weight is not base64"),
+        ({"maps": {"1": {"heads": [0], "weight": "AHw="}}}, "weight must be finite F16 numbers"),
+        ({"maps": {"1": {"heads": [0]}}}, "must have heads, a list, and weight, a string"),
         ([1], "must be an object"),
     ],
 )

@@ -59,8 +59,10 @@ def test_a_plan_is_told_by_model_layers(sliding: str) -> None:
     plan = {"window": 256, "layers": {"1": {"k": {"bits": 2}}}}
     info, _, _ = inspect_cache(sliding, "xquant", plan, n_ctx=4096)
     assert (info["k_bits"], info["window"]) == ([4, 2], 256)
-    overrides = xquant_overrides(sliding, "xquant", plan, {"general.name": "x"})
-    assert set(overrides) == {"general.name", "xquant.preset", "xquant.window", "xquant.pinned", "xquant.layer.1"}
+    with xquant_overrides(sliding, "xquant", plan, {"general.name": "x"}) as overrides:
+        assert set(overrides) == {"general.name", "xquant.plan_file"}
+        assert Path(overrides["xquant.plan_file"]).exists()
+    assert not Path(overrides["xquant.plan_file"]).exists()
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,19 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from xquant_gguf import fork
+from xquant_gguf.calibrate import Budget, Calibration, calibrate, data_free
 from xquant_gguf.evaluate import evaluate
 from xquant_gguf.llama import LLAMA_TYPES, Llama, checked_kv_type
-from xquant_gguf.plan import preset_names
-from xquant_gguf.sizes import inspect_cache
+from xquant_gguf.metadata import Key, Provenance, copy_with_keys, splits, written_beside
+from xquant_gguf.plan import Plan, preset_names
+from xquant_gguf.sizes import DryModel, inspect_cache
 
 UBATCH = "tokens of a micro-batch (default %(default)s)"
 
@@ -82,6 +86,65 @@ def generate(args: argparse.Namespace) -> int:
         print(f"no table of KV bytes: {error}", file=sys.stderr)
     else:
         print(bytes_table(sizes, n_ctx))
+    return 0
+
+
+def run_calibrate(args: argparse.Namespace) -> int:
+    if not args.output and not args.metadata_only:
+        raise ValueError("name an output file, or --metadata-only FILE.json")
+    budget = Budget(args.bits, False) if args.equivalent_bits is None else Budget(args.equivalent_bits, True)
+    if args.data_free or args.preset:
+        with DryModel(args.model, {"xquant.preset": "xquant"}) as model, model.context("xquant", 256) as ctx:
+            found = fork.plan(ctx, "xquant")
+            assert found is not None
+            _, shapes, layers = found
+            n_layers = len(fork.shapes(ctx)[0])
+        plan = Plan.from_preset(args.preset, len(layers)) if args.preset else data_free(shapes, budget)
+        made_by = Provenance(f"xquant-gguf {version('xquant-gguf')} {args.preset or 'data-free'}")
+        result = Calibration(plan, layers, n_layers, shapes, made_by, {})
+    else:
+        text = Path(args.text).read_text() if args.text else None
+        result = calibrate(args.model, budget, text=text, n_threads=args.threads, maps=not args.no_maps)
+    print(plan_text(result))
+    if args.metadata_only:
+        with written_beside(Path(args.metadata_only)) as part:
+            part.write_text(json.dumps(result.plan.to_dict(), indent=1) + "\n")
+        print(f"plan: {args.metadata_only}")
+    if args.output:
+        copy(args.model, args.output, result.keys())
+    return 0
+
+
+def plan_text(result: Calibration) -> str:
+    """A plan as a table, with its quality and its sizes."""
+    plan, shapes = result.plan, result.shapes
+    rows = [["layer", "K", "V", *(["harm of K1", "of V1"] if result.sensitivity else [])]]
+    for i, (number, layer) in enumerate(zip(result.layers, plan.layers, strict=True)):
+        k = f"{layer.k.bits} bits" + (f", {layer.k.group} tokens" if layer.k.group != 128 else "")
+        v = f"{layer.v.bits} bits" + (f" + layer {result.layers[layer.v.source]}" if layer.v.source >= 0 else "")
+        rows.append([str(number), k + f", {layer.k.param}", v, *(f"{s[i]:.5f}" for s in result.sensitivity.values())])
+    lines = [
+        f"{plan.preset}: {plan.true_bits(shapes):.3f} true bits, {plan.equivalent_bits():.3f} equivalent bits a value"
+    ]
+    if result.made_by.expected_kld is not None:
+        lines.append(f"expected KL divergence from F16: {result.made_by.expected_kld:.4f}")
+    sizes = [["tokens", "MiB", "F16 / this"]]
+    for n_ctx in (4096, 32768, 131072):
+        f16 = 2 * n_ctx * sum((s.d + s.e) * s.heads for s in shapes)
+        size = plan.cache_bytes(shapes, n_ctx)
+        sizes.append([str(n_ctx), f"{size / 2**20:.1f}", f"{f16 / size:.2f}"])
+    return "\n".join([*lines, "", table(rows), "", table(sizes), ""])
+
+
+def copy(model: str, output: str, keys: Mapping[str, Key]) -> None:
+    """Copies a model with these xquant keys, with a progress bar."""
+    size = sum(part.stat().st_size for part in splits(Path(model)))
+    with tqdm(total=size, unit="B", unit_scale=True, desc=output, disable=None) as bar:
+        copy_with_keys(model, output, keys, bar.update)
+
+
+def strip(args: argparse.Namespace) -> int:
+    copy(args.model, args.output, {})
     return 0
 
 
@@ -150,12 +213,13 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     names = ", ".join((*preset_names(), *LLAMA_TYPES))
 
-    def command(name: str, function: Any, text: str, *, n_ctx: int) -> argparse.ArgumentParser:
+    def command(name: str, function: Any, text: str, *, n_ctx: int | None) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(function=function)
         sub.add_argument("model", help="GGUF file")
         text = "tokens of the context; 0: those the model was trained with (default %(default)s)"
-        sub.add_argument("--n-ctx", type=_at_least(0), default=n_ctx, help=text)
+        if n_ctx is not None:
+            sub.add_argument("--n-ctx", type=_at_least(0), default=n_ctx, help=text)
         sub.add_argument("--threads", type=_at_least(1), default=None, help="CPU threads (default: llama.cpp's)")
         return sub
 
@@ -169,6 +233,19 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--n-ubatch", type=_at_least(1), default=512, help=UBATCH)
     sub.add_argument("--json", action="store_true", help="print JSON")
     _cache_options(sub, names)
+    text = "choose the best cache for a model and write it into a copy of its file"
+    sub = command("calibrate", run_calibrate, text, n_ctx=None)
+    sub.add_argument("output", nargs="?", help="the copy to write")
+    size = sub.add_mutually_exclusive_group()
+    size.add_argument("--bits", type=float, default=3.0, help="true bits a value (default %(default)s)")
+    size.add_argument("--equivalent-bits", type=float, help="bits of codes a value, as the paper counts them")
+    size.add_argument("--preset", choices=preset_names(), help="write this preset, measure nothing")
+    sub.add_argument("--text", help="text to measure with, at least 1,280 tokens (default: a built-in one)")
+    sub.add_argument("--data-free", action="store_true", help="derive the plan from the architecture alone")
+    sub.add_argument("--no-maps", action="store_true", help="predict no layer's values from another's")
+    sub.add_argument("--metadata-only", metavar="FILE.json", help="write the plan, for kv_plan")
+    sub = command("strip", strip, "copy a model without its cache plan", n_ctx=None)
+    sub.add_argument("output", help="the copy to write")
     sub = command("evaluate", run_evaluate, "perplexity and KL divergence from the F16 cache on a text", n_ctx=4096)
     sub.add_argument("--text", required=True, help="text file")
     sub.add_argument("--kv-types", default="f16,q8_0,q4_0,xquant,xquant-small,xquant-tiny", help=f"any of {names}")

@@ -56,6 +56,11 @@ def log_probabilities(llm: Llama, tokens: Sequence[int], n_past: int) -> NDArray
     return logits
 
 
+def _model(model_path: str, kv: str, common: dict[str, Any]) -> Llama:
+    """kv: a kv_type, or a JSON file with a plan."""
+    return Llama(model_path, **{"kv_plan" if kv.endswith(".json") else "kv_type": kv}, **common)
+
+
 def evaluate(
     model_path: str,
     text: str,
@@ -72,13 +77,13 @@ def evaluate(
 
     The text is cut into windows of n_ctx tokens (0: as many as the model was trained with); positions from `skip` on
     are scored in each.  Micro-batches of n_ubatch tokens read what the earlier ones stored, as in use: the quantized
-    cache is read during the prompt too.
+    cache is read during the prompt too.  kv_types: names of Llama's kv_type, or JSON files with plans.
     Returns {"results": [one dictionary a type], settings...}.  Raises ValueError if the text is too short.
     """
     common: dict[str, Any] = {"n_ctx": n_ctx, "n_batch": n_ubatch, "n_ubatch": n_ubatch, "verbose": False}
     common.update(n_threads=n_threads, n_threads_batch=n_threads)
     reference = Llama(model_path, kv_type="f16", flash_attn=True, **common)
-    models = {kv: reference if kv == "f16" else Llama(model_path, kv_type=kv, **common) for kv in kv_types}
+    models = {kv: reference if kv == "f16" else _model(model_path, kv, common) for kv in kv_types}
     n_ctx = n_ctx or reference.n_ctx()
     tokens = reference.tokenize(text.encode(), special=False)[:n_tokens]
     if len(tokens) < n_tokens or min(n_tokens, n_ctx) <= skip + 1:

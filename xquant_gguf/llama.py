@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xquant_gguf import fork, native
-from xquant_gguf.plan import Plan, named_preset, preset_names
+from xquant_gguf.plan import MADE, Plan, named_preset, preset_names
 from xquant_gguf.sizes import LLAMA_TYPES, cache_info, llama_cpp, xquant_overrides
 
 _TYPE_NAMES = {number: name for name, (number, _) in LLAMA_TYPES.items()} | {fork.GGML_TYPE_XQUANT: "xquant"}
@@ -46,14 +46,19 @@ class Llama(llama_cpp.Llama):
         elif self._kv_type is not None:
             kwargs["type_k"] = kwargs["type_v"] = fork.GGML_TYPE_XQUANT
             kwargs["flash_attn"] = True
-            kwargs["kv_overrides"] = xquant_overrides(model_path, self._kv_type, kv_plan, self._given_overrides)
-        try:
-            super().__init__(model_path, **kwargs)
-        except ValueError as error:
-            reason = fork.error() if self.is_xquant else ""
-            if reason:
-                raise ValueError(f"{model_path} with kv_type {self._kv_type!r}: {reason}") from error
-            raise
+        with contextlib.ExitStack() as files:
+            if self.is_xquant:
+                given = kwargs.get("kv_overrides")
+                kwargs["kv_overrides"] = files.enter_context(
+                    xquant_overrides(model_path, str(self._kv_type), kv_plan, given)
+                )
+            try:
+                super().__init__(model_path, **kwargs)
+            except ValueError as error:
+                reason = fork.error() if self.is_xquant else ""
+                if reason:
+                    raise ValueError(f"{model_path} with kv_type {self._kv_type!r}: {reason}") from error
+                raise
         if verbose:
             print(f"xquant_gguf: {self.kv_cache_info()}", file=sys.stderr)
 
@@ -122,9 +127,15 @@ def checked_kv_type(kv_type: str | None, kv_plan: Any, kwargs: Mapping[str, Any]
         if kv_type in LLAMA_TYPES:
             raise ValueError(f"kv_plan is given, but kv_type is {kv_type!r}: must be an XQuant preset or left out")
         named = named_preset(kv_plan)
-        if kv_type is not None and named is not None and named != kv_type:
+        if (
+            kv_type is not None
+            and named is not None
+            and named != kv_type
+            and (named not in MADE or kv_type != "xquant")
+        ):
             raise ValueError(f"kv_plan says preset {named!r}, but kv_type is {kv_type!r}: leave one of them out")
         kv_type = kv_type or named or "xquant"
+        kv_type = "xquant" if kv_type in MADE else kv_type
         if kv_type not in presets:
             raise ValueError(f"kv_plan: preset is {kv_type!r}, must be one of {', '.join(presets)}")
     if kv_type is None:

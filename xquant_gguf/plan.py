@@ -6,6 +6,7 @@ Presets, checks, sizes and the text form live in libxquant (native/cpu/plan.cpp)
 from __future__ import annotations
 
 import json
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ FITS = ("paper", "minmax", "clip", "lloyd", "lsq")
 PARAMS = ("f16", "log8")
 PAGE = 128
 """Tokens of a page."""
+MADE = ("calibrated", "data-free")
+"""What plans that no preset describes are called."""
 
 
 @dataclass(frozen=True)
@@ -190,17 +193,10 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Everything, as a dictionary that Plan.load reads back."""
         layers = {str(i): asdict(layer) for i, layer in enumerate(self.layers)}
-        return {"preset": self.preset, "window": self.window, "pinned": self.pinned, "layers": layers}
-
-    def overrides(self, model_layers: Sequence[int]) -> dict[str, str | int]:
-        """The plan as kv_overrides of llama.cpp; model_layers: the model's number of each layer of the plan."""
-        out: dict[str, str | int] = {"xquant.preset": self.preset, "xquant.window": self.window}
-        out["xquant.pinned"] = self.pinned
-        standard = Plan.from_preset(self.preset, len(self.layers))
-        for i, layer in enumerate(self.layers):
-            if layer != standard.layers[i]:
-                numbered = renumbered(layer, model_layers)
-                out[f"xquant.layer.{model_layers[i]}"] = layer_text(numbered, f"layer {i}")
+        out = {"preset": self.preset, "window": self.window, "pinned": self.pinned, "layers": layers}
+        if self.maps:
+            maps = {i: {"heads": list(m.heads), "weight": b64encode(m.weight).decode()} for i, m in self.maps.items()}
+            out["maps"] = {str(i): value for i, value in maps.items()}
         return out
 
     @classmethod
@@ -208,22 +204,28 @@ class Plan:
         """A plan from a Plan, a dictionary or a JSON file; preset: where it starts from if it names none.
 
         {"preset": "xquant", "window": 128, "pinned": 1, "layers": {"0-3": {"k": {"bits": 4}}, "18": {...}}}: all keys
-        may be left out; layers are those of the cache, counted from 0. ValueError names an unknown key or a bad value.
+        may be left out; layers are those of the cache, counted from 0.  "maps": {"1": {"heads": [...], "weight": base64
+        of F16 numbers}} for layers whose values have a source.  ValueError names an unknown key or a bad value.
         """
         if isinstance(source, Plan):
             if len(source.layers) != n_layers:
                 raise ValueError(f"kv_plan has {len(source.layers)} layers, the model's cache has {n_layers}")
             return source
         source, where = _read(source)
-        _known(source, {"preset", "window", "pinned", "layers"}, where)
-        plan = cls.from_preset(str(source.get("preset", preset)), n_layers)
+        _known(source, {"preset", "window", "pinned", "layers", "maps"}, where)
+        name = str(source.get("preset", preset))
+        plan = replace(cls.from_preset("xquant" if name in MADE else name, n_layers), preset=name)
         layers = list(plan.layers)
         for key, change in _mapping(source.get("layers", {}), f"{where}: layers").items():
             for i in _layer_range(str(key), n_layers, where):
                 layers[i] = _changed(layers[i], _mapping(change, f"{where}: layer {key}"), f"{where}: layer {key}")
         window, pinned = (_integer(source.get(k, getattr(plan, k)), f"{where}: {k}") for k in ("window", "pinned"))
-        plan = replace(plan, layers=tuple(layers), window=window, pinned=pinned)
+        maps = dict(_maps(source.get("maps", {}), n_layers, where))
+        plan = replace(plan, layers=tuple(layers), window=window, pinned=pinned, maps=maps)
         plan.check()
+        for i, layer in enumerate(layers):
+            if layer.v.source >= 0 and i not in maps:
+                raise ValueError(f"{where}: layer {i} is mapped from layer {layer.v.source}, but maps has no {i}")
         return plan
 
 
@@ -246,6 +248,23 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], st
     if not isinstance(value, Mapping):
         raise ValueError(f"{source}: must be an object, not {type(value).__name__}")
     return value, str(source)
+
+
+def _maps(value: Any, n_layers: int, where: str) -> Iterator[tuple[int, ValueMap]]:
+    for key, entry in _mapping(value, f"{where}: maps").items():
+        (i,) = _layer_range(str(key), n_layers, where)
+        entry = _mapping(entry, f"{where}: map {key}")
+        _known(entry, {"heads", "weight"}, f"{where}: map {key}")
+        heads, weight = entry.get("heads"), entry.get("weight")
+        if not isinstance(heads, list) or not isinstance(weight, str):
+            raise ValueError(f"{where}: map {key} must have heads, a list, and weight, a string")
+        try:
+            raw = b64decode(weight, validate=True)
+        except ValueError as error:
+            raise ValueError(f"{where}: map {key}: weight is not base64: {error}") from error
+        if len(raw) % 2 or not np.isfinite(np.frombuffer(raw, "<f2")).all():
+            raise ValueError(f"{where}: map {key}: weight must be finite F16 numbers")
+        yield i, ValueMap(tuple(_integer(h, f"{where}: map {key}: head") for h in heads), raw)
 
 
 def _integer(value: Any, where: str) -> int:

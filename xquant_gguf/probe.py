@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from gguf import GGUFValueType
 from numpy.typing import NDArray
 
 from xquant_gguf import fork
 from xquant_gguf.metadata import Key, plan_file, plan_keys
-from xquant_gguf.plan import Shape
+from xquant_gguf.plan import Plan, Shape
 from xquant_gguf.sizes import llama_cpp, set_verbose
 
 Floats = NDArray[np.float32]
@@ -86,6 +87,16 @@ class Probe:
                     logp = logits - _log_sum(logits)[:, None]
                     p = np.exp(logp)
                     self._expected.append((p, np.einsum("ij,ij->i", p, logp, dtype=np.float64)))
+
+    def keys(self, plan: Plan, simulated: Sequence[tuple[int, str]] | None = None) -> dict[str, Key]:
+        """The keys of a plan; simulated: only these (layer of the cache, "k" or "v") are quantized, in place."""
+        keys = plan_keys(plan, self.layers, self.n_layers)
+        if simulated is not None:
+            flags = [0] * self.n_layers
+            for layer, name in simulated:
+                flags[self.layers[layer]] |= 1 if name == "k" else 2
+            keys["xquant.simulated"] = Key(GGUFValueType.ARRAY, flags, GGUFValueType.INT32)
+        return keys
 
     def kld(self, keys: Mapping[str, Key]) -> NDArray[np.float64]:
         """KL divergences from the F16 cache, one for each position that is scored, under the plan of these keys."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xquant_gguf import fork
+from xquant_gguf.metadata import plan_file, plan_keys
 from xquant_gguf.plan import Plan
 
 fork.use()
@@ -105,25 +106,31 @@ class DryModel:
             llama_cpp.llama_free(ctx)
 
 
+@contextmanager
 def xquant_overrides(
     model_path: str,
     preset: str,
     kv_plan: str | Path | Mapping[str, Any] | Plan | None,
     given: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """A preset, with the changes of a plan, as kv_overrides; given: the user's own, which stay.
+) -> Iterator[dict[str, Any]]:
+    """A preset, or a plan, as kv_overrides, valid within the context; given: the user's own, which stay.
 
-    Which layers the model's cache has is asked of llama.cpp.  Raises ValueError if the plan does not fit them.
+    "xquant" is the plan that the model's file carries, if it carries one.  Which layers the model's cache has is asked
+    of llama.cpp.  Raises ValueError if the plan does not fit them.
     """
     if kv_plan is None:
-        return {**(given or {}), "xquant.preset": preset}
-    with DryModel(model_path, given) as model, model.context("xquant", 256) as ctx:
+        yield dict(given or {}) if preset == "xquant" else {**(given or {}), "xquant.preset": preset}
+        return
+    asked = {**(given or {}), "xquant.preset": "xquant"}  # whatever plan the file carries, it may not fit
+    with DryModel(model_path, asked) as model, model.context("xquant", 256) as ctx:
         found = fork.plan(ctx, "xquant")
         assert found is not None
         _, shapes, layers = found
+        n_layers = len(fork.shapes(ctx)[0])
     plan = Plan.load(kv_plan, len(layers), preset)
     plan.check(shapes)
-    return {**(given or {}), **plan.overrides(layers)}
+    with plan_file(plan_keys(plan, layers, n_layers)) as path:
+        yield {**(given or {}), "xquant.plan_file": str(path)}
 
 
 def cache_info(ctx: Any, kv_type: str) -> dict[str, Any] | None:
@@ -165,7 +172,7 @@ def inspect_cache(
     where llama.cpp refuses the type), and the n_ctx in force.  Raises ValueError if the model cannot have the cache.
     """
     sizes: dict[str, int | None] = {}
-    with DryModel(model_path, xquant_overrides(model_path, preset, kv_plan)) as model:
+    with xquant_overrides(model_path, preset, kv_plan) as overrides, DryModel(model_path, overrides) as model:
         for kv_type in COMPARED:
             try:
                 with model.context(kv_type, n_ctx, n_ubatch, swa_full) as ctx:

@@ -25,7 +25,7 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "    xq = xquant::read_metadata(ml.metadata, ml.kv_overrides);\n\n",
         "before",
     ),
-    ("src/llama-model.h", "#include \"llama-graph.h\"\n", "#include \"xquant-metadata.h\"\n", "after"),
+    ("src/llama-model.h", '#include "llama-graph.h"\n', '#include "xquant-metadata.h"\n', "after"),
     (
         "src/llama-model.h",
         "    std::unordered_map<std::string, std::string> gguf_kv;\n",

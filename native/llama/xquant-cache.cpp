@@ -43,6 +43,11 @@ cache::cache(llama_kv_cache &kv, uint32_t kv_size, const llama_memory_i::layer_f
         seals = wanted < (uint64_t)n_pages;
         n_slots = seals ? (int32_t)wanted : n_pages;
     }
+    simulates = !kv.model.xq->simulated.empty();
+    if (simulates) {
+        seals = true;
+        n_slots = n_pages;
+    }
     streams.resize(n_streams);
     clear();
 }
@@ -57,6 +62,7 @@ std::pair<ggml_tensor *, ggml_tensor *> cache::add_layer(ggml_context *ctx, uint
     l->n_pages = n_pages;
     l->n_slots = n_slots;
     l->plan = plan_.layers[il];
+    l->simulated = simulates ? kv.model.xq->simulated.at(il) : -1;
     l->n_nonfinite = &n_nonfinite;
     if (xq_block_layout_of(&l->plan, l->d, l->e, &l->layout) != XQ_OK) {
         refuse(xq_error());
@@ -173,6 +179,10 @@ void cache::seal(uint32_t s, int32_t p) {
     seal_op op = {(int32_t)s, p, pg.state, {}};
     valid_cells(s, p, op.valid);
     pending_seals.push_back(op);
+    if (simulates) {
+        pg.simulated = true;
+        return;
+    }
     streams[s].free_slots.push_back(pg.state);
     pg.state = page_sealed;
 }
@@ -254,7 +264,7 @@ bool cache::begin(const slot_info &sinfo) {
             if (count_cells(s, p) == 0) {
                 st.free_slots.push_back(pg.state);
                 pg.state = page_free;
-            } else if (seals && st.clock - pg.written >= window && !is_pinned(s, p)) {
+            } else if (seals && !pg.simulated && st.clock - pg.written >= window && !is_pinned(s, p)) {
                 seal(s, p);
             }
         }

@@ -104,7 +104,8 @@ class cache {
         ggml_tensor *blocks = nullptr, *window = nullptr;
         std::vector<ggml_tensor *> blocks_stream, window_stream; /* views, one per stream */
         std::atomic<uint64_t> *n_nonfinite = nullptr;
-        uint64_t done = 0; /* the last micro-batch whose update ran */
+        int32_t simulated = -1; /* negative: pages are sealed; else see metadata::simulated */
+        uint64_t done = 0;      /* the last micro-batch whose update ran */
 
         /* The map of a KV head, [e of the source][e]; null: not mapped. */
         const float *weight(int head) const { return map ? map->weight.data() + (int64_t)head * e * e : nullptr; }
@@ -142,6 +143,7 @@ class cache {
     struct page {
         int32_t state = page_free;
         uint64_t written = 0; /* clock of its newest token */
+        bool simulated = false; /* sealed and unsealed in place */
     };
     struct stream {
         std::vector<page> pages;
@@ -172,6 +174,7 @@ class cache {
     int32_t n_pages = 0, n_slots = 0;
     uint64_t window = 0; /* tokens */
     bool seals = true;   /* false: every page has a slot of its own */
+    bool simulates = false;
     std::vector<std::unique_ptr<layer>> layers_;
     std::vector<stream> streams;
     std::vector<seal_op> pending_seals;

@@ -150,14 +150,26 @@ static const float *predict(const side &x, int stream, int page, std::vector<flo
     return out.data();
 }
 
+static void unseal_page(const side &x, bool is_k, int stream, int page, ggml_fp16_t *rows,
+                        std::vector<float> &scratch) {
+    const uint8_t *codes = x.codes_of(stream, page), *param = x.param_of(stream, page);
+    const int status = is_k ? xq_unseal_k(&x.plan, x.width, codes, x.owner_bits, param, rows, x.width)
+                            : xq_unseal_v(&x.plan, x.width, codes, x.owner_bits, param, rows, x.width,
+                                          predict(x, stream, page, scratch));
+    GGML_ASSERT(status == XQ_OK);
+}
+
 /* Seals, then unseals, the pages of the input. */
 static void move_pages(const side &x, const int32_t *input, const cache::input_layout &at) {
     const bool own = &x.owner == &x.l, is_k = &x.plan == &x.l.plan.k;
+    if (x.l.simulated >= 0 && (x.l.simulated >> (is_k ? 0 : 1) & 1) == 0) {
+        return;
+    }
     std::vector<float> scratch;
     const auto *seals = (const cache::seal_op *)(input + at.seals);
     for (int i = 0; i < input[cache::in_n_seal]; ++i) {
         const auto &op = seals[i];
-        const ggml_fp16_t *rows = x.rows_of(op.stream, op.slot);
+        ggml_fp16_t *rows = x.rows_of(op.stream, op.slot);
         uint8_t *codes = x.codes_of(op.stream, op.page), *param = x.param_of(op.stream, op.page);
         uint8_t *mine = own ? codes : nullptr, *borrowed = own ? nullptr : codes;
         const int n = is_k ? xq_seal_k(&x.plan, x.width, rows, x.width, op.valid, mine, param, borrowed, x.owner_bits)
@@ -165,16 +177,14 @@ static void move_pages(const side &x, const int32_t *input, const cache::input_l
                                        predict(x, op.stream, op.page, scratch));
         GGML_ASSERT(n >= 0);
         *x.l.n_nonfinite += (uint64_t)n;
+        if (x.l.simulated >= 0) {
+            unseal_page(x, is_k, op.stream, op.page, rows, scratch);
+        }
     }
     const auto *unseals = (const cache::unseal_op *)(input + at.unseals);
     for (int i = 0; i < input[cache::in_n_unseal]; ++i) {
         const auto &op = unseals[i];
-        ggml_fp16_t *rows = x.rows_of(op.stream, op.slot);
-        const uint8_t *codes = x.codes_of(op.stream, op.page), *param = x.param_of(op.stream, op.page);
-        const int status = is_k ? xq_unseal_k(&x.plan, x.width, codes, x.owner_bits, param, rows, x.width)
-                                : xq_unseal_v(&x.plan, x.width, codes, x.owner_bits, param, rows, x.width,
-                                              predict(x, op.stream, op.page, scratch));
-        GGML_ASSERT(status == XQ_OK);
+        unseal_page(x, is_k, op.stream, op.page, x.rows_of(op.stream, op.slot), scratch);
     }
 }
 
