@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,19 @@ def test_pickle_keeps_the_cache_type(smollm2: str) -> None:
     assert again.kv_cache_info()["window"] == 256
     llm.close()
     again.close()
+
+
+def test_caches_that_may_do_harm_are_warned_of(smollm2: str) -> None:
+    with pytest.warns(
+        UserWarning, match=r"xquant-tiny keeps 1\.75 bits a value, uncalibrated: .*xquant-gguf calibrate"
+    ):
+        Llama(smollm2, kv_type="xquant-tiny", n_ctx=512, verbose=False).close()
+    with pytest.warns(UserWarning, match=r"expected KL divergence from F16 is 0\.300: calibrate .* with more bits"):
+        Llama(smollm2, kv_plan={"expected_kld": 0.3}, n_ctx=512, verbose=False).close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Llama(smollm2, kv_type="xquant-small", n_ctx=512, verbose=False).close()
+        Llama(smollm2, kv_plan={"preset": "xquant-tiny", "expected_kld": 0.1}, n_ctx=512, verbose=False).close()
 
 
 def test_a_plan_changes_single_layers(smollm2: str, tmp_path: Path) -> None:

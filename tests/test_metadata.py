@@ -60,7 +60,8 @@ def plans(draw: st.DrawFn) -> Plan:
             maps[i] = ValueMap(tuple(int(h) for h in rng.integers(0, HEADS, HEADS)), weight)
         layers.append(Layer(k, v))
     window, pinned = draw(st.integers(-1, 4096)), draw(st.integers(0, 64))
-    return Plan("calibrated", tuple(layers), window, pinned, maps)
+    kld = draw(st.none() | st.floats(0, 9, width=32).map(shortest))
+    return Plan("calibrated", tuple(layers), window, pinned, maps, kld)
 
 
 def fork_reads(model: Path, path: Path) -> Plan:
@@ -71,12 +72,12 @@ def fork_reads(model: Path, path: Path) -> Plan:
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(plan=plans(), tokens=st.integers(0, 2**32 - 1), kld=st.none() | st.floats(0, 9, width=32).map(shortest))
-def test_round_trip(model: Path, plan: Plan, tokens: int, kld: float | None) -> None:
-    made_by = Provenance("test", "ab" * 32, tokens, kld)
+@given(plan=plans(), tokens=st.integers(0, 2**32 - 1))
+def test_round_trip(model: Path, plan: Plan, tokens: int) -> None:
+    made_by = Provenance("test", "ab" * 32, tokens)
     with plan_file(plan_keys(plan, [0, 1, 2, 3], SHAPE.n_layer, made_by)) as path:
         assert read_plan(path) == (plan, [0, 1, 2, 3], SHAPE.n_layer, made_by)
-        assert replace(fork_reads(model, path), maps=plan.maps) == plan
+        assert replace(fork_reads(model, path), maps=plan.maps, expected_kld=plan.expected_kld) == plan
     assert Plan.load(plan.to_dict(), N_HELD) == plan
 
 
@@ -86,6 +87,7 @@ MAPPED = replace(
         replace(layer, v=replace(layer.v, source=0 if i == 1 else -1))
         for i, layer in enumerate(Plan.from_preset("xquant", N_HELD).layers)
     ),
+    expected_kld=0.5,
     maps={1: ValueMap((0,) * HEADS, bytes(2 * HEADS * E * E))},
 )
 
@@ -109,6 +111,8 @@ BAD = [
     ("v.source", array([-1, 0, 1, -1, -1]), "map"),
     ("v.source", array([-1, -5, -1, -1, -1]), "must be an earlier layer"),
     ("k.fit", array(["best"] * 5, GGUFValueType.STRING), "best"),
+    ("calibration.expected_kld", Key(GGUFValueType.FLOAT32, -1.0), "expected_kld is -1"),
+    ("calibration.expected_kld", Key(I32, 1), "xquant.calibration.expected_kld is "),
     ("map.1.weight", None, "xquant.map.1.weight is missing"),
     ("map.1.weight", array([0x7C00] * (HEADS * E * E), GGUFValueType.UINT16), "not finite"),
 ]
@@ -215,7 +219,7 @@ def test_copies_that_fail_leave_nothing(model: Path, tmp_path: Path) -> None:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_damaged_files_are_errors(tmp_path: Path, data: st.DataObject) -> None:
+def test_damaged_files_are_errors(model: Path, tmp_path: Path, data: st.DataObject) -> None:
     """Any byte may be anything: an error or a plan, in Python and in the fork's reader."""
     with plan_file(plan_keys(MAPPED, [0, 1, 2, 3], SHAPE.n_layer)) as path:
         raw = bytearray(path.read_bytes()[:6000])
@@ -224,5 +228,9 @@ def test_damaged_files_are_errors(tmp_path: Path, data: st.DataObject) -> None:
         raw[at] = data.draw(st.integers(0, 255))
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(raw[: data.draw(st.sampled_from((len(raw), 1000, 300)))])
-    with pytest.raises(ValueError, match=r"damaged\.gguf"):  # the weights are cut off
-        read_plan(damaged)
+    try:
+        assert read_plan(damaged) is None  # the key that says there is a plan was hit; the weights are cut off
+    except ValueError as error:
+        assert "damaged.gguf" in str(error)
+    with pytest.raises(ValueError, match=r"damaged\.gguf|xquant\."):
+        fork_reads(model, damaged)

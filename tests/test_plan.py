@@ -94,7 +94,7 @@ def test_dictionary_round_trip(tmp_path: Path) -> None:
     ("source", "message"),
     [
         ({"preset": "none"}, 'preset "none" is unknown; there are xquant'),
-        ({"layer": {}}, "unknown key 'layer'; there are layers, maps, pinned, preset, window"),
+        ({"layer": {}}, "unknown key 'layer'; there are expected_kld, layers, maps, pinned, preset, window"),
         ({"window": "big"}, "window is 'big', must be an integer"),
         ({"window": -2}, "window is -2, must be -1"),
         ({"pinned": 5000}, "pinned is 5000, must be 0 to 1024"),
@@ -119,6 +119,7 @@ def test_dictionary_round_trip(tmp_path: Path) -> None:
         ({"layers": {"1": {"v": {"source": 0}}}}, "layer 1 is mapped from layer 0, but maps has no 1"),
         ({"maps": {"1": {"heads": [0], "weight": "?"}}}, "weight is not base64"),
         ({"maps": {"1": {"heads": [0], "weight": "AHw="}}}, "weight must be finite F16 numbers"),
+        ({"expected_kld": "low"}, "expected_kld is 'low', must be a number of at least 0"),
         ({"maps": {"1": {"heads": [0]}}}, "must have heads, a list, and weight, a string"),
         ([1], "must be an object"),
     ],

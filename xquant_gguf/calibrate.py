@@ -21,7 +21,7 @@ from tqdm import tqdm
 from xquant_gguf import codec
 from xquant_gguf.allocate import Choice, allocate, spread
 from xquant_gguf.metadata import Key, Provenance, plan_keys
-from xquant_gguf.plan import PAGE, Layer, Plan, Shape, Side, ValueMap, block_bytes
+from xquant_gguf.plan import PAGE, Layer, Plan, Shape, Side, ValueMap, block_bytes, shortest
 from xquant_gguf.probe import Probe
 
 TEXT = Path(__file__).parent / "data" / "calibration.txt"
@@ -198,7 +198,8 @@ def calibrate(
             kld = float(probe.kld(probe.keys(replace(plan, window=0))).mean())
             bar.update()
         tool = f"xquant-gguf {version('xquant-gguf')}"
-        made_by = Provenance(tool, hashlib.sha256(text.encode()).hexdigest(), len(tokens), kld)
+        plan = replace(plan, expected_kld=shortest(kld))
+        made_by = Provenance(tool, hashlib.sha256(text.encode()).hexdigest(), len(tokens))
         return Calibration(plan, probe.layers, probe.n_layers, probe.shapes, made_by, sensitivity)
 
 

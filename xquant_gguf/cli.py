@@ -126,8 +126,8 @@ def plan_text(result: Calibration) -> str:
     lines = [
         f"{plan.preset}: {plan.true_bits(shapes):.3f} true bits, {plan.equivalent_bits():.3f} equivalent bits a value"
     ]
-    if result.made_by.expected_kld is not None:
-        lines.append(f"expected KL divergence from F16: {result.made_by.expected_kld:.4f}")
+    if plan.expected_kld is not None:
+        lines.append(f"expected KL divergence from F16: {plan.expected_kld:.4f}")
     sizes = [["tokens", "MiB", "F16 / this"]]
     for n_ctx in (4096, 32768, 131072):
         f16 = 2 * n_ctx * sum((s.d + s.e) * s.heads for s in shapes)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from xquant_gguf import fork, native
 from xquant_gguf.plan import MADE, Plan, named_preset, preset_names
-from xquant_gguf.sizes import LLAMA_TYPES, cache_info, llama_cpp, xquant_overrides
+from xquant_gguf.sizes import LLAMA_TYPES, cache_info, llama_cpp, warning_of, xquant_overrides
 
 _TYPE_NAMES = {number: name for name, (number, _) in LLAMA_TYPES.items()} | {fork.GGML_TYPE_XQUANT: "xquant"}
 
@@ -59,8 +60,11 @@ class Llama(llama_cpp.Llama):
                 if reason:
                     raise ValueError(f"{model_path} with kv_type {self._kv_type!r}: {reason}") from error
                 raise
+        info = self.kv_cache_info()
         if verbose:
-            print(f"xquant_gguf: {self.kv_cache_info()}", file=sys.stderr)
+            print(f"xquant_gguf: {info}", file=sys.stderr)
+        if self.is_xquant and (text := warning_of(info)):
+            warnings.warn(text, stacklevel=2)
 
     @property
     def is_xquant(self) -> bool:
@@ -73,8 +77,8 @@ class Llama(llama_cpp.Llama):
         preset; k_bits, v_bits: bits of codes per layer; equivalent_bits: code bits per value, borrowed codes counted 0
         (arXiv 2510.11236); true_bits: bits per value of sealed tokens, everything counted; bytes_allocated;
         bytes_used: of these, what holds tokens now; pages_open, pages_sealed: pages in F16 and in codes; kernels: the
-        kernel set in force.  For sliding-window models the F16 cache of the sliding layers is in the bytes, and in
-        bytes_sliding.
+        kernel set in force; expected_kld: the KL divergence from F16 that calibration measured.  For sliding-window
+        models the F16 cache of the sliding layers is in the bytes, and in bytes_sliding.
         """
         kv_type = self._kv_type or _TYPE_NAMES.get(self.context_params.type_k, "f16")
         info = cache_info(self._ctx.ctx, kv_type)
@@ -99,6 +103,7 @@ class Llama(llama_cpp.Llama):
             "pages_sealed": 0,
             "pages_free": 0,
             "nonfinite": 0,
+            "expected_kld": None,
             "kernels": "llama.cpp",
         }
 

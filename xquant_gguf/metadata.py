@@ -34,12 +34,11 @@ _FIELDS = {"scale": "param"}  # keys whose name is not that of the field of Side
 
 @dataclass(frozen=True)
 class Provenance:
-    """What produced a plan: the text's SHA-256 and length in tokens, its KL divergence from F16, and the tool."""
+    """What produced a plan: the tool, and the text's SHA-256 and length in tokens."""
 
     tool: str
     text_sha256: str = ""
     tokens: int = 0
-    expected_kld: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,12 +72,12 @@ def plan_keys(
         numbers = np.frombuffer(value_map.weight, "<u2").tolist()
         keys[f"map.{model_layers[i]}.heads"] = Key(GGUFValueType.ARRAY, list(value_map.heads), I32)
         keys[f"map.{model_layers[i]}.weight"] = Key(GGUFValueType.ARRAY, numbers, GGUFValueType.UINT16)
+    if plan.expected_kld is not None:
+        keys["calibration.expected_kld"] = Key(F32, plan.expected_kld)
     if made_by is not None:
         keys["calibration.tool"] = Key(STRING, made_by.tool)
         keys["calibration.text_sha256"] = Key(STRING, made_by.text_sha256)
         keys["calibration.tokens"] = Key(GGUFValueType.UINT32, made_by.tokens)
-        if made_by.expected_kld is not None:
-            keys["calibration.expected_kld"] = Key(F32, made_by.expected_kld)
     return {PREFIX + name: key for name, key in keys.items()}
 
 
@@ -174,15 +173,18 @@ def read_plan(path: str | Path) -> tuple[Plan, list[int], int, Provenance] | Non
             if not np.isfinite(weight.view("<f2")).all():
                 raise keys.bad(f"map.{held[i]}.weight", "not finite", "finite numbers")
             maps[i] = ValueMap(tuple(keys.array(f"map.{held[i]}.heads", I32)), weight.tobytes())
-    plan = Plan("calibrated", layers, keys.get("window", I32), keys.get("pinned", I32), maps)
+    kld = None
+    if "calibration.expected_kld" in keys:
+        kld = shortest(keys.get("calibration.expected_kld", F32))
+        if not 0 <= kld < float("inf"):
+            raise keys.bad("calibration.expected_kld", kld, "a number of at least 0")
+    plan = Plan("calibrated", layers, keys.get("window", I32), keys.get("pinned", I32), maps, kld)
     try:
         plan.check()
     except ValueError as error:
         raise ValueError(f"{path}: xquant metadata: {error}") from error
-    kinds = {"tool": STRING, "text_sha256": STRING, "tokens": GGUFValueType.UINT32, "expected_kld": F32}
+    kinds = {"tool": STRING, "text_sha256": STRING, "tokens": GGUFValueType.UINT32}
     known = {name: keys.get(f"calibration.{name}", t) for name, t in kinds.items() if f"calibration.{name}" in keys}
-    if "expected_kld" in known:
-        known["expected_kld"] = shortest(known["expected_kld"])
     made_by = Provenance(**{"tool": "", **known})
     return plan, held, n_layers, made_by
 

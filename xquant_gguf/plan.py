@@ -135,6 +135,7 @@ class Plan:
 
     window: newest tokens that stay F16; negative: nothing is ever sealed. pinned: first pages of a sequence that
     stay F16. preset: the preset that the plan started from.  maps: one for each layer whose values have a source.
+    expected_kld: KL divergence from F16 that calibration measured.
     """
 
     preset: str
@@ -142,6 +143,7 @@ class Plan:
     window: int
     pinned: int
     maps: Mapping[int, ValueMap] = field(default_factory=dict)
+    expected_kld: float | None = None
 
     @classmethod
     def from_preset(cls, name: str, n_layers: int) -> Plan:
@@ -194,6 +196,8 @@ class Plan:
         """Everything, as a dictionary that Plan.load reads back."""
         layers = {str(i): asdict(layer) for i, layer in enumerate(self.layers)}
         out = {"preset": self.preset, "window": self.window, "pinned": self.pinned, "layers": layers}
+        if self.expected_kld is not None:
+            out["expected_kld"] = self.expected_kld
         if self.maps:
             maps = {i: {"heads": list(m.heads), "weight": b64encode(m.weight).decode()} for i, m in self.maps.items()}
             out["maps"] = {str(i): value for i, value in maps.items()}
@@ -212,7 +216,7 @@ class Plan:
                 raise ValueError(f"kv_plan has {len(source.layers)} layers, the model's cache has {n_layers}")
             return source
         source, where = _read(source)
-        _known(source, {"preset", "window", "pinned", "layers", "maps"}, where)
+        _known(source, {"preset", "window", "pinned", "layers", "maps", "expected_kld"}, where)
         name = str(source.get("preset", preset))
         plan = replace(cls.from_preset("xquant" if name in MADE else name, n_layers), preset=name)
         layers = list(plan.layers)
@@ -221,7 +225,10 @@ class Plan:
                 layers[i] = _changed(layers[i], _mapping(change, f"{where}: layer {key}"), f"{where}: layer {key}")
         window, pinned = (_integer(source.get(k, getattr(plan, k)), f"{where}: {k}") for k in ("window", "pinned"))
         maps = dict(_maps(source.get("maps", {}), n_layers, where))
-        plan = replace(plan, layers=tuple(layers), window=window, pinned=pinned, maps=maps)
+        kld = source.get("expected_kld")
+        if kld is not None and not (isinstance(kld, float) and 0 <= kld < float("inf")):
+            raise ValueError(f"{where}: expected_kld is {kld!r}, must be a number of at least 0")
+        plan = replace(plan, layers=tuple(layers), window=window, pinned=pinned, maps=maps, expected_kld=kld)
         plan.check()
         for i, layer in enumerate(layers):
             if layer.v.source >= 0 and i not in maps:

@@ -58,11 +58,14 @@ class Probe:
     def tokenize(self, text: str) -> list[int]:
         """Tokens of a text, without special ones."""
         raw = text.encode()
-        out = (llama_cpp.llama_token * (len(raw) + 8))()
-        n = llama_cpp.llama_tokenize(self._vocab, raw, len(raw), out, len(out), False, False)
-        if n < 0:
-            raise ValueError(f"{self.model_path}: its vocabulary cannot tokenize the text")
-        return list(out[:n])
+        n = len(raw)
+        for _ in range(2):  # a negative answer is the room that it needs
+            out = (llama_cpp.llama_token * max(n, 1))()
+            n = llama_cpp.llama_tokenize(self._vocab, raw, len(raw), out, len(out), False, False)
+            if n >= 0:
+                return list(out[:n])
+            n = -n
+        raise ValueError(f"{self.model_path}: its vocabulary cannot tokenize the text")
 
     def keys_and_values(self, tokens: Sequence[int]) -> Mapping[str, list[NDArray[np.float16]]]:
         """What F16 stores of a text of at most one window: {"k", "v"}: [layer of the cache] [head][token][width]."""

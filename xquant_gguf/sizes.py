@@ -30,6 +30,10 @@ LLAMA_TYPES: dict[str, tuple[int, float]] = {
     "q4_0": (2, 4.5),
 }
 COMPARED = ("f16", "q8_0", "q4_0")
+UNCALIBRATED_LIMIT = 2.5
+"""True bits below which a plan that was not calibrated is warned of."""
+EXPECTED_KLD_LIMIT = 0.2
+"""Expected KL divergence from F16 above which a plan is warned of: perplexity then rises by about a fifth."""
 
 
 def _override_array(overrides: Mapping[str, Any]) -> Any:
@@ -133,6 +137,19 @@ def xquant_overrides(
         yield {**(given or {}), "xquant.plan_file": str(path)}
 
 
+def warning_of(info: Mapping[str, Any]) -> str | None:
+    """What to say, in one line, of a cache that is likely to do harm; None if it is not."""
+    bits, kld = info["true_bits"], info["expected_kld"]
+    if kld is not None and kld > EXPECTED_KLD_LIMIT:
+        return f"this cache's expected KL divergence from F16 is {kld:.3f}: calibrate the model with more bits"
+    if kld is None and bits < UNCALIBRATED_LIMIT and info["window"] >= 0:
+        return (
+            f"{info['preset']} keeps {bits:.2f} bits a value, uncalibrated: better answers with xquant-gguf calibrate "
+            "MODEL OUT, or kv_type 'xquant'"
+        )
+    return None
+
+
 def cache_info(ctx: Any, kv_type: str) -> dict[str, Any] | None:
     """What the XQuant cache of a context stores (Llama.kv_cache_info says it in full); None if it has none."""
     info, found = fork.info(ctx), fork.plan(ctx, kv_type)
@@ -154,6 +171,7 @@ def cache_info(ctx: Any, kv_type: str) -> dict[str, Any] | None:
         "pages_sealed": info["pages_sealed"],
         "pages_free": info["pages_free"],
         "nonfinite": info["n_nonfinite"],
+        "expected_kld": info["expected_kld"] if info["expected_kld"] >= 0 else None,
     }
 
 

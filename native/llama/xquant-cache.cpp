@@ -323,8 +323,8 @@ void cache::info(xquant_llama_info &out) const {
     out.n_layers = plan_.n_layers;
     out.window = plan_.window;
     out.pinned = plan_.pinned;
-    out.expected_kld = kv.model.xq->expected_kld;
-    out.calibrated = kv.model.xq->present && kv.model.xq->given.count("xquant.preset") == 0;
+    const bool preset = kv.model.xq->given.count("xquant.preset") > 0;
+    out.expected_kld = preset ? -1.0 : kv.model.xq->expected_kld;
 }
 
 void cache::plan(xq_plan &out, int32_t *d, int32_t *e, int32_t *n_head_kv) const {

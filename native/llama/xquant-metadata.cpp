@@ -156,6 +156,9 @@ void read_plan(const reader &file, metadata &out) {
     }
     if (gguf_find_key(file.file, "xquant.calibration.expected_kld") >= 0) {
         out.expected_kld = file.number<float>("xquant.calibration.expected_kld");
+        if (!(out.expected_kld >= 0.0 && std::isfinite(out.expected_kld))) {
+            bad("xquant.calibration.expected_kld", std::to_string(out.expected_kld), "a number of at least 0");
+        }
     }
 }
 

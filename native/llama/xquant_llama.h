@@ -35,7 +35,6 @@ typedef struct xquant_llama_info {
     int32_t n_streams;
     int32_t n_layers; /* layers of the model */
     int32_t window, pinned;
-    int32_t calibrated;  /* 1: the plan comes from a GGUF file */
     double expected_kld; /* what calibration measured; negative: nothing */
 } xquant_llama_info;
 
