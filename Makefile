@@ -1,6 +1,7 @@
 # make         virtual environment in .venv, package installed (one native build, of the fork)
 # make demo    continue a long prompt with an XQuant cache; MODEL=path.gguf for any model
 # make test    the whole test suite
+# make fuzz    a million damaged plans, with AddressSanitizer
 # make lint    formatting, lint and types, as pre-commit runs them
 # make clean   removes .venv and build
 
@@ -12,7 +13,7 @@ SOURCES := $(shell find native xquant_gguf tools -type f -not -path '*/lib/*' -n
            CMakeLists.txt pyproject.toml
 MODEL  ?=
 
-.PHONY: all demo test lint clean
+.PHONY: all demo test fuzz lint clean
 all: $(VENV)/installed
 
 $(VENV)/created:
@@ -36,6 +37,9 @@ demo: all
 test: all
 	$(BIN)/pytest
 
+fuzz: all
+	PYTHON=$(BIN)/python tests/fuzz/run.sh $$(dirname $$(ls -d build/*/fork)) 1000000
+
 $(VENV)/dev: $(VENV)/installed
 	$(BIN)/python -m pip install -q ruff mypy clang-format pre-commit
 	touch $@
@@ -44,7 +48,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'native/*.h' 'native/*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'native/*.h' 'native/*.cpp' 'tests/*.cpp')
 
 clean:
 	rm -rf $(VENV) build
