@@ -4,9 +4,9 @@
  * together.  A page is free, open (its rows lie in one of n_slots window slots) or sealed (one block per layer and KV
  * head).  Per micro-batch and layer the graph runs three operations:
  *
- *     update   seals the pages that left the window, unseals the pages that are about to be written, writes the new
- * rows attend   one online softmax over open and sealed pages: partial states, split over pages merge    partial states
- * to the output
+ *     update   seals the pages that left the window, unseals those about to be written, writes the new rows
+ *     attend   one online softmax over open and sealed pages: partial states, split over pages
+ *     merge    partial states to the output
  *
  * The graph's topology depends on none of this: which pages go where is one input tensor, filled by set_input().
  *
@@ -142,7 +142,7 @@ class cache {
   private:
     struct page {
         int32_t state = page_free;
-        uint64_t written = 0; /* clock of its newest token */
+        uint64_t written = 0;   /* clock of its newest token */
         bool simulated = false; /* sealed and unsealed in place */
     };
     struct stream {
@@ -183,6 +183,9 @@ class cache {
     std::atomic<uint64_t> n_nonfinite{0};
     bool warned = false; /* about them */
 };
+
+/* The operation `update` of a graph: dst->src as build_attention gives them, userdata: the layer. */
+void update_pages(ggml_tensor *dst, int ith, int nth, void *userdata);
 
 /* Block of one page of one KV head; blocks: the layer's tensor as a graph holds it. */
 inline uint8_t *block_of(const cache::layer &l, const ggml_tensor *blocks, int stream, int head, int page) {
