@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_gguf
-from gguf import GGUFReader, GGUFValueType
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -215,6 +215,24 @@ def test_copies_that_fail_leave_nothing(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is the model itself"):
         copy_with_keys(model, model, {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_reader_of_heads_takes_every_type(tmp_path: Path) -> None:
+    path = tmp_path / "types.gguf"
+    writer = GGUFWriter(path, "llama")
+    numbers = [t for t in GGUFValueType if t not in (GGUFValueType.STRING, GGUFValueType.ARRAY)]
+    for t in numbers:
+        writer.add_key_value(f"one.{t.name}", 1, t)
+        writer.add_key_value(f"two.{t.name}", [1, 0], GGUFValueType.ARRAY, t)
+    writer.add_key_value("two.STRING", ["a", ""], GGUFValueType.ARRAY, GGUFValueType.STRING)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    head = GGUFFile(path)
+    for t in numbers:
+        assert head.value(f"one.{t.name}") == 1
+        assert list(head.value(f"two.{t.name}")) == [1, 0]
+    assert head.value("two.STRING") == ["a", ""]
 
 
 def answer(path: Path) -> str:

@@ -139,7 +139,7 @@ class GGUFFile:
             sub, count = self._type(), self._number("<Q")
             if sub == GGUFValueType.ARRAY:
                 raise self._bad(f"has an array of arrays, {name}")
-        at, element = self._at, sub or kind
+        at, element = self._at, kind if sub is None else sub
         if element == GGUFValueType.STRING:
             for _ in range(self._bounded(count, 8, f"strings in {name}")):
                 length = self._bounded(self._number("<Q"), 1, "bytes in a string")
