@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xquant_gguf import Layer, Plan, Side, native
-from xquant_gguf.plan import FITS, PARAMS, Shape, block_bytes, layer_text, preset_names, shortest
+from xquant_gguf.plan import FITS, PARAMS, Shape, block_bytes, preset_names, shortest, side_to_c
 
 LLAMA_8B = [Shape(128, 128, 8)] * 32
 
@@ -63,13 +63,15 @@ def test_text_form_round_trip(data: st.DataObject) -> None:
         numbers = [data.draw(st.integers(low, high)) for low, high in ((0, 4), (0, 128), (-1, 1023))]
         return Side(numbers[0], numbers[1], fit, param, data.draw(st.booleans()), numbers[2], eta)
 
-    text = layer_text(Layer(side(), side()))
-    assert len(text) < 128  # what a kv_override holds
-    c = ffi.new("xq_layer *")
-    assert lib.xq_layer_parse(text.encode(), c) == 0
-    out = ffi.new("char[256]")
+    c, out = ffi.new("xq_layer *"), ffi.new("char[256]")
+    side_to_c(c.k, side(), "K")
+    side_to_c(c.v, side(), "V")
     assert lib.xq_layer_format(c, out, 256) == 0
-    assert ffi.string(out).decode() == text
+    text = ffi.string(out)
+    assert len(text) < 128  # what a kv_override holds
+    assert lib.xq_layer_parse(text, c) == 0
+    assert lib.xq_layer_format(c, out, 256) == 0
+    assert ffi.string(out) == text
 
 
 @given(st.text(max_size=300))

@@ -8,8 +8,9 @@ predicted from those of the layer before, or the one before that, by a linear ma
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from xquant_gguf.allocate import Choice, allocate, spread
 from xquant_gguf.metadata import Key, Provenance, plan_keys
 from xquant_gguf.plan import PAGE, Layer, Plan, Shape, Side, ValueMap, block_bytes, shortest
 from xquant_gguf.probe import Probe
+from xquant_gguf.sizes import model_layers
 
 TEXT = Path(__file__).parent / "data" / "calibration.txt"
 FIT_TOKENS = 2048
@@ -39,25 +41,30 @@ ERROR_PAGES = 6
 Rows = NDArray[np.float16]  # [head][token][width]
 
 
+PROBE_BITS = 1
+"""Bits of the codes whose harm is measured; that of all others follows from the codec's errors."""
+
+
+@lru_cache(maxsize=1)
+def _preset_sides() -> tuple[dict[int, Side], dict[int, Side]]:
+    """Keys and values of the presets, by bits."""
+    layers = [Plan.from_preset(name, 1).layers[0] for name in ("xquant", "xquant-small", "xquant-tiny")]
+    return {layer.k.bits: layer.k for layer in layers}, {layer.v.bits: layer.v for layer in layers}
+
+
 def key_side(bits: int, group: int = PAGE, param: str = "f16") -> Side:
-    """Keys as the presets store them."""
-    fit = "minmax" if bits >= 3 else "clip"
-    return Side(bits, group, fit, param, eta=0.02 if bits == 3 else 0.0)
+    """Keys as the presets store them; 1 bit as 2."""
+    return replace(_preset_sides()[0][max(bits, 2)], bits=bits, group=group, param=param)
 
 
 def value_side(bits: int, source: int = -1) -> Side:
-    """Values as the presets store them; source: the layer that predicts them."""
+    """Values as the presets store them, more than 2 bits as 2; source: the layer that predicts them."""
     if bits == 0:
         return Side(0, 0, "minmax", "f16", True, source=source)
-    return Side(bits, 0, "lloyd", "log8", True, -1, 0.3 if bits == 1 else 0.09, source)
+    return replace(_preset_sides()[1][min(bits, 2)], bits=bits, source=source)
 
 
-KEY_SIDES = (
-    *(key_side(bits) for bits in (1, 2, 3, 4)),
-    *(key_side(bits, 64) for bits in (1, 2, 3, 4)),
-    *(key_side(bits, PAGE, "log8") for bits in (1, 2, 3, 4)),
-)
-KEY_PROBE, VALUE_PROBE = key_side(1), value_side(1)
+PROBES: dict[str, Callable[[int], Side]] = {"k": key_side, "v": value_side}
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Budget:
 class Calibration:
     """A plan and what is known of it.
 
-    sensitivity: {"k", "v"}: KL divergence that 1-bit codes of each layer alone cause, above the noise of a run.
+    sensitivity: {"k", "v"}: KL divergence that 1-bit codes of each layer alone cause, the noise of a run included.
     """
 
     plan: Plan
@@ -197,17 +204,27 @@ def calibrate(
             probe.listen(tokens[-PROBE_TOKENS:])
             kld = float(probe.kld(probe.keys(replace(plan, window=0))).mean())
             bar.update()
-        tool = f"xquant-gguf {version('xquant-gguf')}"
         plan = replace(plan, expected_kld=shortest(kld))
-        made_by = Provenance(tool, hashlib.sha256(text.encode()).hexdigest(), len(tokens))
+        made_by = Provenance(_tool(), hashlib.sha256(text.encode()).hexdigest(), len(tokens))
         return Calibration(plan, probe.layers, probe.n_layers, probe.shapes, made_by, sensitivity)
+
+
+def unmeasured(model_path: str, budget: Budget, preset: str | None = None) -> Calibration:
+    """A preset for a model, or else what data_free makes of the budget; no weights are loaded."""
+    shapes, layers, n_layers = model_layers(str(model_path))
+    plan = Plan.from_preset(preset, len(layers)) if preset else data_free(shapes, budget)
+    return Calibration(plan, layers, n_layers, shapes, Provenance(f"{_tool()} {preset or 'data-free'}"), {})
+
+
+def _tool() -> str:
+    return f"xquant-gguf {version('xquant-gguf')}"
 
 
 def _sensitivity(probe: Probe, name: str, bar: Any) -> list[float]:
     """KL divergence that coarse codes of one side of each layer alone cause."""
     n = len(probe.layers)
     plan = replace(Plan.from_preset("xquant", n), window=0)
-    coarse = Layer(KEY_PROBE, VALUE_PROBE)
+    coarse = Layer(key_side(PROBE_BITS), value_side(PROBE_BITS))
     out = []
     for i in range(n):
         layers = (*plan.layers[:i], coarse, *plan.layers[i + 1 :])
@@ -223,23 +240,28 @@ class _Choices:
         self, budget: Budget, shapes: Sequence[Shape], rows: Any, sensitivity: dict[str, list[float]], maps: bool
     ) -> None:
         self.budget, self.shapes, self.rows = budget, shapes, rows
-        self.weights = {name: _shrunk(sensitivity[name]) for name in "kv"}
         self.fits: dict[tuple[int, int, int], _Fit] = {}
-        self.keys = [list(self._own(i, "k", KEY_SIDES, KEY_PROBE)) for i in range(len(shapes))]
-        own = tuple(value_side(bits) for bits in (0, 1, 2, 3, 4))
-        self.values = [list(self._own(i, "v", own, VALUE_PROBE)) for i in range(len(shapes))]
+        # harm of a squared error of 1, by layer
+        self.harm = {name: self._harm(name, probe(PROBE_BITS), sensitivity[name]) for name, probe in PROBES.items()}
+        stores = ((PAGE, "f16"), (64, "f16"), (PAGE, "log8"))
+        keys = [key_side(bits, *store) for store in stores for bits in (1, 2, 3, 4)]
+        self.keys = [list(self._own(i, "k", keys)) for i in range(len(shapes))]
+        own = [value_side(bits) for bits in (0, 1, 2, 3, 4)]
+        self.values = [list(self._own(i, "v", own)) for i in range(len(shapes))]
         self.mapped: list[list[Choice]] = [[] for _ in shapes]
         if maps:
             for i in range(len(shapes)):
                 self._map_from(i)
 
-    def _own(self, i: int, name: str, sides: Sequence[Side], probe: Side) -> Iterator[Choice]:
-        heads = self.rows[name][i]
-        unit = sum(_error(probe, head, name) for head in heads) or 1.0
+    def _harm(self, name: str, probe: Side, measured: Sequence[float]) -> list[float]:
+        errors = [sum(_error(probe, head, name) for head in heads) or 1.0 for heads in self.rows[name]]
+        return [weight / error for weight, error in zip(_shrunk(measured), errors, strict=True)]
+
+    def _own(self, i: int, name: str, sides: Sequence[Side]) -> Iterator[Choice]:
         for side in sides:
-            error = sum(_error(side, head, name) for head in heads)
+            error = sum(_error(side, head, name) for head in self.rows[name][i])
             cost = self.budget.cost(side, self.shapes[i], name == "k")
-            yield Choice(side, cost, self.weights[name][i] * error / unit)
+            yield Choice(side, cost, self.harm[name][i] * error)
 
     def _map_from(self, source: int) -> None:
         """Adds the choices of the next layers whose values layer `source` predicts."""
@@ -251,11 +273,10 @@ class _Choices:
                     continue
                 fit = fit_map(stored, values[i])
                 self.fits[i, source, bits] = fit
-                unit = sum(_error(VALUE_PROBE, head, "v") for head in values[i]) or 1.0
                 for side in (value_side(b, source) for b in (0, 1, 2, 3)):
                     error = sum(_error(side, head, "v", fit.predicted[h]) for h, head in enumerate(values[i]))
                     cost = self.budget.cost(side, self.shapes[i], False)
-                    self.mapped[i].append(Choice(side, cost, self.weights["v"][i] * error / unit, bits))
+                    self.mapped[i].append(Choice(side, cost, self.harm["v"][i] * error, bits))
 
     def plan(self) -> Plan:
         sides = allocate(self.keys, self.values, self.mapped, self.budget.total(self.shapes))

@@ -1,4 +1,4 @@
-"""The command xquant-gguf: generate, inspect, evaluate."""
+"""The command xquant-gguf: generate, inspect, calibrate, strip, evaluate."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from xquant_gguf import fork
-from xquant_gguf.calibrate import Budget, Calibration, calibrate, data_free
+from xquant_gguf.calibrate import Budget, Calibration, calibrate, unmeasured
 from xquant_gguf.evaluate import evaluate
 from xquant_gguf.llama import LLAMA_TYPES, Llama, checked_kv_type
-from xquant_gguf.metadata import Key, Provenance, copy_with_keys, splits, written_beside
-from xquant_gguf.plan import Plan, preset_names
-from xquant_gguf.sizes import DryModel, inspect_cache
+from xquant_gguf.metadata import Key, copy_with_keys, splits, written_beside
+from xquant_gguf.plan import PAGE, preset_names
+from xquant_gguf.sizes import inspect_cache
 
 UBATCH = "tokens of a micro-batch (default %(default)s)"
 
@@ -94,14 +92,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
         raise ValueError("name an output file, or --metadata-only FILE.json")
     budget = Budget(args.bits, False) if args.equivalent_bits is None else Budget(args.equivalent_bits, True)
     if args.data_free or args.preset:
-        with DryModel(args.model, {"xquant.preset": "xquant"}) as model, model.context("xquant", 256) as ctx:
-            found = fork.plan(ctx, "xquant")
-            assert found is not None
-            _, shapes, layers = found
-            n_layers = len(fork.shapes(ctx)[0])
-        plan = Plan.from_preset(args.preset, len(layers)) if args.preset else data_free(shapes, budget)
-        made_by = Provenance(f"xquant-gguf {version('xquant-gguf')} {args.preset or 'data-free'}")
-        result = Calibration(plan, layers, n_layers, shapes, made_by, {})
+        result = unmeasured(args.model, budget, args.preset)
     else:
         text = Path(args.text).read_text() if args.text else None
         result = calibrate(args.model, budget, text=text, n_threads=args.threads, maps=not args.no_maps)
@@ -120,7 +111,7 @@ def plan_text(result: Calibration) -> str:
     plan, shapes = result.plan, result.shapes
     rows = [["layer", "K", "V", *(["harm of K1", "of V1"] if result.sensitivity else [])]]
     for i, (number, layer) in enumerate(zip(result.layers, plan.layers, strict=True)):
-        k = f"{layer.k.bits} bits" + (f", {layer.k.group} tokens" if layer.k.group != 128 else "")
+        k = f"{layer.k.bits} bits" + (f", {layer.k.group} tokens" if layer.k.group != PAGE else "")
         v = f"{layer.v.bits} bits" + (f" + layer {result.layers[layer.v.source]}" if layer.v.source >= 0 else "")
         rows.append([str(number), k + f", {layer.k.param}", v, *(f"{s[i]:.5f}" for s in result.sensitivity.values())])
     lines = [

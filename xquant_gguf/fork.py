@@ -100,6 +100,13 @@ def rows(ctx: Any, layer: int, name: str, head: int, n_cells: int, width: int) -
     return out
 
 
+def layers(ctx: Any) -> tuple[list[Shape], list[int], int]:
+    """Shapes and model numbers of the layers in a context's XQuant cache, and the number of layers of the model."""
+    found = plan(ctx, "xquant")
+    assert found is not None
+    return found[1], found[2], len(shapes(ctx)[0])
+
+
 def plan(ctx: Any, preset: str) -> tuple[Plan, list[Shape], list[int]] | None:
     """Plan in force, shapes and model layer numbers of the layers in the XQuant cache; None if there is none."""
     ffi, lib = load()

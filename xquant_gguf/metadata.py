@@ -25,8 +25,8 @@ from xquant_gguf.plan import Layer, Plan, Side, ValueMap, renumbered, shortest
 VERSION = 1
 PREFIX = "xquant."
 I32, F32, STRING = GGUFValueType.INT32, GGUFValueType.FLOAT32, GGUFValueType.STRING
-ARRAYS: dict[str, GGUFValueType] = {"bits": I32, "group": I32, "owner": I32, "eta": F32, "fit": STRING, "scale": STRING}
-VALUE_ARRAYS: dict[str, GGUFValueType] = {"rotate": GGUFValueType.BOOL, "source": I32}
+_BOTH = {"bits": I32, "group": I32, "owner": I32, "eta": F32, "fit": STRING, "scale": STRING}
+ARRAYS = {"k": _BOTH, "v": {**_BOTH, "rotate": GGUFValueType.BOOL, "source": I32}}
 ABSENT = Side(0, 0)
 """What the arrays say of a layer that the cache does not hold."""
 _FIELDS = {"scale": "param"}  # keys whose name is not that of the field of Side
@@ -64,8 +64,8 @@ def plan_keys(
         "window": Key(I32, plan.window),
         "pinned": Key(I32, plan.pinned),
     }
-    for side in "kv":
-        for name, kind in (ARRAYS | VALUE_ARRAYS if side == "v" else ARRAYS).items():
+    for side, kinds in ARRAYS.items():
+        for name, kind in kinds.items():
             values = [getattr(getattr(layer, side), _FIELDS.get(name, name)) for layer in layers]
             keys[f"{side}.{name}"] = Key(GGUFValueType.ARRAY, values, kind)
     for i, value_map in sorted(plan.maps.items()):
@@ -149,8 +149,7 @@ def read_plan(path: str | Path) -> tuple[Plan, list[int], int, Provenance] | Non
         raise keys.bad("version", version, f"{VERSION}: another version of xquant_gguf wrote it")
     n_layers = len(keys.array("k.bits", I32))
     sides = []
-    for side in "kv":
-        kinds = ARRAYS | VALUE_ARRAYS if side == "v" else ARRAYS
+    for side, kinds in ARRAYS.items():
         columns = {_FIELDS.get(name, name): keys.array(f"{side}.{name}", t, n_layers) for name, t in kinds.items()}
         columns["eta"] = [shortest(x) for x in columns["eta"]]
         sides.append([Side(**{name: column[i] for name, column in columns.items()}) for i in range(n_layers)])

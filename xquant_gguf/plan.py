@@ -102,15 +102,6 @@ def _c_layer(layer: Layer, where: str) -> Any:
     return c
 
 
-def layer_text(layer: Layer, where: str = "layer") -> str:
-    """The text form of a layer, as kv_overrides and GGUF metadata carry it."""
-    ffi, lib = native.load()
-    text = ffi.new("char[256]")
-    if lib.xq_layer_format(_c_layer(layer, where), text, 256) != 0:
-        raise ValueError(f"{where}: {native.error()}")
-    return str(ffi.string(text).decode())
-
-
 def renumbered(layer: Layer, numbers: Sequence[int]) -> Layer:
     """A layer that names those it reads as numbers[i] instead of i."""
 

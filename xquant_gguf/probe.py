@@ -41,11 +41,8 @@ class Probe:
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(self._vocab)
         fork.use_plan(self._model, None)
         with self._context(256) as ctx:
-            found = fork.plan(ctx, "xquant")
-            assert found is not None
-            plan, self.shapes, self.layers = found
-            self.n_layers = len(fork.shapes(ctx)[0])
-        self._f16 = plan_keys(replace(plan, window=-1), self.layers, self.n_layers)
+            self.shapes, self.layers, self.n_layers = fork.layers(ctx)
+        self._f16 = self.keys(replace(Plan.from_preset("xquant", len(self.layers)), window=-1))
         self._expected: list[tuple[Floats, NDArray[np.float64]]] = []
         self._windows: list[list[int]] = []
 

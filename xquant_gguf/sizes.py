@@ -10,7 +10,7 @@ from typing import Any
 
 from xquant_gguf import fork
 from xquant_gguf.metadata import plan_file, plan_keys
-from xquant_gguf.plan import Plan
+from xquant_gguf.plan import Plan, Shape
 
 fork.use()
 
@@ -110,6 +110,16 @@ class DryModel:
             llama_cpp.llama_free(ctx)
 
 
+def model_layers(model_path: str, given: Mapping[str, Any] | None = None) -> tuple[list[Shape], list[int], int]:
+    """Shapes and model numbers of the layers in a model's XQuant cache, and the number of layers of the model.
+
+    given: kv_overrides.
+    """
+    asked = {**(given or {}), "xquant.preset": "xquant"}  # whatever plan the file carries, it may not fit
+    with DryModel(model_path, asked) as model, model.context("xquant", 256) as ctx:
+        return fork.layers(ctx)
+
+
 @contextmanager
 def xquant_overrides(
     model_path: str,
@@ -125,12 +135,7 @@ def xquant_overrides(
     if kv_plan is None:
         yield dict(given or {}) if preset == "xquant" else {**(given or {}), "xquant.preset": preset}
         return
-    asked = {**(given or {}), "xquant.preset": "xquant"}  # whatever plan the file carries, it may not fit
-    with DryModel(model_path, asked) as model, model.context("xquant", 256) as ctx:
-        found = fork.plan(ctx, "xquant")
-        assert found is not None
-        _, shapes, layers = found
-        n_layers = len(fork.shapes(ctx)[0])
+    shapes, layers, n_layers = model_layers(model_path, given)
     plan = Plan.load(kv_plan, len(layers), preset)
     plan.check(shapes)
     with plan_file(plan_keys(plan, layers, n_layers)) as path:
@@ -204,4 +209,13 @@ def inspect_cache(
     return info, sizes, n_ctx
 
 
-__all__ = ["LLAMA_TYPES", "DryModel", "cache_info", "inspect_cache", "llama_cpp", "set_verbose", "xquant_overrides"]
+__all__ = [
+    "LLAMA_TYPES",
+    "DryModel",
+    "cache_info",
+    "inspect_cache",
+    "llama_cpp",
+    "model_layers",
+    "set_verbose",
+    "xquant_overrides",
+]

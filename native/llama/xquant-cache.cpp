@@ -43,7 +43,7 @@ cache::cache(llama_kv_cache &kv, uint32_t kv_size, const llama_memory_i::layer_f
         seals = wanted < (uint64_t)n_pages;
         n_slots = seals ? (int32_t)wanted : n_pages;
     }
-    simulates = !kv.model.xq->simulated.empty();
+    simulates = kv.model.xq->rules() && !kv.model.xq->simulated.empty();
     if (simulates) {
         seals = true;
         n_slots = n_pages;
@@ -323,8 +323,7 @@ void cache::info(xquant_llama_info &out) const {
     out.n_layers = plan_.n_layers;
     out.window = plan_.window;
     out.pinned = plan_.pinned;
-    const bool preset = kv.model.xq->given.count("xquant.preset") > 0;
-    out.expected_kld = preset ? -1.0 : kv.model.xq->expected_kld;
+    out.expected_kld = kv.model.xq->rules() ? kv.model.xq->expected_kld : -1.0;
 }
 
 void cache::plan(xq_plan &out, int32_t *d, int32_t *e, int32_t *n_head_kv) const {

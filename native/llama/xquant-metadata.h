@@ -1,6 +1,6 @@
 /* xquant-metadata.h: the plan that a GGUF file carries.
  *
- * Keys, one entry of an array for each layer of the model (README, "Metadata"):
+ * Keys, one entry of an array for each layer of the model (README, "Calibrate"):
  *
  *     xquant.version  u32, 1               xquant.window, xquant.pinned  i32
  *     xquant.{k,v}.bits, .group, .owner  i32[]     .eta  f32[]     .fit, .scale  string[]
@@ -41,6 +41,10 @@ struct metadata {
     std::vector<xq_layer> layers; /* [layer of the model] */
     std::map<int32_t, value_map> maps;
     double expected_kld = -1.0; /* negative: not measured */
+
+    /* Whether a cache follows the file's plan, and not a preset. */
+    bool rules() const { return present && given.count("xquant.preset") == 0; }
+
     /* Calibration only, [layer of the model], bit 0 keys, bit 1 values: these are sealed and unsealed in place, and all
      * pages stay open, so that what one layer's codes do can be seen alone.  Empty: pages are sealed as ever. */
     std::vector<int32_t> simulated;

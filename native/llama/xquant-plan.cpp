@@ -173,7 +173,7 @@ void resolve_plan(const llama_model &model, const int32_t *d, const int32_t *e, 
         }
     }
 
-    if (file.present && file.given.count("xquant.preset") == 0) {
+    if (file.rules()) {
         if (!file.error.empty()) {
             refuse(file.error + "; remove the plan with xquant-gguf strip, or name a preset");
         }
