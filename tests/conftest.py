@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import fetch_model
+import gpu
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,3 +25,8 @@ def smollm2() -> str:
 def prose() -> str:
     """A text of a few thousand tokens: our own documentation."""
     return "\n".join((ROOT / name).read_text() for name in ("README.md", "native/include/xquant.h", "LICENSE"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not gpu.available():
+        pytest.skip("needs an NVIDIA GPU and a build with -DGGML_CUDA=ON")

@@ -1,0 +1,110 @@
+/* api.cu: the C ABI of xquant_cuda.h: checks arguments, chooses kernels. */
+#include "launch.h"
+
+#include <cstdarg>
+#include <cstdio>
+
+namespace xq {
+
+static thread_local char message[256];
+
+static int fail_cuda(int status, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(message, sizeof(message), format, args);
+    va_end(args);
+    return status;
+}
+
+int launched(const char *what) {
+    const cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess
+               ? XQ_OK
+               : fail_cuda(XQ_ERR_KERNELS, "%s could not be launched: %s", what, cudaGetErrorString(error));
+}
+
+int shared_limit() {
+    int device = 0, bytes = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return bytes;
+}
+
+static bool width_ok(int32_t n) {
+    return n >= 16 && n <= XQ_MAX_HEAD_DIM && n % 16 == 0;
+}
+
+static int check(const xq_cuda_layer *l) {
+    if (!l || !width_ok(l->d) || !width_ok(l->e) || l->n_head_kv < 1 || l->n_pages < 1 || l->n_slots < 1) {
+        return fail_cuda(XQ_ERR_ARGUMENT, "layer: head widths must be multiples of 16 from 16 to %d", XQ_MAX_HEAD_DIM);
+    }
+    if (!l->blocks || !l->k_blocks || !l->v_blocks || !l->window ||
+        (l->mapped && (!l->source_blocks || !l->map_heads || !l->map))) {
+        return fail_cuda(XQ_ERR_ARGUMENT, "layer: blocks, window and map must not be null");
+    }
+    return XQ_OK;
+}
+
+enum class kernel { decode, general };
+
+/* Few rows share a KV head in decoding: the tensor cores' eight columns take them. */
+static kernel choose(const xq_cuda_layer &l) {
+    return decode_covers(l) ? kernel::decode : kernel::general;
+}
+
+} // namespace xq
+
+using namespace xq;
+
+const char *xq_cuda_error(void) {
+    return message;
+}
+
+int xq_cuda_update(const xq_cuda_layer *layer, const xq_cuda_update_args *args, void *stream) {
+    if (const int status = check(layer); status != XQ_OK) {
+        return status;
+    }
+    if (!args || args->n_tokens < 0 || !args->n_seal || !args->n_unseal || !args->n_nonfinite) {
+        return fail_cuda(XQ_ERR_ARGUMENT, "update: counts must not be null");
+    }
+    return launch_update(*layer, *args, (cudaStream_t)stream);
+}
+
+const char *xq_cuda_attend_kernel(const xq_cuda_layer *layer) {
+    return choose(*layer) == kernel::decode ? "decode" : "general";
+}
+
+int xq_cuda_attend(const xq_cuda_layer *layer, const xq_cuda_attend_args *args, void *stream) {
+    if (const int status = check(layer); status != XQ_OK) {
+        return status;
+    }
+    if (!args || !args->q || !args->table || !args->first_stream || !args->partial || args->n_head < 1 ||
+        args->n_head % layer->n_head_kv != 0 || args->n_tokens < 1 || args->n_streams < 1 || args->n_parts < 1 ||
+        args->n_kv_pages < 0 || args->n_kv_pages > layer->n_pages) {
+        return fail_cuda(XQ_ERR_ARGUMENT, "attend: a pointer is null or a count is out of range");
+    }
+    return choose(*layer) == kernel::decode ? launch_decode(*layer, *args, (cudaStream_t)stream)
+                                            : launch_general(*layer, *args, (cudaStream_t)stream);
+}
+
+int xq_cuda_merge(const xq_cuda_layer *layer, int32_t n_parts, int32_t n_rows, int32_t n_head, const float *partial,
+                  const float *sinks, float *out, void *stream) {
+    if (const int status = check(layer); status != XQ_OK) {
+        return status;
+    }
+    if (n_parts < 1 || n_rows < 1 || n_head < 1 || !partial || !out) {
+        return fail_cuda(XQ_ERR_ARGUMENT, "merge: a pointer is null or a count is out of range");
+    }
+    return launch_merge(*layer, n_parts, n_rows, n_head, partial, sinks, out, (cudaStream_t)stream);
+}
+
+int xq_cuda_unpack(const xq_cuda_layer *layer, const xq_cuda_unpack_args *args, void *stream) {
+    if (const int status = check(layer); status != XQ_OK) {
+        return status;
+    }
+    if (!args || !args->table || !args->first_stream || !args->rows || args->n_streams < 1 || args->n_kv_pages < 1 ||
+        args->n_kv_pages > layer->n_pages) {
+        return fail_cuda(XQ_ERR_ARGUMENT, "unpack: a pointer is null or a count is out of range");
+    }
+    return launch_unpack(*layer, *args, (cudaStream_t)stream);
+}

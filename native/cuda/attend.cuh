@@ -1,0 +1,40 @@
+/* attend.cuh: what the attention kernels share: the split over pages, the place of a state, ALiBi's slope. */
+#pragma once
+
+#include "xquant_cuda.h"
+
+#include <cmath>
+
+namespace xq {
+
+struct range {
+    int begin, end;
+};
+
+__device__ inline range pages_of_part(const xq_cuda_attend_args &a, int part) {
+    const int length = (a.n_kv_pages + a.n_parts - 1) / a.n_parts;
+    const int begin = min(part * length, a.n_kv_pages);
+    return {begin, min(begin + length, a.n_kv_pages)};
+}
+
+__host__ __device__ inline int state_width(const xq_cuda_layer &l) {
+    return (l.mapped ? 3 : 2) * l.e + 2;
+}
+
+/* The state of one row: maximum, sum of p, then sums over values: sealed, open, mapped: those of the source. */
+__device__ inline float *state_of(const xq_cuda_layer &l, const xq_cuda_attend_args &a, int part, int token, int head) {
+    const int64_t row = ((int64_t)part * a.n_streams * a.n_tokens + token) * a.n_head + head;
+    return a.partial + row * state_width(l);
+}
+
+/* ALiBi's slope of a head (arXiv 2108.12409); 1 without a bias. */
+__device__ inline float slope_of(float max_bias, int head, int n_head) {
+    if (max_bias <= 0.0f) {
+        return 1.0f;
+    }
+    const int n_log2 = 1 << (31 - __clz(n_head));
+    return head < n_log2 ? powf(powf(2.0f, -max_bias / n_log2), (float)(head + 1))
+                         : powf(powf(2.0f, -max_bias / 2.0f / n_log2), (float)(2 * (head - n_log2) + 1));
+}
+
+} // namespace xq

@@ -1,0 +1,8 @@
+/* Instances of attend_decode.cuh for heads of 128: the common case. */
+#include "attend_decode.cuh"
+
+namespace xq {
+
+template int launch_decode_of<128, true>(const xq_cuda_layer &, const xq_cuda_attend_args &, cudaStream_t);
+
+} // namespace xq

@@ -1,0 +1,8 @@
+/* Instances of attend_decode.cuh for heads of 64: scores with a cap or slopes, key tiles or LOG8 parameters. */
+#include "attend_decode.cuh"
+
+namespace xq {
+
+template int launch_decode_of<64, false>(const xq_cuda_layer &, const xq_cuda_attend_args &, cudaStream_t);
+
+} // namespace xq

@@ -1,0 +1,137 @@
+/* codes_mma.cuh: the product of codes with eight vectors on the tensor cores.
+ *
+ *     y[j] += sum_i a[i] c[i][j]        K: i = channel, j = token, a = q s       V: i = token, j = channel, a = p s
+ *
+ * mma.m16n8k16: operand A is codes (16 columns j by 16 rows i), B the folded vectors of eight query rows.  Lane
+ * (g = lane / 4, t = lane % 4) reads, for 32 columns and step s, one 16-byte word:
+ *
+ *     columns 4 g .. 4 g + 3 of the 32, unit 4 s + t      ->  products (s, plane p) with i = I (4 s + t) + 4 p + 0..3
+ *
+ * Which i a product takes is free as long as A and B agree, so that codes go from memory to operand by a mask: the
+ * masked bits are an F16 subnormal, code * 2^(B p) * 2^-24.  2^-(B p) is folded into the vector, 2^24 into the sum.
+ * Rows g and g + 8 of a product are columns 4 g + w and 4 g + w + 1, w = 0 or 2, so that a lane ends with four
+ * consecutive columns for query rows 2 t and 2 t + 1.
+ *
+ * 3 bits are a 2-bit and a 1-bit part, one after the other; the weight of the second is 4.
+ */
+#pragma once
+
+#include "codec.cuh"
+
+namespace xq {
+
+constexpr float code_unit = 16777216.0f;
+
+__device__ inline void multiply(float c[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a2), "r"(a3), "r"(b1));
+#endif
+}
+
+__device__ inline uint32_t as_bits(__half2 x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+__device__ inline __half2 as_half2(uint32_t bits) {
+    __half2 x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+__device__ inline uint32_t halves(float low, float high) {
+    return as_bits(__floats2half2_rn(low, high));
+}
+/* Elements 0 and 2, 1 and 3, of four halves: B's order. */
+__device__ inline uint32_t even(uint2 x) {
+    return __byte_perm(x.x, x.y, 0x5410);
+}
+__device__ inline uint32_t odd(uint2 x) {
+    return __byte_perm(x.x, x.y, 0x7632);
+}
+__device__ inline float power_of_two(int n) {
+    return __uint_as_float((uint32_t)(n + 127) << 23);
+}
+
+/* How a lane walks one part (1, 2 or 4 bits) of the codes of a matrix with N rows i. */
+template <int BITS, int N> struct part_walk {
+    static constexpr int units = N * BITS / 32, steps = (units + 3) / 4, planes = 8 / BITS, products = steps * planes;
+    static constexpr bool full = units % 4 == 0; /* every lane has a unit in every step */
+
+    static __device__ bool has(int step, int t) { return full || 4 * step + t < units; }
+    /* First of the four rows i of a product; N or more: it takes none. */
+    static __device__ int row(int product, int t) {
+        return 32 / BITS * (4 * (product / planes) + t) + 4 * (product % planes);
+    }
+    static __device__ float weight(int product) { return 1.0f / (float)(1 << (BITS * (product % planes))); }
+
+    /* at: the part of the 16 columns, at this lane's unit and columns. */
+    static __device__ void load(uint4 *words /* [steps] */, const uint8_t *at, int t) {
+#pragma unroll
+        for (int s = 0; s < steps; ++s) {
+            words[s] = has(s, t) ? *(const uint4 *)(at + 256 * s) : uint4{};
+        }
+    }
+
+    /* c[0], c[1]: columns 4 g, 4 g + 1 and 4 g + 2, 4 g + 3.  b [products][2] */
+    static __device__ void add(float c[2][4], const uint4 *words, const uint32_t (*b)[2]) {
+#pragma unroll
+        for (int s = 0; s < steps; ++s) {
+            const uint32_t w[4] = {words[s].x, words[s].y, words[s].z, words[s].w};
+            const uint32_t v[4] = {w[0] >> 8, w[1] >> 8, w[2] >> 8, w[3] >> 8};
+#pragma unroll
+            for (int p = 0; p < planes; ++p) {
+                const uint32_t mask = ((1u << BITS) - 1) * 0x00010001u << (BITS * p);
+                const uint32_t *x = b[s * planes + p];
+                multiply(c[0], w[0] & mask, w[1] & mask, v[0] & mask, v[1] & mask, x[0], x[1]);
+                multiply(c[1], w[2] & mask, w[3] & mask, v[2] & mask, v[3] & mask, x[0], x[1]);
+            }
+        }
+    }
+};
+
+/* All parts of BITS-bit codes: words and products of the low part, then of the high one. */
+template <int BITS, int N> struct walk {
+    using low = part_walk<BITS == 3 ? 2 : BITS, N>;
+    using high = part_walk<1, N>; /* of 3 bits */
+    static constexpr int steps = low::steps + (BITS == 3 ? high::steps : 0);
+    static constexpr int products = low::products + (BITS == 3 ? high::products : 0);
+    static constexpr int bytes = 64 * (low::units + (BITS == 3 ? high::units : 0)); /* of 16 columns */
+
+    static __device__ int row(int product, int t) {
+        return product < low::products ? low::row(product, t) : high::row(product - low::products, t);
+    }
+    static __device__ float weight(int product) {
+        return product < low::products ? low::weight(product) : 4.0f * high::weight(product - low::products);
+    }
+    /* Whether the four rows exist, for this lane. */
+    static __device__ bool has(int product, int t) {
+        return product < low::products ? low::has(product / low::planes, t)
+                                       : high::has((product - low::products) / high::planes, t);
+    }
+    static __device__ void load(uint4 *words, const uint8_t *codes, int chunk, int lane) {
+        const int g = lane / 4, t = lane % 4;
+        const uint8_t *at = codes + (2 * chunk + g / 4) * bytes + 64 * t + 16 * (g % 4);
+        low::load(words, at, t);
+        if (BITS == 3) {
+            high::load(words + low::steps, at + 64 * low::units, t);
+        }
+    }
+    static __device__ void add(float c[2][4], const uint4 *words, const uint32_t (*b)[2]) {
+        low::add(c, words, b);
+        if (BITS == 3) {
+            high::add(c, words + low::steps, b + low::products);
+        }
+    }
+};
+
+} // namespace xq

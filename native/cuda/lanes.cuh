@@ -1,0 +1,140 @@
+/* lanes.cuh: the codec of one slab: 32 rows i of the code matrix (K: channels, V: tokens of the page) of one KV head.
+ *
+ *     unseal:  x^ = zero + scale * code       (XQ_PARAM_LOG8: centre + scale * (code - (2^B - 1) / 2))
+ *
+ * A warp takes a slab, a lane each row, so that every lane goes through the same sequence of single-precision
+ * operations as the CPU codec: same bytes.  Files that include this are compiled without contraction (-fmad=false);
+ * divisions and square roots are IEEE, subnormals are kept.
+ *
+ * Shared memory: x [n_j][32] floats, lane l of element j at l ^ (j % 32), so that rows and columns are read without
+ * bank conflicts.  Mapped values need as much again for what the map reads.
+ */
+#pragma once
+
+#include "codec.cuh"
+
+#include <cmath>
+
+namespace xq {
+
+constexpr int slab = 32;
+
+/* Shared memory of a kernel that works on slabs of a layer. */
+inline size_t slab_bytes(const xq_cuda_layer &l) {
+    return (size_t)(l.e > XQ_PAGE ? l.e : XQ_PAGE) * slab * sizeof(float) * (l.mapped ? 2 : 1);
+}
+inline unsigned slabs_of(const xq_cuda_layer &l) {
+    return (unsigned)((l.d > XQ_PAGE ? l.d : XQ_PAGE) + slab - 1) / slab;
+}
+
+struct column {
+    float *x; /* [n_j][slab] */
+    int lane;
+    __device__ float &operator[](int j) const { return x[j * slab + (lane ^ (j & 31))]; }
+};
+
+__device__ inline float low(float a, float b) {
+    return b < a ? b : a;
+}
+__device__ inline float high(float a, float b) {
+    return b > a ? b : a;
+}
+__device__ inline __half to_half(float x) {
+    return __float2half_rn(low(high(x, -65504.0f), 65504.0f));
+}
+/* Not-a-numbers to 0, infinities to +-65504; adds their number to count. */
+__device__ inline float finite(float x, int &count) {
+    count += !(fabsf(x) <= 65504.0f);
+    return low(high(x == x ? x : 0.0f, -65504.0f), 65504.0f);
+}
+
+struct matrix {
+    xq_side side;
+    int n_i, n_j, group; /* rows and columns of the code matrix; elements of a group */
+};
+
+__device__ inline matrix matrix_of(const side_view &v, bool is_k) {
+    const int n_j = is_k ? XQ_PAGE : v.width;
+    return {v.plan, is_k ? v.width : XQ_PAGE, n_j, group_length(v.plan, n_j)};
+}
+
+__device__ inline side_view view_of(const xq_cuda_layer &l, bool is_k, int stream, int head) {
+    return is_k ? key_view(l, stream, head) : value_view(l, stream, head);
+}
+
+__device__ inline void transform(column x, int n) {
+    const int block = hadamard_block(n);
+    const float norm = (float)(1.0 / sqrt((double)block));
+    for (int h = 1; h < block; h *= 2) {
+        for (int i = 0; i < n; i += 2 * h) {
+            for (int k = i; k < i + h; ++k) {
+                const float a = x[k], b = x[k + h];
+                x[k] = a + b;
+                x[k + h] = a - b;
+            }
+        }
+    }
+    for (int i = 0; i < n; ++i) {
+        x[i] = x[i] * norm;
+    }
+}
+
+/* Row i of the code matrix of one page, in the space it is stored in. */
+__device__ inline void unseal_lane(const matrix &m, column x, int i, const uint8_t *codes, const uint8_t *param) {
+    for (int j0 = 0; j0 < m.n_j; j0 += m.group, param += group_param_bytes(m.side, m.n_i)) {
+        const parameters p = load_parameters(m.side, param, m.n_i, i);
+        for (int j = j0; j < j0 + m.group; ++j) {
+            if (m.side.bits == 0) {
+                x[j] = p.base;
+                continue;
+            }
+            const uint32_t four = codes_of(m.side.bits, m.n_i, codes, j, i & ~3);
+            x[j] = p.base + p.scale * ((float)(four >> 8 * (i & 3) & 0xffu) - p.middle);
+        }
+    }
+}
+
+/* x [j] += sign * what the map says of token i; sums in the order of the source's channels, as on the CPU.
+ * u: the second half of the shared memory. */
+__device__ inline void add_predicted(const xq_cuda_layer &l, int stream, int head, int page, int i, column x, column u,
+                                     float sign) {
+    const side_view from = source_view(l, stream, head);
+    unseal_lane(matrix_of(from, false), u, i, from.codes + page * from.codes_stride,
+                from.param + page * from.param_stride);
+    const float *map = l.map + (int64_t)head * l.e * l.e;
+    for (int j = 0; j < l.e; ++j) {
+        float sum = 0.0f;
+        for (int k = 0; k < l.e; ++k) {
+            sum = sum + u[k] * map[(int64_t)k * l.e + j];
+        }
+        x[j] = x[j] + sign * sum;
+    }
+}
+
+/* Slab i0 of a sealed page to F16 rows [XQ_PAGE][width], distance stride elements. */
+__device__ inline void unseal_slab(const xq_cuda_layer &l, bool is_k, int stream, int head, int i0, int page,
+                                   __half *rows, int64_t stride, float *shared) {
+    const side_view v = view_of(l, is_k, stream, head);
+    const matrix m = matrix_of(v, is_k);
+    const int lane = threadIdx.x % slab, i = i0 + lane;
+    const column x = {shared, lane};
+    if (i < m.n_i) {
+        unseal_lane(m, x, i, v.codes + page * v.codes_stride, v.param + page * v.param_stride);
+        if (!is_k && l.mapped) {
+            add_predicted(l, stream, head, page, i, x, {shared + m.n_j * slab, lane}, 1.0f);
+        }
+        if (m.side.rotate) {
+            transform(x, m.n_j);
+        }
+    }
+    __syncwarp();
+    for (int k = lane; k < m.n_j * slab; k += slab) {
+        const int r = is_k ? k % slab : k / m.n_j, j = is_k ? k / slab : k % m.n_j;
+        if (i0 + r < m.n_i) {
+            rows[is_k ? j * stride + i0 + r : (i0 + r) * stride + j] = to_half(shared[j * slab + (r ^ (j & 31))]);
+        }
+    }
+    __syncwarp();
+}
+
+} // namespace xq

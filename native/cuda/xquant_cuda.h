@@ -1,0 +1,91 @@
+/* xquant_cuda.h: the C ABI of the CUDA kernels.
+ *
+ * Same pages, blocks, codes and parameters as xquant.h, byte for byte; every pointer to data is a device pointer.  All
+ * calls enqueue work on the given CUDA stream and return at once; none allocates memory or waits.  Launches depend on
+ * shapes alone, never on which page lies where, so that they can be captured in a CUDA graph.
+ *
+ * Layer storage, per stream:   blocks  [KV head][page][block of xq_block_layout]
+ *                              window  F16  K [KV head][slot][XQ_PAGE][d], then V [KV head][slot][XQ_PAGE][e]
+ */
+#ifndef XQUANT_CUDA_H
+#define XQUANT_CUDA_H
+
+#include "xquant.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* cdef: begin */
+
+/* One layer: its storage and how to read it. */
+typedef struct xq_cuda_layer {
+    int32_t d, e; /* head widths of K and V */
+    int32_t n_head_kv, n_pages, n_slots;
+    xq_layer plan;
+    xq_block_layout own, k_owner, v_owner; /* the owners' layouts are `own` for own codes */
+    uint8_t *blocks;
+    uint8_t *k_blocks, *v_blocks; /* blocks of the layers whose codes are read */
+    uint16_t *window;
+    int64_t blocks_stream, k_stream, v_stream, window_stream; /* bytes from stream to stream */
+    int32_t mapped;                                           /* 1: V is what a map of `source` leaves over */
+    xq_side source;
+    xq_block_layout source_layout;
+    const uint8_t *source_blocks;
+    int64_t source_stream;
+    const int32_t *map_heads; /* [KV head] of the source */
+    const float *map;         /* [KV head][e of the source][e] */
+} xq_cuda_layer;
+
+/* What one micro-batch does to a layer before attention reads it: seals, then unseals, then new rows. */
+typedef struct xq_cuda_update_args {
+    const int32_t *n_seal, *n_unseal; /* [1] each */
+    const int32_t *seals;             /* [n_seal][7]: stream, page, slot, valid[4] */
+    const int32_t *unseals;           /* [n_unseal][3]: stream, page, slot */
+    const int32_t *rows;              /* [n_tokens]: row of the window over streams */
+    const float *k_cur, *v_cur;       /* [token][KV head][d or e] */
+    int64_t k_head_stride, k_token_stride, v_head_stride, v_token_stride; /* bytes */
+    int32_t n_tokens;
+    unsigned long long *n_nonfinite; /* [1]: grows by the number of values that were not finite */
+} xq_cuda_update_args;
+
+typedef struct xq_cuda_attend_args {
+    const float *q;                                /* [stream][token][head][d] */
+    int64_t q_head_stride, q_token_stride;         /* bytes */
+    const uint16_t *mask;                          /* F16 [stream][token][n_kv_pages * XQ_PAGE] */
+    int64_t mask_token_stride, mask_stream_stride; /* bytes */
+    const int32_t *table;                /* [stream of the cache][layer.n_pages]: slot, -1 sealed, -2 no cells */
+    const int32_t *first_stream;         /* [1]: stream of the cache that stream 0 of q is */
+    int32_t n_head, n_tokens, n_streams; /* n_tokens: of each stream */
+    int32_t n_kv_pages;                  /* pages that are looked at */
+    float scale, softcap, max_bias;      /* as xq_attention; max_bias > 0: ALiBi */
+    int32_t n_parts;
+    float *partial; /* [part][stream * token][head][2 e + 2, mapped: 3 e + 2]: the states of xq_attend */
+} xq_cuda_attend_args;
+
+/* Pages as F16 rows again, for attention over many query rows at once. */
+typedef struct xq_cuda_unpack_args {
+    const int32_t *table, *first_stream; /* as above */
+    int32_t n_streams, n_kv_pages;
+    int32_t is_k;
+    uint16_t *rows; /* F16 [stream][n_kv_pages * XQ_PAGE][KV head][d or e]; pages without cells: 0 */
+} xq_cuda_unpack_args;
+
+/* Status: XQ_OK, XQ_ERR_ARGUMENT, or XQ_ERR_KERNELS if CUDA refuses; xq_cuda_error() says why. */
+XQ_API const char *xq_cuda_error(void);
+XQ_API int xq_cuda_update(const xq_cuda_layer *layer, const xq_cuda_update_args *args, void *stream);
+XQ_API int xq_cuda_attend(const xq_cuda_layer *layer, const xq_cuda_attend_args *args, void *stream);
+/* Which kernel xq_cuda_attend takes: "decode" (tensor cores) or "general". */
+XQ_API const char *xq_cuda_attend_kernel(const xq_cuda_layer *layer);
+/* partial: n_parts states of n_rows rows; row = token * n_head + head.  sinks [n_head] or null.  out [n_rows][e]. */
+XQ_API int xq_cuda_merge(const xq_cuda_layer *layer, int32_t n_parts, int32_t n_rows, int32_t n_head,
+                         const float *partial, const float *sinks, float *out, void *stream);
+XQ_API int xq_cuda_unpack(const xq_cuda_layer *layer, const xq_cuda_unpack_args *args, void *stream);
+
+/* cdef: end */
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* XQUANT_CUDA_H */
