@@ -71,6 +71,8 @@ class DryModel:
         params.no_alloc = True
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE  # to map the file would read all of it
         params.n_gpu_layers = 0
+        self._no_devices = (ctypes.c_void_p * 1)()  # GPUs have nothing to do here, and would be given buffers
+        params.devices = ctypes.addressof(self._no_devices)
         params.kv_overrides = self._overrides
         self._model = llama_cpp.llama_model_load_from_file(str(model_path).encode(), params)
         if not self._model:

@@ -72,9 +72,22 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "src/llama-kv-cache.cpp",
+        "size_t(2u*(1 + n_stream)*n_layer*ggml_tensor_overhead())",
+        "size_t(2u*(2 + n_stream)*n_layer*ggml_tensor_overhead())",
+        "instead",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "            dev_name = ggml_backend_dev_name(dev);\n",
+        "            if (xq && !xq->runs_on(dev)) {\n"
+        '                buft = ggml_backend_cpu_buffer_type();\n                dev_name = "CPU";\n            }\n',
+        "after",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
         '            throw std::runtime_error("failed to create ggml context for kv cache");\n        }\n',
         "\n        if (xq) {\n"
-        "            const auto [xk, xv] = xq->add_layer(ctx, il);\n"
+        "            const auto [xk, xv] = xq->add_layer(ctx, buft, il);\n"
         "            map_layer_ids[il] = layers.size();\n"
         "            layers.push_back({ il, xk, xv, {}, {}, });\n"
         "            continue;\n"
@@ -135,6 +148,12 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "src/llama-kv-cache.cpp",
         "    kv->apply_ubatch(sinfos[i_cur], ubatches[i_cur]);\n",
         "    if (kv->xq && !kv->xq->begin(sinfos[i_cur])) {\n        return false;\n    }\n",
+        "after",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "bool llama_kv_cache::get_can_shift() const {\n",
+        "    if (xq && !xq->can_shift()) {\n        return false;\n    }\n",
         "after",
     ),
     # -- graph: our own input and our own attention
@@ -222,5 +241,21 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "    if (sinfos_out) {\n        sinfos_out->assign(n_stream, slot_info{});\n    }\n",
         "    if (xq) {\n        xq->state_read(io, seq_id);\n        return;\n    }\n\n",
         "before",
+    ),
+    # -- CUDA runs our nodes
+    ("ggml/src/ggml-cuda/ggml-cuda.cu", '#include "ggml-cuda/common.cuh"\n', '#include "xquant-cuda.h"\n', "after"),
+    (
+        "ggml/src/ggml-cuda/ggml-cuda.cu",
+        "        case GGML_OP_LIGHTNING_INDEXER:\n            ggml_cuda_lightning_indexer(ctx, dst);\n"
+        "            break;\n",
+        "        case GGML_OP_CUSTOM:\n            return xquant_cuda_compute(dst, ctx.stream());\n",
+        "after",
+    ),
+    (
+        "ggml/src/ggml-cuda/ggml-cuda.cu",
+        "        case GGML_OP_FLASH_ATTN_EXT:\n"
+        "            return ggml_cuda_flash_attn_ext_supported(dev_ctx->device, op);\n",
+        "        case GGML_OP_CUSTOM:\n            return xquant_cuda_supports(op);\n",
+        "after",
     ),
 ]

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <bitset>
+#include <cstring>
 #include <map>
 #include <stdexcept>
 
@@ -52,7 +53,24 @@ cache::cache(llama_kv_cache &kv, uint32_t kv_size, const llama_memory_i::layer_f
     clear();
 }
 
-std::pair<ggml_tensor *, ggml_tensor *> cache::add_layer(ggml_context *ctx, uint32_t il) {
+bool cache::runs_on(ggml_backend_dev_t device) {
+    if (ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU) {
+        return true;
+    }
+    ggml_tensor probe = {};
+    probe.op = GGML_OP_CUSTOM;
+    const node_params params = {node_magic, node_kind::update, nullptr, 0.0f, 0.0f, 0.0f, 0};
+    memcpy(probe.op_params + node_params_at, &params, sizeof(params));
+    const bool known = ggml_backend_dev_supports_op(device, &probe);
+    if (!known || simulates) {
+        LLAMA_LOG_WARN("%s: xquant: %s; the cache and the attention of its layers stay on the CPU, which is slower\n",
+                       ggml_backend_dev_name(device), known ? "calibration measures on the CPU" : "no XQuant kernels");
+    }
+    return known && !simulates;
+}
+
+std::pair<ggml_tensor *, ggml_tensor *> cache::add_layer(ggml_context *ctx, ggml_backend_buffer_type_t buft,
+                                                         uint32_t il) {
     auto l = std::make_unique<layer>();
     l->home = this;
     l->il = il;
@@ -80,6 +98,15 @@ std::pair<ggml_tensor *, ggml_tensor *> cache::add_layer(ggml_context *ctx, uint
         refuse("layer " + std::to_string(il) + ": its owner must be an earlier layer with as many KV heads");
     }
 
+    l->buft = buft;
+    for (const layer *read : {l->k_owner, l->v_owner, l->v_source}) {
+        if (read->buft != buft) {
+            refuse("layer " + std::to_string(il) + " reads what layer " + std::to_string(read->il) +
+                   " stores, which lies on another device; use split_mode none, all or no layers on the GPU, or a plan "
+                   "without borrowed codes and maps");
+        }
+    }
+
     // a cache that fits into its window needs no blocks; an empty tensor would need special care everywhere
     const int64_t block_bytes = seals ? l->head_blocks() * l->n_head_kv : XQ_PAGE;
     l->blocks = ggml_new_tensor_2d(ctx, GGML_TYPE_I8, block_bytes, n_streams);
@@ -89,6 +116,25 @@ std::pair<ggml_tensor *, ggml_tensor *> cache::add_layer(ggml_context *ctx, uint
     for (uint32_t s = 0; s < n_streams; ++s) {
         l->blocks_stream.push_back(ggml_view_1d(ctx, l->blocks, l->blocks->ne[0], s * l->blocks->nb[1]));
         l->window_stream.push_back(ggml_view_1d(ctx, l->window, l->window->ne[0], s * l->window->nb[1]));
+    }
+    l->device.d = l->d;
+    l->device.e = l->e;
+    l->device.n_head_kv = l->n_head_kv;
+    l->device.n_pages = n_pages;
+    l->device.n_slots = n_slots;
+    l->device.plan = l->plan;
+    l->device.own = l->layout;
+    l->device.k_owner = l->k_owner->layout;
+    l->device.v_owner = l->v_owner->layout;
+    if (l->map) {
+        l->device.mapped = 1;
+        l->device.source = l->v_source->plan.v;
+        l->device.source_layout = l->v_source->layout;
+    }
+    if (!ggml_backend_buft_is_host(buft)) {
+        const int64_t map_bytes = l->map ? (int64_t)(l->map->weight.size() * sizeof(float)) : 0;
+        l->extra = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, extra_map(l->n_head_kv) + map_bytes);
+        ggml_format_name(l->extra, "cache_xq_extra_l%d", (int)il);
     }
     layers_.push_back(std::move(l));
     return {layers_.back()->blocks, layers_.back()->window};
@@ -114,9 +160,35 @@ void cache::clear() {
     }
     pending_seals.clear();
     pending_unseals.clear();
+    extra_filled = false; // llama.cpp may set all bytes to 0
     for (auto &l : layers_) {
         l->done = epoch;
     }
+}
+
+/* Maps, for layers on other devices. */
+void cache::fill_extra() {
+    for (const auto &l : layers_) {
+        if (l->extra && l->map) {
+            const auto &[heads, weight] = *l->map;
+            ggml_backend_tensor_set(l->extra, heads.data(), extra_heads, heads.size() * sizeof(int32_t));
+            ggml_backend_tensor_set(l->extra, weight.data(), (size_t)extra_map(l->n_head_kv),
+                                    weight.size() * sizeof(float));
+        }
+    }
+    extra_filled = true;
+}
+
+uint64_t cache::count_nonfinite() const {
+    uint64_t n = n_nonfinite.load();
+    for (const auto &l : layers_) {
+        if (l->extra && l->extra->data) {
+            uint64_t of_layer = 0;
+            ggml_backend_tensor_get(l->extra, &of_layer, 0, sizeof(of_layer));
+            n += of_layer;
+        }
+    }
+    return n;
 }
 
 void cache::valid_cells(uint32_t s, int32_t p, uint32_t valid[4]) const {
@@ -236,7 +308,11 @@ bool cache::begin(const slot_info &sinfo) {
     pending_seals.clear();
     pending_unseals.clear();
     epoch++;
-    if (!warned && n_nonfinite.load() > 0) {
+    if (!extra_filled) {
+        fill_extra();
+    }
+    // reading a device's counters waits for it: only now and then
+    if (!warned && (n_nonfinite.load() > 0 || (epoch % 256 == 0 && count_nonfinite() > 0))) {
         warned = true;
         LLAMA_LOG_WARN(
             "%s: xquant: keys or values that are not finite were stored as 0 or +-65504; with this model, use "
@@ -299,6 +375,7 @@ void cache::info(xquant_llama_info &out) const {
     for (const auto &l : layers_) {
         out.bytes_allocated += (int64_t)(ggml_nbytes(l->blocks) + ggml_nbytes(l->window));
         out.bytes_allocated += l->map ? (int64_t)(l->map->weight.size() * sizeof(float)) : 0;
+        out.bytes_allocated += l->extra ? (int64_t)ggml_nbytes(l->extra) : 0;
         page_blocks += l->block_stride() * l->n_head_kv;
         page_rows += (l->k_slot() + l->v_slot()) * l->n_head_kv * (int64_t)sizeof(ggml_fp16_t);
     }
@@ -316,7 +393,7 @@ void cache::info(xquant_llama_info &out) const {
         }
     }
     out.bytes_used = out.pages_sealed * page_blocks + out.pages_open * page_rows;
-    out.n_nonfinite = (int64_t)n_nonfinite.load();
+    out.n_nonfinite = (int64_t)count_nonfinite();
     out.page_tokens = XQ_PAGE;
     out.n_slots = n_slots;
     out.n_streams = (int32_t)n_streams;

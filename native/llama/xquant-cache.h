@@ -22,6 +22,7 @@
 #include "llama-kv-cache.h"
 
 #include "xquant-metadata.h"
+#include "xquant-node.h"
 #include "xquant.h"
 #include "xquant_llama.h"
 
@@ -54,8 +55,10 @@ class cache {
     cache(const cache &) = delete;
     cache &operator=(const cache &) = delete;
 
-    /* Tensors of model layer il, in ctx: blocks and window. */
-    std::pair<ggml_tensor *, ggml_tensor *> add_layer(ggml_context *ctx, uint32_t il);
+    /* Tensors of model layer il, in ctx, which will be allocated from buft: blocks and window. */
+    std::pair<ggml_tensor *, ggml_tensor *> add_layer(ggml_context *ctx, ggml_backend_buffer_type_t buft, uint32_t il);
+    /* Whether a device has our kernels; if not, a warning says what follows. */
+    bool runs_on(ggml_backend_dev_t device);
 
     /* ---- pages ---- */
 
@@ -66,6 +69,8 @@ class cache {
     uint32_t max_touched() const;
     void copy_pages(uint32_t from, uint32_t to);
     void copy_stream(uint32_t from, uint32_t to) const;
+    /* Whether shift() is possible: not for layers on a GPU. */
+    bool can_shift() const;
     /* Rotates the keys of all cells whose position was shifted; false: it failed, with a message in the log. */
     bool shift(llama_context *lctx);
 
@@ -102,6 +107,9 @@ class cache {
         const layer *v_source = nullptr;                    /* whose values predict these; itself: not mapped */
         const value_map *map = nullptr;                     /* how they do; null: not mapped */
         ggml_tensor *blocks = nullptr, *window = nullptr;
+        ggml_tensor *extra = nullptr; /* see xquant-node.h; null: the layer lies in the CPU's memory */
+        ggml_backend_buffer_type_t buft = nullptr;
+        xq_cuda_layer device = {}; /* the same for other backends, without pointers to data */
         std::vector<ggml_tensor *> blocks_stream, window_stream; /* views, one per stream */
         std::atomic<uint64_t> *n_nonfinite = nullptr;
         int32_t simulated = -1; /* negative: pages are sealed; else see metadata::simulated */
@@ -120,22 +128,7 @@ class cache {
         int64_t v_window(int head) const { return k_slot() * n_slots * n_head_kv + v_slot() * n_slots * head; }
     };
 
-    struct seal_op {
-        int32_t stream, page, slot;
-        uint32_t valid[4]; /* tokens of the page that hold a cell */
-    };
-    struct unseal_op {
-        int32_t stream, page, slot;
-    };
-
-    /* The input tensor, I32: where its parts start for n_tokens rows. */
-    struct input_layout {
-        int64_t table, rows, seals, unseals, size;
-    };
-    input_layout layout_of(int64_t n_tokens) const;
-
-    /* Header of the input tensor. */
-    enum { in_n_seal, in_n_unseal, in_n_rows, in_first_stream, in_epoch, in_header = 8 };
+    input_layout layout_of(int64_t n_tokens) const { return {n_streams, n_pages, n_slots, n_tokens}; }
 
     const std::vector<std::unique_ptr<layer>> &layers() const { return layers_; }
 
@@ -159,6 +152,8 @@ class cache {
     int32_t take_slot(uint32_t s, const std::vector<int32_t> &keep);
     bool open(uint32_t s, int32_t p, const std::vector<int32_t> &keep, int32_t n_new);
     void finish_interrupted();
+    void fill_extra();
+    uint64_t count_nonfinite() const;
     void run_pending(const layer &l) const;
     void fill_operations(int32_t *input, const input_layout &at) const;
     const layer *find(int il) const;
@@ -181,7 +176,8 @@ class cache {
     std::vector<unseal_op> pending_unseals;
     uint64_t epoch = 0; /* micro-batches so far */
     std::atomic<uint64_t> n_nonfinite{0};
-    bool warned = false; /* about them */
+    bool warned = false;       /* about them */
+    bool extra_filled = false; /* the layers' extra tensors hold what the host has */
 };
 
 /* The operation `update` of a graph: dst->src as build_attention gives them, userdata: the layer. */

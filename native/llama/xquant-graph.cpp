@@ -1,12 +1,6 @@
-/* xquant-graph.cpp: the three operations of xquant-cache.h as nodes of a ggml graph, on the CPU.
+/* xquant-graph.cpp: the three operations of xquant-cache.h as nodes of a ggml graph, and what they do on the CPU.
  *
- * They are GGML_OP_CUSTOM nodes; the arguments of ours lie in op_params behind those of ggml_custom_op_params.
- *
- *     update  [1]                         <- input, k_cur, v_cur, blocks, window, others
- *     attend  [state, head, token, part]  <- q, input, mask, blocks, window, others, update
- *     merge   [e, head, token]            <- attend, sinks
- *
- * Others are the blocks of three layers: the owners of K's and V's codes, and the source of V's map.
+ *     update, attend, merge and, on other devices, unpack: see xquant-node.h
  *
  * A state is that of xq_attention: 2 e + 2 numbers, 3 e + 2 where values are mapped.
  */
@@ -30,17 +24,6 @@ static constexpr int max_rows = 64;
 static constexpr int pieces_per_thread = 4;
 
 /* ---- input ---- */
-
-cache::input_layout cache::layout_of(int64_t n_tokens) const {
-    const int64_t capacity = (int64_t)n_streams * n_slots; // a page is sealed, or unsealed, at most once a slot
-    input_layout at;
-    at.table = in_header;
-    at.rows = at.table + (int64_t)n_streams * n_pages;
-    at.seals = at.rows + n_tokens;
-    at.unseals = at.seals + capacity * (int64_t)(sizeof(seal_op) / sizeof(int32_t));
-    at.size = at.unseals + capacity * (int64_t)(sizeof(unseal_op) / sizeof(int32_t));
-    return at;
-}
 
 ggml_tensor *cache::build_input(ggml_context *ctx, int64_t n_tokens) const {
     // llama.cpp compares the first dimension with the number of tokens when it decides whether to reuse a graph
@@ -86,10 +69,11 @@ void cache::set_input(ggml_tensor *tensor, const slot_info &sinfo) {
 
 /* ---- attend ---- */
 
-struct attend_params {
-    float scale, softcap, max_bias;
-    int32_t n_parts;
-};
+static node_params params_of(const ggml_tensor *node) {
+    node_params params;
+    memcpy(&params, node->op_params + node_params_at, sizeof(params));
+    return params;
+}
 
 /* ALiBi's slope of a head (arXiv 2108.12409); 1 without a bias. */
 static float slope_of(float max_bias, int head, int n_head) {
@@ -106,8 +90,7 @@ static void attend(ggml_tensor *dst, int ith, int nth, void *userdata) {
     const ggml_tensor *q = dst->src[0], *mask = dst->src[2], *blocks = dst->src[3], *window = dst->src[4];
     const ggml_tensor *k_codes = dst->src[5], *v_codes = dst->src[6], *source = dst->src[7];
     const int32_t *input = (const int32_t *)dst->src[1]->data;
-    attend_params params;
-    memcpy(&params, dst->op_params + 8, sizeof(params));
+    const node_params params = params_of(dst);
 
     const int n_head = (int)q->ne[1], n_rep = n_head / l.n_head_kv;
     const int n_streams = (int)mask->ne[3], n_tokens = (int)q->ne[2] / n_streams; // of each stream
@@ -120,7 +103,7 @@ static void attend(ggml_tensor *dst, int ith, int nth, void *userdata) {
         const int piece = task / l.n_head_kv % params.n_parts;
         const int group = task / l.n_head_kv / params.n_parts % n_groups;
         const int s = task / l.n_head_kv / params.n_parts / n_groups;
-        const int stream = input[cache::in_first_stream] + s;
+        const int stream = input[in_first_stream] + s;
 
         const float *q_rows[max_rows];
         const uint16_t *mask_rows[max_rows];
@@ -160,7 +143,7 @@ static void attend(ggml_tensor *dst, int ith, int nth, void *userdata) {
         }
         a.k_window = window_of(window, stream) + l.k_window(head);
         a.v_window = window_of(window, stream) + l.v_window(head);
-        a.page_slot = input + cache::in_header + (int64_t)stream * l.n_pages;
+        a.page_slot = input + in_header + (int64_t)stream * l.n_pages;
         a.page_begin = std::min(piece * pages_a_part, n_pages);
         a.page_end = std::min(a.page_begin + pages_a_part, n_pages);
         a.n_rows = end - first;
@@ -188,7 +171,7 @@ static void merge(ggml_tensor *dst, int ith, int nth, void *userdata) {
             partial[i] =
                 (const float *)((const char *)states->data + h * states->nb[1] + t * states->nb[2] + i * states->nb[3]);
         }
-        const float sink = sinks ? ((const float *)sinks->data)[h] : -INFINITY;
+        const float sink = sinks != states ? ((const float *)sinks->data)[h] : -INFINITY;
         const float *weight = l.weight((int)(h / (n_head / l.n_head_kv)));
         const int status = xq_attention_merge(n_parts, partial.data(), l.e, l.plan.v.rotate, sink, weight,
                                               (float *)((char *)dst->data + h * dst->nb[1] + t * dst->nb[2]));
@@ -198,10 +181,23 @@ static void merge(ggml_tensor *dst, int ith, int nth, void *userdata) {
 
 /* ---- graph ---- */
 
-/* Arguments of ours behind those of ggml_custom_op_params. */
-template <typename T> static void set_params(ggml_tensor *node, const T &params) {
-    static_assert(8 * sizeof(int32_t) + sizeof(T) <= GGML_MAX_OP_PARAMS, "op_params is full");
-    memcpy(node->op_params + 8, &params, sizeof(params));
+/* Query rows of one KV head from which on pages are unpacked for llama.cpp's own attention, on devices that have it:
+ * each pass over the codes serves eight rows, a pass over F16 rows many more. */
+static constexpr int64_t rows_to_unpack = 64;
+/* Blocks of threads that fill a large GPU. */
+static constexpr int64_t device_blocks = 132;
+
+/* A custom node: the sources that ggml_custom_4d takes, and one more. */
+static ggml_tensor *new_node(ggml_context *ctx, ggml_type type, const int64_t ne[4],
+                             std::initializer_list<ggml_tensor *> sources, ggml_custom_op_t run, layer *l,
+                             const node_params &params) {
+    ggml_tensor *none = nullptr;
+    ggml_tensor *node = ggml_custom_4d(ctx, type, ne[0], ne[1], ne[2], ne[3], &none, 0, run, GGML_N_TASKS_MAX, l);
+    GGML_ASSERT(sources.size() <= GGML_MAX_SRC);
+    std::copy(sources.begin(), sources.end(), node->src);
+    static_assert(node_params_at * sizeof(int32_t) + sizeof(params) <= GGML_MAX_OP_PARAMS, "op_params is full");
+    memcpy(node->op_params + node_params_at, &params, sizeof(params));
+    return node;
 }
 
 ggml_tensor *cache::build_attention(const llm_graph_context &graph, ggml_tensor *input, ggml_tensor *q,
@@ -214,38 +210,60 @@ ggml_tensor *cache::build_attention(const llm_graph_context &graph, ggml_tensor 
     // layers without keys and values of their own read an earlier layer's cache
     layer *l = layers_[kv.map_layer_ids.at(il)].get();
     ggml_tensor *k_codes = l->k_owner->blocks, *v_codes = l->v_owner->blocks, *source = l->v_source->blocks;
+    node_params params = {node_magic, node_kind::update, &l->device, kq_scale, 0.0f, graph.hparams.f_max_alibi_bias, 1};
+    params.softcap = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
 
     ggml_tensor *stored = nullptr;
     if (k_cur && v_cur) {
         k_cur = k_cur->type == GGML_TYPE_F32 ? k_cur : ggml_cast(ctx, k_cur, GGML_TYPE_F32);
         v_cur = v_cur->type == GGML_TYPE_F32 ? v_cur : ggml_cast(ctx, v_cur, GGML_TYPE_F32);
-        ggml_tensor *args[] = {input, k_cur, v_cur, l->blocks, l->window, k_codes, v_codes, source};
-        stored = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, 8, update_pages, GGML_N_TASKS_MAX, l);
+        // a view of the window: it runs where the layer lies
+        ggml_tensor *args[] = {input, k_cur, v_cur, l->blocks, k_codes, v_codes, source, l->extra};
+        stored = ggml_custom_inplace(ctx, l->window, args, 8, update_pages, GGML_N_TASKS_MAX, l);
+        memcpy(stored->op_params + node_params_at, &params, sizeof(params));
         graph.cb(stored, "xquant_update", il);
         ggml_build_forward_expand(graph.gf, stored);
     }
 
-    const int64_t n_head = q->ne[1], n_tokens = q->ne[2];
+    const int64_t n_head = q->ne[1], n_tokens = q->ne[2], n_streams_q = kq_mask->ne[3], n_kv = kq_mask->ne[0];
+    const int64_t n_rows = n_tokens / n_streams_q * (n_head / l->n_head_kv); // of one KV head and stream
+    if (l->extra && n_rows >= rows_to_unpack) {
+        ggml_tensor *rows[2];
+        for (const auto kind : {node_kind::unpack_k, node_kind::unpack_v}) {
+            const bool is_k = kind == node_kind::unpack_k;
+            params.kind = kind;
+            const int64_t ne[] = {is_k ? l->d : l->e, l->n_head_kv, n_kv, n_streams_q};
+            rows[is_k ? 0 : 1] =
+                new_node(ctx, GGML_TYPE_F16, ne,
+                         {input, l->blocks, l->window, k_codes, v_codes, source, l->extra, stored}, nullptr, l, params);
+            graph.cb(rows[is_k ? 0 : 1], is_k ? "xquant_k" : "xquant_v", il);
+        }
+        return graph.build_attn_mha(q, rows[0], rows[1], nullptr, kq_mask, sinks, nullptr, kv.get_size(), kq_scale, il);
+    }
+
     const int64_t n_threads = n_tokens == 1 ? graph.cparams.n_threads : graph.cparams.n_threads_batch;
-    const int64_t n_groups = kq_mask->ne[3] * l->n_head_kv *
-                             ((n_tokens / kq_mask->ne[3] * (n_head / l->n_head_kv) + max_rows - 1) / max_rows);
-    const int64_t wanted = (pieces_per_thread * n_threads + n_groups - 1) / n_groups;
-    const attend_params params = {
-        kq_scale,
-        graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f,
-        graph.hparams.f_max_alibi_bias,
-        (int32_t)std::clamp<int64_t>(wanted, 1, kq_mask->ne[0] / XQ_PAGE),
-    };
-    ggml_tensor *args[] = {q, input, kq_mask, l->blocks, l->window, k_codes, v_codes, source, stored};
-    ggml_tensor *states = ggml_custom_4d(ctx, GGML_TYPE_F32, l->state_width(), n_head, n_tokens, params.n_parts, args,
-                                         stored ? 9 : 8, attend, GGML_N_TASKS_MAX, l);
-    set_params(states, params);
+    const int64_t pieces = l->extra ? device_blocks : pieces_per_thread * n_threads;
+    const int64_t rows_a_group = l->extra ? 8 : max_rows;
+    const int64_t n_groups = n_streams_q * l->n_head_kv * ((n_rows + rows_a_group - 1) / rows_a_group);
+    const int64_t wanted = l->extra ? pieces / n_groups : (pieces + n_groups - 1) / n_groups;
+    params.n_parts = (int32_t)std::clamp<int64_t>(wanted, 1, n_kv / XQ_PAGE);
+
+    params.kind = node_kind::attend;
+    const int64_t state_ne[] = {l->state_width(), n_head, n_tokens, params.n_parts};
+    ggml_tensor *states = new_node(
+        ctx, GGML_TYPE_F32, state_ne,
+        {q, input, kq_mask, l->blocks, l->window, k_codes, v_codes, source, l->extra, stored}, attend, l, params);
     graph.cb(states, "xquant_attend", il);
 
-    ggml_tensor *merge_args[] = {states, sinks};
-    ggml_tensor *out = ggml_custom_4d(ctx, GGML_TYPE_F32, l->e, n_head, n_tokens, 1, merge_args, sinks ? 2 : 1, merge,
-                                      GGML_N_TASKS_MAX, l);
+    params.kind = node_kind::merge;
+    const int64_t out_ne[] = {l->e, n_head, n_tokens, 1};
+    ggml_tensor *out =
+        new_node(ctx, GGML_TYPE_F32, out_ne, {states, sinks ? sinks : states, l->blocks, l->extra}, merge, l, params);
     graph.cb(out, "xquant_merge", il);
+    if (!l->extra) { // the layer lies in the CPU's memory: nothing of it shall be copied to a device
+        ggml_backend_sched_set_tensor_backend(graph.sched, states, graph.backend_cpu);
+        ggml_backend_sched_set_tensor_backend(graph.sched, out, graph.backend_cpu);
+    }
     out = ggml_reshape_2d(ctx, out, l->e * n_head, n_tokens);
     ggml_build_forward_expand(graph.gf, out);
     return out;

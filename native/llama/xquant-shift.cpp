@@ -100,7 +100,15 @@ void write_keys(ggml_tensor *dst, int ith, int nth, void *userdata) {
 
 } // namespace
 
+bool cache::can_shift() const {
+    return std::none_of(layers_.begin(), layers_.end(), [](const auto &l) { return l->extra != nullptr; });
+}
+
 bool cache::shift(llama_context *lctx) {
+    if (!can_shift()) {
+        LLAMA_LOG_ERROR("%s: xquant: positions of a cache on a GPU cannot be shifted yet\n", __func__);
+        return false;
+    }
     finish_interrupted();
     std::vector<shifted_page> pages;
     std::vector<int32_t> shifts; // by token of pages

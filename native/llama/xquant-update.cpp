@@ -87,14 +87,14 @@ static void unseal_page(const side &x, bool is_k, int stream, int page, ggml_fp1
 }
 
 /* Seals, then unseals, the pages of the input. */
-static void move_pages(const side &x, const int32_t *input, const cache::input_layout &at) {
+static void move_pages(const side &x, const int32_t *input, const input_layout &at) {
     const bool own = &x.owner == &x.l, is_k = &x.plan == &x.l.plan.k;
     if (x.l.simulated >= 0 && (x.l.simulated >> (is_k ? 0 : 1) & 1) == 0) {
         return;
     }
     std::vector<float> scratch;
-    const auto *seals = (const cache::seal_op *)(input + at.seals);
-    for (int i = 0; i < input[cache::in_n_seal]; ++i) {
+    const auto *seals = (const seal_op *)(input + at.seals);
+    for (int i = 0; i < input[in_n_seal]; ++i) {
         const auto &op = seals[i];
         ggml_fp16_t *rows = x.rows_of(op.stream, op.slot);
         uint8_t *codes = x.codes_of(op.stream, op.page), *param = x.param_of(op.stream, op.page);
@@ -108,17 +108,17 @@ static void move_pages(const side &x, const int32_t *input, const cache::input_l
             unseal_page(x, is_k, op.stream, op.page, rows, scratch);
         }
     }
-    const auto *unseals = (const cache::unseal_op *)(input + at.unseals);
-    for (int i = 0; i < input[cache::in_n_unseal]; ++i) {
+    const auto *unseals = (const unseal_op *)(input + at.unseals);
+    for (int i = 0; i < input[in_n_unseal]; ++i) {
         const auto &op = unseals[i];
         unseal_page(x, is_k, op.stream, op.page, x.rows_of(op.stream, op.slot), scratch);
     }
 }
 
 /* cur F32 [width, KV head, token] to the window rows that the input names. */
-static void write_rows(const side &x, const ggml_tensor *cur, const int32_t *input, const cache::input_layout &at) {
+static void write_rows(const side &x, const ggml_tensor *cur, const int32_t *input, const input_layout &at) {
     const int32_t rows = x.l.n_slots * XQ_PAGE; // of a stream
-    for (int t = 0; t < input[cache::in_n_rows]; ++t) {
+    for (int t = 0; t < input[in_n_rows]; ++t) {
         const int32_t row = input[at.rows + t];
         const float *src = (const float *)((const char *)cur->data + x.head * cur->nb[1] + t * cur->nb[2]);
         ggml_cpu_fp32_to_fp16(src, x.rows_of(row / rows, 0) + (int64_t)(row % rows) * x.width, x.width);
@@ -127,9 +127,9 @@ static void write_rows(const side &x, const ggml_tensor *cur, const int32_t *inp
 
 void update_pages(ggml_tensor *dst, int ith, int nth, void *userdata) {
     layer &l = *(layer *)userdata;
-    const ggml_tensor *k_cur = dst->src[1], *v_cur = dst->src[2], *blocks = dst->src[3], *window = dst->src[4];
+    const ggml_tensor *window = dst->src[0], *k_cur = dst->src[2], *v_cur = dst->src[3], *blocks = dst->src[4];
     const ggml_tensor *k_codes = dst->src[5], *v_codes = dst->src[6], *source = dst->src[7];
-    const int32_t *input = (const int32_t *)dst->src[0]->data;
+    const int32_t *input = (const int32_t *)dst->src[1]->data;
     const auto at = l.home->layout_of(k_cur->ne[2]);
     // each side of each KV head is one task: nothing is shared between them
     for (int task = ith; task < 2 * l.n_head_kv; task += nth) {
@@ -140,7 +140,7 @@ void update_pages(ggml_tensor *dst, int ith, int nth, void *userdata) {
         write_rows(x, task % 2 == 0 ? k_cur : v_cur, input, at);
     }
     if (ith == 0) {
-        l.done = (uint64_t)input[cache::in_epoch];
+        l.done = (uint64_t)input[in_epoch];
     }
 }
 
@@ -157,7 +157,8 @@ void cache::run_pending(const layer &l) const {
 
 void cache::finish_interrupted() {
     for (auto &l : layers_) {
-        if ((uint32_t)l->done != (uint32_t)epoch) {
+        // what other devices were given, they finish
+        if (!l->extra && (uint32_t)l->done != (uint32_t)epoch) {
             run_pending(*l);
             l->done = epoch;
         }

@@ -1,0 +1,145 @@
+/* xquant-cuda.cpp: nodes of a ggml graph to calls of libxquant_cuda. */
+#include "xquant-cuda.h"
+
+#include "xquant-node.h"
+
+#include "ggml.h"
+
+#include <cstdio>
+#include <cstring>
+
+namespace xquant {
+
+static node_params params_of(const ggml_tensor *node) {
+    node_params params;
+    memcpy(&params, node->op_params + node_params_at, sizeof(params));
+    return params;
+}
+
+/* The layer with its data: blocks, window, then the blocks of others and extra. */
+static xq_cuda_layer layer_of(const node_params &params, const ggml_tensor *blocks, const ggml_tensor *window,
+                              ggml_tensor *const *others /* [4] */) {
+    xq_cuda_layer l = *params.layer;
+    l.blocks = (uint8_t *)blocks->data;
+    l.blocks_stream = (int64_t)blocks->nb[1];
+    l.window = (uint16_t *)window->data;
+    l.window_stream = (int64_t)window->nb[1];
+    l.k_blocks = (uint8_t *)others[0]->data;
+    l.k_stream = (int64_t)others[0]->nb[1];
+    l.v_blocks = (uint8_t *)others[1]->data;
+    l.v_stream = (int64_t)others[1]->nb[1];
+    if (l.mapped) {
+        l.source_blocks = (const uint8_t *)others[2]->data;
+        l.source_stream = (int64_t)others[2]->nb[1];
+        const char *extra = (const char *)others[3]->data;
+        l.map_heads = (const int32_t *)(extra + extra_heads);
+        l.map = (const float *)(extra + extra_map(l.n_head_kv));
+    }
+    return l;
+}
+
+static int update(const node_params &params, const ggml_tensor *node, void *stream) {
+    ggml_tensor *const *src = node->src;
+    const ggml_tensor *k_cur = src[2], *v_cur = src[3], *blocks = src[4];
+    const xq_cuda_layer l = layer_of(params, blocks, src[0], src + 5);
+    const auto *input = (const int32_t *)src[1]->data;
+    const input_layout at(blocks->ne[1], l.n_pages, l.n_slots, k_cur->ne[2]);
+    xq_cuda_update_args a = {};
+    a.n_seal = input + in_n_seal;
+    a.n_unseal = input + in_n_unseal;
+    a.seals = input + at.seals;
+    a.unseals = input + at.unseals;
+    a.rows = input + at.rows;
+    a.k_cur = (const float *)k_cur->data;
+    a.v_cur = (const float *)v_cur->data;
+    a.k_head_stride = (int64_t)k_cur->nb[1];
+    a.k_token_stride = (int64_t)k_cur->nb[2];
+    a.v_head_stride = (int64_t)v_cur->nb[1];
+    a.v_token_stride = (int64_t)v_cur->nb[2];
+    a.n_tokens = (int32_t)k_cur->ne[2];
+    a.n_nonfinite = (unsigned long long *)src[8]->data;
+    return xq_cuda_update(&l, &a, stream);
+}
+
+static int attend(const node_params &params, const ggml_tensor *node, void *stream) {
+    ggml_tensor *const *src = node->src;
+    const ggml_tensor *q = src[0], *mask = src[2];
+    const xq_cuda_layer l = layer_of(params, src[3], src[4], src + 5);
+    const auto *input = (const int32_t *)src[1]->data;
+    xq_cuda_attend_args a = {};
+    a.q = (const float *)q->data;
+    a.q_head_stride = (int64_t)q->nb[1];
+    a.q_token_stride = (int64_t)q->nb[2];
+    a.mask = (const uint16_t *)mask->data;
+    a.mask_token_stride = (int64_t)mask->nb[1];
+    a.mask_stream_stride = (int64_t)mask->nb[3];
+    a.table = input + in_header;
+    a.first_stream = input + in_first_stream;
+    a.n_head = (int32_t)q->ne[1];
+    a.n_streams = (int32_t)mask->ne[3];
+    a.n_tokens = (int32_t)(q->ne[2] / mask->ne[3]);
+    a.n_kv_pages = (int32_t)(mask->ne[0] / XQ_PAGE);
+    a.scale = params.scale;
+    a.softcap = params.softcap;
+    a.max_bias = params.max_bias;
+    a.n_parts = params.n_parts;
+    a.partial = (float *)node->data;
+    return xq_cuda_attend(&l, &a, stream);
+}
+
+static int merge(const node_params &params, const ggml_tensor *node, void *stream) {
+    const ggml_tensor *states = node->src[0], *sinks = node->src[1], *blocks = node->src[2];
+    ggml_tensor *const others[] = {node->src[2], node->src[2], node->src[2], node->src[3]};
+    const xq_cuda_layer l = layer_of(params, blocks, blocks, others);
+    return xq_cuda_merge(&l, params.n_parts, (int32_t)(node->ne[1] * node->ne[2]), (int32_t)node->ne[1],
+                         (const float *)states->data, sinks == states ? nullptr : (const float *)sinks->data,
+                         (float *)node->data, stream);
+}
+
+static int unpack(const node_params &params, const ggml_tensor *node, void *stream) {
+    ggml_tensor *const *src = node->src;
+    const xq_cuda_layer l = layer_of(params, src[1], src[2], src + 3);
+    const auto *input = (const int32_t *)src[0]->data;
+    xq_cuda_unpack_args a = {};
+    a.table = input + in_header;
+    a.first_stream = input + in_first_stream;
+    a.n_streams = (int32_t)node->ne[3];
+    a.n_kv_pages = (int32_t)(node->ne[2] / XQ_PAGE);
+    a.is_k = params.kind == node_kind::unpack_k;
+    a.rows = (uint16_t *)node->data;
+    return xq_cuda_unpack(&l, &a, stream);
+}
+
+} // namespace xquant
+
+bool xquant_cuda_supports(const ggml_tensor *node) {
+    return node->op == GGML_OP_CUSTOM && xquant::params_of(node).magic == xquant::node_magic;
+}
+
+bool xquant_cuda_compute(const ggml_tensor *node, void *stream) {
+    using namespace xquant;
+    if (!xquant_cuda_supports(node)) {
+        return false;
+    }
+    const node_params params = params_of(node);
+    int status = XQ_OK;
+    switch (params.kind) {
+    case node_kind::update:
+        status = update(params, node, stream);
+        break;
+    case node_kind::attend:
+        status = attend(params, node, stream);
+        break;
+    case node_kind::merge:
+        status = merge(params, node, stream);
+        break;
+    case node_kind::unpack_k:
+    case node_kind::unpack_v:
+        status = unpack(params, node, stream);
+        break;
+    }
+    if (status != XQ_OK) {
+        fprintf(stderr, "xquant: %s\n", xq_cuda_error());
+    }
+    return status == XQ_OK;
+}

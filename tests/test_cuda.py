@@ -1,0 +1,70 @@
+"""The fork with layers on a GPU against the numpy oracle, on random tiny models: as test_oracle, with other bounds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_oracle import CASES, Bounds, Case, Fork, available_kernels, describe, deviation, expected, seeing_codes
+
+from xquant_gguf import native
+
+pytestmark = pytest.mark.cuda
+
+ALL = 99
+# cuBLAS multiplies F32 matrices in TF32, so that codes flip more often than on the CPU.  Measured on an H100: 1.1e-3,
+# 4.6e-3 where nothing is sealed; 4.8e-3, 2.9e-2 where pages are.
+OPEN = Bounds(median=2e-3, worst=2e-2)
+SEALED = Bounds(median=1e-2, worst=6e-2)
+
+
+@pytest.fixture(scope="module")
+def fork(tmp_path_factory: pytest.TempPathFactory) -> Fork:
+    return Fork(tmp_path_factory.mktemp("tiny"))
+
+
+def calls() -> int:
+    """Attention and codec calls of the CPU kernels."""
+    _, lib = native.load()
+    return sum(int(lib.xq_kernels_calls(name.encode())) for name in available_kernels())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_layers_on_the_gpu(fork: Fork, name: str) -> None:
+    case = CASES[name]
+    before = calls()
+    found = deviation(fork.run(case, kv_plan=case.kv_plan(), n_gpu_layers=ALL), expected(case))
+    assert calls() == before, "the CPU's kernels ran"
+    early = found[: (case.pinned + 1) * 128 + case.window]
+    print(f"{name}: open {describe(early)}; sealed {describe(found[seeing_codes(case)])}")
+    assert OPEN.hold(early), describe(early)
+    assert SEALED.hold(found[seeing_codes(case)]), describe(found[seeing_codes(case)])
+
+
+@pytest.mark.parametrize("name", ["gqa-xquant", "mqa-tiny"])
+@pytest.mark.parametrize("options", [{"n_gpu_layers": 2}, {"n_gpu_layers": 0}, {"offload_kqv": False}], ids=str)
+def test_layers_on_both_sides(fork: Fork, name: str, options: dict[str, int]) -> None:
+    case = CASES[name]
+    before = calls()
+    found = deviation(fork.run(case, kv_plan=case.kv_plan(), **{"n_gpu_layers": ALL, **options}), expected(case))
+    assert calls() > before, "the CPU's kernels did not run"
+    print(f"{name} {options}: sealed {describe(found[seeing_codes(case)])}")
+    assert SEALED.hold(found[seeing_codes(case)]), describe(found[seeing_codes(case)])
+
+
+def test_wide_batches_and_single_tokens_agree(fork: Fork) -> None:
+    """Prompts go through unpacked pages, single tokens through the decode kernel: the same keys and values."""
+    case = Case("gqa", n_ubatch=128)
+    one = fork.run(case, kv_plan=case.kv_plan(), n_gpu_layers=ALL)
+    other = replace(case, pieces=(*[128] * 5, *[1] * 60))
+    found = np.abs(fork.run(other, kv_plan=case.kv_plan(), n_gpu_layers=ALL) - one).max(axis=1) / one.std()
+    print(describe(found))
+    assert SEALED.hold(found)
+
+
+def test_a_layer_that_borrows_from_another_device_is_refused(fork: Fork, tmp_path: Path) -> None:
+    case = CASES["gqa-paper"]
+    with pytest.raises(ValueError, match="lies on another device"):
+        fork.run(case, kv_plan=case.kv_plan(), n_gpu_layers=2)
