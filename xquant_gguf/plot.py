@@ -1,0 +1,108 @@
+"""Pictures: KL divergence against true bits from evaluate's results, sensitivity by layer from calibrate's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from xquant_gguf.metadata import written_beside
+
+MARKERS = "os^Dv<>"
+SIDES = {"k": "keys", "v": "values"}
+
+
+def read_results(path: str) -> dict[str, Any]:
+    """A file of evaluate or calibrate; ValueError names the file and what it lacks."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON ({error})") from error
+    if isinstance(found, dict) and isinstance(found.get("sensitivity"), dict):
+        sides, layers = found["sensitivity"], found.get("layers")
+        if not isinstance(layers, list) or not all(_numbers(sides.get(s), len(layers)) for s in SIDES):
+            raise ValueError(f"{path}: sensitivity must have a number for keys and values of each layer")
+        return found
+    rows = found.get("results") if isinstance(found, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path}: has neither results of evaluate --text nor a sensitivity of calibrate --json")
+    for row in rows:
+        if not isinstance(row, dict) or not _numbers([row.get("kld"), row.get("true_bits")], 2):
+            raise ValueError(f"{path}: a result must have the numbers kld and true_bits, as evaluate --text writes it")
+    return found
+
+
+def _numbers(values: Any, n: int) -> bool:
+    return isinstance(values, list) and len(values) == n and all(isinstance(v, int | float) for v in values)
+
+
+def plot(paths: Sequence[str], out: str) -> None:
+    """Draws result files into one PNG: all of evaluate in one panel, each of calibrate in one of its own.
+
+    Raises ImportError, which names the extra, if matplotlib is missing; ValueError if a file holds nothing to draw.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plot needs the package matplotlib: pip install 'xquant-gguf[plot]'") from error
+    found = [read_results(path) for path in paths]
+    evaluated = [f for f in found if "sensitivity" not in f]
+    calibrated = [f for f in found if "sensitivity" in f]
+    n = bool(evaluated) + len(calibrated)
+    figure = Figure(figsize=(8, 4.5 * n), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(n, 1, squeeze=False)[:, 0])
+    if evaluated:
+        draw_pareto(axes.pop(0), evaluated)
+    for ax, result in zip(axes, calibrated, strict=True):
+        draw_sensitivity(ax, result)
+    with written_beside(Path(out)) as part:
+        figure.savefig(part, format="png", dpi=100)
+
+
+def draw_pareto(ax: Any, results: Sequence[Mapping[str, Any]]) -> None:
+    """A marker for each KV type, a colour for each model; a line along the types that no other beats.
+
+    F16 itself, with a KL divergence of 0, is not on a logarithmic scale.
+    """
+    for i, result in enumerate(results):
+        rows = sorted((row for row in result["results"] if row["kld"] > 0), key=lambda row: row["true_bits"])
+        best = [row for j, row in enumerate(rows) if all(row["kld"] < other["kld"] for other in rows[:j])]
+        colour = f"C{i}"
+        ax.plot([r["true_bits"] for r in best], [r["kld"] for r in best], color=colour, linewidth=1, alpha=0.6)
+        ax.scatter(
+            [r["true_bits"] for r in rows], [r["kld"] for r in rows], color=colour, marker=MARKERS[i % len(MARKERS)],
+            s=28, label=str(result.get("model", f"model {i + 1}")),
+        )  # fmt: skip
+        for j, row in enumerate(rows):
+            up = (i + j) % 2 == 0
+            ax.annotate(
+                label(row), (row["true_bits"], row["kld"]), xytext=(4, 5 if up else -9), textcoords="offset points",
+                fontsize=7, color=colour,
+            )  # fmt: skip
+    ax.set_yscale("log")
+    ax.set_xlabel("true bits a value")
+    ax.set_ylabel("mean KL divergence from F16")
+    ax.margins(x=0.12)
+    ax.grid(True, which="major", alpha=0.3)
+    ax.legend(fontsize=8)
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """A KV type, or the name of a plan's file without folder and suffix."""
+    name = str(row.get("kv_type", "?"))
+    return Path(name).stem if name.endswith(".json") else name
+
+
+def draw_sensitivity(ax: Any, result: Mapping[str, Any]) -> None:
+    """The KL divergence that 1-bit keys, or values, of each layer alone cause."""
+    for side, name in SIDES.items():
+        ax.plot(result["layers"], result["sensitivity"][side], marker=".", linewidth=1, label=f"1-bit {name}")
+    ax.set_yscale("log")
+    ax.set_title(str(result.get("model", "")), fontsize=9)
+    ax.set_xlabel("layer")
+    ax.set_ylabel("mean KL divergence from F16")
+    ax.grid(True, which="major", alpha=0.3)
+    ax.legend(fontsize=8)
