@@ -62,6 +62,14 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     assert path.read_bytes() == b"".join(lines)
 
 
+def test_an_answer_is_in_the_file_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    with Answers(path, SETTINGS) as answers:
+        for n, given in enumerate(GIVEN):
+            answers.add(*given)
+            assert path.read_bytes().count(b"\n") == n + 2
+
+
 def test_in_memory() -> None:
     with Answers(None, SETTINGS) as answers:
         answers.add("f16", "a", {"score": 1})

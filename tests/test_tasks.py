@@ -266,6 +266,8 @@ def test_passkey_command(tiny: str, tmp_path: Path, capfd: pytest.CaptureFixture
 
 BAD: list[tuple[list[str], str]] = [
     (["--kv-types", "f16"], "name a text with --text FILE, or a task with --task"),
+    (["--task", "passkey", "--kv-types", "f16,nope"], "kv_type is 'nope', must be one of"),
+    (["--task", "passkey", "--kv-types", "f16,no.json"], "kv_plan no.json: "),
     (["--task", "truthfulqa"], "--task truthfulqa needs --data FILE"),
     (["--task", "passkey", "--text", "x"], "--text is no option of a task"),
     (["--task", "passkey", "--data", "x"], "--data is no option of --task passkey"),

@@ -51,7 +51,7 @@ def plot(paths: Sequence[str], out: str) -> None:
     evaluated = [f for f in found if "sensitivity" not in f]
     calibrated = [f for f in found if "sensitivity" in f]
     n = bool(evaluated) + len(calibrated)
-    figure = Figure(figsize=(8, 4.5 * n), layout="constrained")
+    figure = Figure(figsize=(8, 5 * n), layout="constrained")
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(n, 1, squeeze=False)[:, 0])
     if evaluated:
@@ -76,16 +76,19 @@ def draw_pareto(ax: Any, results: Sequence[Mapping[str, Any]]) -> None:
             [r["true_bits"] for r in rows], [r["kld"] for r in rows], color=colour, marker=MARKERS[i % len(MARKERS)],
             s=28, label=str(result.get("model", f"model {i + 1}")),
         )  # fmt: skip
-        for j, row in enumerate(rows):
-            up = (i + j) % 2 == 0
-            ax.annotate(
-                label(row), (row["true_bits"], row["kld"]), xytext=(4, 5 if up else -9), textcoords="offset points",
-                fontsize=7, color=colour,
-            )  # fmt: skip
+        for row in rows:
+            aside = {"ha": "right", "xytext": (-5, -7)} if row in best else {"ha": "left", "xytext": (5, 3)}
+            point = (row["true_bits"], row["kld"])
+            ax.annotate(label(row), point, textcoords="offset points", fontsize=7, color=colour, **aside)
+    ax.set_xscale("log")
     ax.set_yscale("log")
+    ticks = [1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16]
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+    bits = [row["true_bits"] for result in results for row in result["results"] if row["kld"] > 0]
+    ax.set_xlim(0.75 * min(bits, default=1), 1.2 * max(bits, default=16))
     ax.set_xlabel("true bits a value")
     ax.set_ylabel("mean KL divergence from F16")
-    ax.margins(x=0.12)
     ax.grid(True, which="major", alpha=0.3)
     ax.legend(fontsize=8)
 

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from xquant_gguf.evaluate import load
-from xquant_gguf.llama import Llama
+from xquant_gguf.llama import Llama, checked_kv_type
 from xquant_gguf.tasks.longbench import LongBench
 from xquant_gguf.tasks.passkey import PassKey
 from xquant_gguf.tasks.store import Answer, Answers
@@ -67,6 +67,8 @@ def run(
     asked = {"model": model.name, "model_bytes": model.stat().st_size, "task": task.name}
     settings = {**asked, "n_ctx": n_ctx, "n_ubatch": n_ubatch, "kernels": Llama.kernels(), **task.settings}
     kv_types = list(dict.fromkeys(kv_types))
+    for kv in kv_types:  # a wrong name is told now, not after hours of the others
+        checked_kv_type(*((None, kv) if kv.endswith(".json") else (kv, None)), {})
     given: dict[str, list[Answer]] = {}
     caches: dict[str, dict[str, Any]] = {}
     with (
