@@ -68,7 +68,7 @@ def run(
     settings = {**asked, "n_ctx": n_ctx, "n_ubatch": n_ubatch, "kernels": Llama.kernels(), **task.settings}
     kv_types = list(dict.fromkeys(kv_types))
     for kv in kv_types:  # a wrong name is told now, not after hours of the others
-        checked_kv_type(*((None, kv) if kv.endswith(".json") else (kv, None)), {})
+        checked_kv_type(None if kv.endswith(".json") else kv, kv if kv.endswith(".json") else None, {})
     given: dict[str, list[Answer]] = {}
     caches: dict[str, dict[str, Any]] = {}
     with (
