@@ -14,7 +14,13 @@ from matplotlib.figure import Figure
 from xquant_gguf.cli import main
 from xquant_gguf.plot import draw_pareto, draw_sensitivity, plot
 
-BITS_KLD = {"f16": (16, 0.0), "q4_0": (4.5, 0.05), "xquant": (3.25, 0.01), "dir/best-2.json": (2.0, 0.03)}
+BITS_KLD = {
+    "f16": (16, 0.0),
+    "q4_0": (4.5, 0.05),
+    "xquant": (3.25, 0.01),
+    "other": (2.0, 0.04),
+    "dir/best-2.json": (2.0, 0.03),
+}
 EVALUATED = {
     "model": "m.gguf",
     "results": [{"kv_type": kv, "true_bits": bits, "kld": kld} for kv, (bits, kld) in BITS_KLD.items()],
@@ -25,12 +31,12 @@ CALIBRATED: dict[str, Any] = {"model": "m.gguf", "layers": [0, 2, 5], "sensitivi
 def test_pareto() -> None:
     """All types but F16 are marked and named; the line joins those that none beats in bits and harm."""
     ax = Figure().subplots()
-    draw_pareto(ax, [EVALUATED, EVALUATED])
-    marked = {tuple(point) for points in ax.collections for point in points.get_offsets().tolist()}
-    assert marked == {(4.5, 0.05), (3.25, 0.01), (2.0, 0.03)}
-    assert sorted(text.get_text() for text in ax.texts) == sorted(["q4_0", "xquant", "best-2"] * 2)
-    assert [line.get_xydata().tolist() for line in ax.lines] == [[[2.0, 0.03], [3.25, 0.01]]] * 2
-    assert ax.get_yscale() == "log"
+    draw_pareto(ax, EVALUATED)
+    marked = [tuple(point) for points in ax.collections for point in points.get_offsets().tolist()]
+    assert sorted(marked) == [(2.0, 0.03), (2.0, 0.04), (3.25, 0.01), (4.5, 0.05)]
+    assert sorted(text.get_text() for text in ax.texts) == ["best-2", "other", "q4_0", "xquant"]
+    assert [line.get_xydata().tolist() for line in ax.lines] == [[[2.0, 0.03], [3.25, 0.01]]]
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
 
 
 def test_sensitivity() -> None:
@@ -43,8 +49,8 @@ def test_sensitivity() -> None:
 
 
 def test_command(tmp_path: Path) -> None:
-    """One panel for all evaluations and one for each calibration, in a valid PNG."""
-    heights = []
+    """A valid PNG with a panel for each file, two in a row."""
+    sizes = []
     for files in ([EVALUATED], [EVALUATED, CALIBRATED, EVALUATED]):
         paths = [tmp_path / f"{i}.json" for i in range(len(files))]
         for path, content in zip(paths, files, strict=True):
@@ -53,8 +59,8 @@ def test_command(tmp_path: Path) -> None:
         assert main(["plot", *map(str, paths), "--out", str(out)]) == 0
         head = out.read_bytes()[:24]
         assert head[:8] == b"\x89PNG\r\n\x1a\n"
-        heights.append(struct.unpack(">II", head[16:])[1])
-    assert heights[1] == 2 * heights[0]
+        sizes.append(struct.unpack(">II", head[16:]))
+    assert sizes[1] == tuple(2 * n for n in sizes[0])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from typing import Any
 
 from xquant_gguf.metadata import written_beside
 
-MARKERS = "os^Dv<>"
 SIDES = {"k": "keys", "v": "values"}
 
 
@@ -38,7 +37,7 @@ def _numbers(values: Any, n: int) -> bool:
 
 
 def plot(paths: Sequence[str], out: str) -> None:
-    """Draws result files into one PNG: all of evaluate in one panel, each of calibrate in one of its own.
+    """Draws result files into one PNG, a panel for each.
 
     Raises ImportError, which names the extra, if matplotlib is missing; ValueError if a file holds nothing to draw.
     """
@@ -48,49 +47,46 @@ def plot(paths: Sequence[str], out: str) -> None:
     except ImportError as error:
         raise ImportError("plot needs the package matplotlib: pip install 'xquant-gguf[plot]'") from error
     found = [read_results(path) for path in paths]
-    evaluated = [f for f in found if "sensitivity" not in f]
-    calibrated = [f for f in found if "sensitivity" in f]
-    n = bool(evaluated) + len(calibrated)
-    figure = Figure(figsize=(8, 5 * n), layout="constrained")
+    columns = min(len(found), 2)
+    rows = -(-len(found) // columns)
+    figure = Figure(figsize=(6.5 * columns, 5 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = list(figure.subplots(n, 1, squeeze=False)[:, 0])
-    if evaluated:
-        draw_pareto(axes.pop(0), evaluated)
-    for ax, result in zip(axes, calibrated, strict=True):
-        draw_sensitivity(ax, result)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax, result in zip(axes, found, strict=False):
+        (draw_sensitivity if "sensitivity" in result else draw_pareto)(ax, result)
+        ax.set_title(str(result.get("model", "")), fontsize=9)
+        ax.set_ylabel("mean KL divergence from F16")
+        ax.grid(True, alpha=0.3)
+    for ax in axes[len(found) :]:
+        ax.set_axis_off()
+    evaluated = [ax for ax, result in zip(axes, found, strict=False) if "sensitivity" not in result]
+    for ax in evaluated[1:]:
+        ax.sharey(evaluated[0])
+        ax.autoscale(axis="y")
     with written_beside(Path(out)) as part:
         figure.savefig(part, format="png", dpi=100)
 
 
-def draw_pareto(ax: Any, results: Sequence[Mapping[str, Any]]) -> None:
-    """A marker for each KV type, a colour for each model; a line along the types that no other beats.
+def draw_pareto(ax: Any, result: Mapping[str, Any]) -> None:
+    """A marker for each KV type, and a line along those that no other beats.
 
     F16 itself, with a KL divergence of 0, is not on a logarithmic scale.
     """
-    for i, result in enumerate(results):
-        rows = sorted((row for row in result["results"] if row["kld"] > 0), key=lambda row: row["true_bits"])
-        best = [row for j, row in enumerate(rows) if all(row["kld"] < other["kld"] for other in rows[:j])]
-        colour = f"C{i}"
-        ax.plot([r["true_bits"] for r in best], [r["kld"] for r in best], color=colour, linewidth=1, alpha=0.6)
-        ax.scatter(
-            [r["true_bits"] for r in rows], [r["kld"] for r in rows], color=colour, marker=MARKERS[i % len(MARKERS)],
-            s=28, label=str(result.get("model", f"model {i + 1}")),
-        )  # fmt: skip
-        for row in rows:
-            aside = {"ha": "right", "xytext": (-5, -7)} if row in best else {"ha": "left", "xytext": (5, 3)}
-            point = (row["true_bits"], row["kld"])
-            ax.annotate(label(row), point, textcoords="offset points", fontsize=7, color=colour, **aside)
+    rows = sorted((r for r in result["results"] if r["kld"] > 0), key=lambda r: (r["true_bits"], r["kld"]))
+    best = [row for i, row in enumerate(rows) if all(row["kld"] < other["kld"] for other in rows[:i])]
+    bits = [row["true_bits"] for row in rows]
+    ax.plot([r["true_bits"] for r in best], [r["kld"] for r in best], linewidth=1, alpha=0.6)
+    ax.scatter(bits, [r["kld"] for r in rows], s=28)
+    for row in rows:
+        aside = {"ha": "right", "xytext": (-5, -7)} if row in best else {"ha": "left", "xytext": (5, 3)}
+        ax.annotate(label(row), (row["true_bits"], row["kld"]), textcoords="offset points", fontsize=7, **aside)
     ax.set_xscale("log")
     ax.set_yscale("log")
     ticks = [1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16]
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
-    bits = [row["true_bits"] for result in results for row in result["results"] if row["kld"] > 0]
-    ax.set_xlim(0.75 * min(bits, default=1), 1.2 * max(bits, default=16))
+    ax.set_xlim(0.7 * min(bits, default=1), 1.2 * max(bits, default=16))
     ax.set_xlabel("true bits a value")
-    ax.set_ylabel("mean KL divergence from F16")
-    ax.grid(True, which="major", alpha=0.3)
-    ax.legend(fontsize=8)
 
 
 def label(row: Mapping[str, Any]) -> str:
@@ -104,8 +100,5 @@ def draw_sensitivity(ax: Any, result: Mapping[str, Any]) -> None:
     for side, name in SIDES.items():
         ax.plot(result["layers"], result["sensitivity"][side], marker=".", linewidth=1, label=f"1-bit {name}")
     ax.set_yscale("log")
-    ax.set_title(str(result.get("model", "")), fontsize=9)
     ax.set_xlabel("layer")
-    ax.set_ylabel("mean KL divergence from F16")
-    ax.grid(True, which="major", alpha=0.3)
     ax.legend(fontsize=8)
