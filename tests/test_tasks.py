@@ -264,6 +264,19 @@ def test_passkey_command(tiny: str, tmp_path: Path, capfd: pytest.CaptureFixture
     assert len((tmp_path / "keys.items.jsonl").read_text().splitlines()) == 1 + 8
 
 
+def test_longbench_command(tiny: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    news, out = tmp_path / "news.jsonl", tmp_path / "news.json"
+    entry = {"context": "News of today. " * 60, "answers": ["a b"]}
+    news.write_text(f"{json.dumps(entry)}\n" * 3)
+    options = ["--data", str(news), "--limit", "2", "--max-tokens", "8", "--n-ctx", "1024", "--n-ubatch", "128"]
+    options += ["--kv-types", "f16,xquant", "--json", str(out)]
+    assert main(["evaluate", tiny, "--task", "longbench", *options]) == 0
+    assert re.search(r"^KV cache .* rouge_l_to_f16 ", capfd.readouterr().out, re.MULTILINE)
+    f16, xquant = json.loads(out.read_text())["results"]
+    assert (f16["rouge_l_to_f16"], f16["n"], xquant["n"]) == (1, 2, 2)
+    assert xquant["tokens_in_codes"] > 0
+
+
 BAD: list[tuple[list[str], str]] = [
     (["--kv-types", "f16"], "name a text with --text FILE, or a task with --task"),
     (["--task", "passkey", "--kv-types", "f16,nope"], "kv_type is 'nope', must be one of"),

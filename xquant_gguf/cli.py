@@ -201,11 +201,13 @@ def run_task(args: argparse.Namespace) -> int:
         args.model, task, args.kv_types.split(","), n_ctx=args.n_ctx, n_ubatch=args.n_ubatch, n_threads=args.threads,
         answers_path=beside,
     )  # fmt: skip
-    rows = [["KV cache", "true bits", "items", *task.metrics, "+-", "same as f16 %", "tokens", "in codes"]]
+    near = [name for name in out["results"][0] if name.endswith("_to_f16")]
+    rows = [["KV cache", "true bits", "items", *task.metrics, "+-", "same as f16 %", *near, "tokens", "in codes"]]
     for r in out["results"]:
         numbers = [f"{r['true_bits']:.2f}", str(r["n"]), *(f"{r[m]:.3f}" for m in task.metrics)]
         numbers += [f"{r[task.metrics[0] + '_stderr']:.3f}"]
         numbers += [f"{100 * r['same_as_f16']:.1f}" if "same_as_f16" in r else "-"]
+        numbers += [f"{r[name]:.3f}" for name in near]
         rows.append([r["kv_type"], *numbers, f"{r['tokens']:.0f}", f"{r['tokens_in_codes']:.0f}"])
     print(table(rows))
     if "table" in out:
