@@ -85,14 +85,22 @@ def test_a_budget_that_is_too_small(model: str, prose: str) -> None:
 
 
 def test_commands(model: str, prose: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    text, out, plan, plain = (tmp_path / name for name in ("text", "out.gguf", "plan.json", "plain.gguf"))
+    names = ("text", "out.gguf", "plan.json", "all.json", "plain.gguf")
+    text, out, plan, everything, plain = (tmp_path / name for name in names)
     text.write_text(prose)
     arguments = ["--bits", "2.75", "--text", str(text), "--threads", "1", "--metadata-only", str(plan)]
+    arguments += ["--json", str(everything)]
     assert main(["calibrate", model, str(out), *arguments]) == 0
     printed = capfd.readouterr().out
     assert "expected KL divergence from F16: " in printed
     found, *_ = read_plan(out) or pytest.fail("no plan")
     assert json.loads(plan.read_text()) == json.loads(json.dumps(found.to_dict()))
+    whole = json.loads(everything.read_text())
+    assert whole["plan"] == json.loads(plan.read_text())
+    assert whole["layers"] == list(range(SHAPE.n_layer))
+    assert all(len(whole["sensitivity"][side]) == SHAPE.n_layer for side in "kv")
+    assert whole["made_by"]["tokens"] >= 1280
+    assert 2.5 < whole["true_bits"] <= 2.75
     assert main(["inspect", str(out), "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
     assert told["k_bits"] == [layer.k.bits for layer in found.layers]
@@ -106,3 +114,5 @@ def test_commands(model: str, prose: str, tmp_path: Path, capfd: pytest.CaptureF
         assert "xquant.version" in GGUFFile(out).keys
     assert main(["calibrate", model]) == 1
     assert "name an output file" in capfd.readouterr().err
+    assert main(["calibrate", model, str(out), "--data-free", "--json", str(everything)]) == 1
+    assert "--json holds what was measured" in capfd.readouterr().err

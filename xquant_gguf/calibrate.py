@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -107,6 +107,12 @@ class Calibration:
     def keys(self) -> dict[str, Key]:
         """The GGUF keys."""
         return plan_keys(self.plan, self.layers, self.n_layers, self.made_by)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan and its bits, the model's numbers of its layers, their sensitivity, and what made it."""
+        bits = {"true_bits": self.plan.true_bits(self.shapes), "equivalent_bits": self.plan.equivalent_bits()}
+        made = {"layers": self.layers, "sensitivity": self.sensitivity, "made_by": asdict(self.made_by)}
+        return {**bits, **made, "plan": self.plan.to_dict()}
 
 
 def _error(side: Side, rows: NDArray[np.float16], name: str, predicted: Sequence[Any] | None = None) -> float:

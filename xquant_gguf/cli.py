@@ -1,4 +1,4 @@
-"""The command xquant-gguf: generate, inspect, calibrate, strip, evaluate."""
+"""The command xquant-gguf: generate, inspect, calibrate, strip, evaluate, plot."""
 
 from __future__ import annotations
 
@@ -19,9 +19,16 @@ from xquant_gguf.evaluate import evaluate
 from xquant_gguf.llama import LLAMA_TYPES, Llama, checked_kv_type
 from xquant_gguf.metadata import Key, copy_with_keys, splits, written_beside
 from xquant_gguf.plan import PAGE, preset_names
+from xquant_gguf.plot import plot
 from xquant_gguf.sizes import inspect_cache
+from xquant_gguf.tasks import TASKS, run, task_of
 
 UBATCH = "tokens of a micro-batch (default %(default)s)"
+
+
+TASK_TEXT = "quality of KV cache types: perplexity and KL divergence from F16 on a text, or answers to a task"
+PLOT_TEXT = "draw KL divergence against bits (of evaluate), and sensitivity by layer (of calibrate), as PNG"
+TASK_OPTIONS = ("data", "limit", "max_tokens", "lengths", "depths", "repeats", "seed")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -90,6 +97,8 @@ def generate(args: argparse.Namespace) -> int:
 def run_calibrate(args: argparse.Namespace) -> int:
     if not args.output and not args.metadata_only:
         raise ValueError("name an output file, or --metadata-only FILE.json")
+    if args.json and (args.data_free or args.preset):
+        raise ValueError("--json holds what was measured, and --data-free and --preset measure nothing: leave one out")
     budget = Budget(args.bits, False) if args.equivalent_bits is None else Budget(args.equivalent_bits, True)
     if args.data_free or args.preset:
         result = unmeasured(args.model, budget, args.preset)
@@ -98,9 +107,10 @@ def run_calibrate(args: argparse.Namespace) -> int:
         result = calibrate(args.model, budget, text=text, n_threads=args.threads, maps=not args.no_maps)
     print(plan_text(result))
     if args.metadata_only:
-        with written_beside(Path(args.metadata_only)) as part:
-            part.write_text(json.dumps(result.plan.to_dict(), indent=1) + "\n")
+        _write_json(args.metadata_only, result.plan.to_dict())
         print(f"plan: {args.metadata_only}")
+    if args.json:
+        _write_json(args.json, {"model": Path(args.model).name, **result.to_dict()})
     if args.output:
         copy(args.model, args.output, result.keys())
     return 0
@@ -161,6 +171,10 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
+    if args.task:
+        return run_task(args)
+    if not args.text:
+        raise ValueError("name a text with --text FILE, or a task with --task")
     text = Path(args.text).read_text(errors="replace")
     kv_types = args.kv_types.split(",")
     out = evaluate(
@@ -174,8 +188,49 @@ def run_evaluate(args: argparse.Namespace) -> int:
         rows.append([r["kv_type"], *numbers])
     print(table(rows))
     if args.json:
-        Path(args.json).write_text(json.dumps(out, indent=2) + "\n")
+        _write_json(args.json, out)
     return 0
+
+
+def run_task(args: argparse.Namespace) -> int:
+    if args.text:
+        raise ValueError("--text is no option of a task: --data FILE names its questions")
+    task = task_of(args.task, {name: getattr(args, name) for name in TASK_OPTIONS})
+    beside = Path(args.json).with_suffix(".items.jsonl") if args.json else None
+    out = run(
+        args.model, task, args.kv_types.split(","), n_ctx=args.n_ctx, n_ubatch=args.n_ubatch, n_threads=args.threads,
+        answers_path=beside,
+    )  # fmt: skip
+    near = [name for name in out["results"][0] if name.endswith("_to_f16")]
+    rows = [["KV cache", "true bits", "items", *task.metrics, "+-", "same as f16 %", *near, "tokens", "in codes"]]
+    for r in out["results"]:
+        numbers = [f"{r['true_bits']:.2f}", str(r["n"]), *(f"{r[m]:.3f}" for m in task.metrics)]
+        numbers += [f"{r[task.metrics[0] + '_stderr']:.3f}"]
+        numbers += [f"{100 * r['same_as_f16']:.1f}" if "same_as_f16" in r else "-"]
+        numbers += [f"{r[name]:.3f}" for name in near]
+        rows.append([r["kv_type"], *numbers, f"{r['tokens']:.0f}", f"{r['tokens_in_codes']:.0f}"])
+    print(table(rows))
+    if "table" in out:
+        depths = sorted({r["depth"] for r in out["table"]})
+        cells = {(r["kv_type"], r["length"], r["depth"]): r for r in out["table"]}
+        rows = [["found, by depth", "tokens", *(f"{d:g}" for d in depths)]]
+        for kv, length in dict.fromkeys((r["kv_type"], r["length"]) for r in out["table"]):
+            found = [cells[kv, length, d] for d in depths]
+            rows.append([kv, str(length), *(f"{r['found'] * r['n']:.0f}/{r['n']}" for r in found)])
+        print(f"\n{table(rows)}")
+    if args.json:
+        _write_json(args.json, out)
+    return 0
+
+
+def run_plot(args: argparse.Namespace) -> int:
+    plot(args.results, args.out)
+    return 0
+
+
+def _write_json(path: str, value: Mapping[str, Any]) -> None:
+    with written_beside(Path(path)) as part:
+        part.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def _kv_type(args: argparse.Namespace) -> str:
@@ -192,6 +247,16 @@ def _at_least(low: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"is {text!r}, must be an integer of at least {low}")
         return int(text)
 
+    return parse
+
+
+def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """An argparse type: values with commas between them."""
+
+    def parse(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",")]
+
+    parse.__name__ = "list"  # what argparse says is invalid
     return parse
 
 
@@ -235,16 +300,36 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--data-free", action="store_true", help="derive the plan from the architecture alone")
     sub.add_argument("--no-maps", action="store_true", help="predict no layer's values from another's")
     sub.add_argument("--metadata-only", metavar="FILE.json", help="write the plan, for kv_plan")
+    sub.add_argument("--json", metavar="FILE.json", help="write the plan, each layer's sensitivity, and what made it")
     sub = command("strip", strip, "copy a model without its cache plan", n_ctx=None)
     sub.add_argument("output", help="the copy to write")
-    sub = command("evaluate", run_evaluate, "perplexity and KL divergence from the F16 cache on a text", n_ctx=4096)
-    sub.add_argument("--text", required=True, help="text file")
+    sub = command("evaluate", run_evaluate, TASK_TEXT, n_ctx=4096)
+    sub.add_argument("--text", help="text file")
     sub.add_argument("--kv-types", default="f16,q8_0,q4_0,xquant,xquant-small,xquant-tiny", help=f"any of {names}")
     sub.add_argument("--tokens", type=_at_least(2), default=4096, help="tokens of the text (default %(default)s)")
     sub.add_argument("--skip", type=_at_least(0), default=512, help="first positions of a window that are not scored")
     sub.add_argument("--n-ubatch", type=_at_least(1), default=512, help=UBATCH)
-    sub.add_argument("--json", help="file for the results")
+    text = "file for the results; a task's answers are kept beside it, and a run that was stopped continues there"
+    sub.add_argument("--json", help=text)
+    _task_options(sub)
+    sub = commands.add_parser("plot", help=PLOT_TEXT, description=PLOT_TEXT)
+    sub.set_defaults(function=run_plot)
+    sub.add_argument("results", nargs="+", help="JSON files of evaluate --text or calibrate --json")
+    sub.add_argument("--out", required=True, metavar="FILE.png", help="picture to write")
     return top
+
+
+def _task_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--task", choices=list(TASKS), help="answers to questions instead of a text")
+    sub.add_argument("--data", help="truthfulqa: its CSV; longbench: the JSON lines of multi_news")
+    sub.add_argument("--limit", type=_at_least(1), help="truthfulqa, longbench: ask the first items only")
+    sub.add_argument("--max-tokens", type=_at_least(1), help="longbench: tokens of a summary (default 512)")
+    text = "passkey: tokens of prompt and answer, with commas (default 1024,2048,4096)"
+    sub.add_argument("--lengths", type=_list_of(_at_least(1)), help=text)
+    text = "passkey: where the key stands, 0 first to 1 last, with commas (default 0,0.25,0.5,0.75,1)"
+    sub.add_argument("--depths", type=_list_of(float), help=text)
+    sub.add_argument("--repeats", type=_at_least(1), help="passkey: keys for each length and depth (default 1)")
+    sub.add_argument("--seed", type=_at_least(0), help="passkey: another seed gives other texts (default 0)")
 
 
 def _cache_options(sub: argparse.ArgumentParser, names: str) -> None:
@@ -256,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return int(args.function(args))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"xquant-gguf: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

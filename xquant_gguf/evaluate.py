@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,9 @@ def log_probabilities(llm: Llama, tokens: Sequence[int], n_past: int) -> NDArray
     return logits
 
 
-def _model(model_path: str, kv: str, common: dict[str, Any]) -> Llama:
-    """kv: a kv_type, or a JSON file with a plan."""
-    return Llama(model_path, **{"kv_plan" if kv.endswith(".json") else "kv_type": kv}, **common)
+def load(model_path: str, kv: str, common: Mapping[str, Any]) -> Llama:
+    """A model with a cache, flash attention on; kv: a kv_type, or a JSON file with a plan.  common: of Llama."""
+    return Llama(model_path, **{"kv_plan" if kv.endswith(".json") else "kv_type": kv}, flash_attn=True, **common)
 
 
 def evaluate(
@@ -82,8 +82,8 @@ def evaluate(
     """
     common: dict[str, Any] = {"n_ctx": n_ctx, "n_batch": n_ubatch, "n_ubatch": n_ubatch, "verbose": False}
     common.update(n_threads=n_threads, n_threads_batch=n_threads)
-    reference = Llama(model_path, kv_type="f16", flash_attn=True, **common)
-    models = {kv: reference if kv == "f16" else _model(model_path, kv, common) for kv in kv_types}
+    reference = load(model_path, "f16", common)
+    models = {kv: reference if kv == "f16" else load(model_path, kv, common) for kv in kv_types}
     n_ctx = n_ctx or reference.n_ctx()
     tokens = reference.tokenize(text.encode(), special=False)[:n_tokens]
     if len(tokens) < n_tokens or min(n_tokens, n_ctx) <= skip + 1:

@@ -1,0 +1,107 @@
+"""TruthfulQA (Lin et al. 2021, arXiv 2109.07958), multiple choice.
+
+MC1: whether the best answer is likelier than every false one, by the sum of its tokens' log-probabilities.  MC2: the
+true answers' share of the probability of all answers.  A question follows a fixed primer of answered questions (our
+own, data/primer.txt), which is long enough that most of it is read from sealed pages; what a quantized cache loses is
+lost there.  Answers are scored as the file has them.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xquant_gguf.evaluate import log_probabilities
+from xquant_gguf.llama import Llama
+from xquant_gguf.tasks.model import Snapshot, sealed_tokens
+from xquant_gguf.tasks.task import Item, Task, read_data
+
+PRIMER = Path(__file__).parent.parent / "data" / "primer.txt"
+COLUMNS = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its true answers, the best of them first, and its false ones."""
+
+    text: str
+    true: tuple[str, ...]
+    false: tuple[str, ...]
+
+
+def read_questions(path: Path, text: str) -> list[Question]:
+    """Questions from the benchmark's CSV; ValueError names a column that is missing or a row that lacks answers."""
+    reader = csv.DictReader(text.splitlines(keepends=True))
+    missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    if missing:
+        raise ValueError(f"{path}: there is no column {missing[0]!r}; needed are {', '.join(COLUMNS)}")
+    questions = []
+    for row in reader:
+        best, true, false = ([a.strip() for a in (row[c] or "").split(";") if a.strip()] for c in COLUMNS[1:])
+        # the best answer is one, whatever stands in it
+        first = "; ".join(best)
+        question = Question(row["Question"] or "", (first, *(a for a in true if a != first)), tuple(false))
+        if not question.text or not first or not false:
+            raise ValueError(f"{path}, line {reader.line_num}: question, best and incorrect answers must not be empty")
+        questions.append(question)
+    return questions
+
+
+def scores(logp: np.ndarray[Any, np.dtype[np.float64]], n_true: int) -> dict[str, float]:
+    """mc1 and mc2 from log-probabilities [answer]: the best answer, the other true ones, then the false ones."""
+    share = np.exp(logp - logp.max())
+    return {"mc1": float(logp[0] > logp[n_true:].max()), "mc2": float(share[:n_true].sum() / share.sum())}
+
+
+class TruthfulQA(Task):
+    """The questions of a file; --limit: the first of them."""
+
+    name, metrics = "truthfulqa", ("mc1", "mc2")
+
+    def __init__(self, data: str, limit: int | None = None) -> None:
+        text, self.settings = read_data(data)
+        self.settings["primer"] = PRIMER.read_text().strip()
+        questions = read_questions(Path(data), text)[:limit]
+        self.items = [Item(str(i), question) for i, question in enumerate(questions)]
+        self._primer: tuple[Llama, Snapshot, int] | None = None
+
+    def ask(self, llm: Llama, item: Item) -> dict[str, Any]:
+        """Scores one question; answer: number of the likeliest choice (true ones first)."""
+        question: Question = item.content
+        snapshot, n_primer = self._after_primer(llm)
+        asked = f"\n\nQ: {question.text}\nA:"
+        whole = [llm.tokenize(f"{asked} {a}".encode(), add_bos=False) for a in (*question.true, *question.false)]
+        prefix = llm.tokenize(asked.encode(), add_bos=False)
+        # a tokenizer may join the end of the question and the start of an answer
+        n = min(sum(1 for _ in takewhile(lambda p: p[0] == p[1], zip(prefix, w, strict=False))) for w in whole)
+        if n_primer + max(len(w) for w in whole) > llm.n_ctx():
+            raise ValueError(f"question {item.name} does not fit the context of {llm.n_ctx()} tokens")
+
+        snapshot.restore()
+        first = log_probabilities(llm, prefix[:n], n_primer)[-1:]
+        sealed = sealed_tokens(llm)
+        logp = []
+        for tokens in whole:
+            answer = tokens[n:]
+            llm._ctx.kv_cache_seq_rm(0, n_primer + n, -1)
+            rest = log_probabilities(llm, answer[:-1], n_primer + n) if len(answer) > 1 else first[:0]
+            rows = np.concatenate([first, rest])
+            logp.append(float(rows[np.arange(len(answer)), answer].sum(dtype=np.float64)))
+        result = scores(np.array(logp), len(question.true))
+        return {**result, "answer": int(np.argmax(logp)), "tokens": n_primer + n, "tokens_in_codes": sealed}
+
+    def _after_primer(self, llm: Llama) -> tuple[Snapshot, int]:
+        """The cache after the primer, which is evaluated once a model, and the primer's tokens."""
+        if self._primer is None or self._primer[0] is not llm:
+            tokens = llm.tokenize(self.settings["primer"].encode())
+            if len(tokens) >= llm.n_ctx():
+                raise ValueError(f"the primer has {len(tokens)} tokens, n_ctx is {llm.n_ctx()}: must be more")
+            llm.reset()
+            llm.eval(tokens)
+            self._primer = (llm, Snapshot(llm), len(tokens))
+        return self._primer[1:]
