@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xquant_gguf import Layer, Plan, Side, native
+from xquant_gguf import Plan, Side, native
 from xquant_gguf.plan import FITS, PARAMS, Shape, block_bytes, preset_names, shortest, side_to_c
 
 LLAMA_8B = [Shape(128, 128, 8)] * 32

@@ -11,21 +11,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_gguf
-from contexts import Context, llama_cpp
+from contexts import Context, Logits, llama_cpp
 
 from xquant_gguf import Llama
 
 MODELS = {"plain": tiny_gguf.Shape(), "sliding": tiny_gguf.Shape(arch="mimo2", n_layer=3)}
+# llama.cpp restores the F16 cells of sliding layers elsewhere, where they are summed up in another order (2e-4).
+MOVED = {"plain": 0.0, "sliding": 1e-3}
 TOKENS = np.random.default_rng(12).integers(3, tiny_gguf.N_VOCAB, 1400).tolist()
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("tiny")
-    return {
-        name: tiny_gguf.write(folder / f"{name}.gguf", shape, tiny_gguf.random_weights(shape))
-        for name, shape in MODELS.items()
-    }
+    out = {}
+    for name, shape in MODELS.items():
+        weights = tiny_gguf.random_weights(shape)
+        weights[f"blk.{shape.n_layer - 1}.attn_output.weight"] = weights["blk.0.attn_output.weight"]  # 0 if it slides
+        out[name] = tiny_gguf.write(folder / f"{name}.gguf", shape, weights)
+    return out
 
 
 @pytest.mark.parametrize("sequence", [None, 0])
@@ -40,7 +44,8 @@ def test_a_state_cut_off_anywhere_changes_nothing(paths: dict[str, Path], model:
         for cut in (3, 40, 300, len(state) // 3, len(state) * 2 // 3, len(state) - 100, len(state) - 1):
             assert live.load(state[:cut], sequence) == 0
         assert live.info() == twin.info()
-        assert np.array_equal(live.decode(TOKENS[700:800], 700), twin.decode(TOKENS[700:800], 700))
+        got, want = (context.decode(TOKENS[700:800], 700) for context in (live, twin))
+        assert np.abs(got - want).max() <= MOVED[model] * want.std()
         assert live.load(state, sequence) == len(state)
         assert llama_cpp.llama_memory_seq_pos_max(live.memory, 0) == 799
 
@@ -60,7 +65,8 @@ def test_a_file_cut_off_changes_nothing(paths: dict[str, Path], tmp_path: Path) 
             assert not llama_cpp.llama_state_load_file(twin.ctx, str(cut).encode(), tokens, 4, count)
             assert twin.save() == before
             assert llama_cpp.llama_state_load_file(twin.ctx, str(whole).encode(), tokens, 4, count)
-            assert np.array_equal(live.decode(TOKENS[700:710], 700), twin.decode(TOKENS[700:710], 700))
+            got, want = (context.decode(TOKENS[700:710], 700) for context in (live, twin))
+            assert np.abs(got - want).max() <= MOVED[model] * want.std()
 
 
 def field_offsets(state: bytes) -> dict[str, int]:
@@ -94,13 +100,32 @@ def test_every_field_of_a_state_is_checked(paths: dict[str, Path], field: str, v
         assert context.save() == before
 
 
-def test_restoring_into_a_smaller_context_is_refused(paths: dict[str, Path]) -> None:
+def test_states_that_forge_what_they_come_from_are_refused(paths: dict[str, Path]) -> None:
+    """A right fingerprint promises nothing: codes for a cache that has no room for any, more rows than slots."""
+    sizes = {"sealing": {}, "open": {"overrides": {"xquant.window": -1}}}
+    contexts = {name: Context(paths["plain"], "xquant", **size) for name, size in sizes.items()}
+    states = {}
+    for name, context in contexts.items():
+        context.decode(TOKENS[:1300], 0)
+        states[name] = context.save(0)
+    at = field_offsets(states["open"])["fingerprint"]
+    for (name, context), forged in zip(contexts.items(), reversed(states.values()), strict=True):
+        state = forged[:at] + states[name][at : at + 8] + forged[at + 8 :]
+        assert context.load(state, 0) == 0
+        assert context.save(0) == states[name]
+        context.close()
+
+
+@pytest.mark.parametrize("cut", [0, 700])
+def test_restoring_into_a_smaller_context_is_refused(paths: dict[str, Path], cut: int) -> None:
+    """11 pages, and the last 6 of them: too many, numbers too high, or too few left beside another sequence."""
     with Context(paths["plain"], "xquant", n_ctx=4096) as large:
         large.decode(TOKENS[:1300], 0)
+        llama_cpp.llama_memory_seq_rm(large.memory, 0, 0, cut)
         states = {None: large.save(), 0: large.save(0)}
     for n_ctx in (1024, 256):
-        with Context(paths["plain"], "xquant", n_ctx=n_ctx) as small:
-            small.decode(TOKENS[:200], 0)
+        with Context(paths["plain"], "xquant", n_ctx=n_ctx, n_seq=2) as small:
+            small.decode(TOKENS[: n_ctx // 2], 0, [1])
             before = small.save()
             for sequence, state in states.items():
                 assert small.load(state, sequence) == 0
@@ -119,8 +144,44 @@ def test_a_saved_copy_and_a_saved_shift_are_not_stale(paths: dict[str, Path]) ->
             assert loaded.load(state, 1) == len(state)
             got = loaded.decode(TOKENS[700:750], 572, [1])
         want = saved.decode(TOKENS[700:750], 572, [1])
-    # the free page in the middle is not saved: pages after it are summed up in another order
-    assert np.abs(got - want).max() < 5e-3 * want.std()
+    # the free page in the middle is not saved: pages after it are summed up in another order; measured: 2e-6
+    assert np.abs(got - want).max() < 1e-4 * want.std()
+
+
+def test_a_loaded_sequence_does_not_age_the_others(paths: dict[str, Path]) -> None:
+    """Pages that were written long ago come beside new ones: only what left its own window is sealed."""
+    with Context(paths["plain"], "xquant", n_seq=2) as context:
+        context.decode(TOKENS[:1300], 0, [0])
+        state = context.save(0)
+        llama_cpp.llama_memory_clear(context.memory, True)
+        context.decode(TOKENS[:250], 0, [1])
+        assert context.load(state, 0) == len(state)
+        before = context.info()
+        context.decode(TOKENS[250:255], 250, [1])
+        assert context.info() == before
+
+
+def test_shifting_borrowed_keys_loses_no_more_than_shifting_own_ones(paths: dict[str, Path]) -> None:
+    """A layer that borrows codes reads its keys before the owner writes new ones."""
+    shape = tiny_gguf.Shape()
+    weights = tiny_gguf.random_weights(shape)
+    for name in ("attn_norm", "attn_k"):  # keys that resemble the owner's
+        for il in range(1, shape.n_layer):
+            weights[f"blk.{il}.{name}.weight"] = weights[f"blk.0.{name}.weight"]
+    path = tiny_gguf.write(paths["plain"].parent / "alike.gguf", shape, weights)
+    borrowing = "k=4,128,lsq,f16,0,0 v=4,0,minmax,f16,0,-1,rot"
+    overrides = {f"xquant.layer.{il}": borrowing for il in range(1, shape.n_layer)}
+
+    def run(kv_type: str, shift: int) -> Logits:
+        with Context(path, kv_type, overrides=overrides) as context:
+            context.decode(TOKENS[:1000], 0)
+            assert llama_cpp.llama_memory_seq_rm(context.memory, 0, 128, 384)
+            if shift:
+                llama_cpp.llama_memory_seq_add(context.memory, 0, 384, -1, -shift)
+            return context.decode(TOKENS[1000:1100], 1000 - shift)
+
+    shifted, unshifted = (np.abs(run("f16", n) - run("xquant", n)).mean() for n in (256, 0))
+    assert shifted < 1.2 * unshifted
 
 
 def test_part_of_a_sequence_is_copied_between_streams(paths: dict[str, Path]) -> None:
@@ -170,20 +231,23 @@ def test_dividing_positions_turns_keys_the_right_way(paths: dict[str, Path]) -> 
             llama_cpp.llama_memory_seq_div(divided.memory, 0, 0, -1, 2)
             direct.decode(TOKENS[:1], 50)
             got, want = (c.decode(TOKENS[1:2], 51) for c in (divided, direct))
-            assert np.abs(got - want).max() < 5e-3 * want.std()
+            assert np.abs(got - want).max() < 1e-3 * want.std()  # measured: 1.3e-4 with F16
 
 
-def test_many_sequences_in_scattered_pages(paths: dict[str, Path]) -> None:
-    """Cells of eight sequences are freed all over the cache, then a long batch takes them."""
-    for model in MODELS:
-        with Context(paths[model], "xquant", n_ctx=2048, n_ubatch=128, n_seq=16) as context:
-            rows = [(TOKENS[i % 1400], i // 8, [i % 8]) for i in range(2000)]
-            for i in range(0, len(rows), 500):
-                context.decode_mixed(rows[i : i + 500])
-            for s in range(8):
-                llama_cpp.llama_memory_seq_rm(context.memory, s, 0, 240)
-            got = context.decode_mixed([(TOKENS[i], 300 + i, [9]) for i in range(900)])
-            assert np.isfinite(got).all()
+@pytest.mark.parametrize("model", MODELS)
+def test_cells_free_all_over_the_cache(paths: dict[str, Path], model: str) -> None:
+    """A batch whose cells lie in more pages than have room in F16 at once is cut into smaller ones."""
+    logits = []
+    for kv_type in ("f16", "xquant"):
+        with Context(paths[model], kv_type, n_seq=2) as context:
+            rows = [
+                (TOKENS[i % 1400], i // 8 if i % 8 == 0 else i - i // 8 - 1, [int(i % 8 == 0)]) for i in range(2048)
+            ]
+            for i in range(0, 2048, 512):
+                context.decode_mixed(rows[i : i + 512])
+            assert llama_cpp.llama_memory_seq_rm(context.memory, 1, -1, -1)
+            logits.append(context.decode(TOKENS[:250], 1792, [0]))
+    assert np.abs(logits[0] - logits[1]).max() < 0.15 * logits[0].std()  # measured: 0.05
 
 
 def test_memory_that_cannot_be_had_is_an_error(paths: dict[str, Path]) -> None:

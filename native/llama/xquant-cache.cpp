@@ -198,8 +198,7 @@ int32_t cache::take_slot(uint32_t s, const std::vector<int32_t> &keep) {
                 continue;
             }
             const bool pinned = is_pinned(s, p);
-            if (victim < 0 || pinned < victim_pinned ||
-                (pinned == victim_pinned && st.pages[p].written < st.pages[victim].written)) {
+            if (victim < 0 || pinned < victim_pinned || (pinned == victim_pinned && st.age(p) > st.age(victim))) {
                 victim = p;
                 victim_pinned = pinned;
             }
@@ -264,7 +263,7 @@ bool cache::begin(const slot_info &sinfo) {
             if (count_cells(s, p) == 0) {
                 st.free_slots.push_back(pg.state);
                 pg.state = page_free;
-            } else if (seals && !pg.simulated && st.clock - pg.written >= window && !is_pinned(s, p)) {
+            } else if (seals && !pg.simulated && st.age(p) >= window && !is_pinned(s, p)) {
                 seal(s, p);
             }
         }

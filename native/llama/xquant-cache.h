@@ -159,6 +159,9 @@ class cache {
         std::vector<page> pages;
         std::vector<int32_t> free_slots;
         uint64_t clock = 0; /* tokens written so far */
+
+        /* Tokens written since page p's newest one: may exceed the clock, if the page was loaded. */
+        uint64_t age(int32_t p) const { return clock - pages[p].written; }
     };
 
     const llama_kv_cells &cells(uint32_t s) const { return kv.v_cells[s]; }

@@ -130,7 +130,7 @@ void cache::state_write(llama_io_write_i &io, llama_seq_id seq_id) const {
             const page &pg = streams[s].pages[p];
             put(io, p);
             put(io, (uint32_t)(pg.state >= 0));
-            put(io, streams[s].clock - pg.written);
+            put(io, streams[s].age(p));
             io.write(bits[p].data(), sizeof(bits[p]));
             for (uint32_t i = 0; i < XQ_PAGE; ++i) {
                 if (!bit(bits[p].data(), i)) {
@@ -339,7 +339,6 @@ void cache::place(uint32_t s, const std::vector<saved_page> &saved, const std::v
             st.free_slots.push_back(pg.state);
         }
         pg.state = page_sealed;
-        st.clock = std::max(st.clock, saved[i].age);
     }
     auto &c = kv.v_cells[s];
     for (size_t i = 0; i < saved.size(); ++i) {
