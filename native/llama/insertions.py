@@ -93,7 +93,7 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "    // cross-stream sequence copies require to copy the actual buffer data\n\n",
         "    if (xq && (p0 > 0 || p1 >= 0)) {\n"
         "        seq_cp(seq_id_src, seq_id_dst, -1, -1);\n"
-        "        seq_rm(seq_id_dst, 0, p0);\n"
+        "        if (p0 > 0) {\n            seq_rm(seq_id_dst, 0, p0);\n        }\n"
         "        if (p1 >= 0) {\n            seq_rm(seq_id_dst, p1, -1);\n        }\n"
         "        return;\n    }\n\n",
         "before",
