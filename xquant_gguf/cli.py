@@ -1,4 +1,4 @@
-"""The command xquant-gguf: generate, inspect, calibrate, strip, evaluate."""
+"""The command xquant-gguf: generate, inspect, calibrate, strip, evaluate, serve."""
 
 from __future__ import annotations
 
@@ -199,6 +199,14 @@ def _threads(args: argparse.Namespace) -> dict[str, Any]:
     return {"n_threads": args.threads, "n_threads_batch": args.threads}
 
 
+def run_serve(args: argparse.Namespace) -> int:
+    try:
+        from xquant_gguf.serve import serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"serve needs {error.name}, which is not there: pip install 'xquant-gguf[server]'") from error
+    return serve(args.options)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="xquant-gguf", description="XQuant, an ultra-low-bit KV cache for llama.cpp")
     commands = top.add_subparsers(dest="command", required=True)
@@ -244,6 +252,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--skip", type=_at_least(0), default=512, help="first positions of a window that are not scored")
     sub.add_argument("--n-ubatch", type=_at_least(1), default=512, help=UBATCH)
     sub.add_argument("--json", help="file for the results")
+    # its own options are those of llama_cpp's server, which is an extra: serve parses them
+    text = "OpenAI-compatible server; options as python -m llama_cpp.server, --kv-type and --kv-plan"
+    commands.add_parser("serve", help=text, add_help=False).set_defaults(function=run_serve)
     return top
 
 
@@ -253,7 +264,11 @@ def _cache_options(sub: argparse.ArgumentParser, names: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    top = parser()
+    args, options = top.parse_known_args(argv)
+    args.options = options
+    if options and args.function is not run_serve:
+        top.error(f"unrecognized arguments: {' '.join(options)}")
     try:
         return int(args.function(args))
     except (ValueError, OSError) as error:

@@ -223,7 +223,7 @@ bool cache::open(uint32_t s, int32_t p, const std::vector<int32_t> &keep, int32_
     if (slot < 0) {
         return false;
     }
-    if (pg.state == page_sealed && count_cells(s, p) > n_new) {
+    if (false) {
         pending_unseals.push_back({(int32_t)s, p, slot});
     }
     pg.state = slot;
