@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,24 +11,29 @@ from numpy.typing import NDArray
 
 from xquant_gguf import fork
 from xquant_gguf.llama import llama_cpp
+from xquant_gguf.sizes import override_array
 
 Logits = NDArray[np.float32]
 TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
 
 
 class Context:
-    """One model and one context. kv_type: f16, q8_0, q4_0 or an XQuant preset."""
+    """One model and one context. kv_type: f16, q8_0, q4_0 or an XQuant preset; overrides: kv_overrides beside it."""
 
     def __init__(
-        self, path: Path, kv_type: str, *, n_ctx: int = 2048, n_ubatch: int = 128, n_seq: int = 1, unified: bool = True
+        self,
+        path: Path,
+        kv_type: str,
+        *,
+        n_ctx: int = 2048,
+        n_ubatch: int = 128,
+        n_seq: int = 1,
+        unified: bool = True,
+        overrides: Mapping[str, int | str] | None = None,
     ) -> None:
         model = llama_cpp.llama_model_default_params()
-        self.overrides = (llama_cpp.llama_model_kv_override * 2)()
         if kv_type not in TYPES:
-            self.overrides[0].key = b"xquant.preset"
-            self.overrides[0].tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR
-            # reading the bytes field gives a copy: write to its address
-            ctypes.memmove(ctypes.addressof(self.overrides[0].value), kv_type.encode() + b"\0", len(kv_type) + 1)
+            self.overrides = override_array({"xquant.preset": kv_type, **(overrides or {})})
             model.kv_overrides = self.overrides
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), model)
         params = llama_cpp.llama_context_default_params()

@@ -1,4 +1,4 @@
-"""The command xquant-gguf: generate, inspect, calibrate, strip, evaluate, plot."""
+"""The command xquant-gguf: generate, inspect, calibrate, strip, evaluate, plot, bench, serve."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import codecs
 import json
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from xquant_gguf.bench import bench
 from xquant_gguf.calibrate import Budget, Calibration, calibrate, unmeasured
 from xquant_gguf.evaluate import evaluate
 from xquant_gguf.llama import LLAMA_TYPES, Llama, checked_kv_type
@@ -21,6 +24,8 @@ from xquant_gguf.metadata import Key, copy_with_keys, splits, written_beside
 from xquant_gguf.plan import PAGE, preset_names
 from xquant_gguf.plot import plot
 from xquant_gguf.sizes import inspect_cache
+from xquant_gguf.synthetic import SHAPES
+from xquant_gguf.synthetic import write as write_shape
 from xquant_gguf.tasks import TASKS, run, task_of
 
 UBATCH = "tokens of a micro-batch (default %(default)s)"
@@ -233,6 +238,37 @@ def _write_json(path: str, value: Mapping[str, Any]) -> None:
         part.write_text(json.dumps(value, indent=1) + "\n")
 
 
+def run_bench(args: argparse.Namespace) -> int:
+    if (args.model is None) == (args.shape is None):
+        raise ValueError("name a model, or --shape, but not both")
+    if args.layers and not args.shape:
+        raise ValueError(f"--layers is {args.layers}: it belongs to --shape")
+    depths = [_at_least(0)(text) for text in args.depths.split(",")]
+    kv_types = args.kv_types.split(",")
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_shape(Path(folder) / "random.gguf", args.shape, args.layers or 0) if args.shape else args.model
+        with tqdm(total=len(depths) * len(kv_types) * (args.rounds + 2), unit="step", file=sys.stderr) as bar:
+            rows = bench(
+                str(model), kv_types, depths, rounds=args.rounds, n_prompt=args.n_prompt, n_decode=args.n_decode,
+                n_gpu_layers=args.n_gpu_layers, done=lambda _: bar.update(), **_threads(args),
+            )  # fmt: skip
+    base = {row.depth: row for row in rows if row.kv_type == kv_types[0]}
+    first = f"/ {kv_types[0]}"
+    lines = [["depth", "KV cache", "prompt t/s", first, "decode t/s", first, "MiB"]]
+    for r in rows:
+        b = base[r.depth]
+        speeds = [f"{r.prompt_tps:.1f}", f"{r.prompt_tps / b.prompt_tps:.2f}"]
+        speeds += [f"{r.decode_tps:.1f}", f"{r.decode_tps / b.decode_tps:.2f}"]
+        lines.append([str(r.depth), r.kv_type, *speeds, f"{r.kv_bytes / 2**20:.1f}"])
+    print(table(lines))
+    if args.json:
+        settings = {key: getattr(args, key) for key in ("rounds", "n_prompt", "n_decode", "n_gpu_layers", "layers")}
+        settings["model"] = args.shape or Path(args.model).name
+        out = {"results": [asdict(row) for row in rows], **settings}
+        Path(args.json).write_text(json.dumps(out, indent=2) + "\n")
+    return 0
+
+
 def _kv_type(args: argparse.Namespace) -> str:
     """--kv-type, or what --kv-plan says, or xquant."""
     kv_type = args.kv_type if args.kv_type or args.kv_plan else "xquant"
@@ -264,15 +300,25 @@ def _threads(args: argparse.Namespace) -> dict[str, Any]:
     return {"n_threads": args.threads, "n_threads_batch": args.threads}
 
 
+def run_serve(args: argparse.Namespace) -> int:
+    try:
+        from xquant_gguf.serve import serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"serve needs {error.name}, which is not there: pip install 'xquant-gguf[server]'") from error
+    return serve(args.options)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="xquant-gguf", description="XQuant, an ultra-low-bit KV cache for llama.cpp")
     commands = top.add_subparsers(dest="command", required=True)
     names = ", ".join((*preset_names(), *LLAMA_TYPES))
 
-    def command(name: str, function: Any, text: str, *, n_ctx: int | None) -> argparse.ArgumentParser:
+    def command(
+        name: str, function: Any, text: str, *, n_ctx: int | None, optional: bool = False
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(function=function)
-        sub.add_argument("model", help="GGUF file")
+        sub.add_argument("model", nargs="?" if optional else None, help="GGUF file")
         text = "tokens of the context; 0: those the model was trained with (default %(default)s)"
         if n_ctx is not None:
             sub.add_argument("--n-ctx", type=_at_least(0), default=n_ctx, help=text)
@@ -316,6 +362,20 @@ def parser() -> argparse.ArgumentParser:
     sub.set_defaults(function=run_plot)
     sub.add_argument("results", nargs="+", help="JSON files of evaluate --text or calibrate --json")
     sub.add_argument("--out", required=True, metavar="FILE.png", help="picture to write")
+    text = "prompt and decode speed of KV cache types side by side"
+    sub = command("bench", run_bench, text, n_ctx=None, optional=True)
+    sub.add_argument("--shape", choices=tuple(SHAPES), help="time a model with random weights of this shape instead")
+    sub.add_argument("--layers", type=_at_least(1), help="layers of that model (default: as many as the real one)")
+    sub.add_argument("--depths", default="0,4096", help="tokens in the cache beforehand (default %(default)s)")
+    sub.add_argument("--kv-types", default="f16,q8_0,q4_0,xquant,xquant-small,xquant-tiny", help=f"any of {names}")
+    sub.add_argument("--rounds", type=_at_least(1), default=3)
+    sub.add_argument("--n-prompt", type=_at_least(1), default=256, help="prompt tokens timed (default %(default)s)")
+    sub.add_argument("--n-decode", type=_at_least(1), default=16, help="decoded tokens timed (default %(default)s)")
+    sub.add_argument("--n-gpu-layers", type=_at_least(-1), default=0, help="-1: all (default %(default)s)")
+    sub.add_argument("--json", help="file for the results")
+    # its own options are those of llama_cpp's server, which is an extra: serve parses them
+    text = "OpenAI-compatible server; options as python -m llama_cpp.server, --kv-type and --kv-plan"
+    commands.add_parser("serve", help=text, add_help=False).set_defaults(function=run_serve)
     return top
 
 
@@ -338,7 +398,11 @@ def _cache_options(sub: argparse.ArgumentParser, names: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    top = parser()
+    args, options = top.parse_known_args(argv)
+    args.options = options
+    if options and args.function is not run_serve:
+        top.error(f"unrecognized arguments: {' '.join(options)}")
     try:
         return int(args.function(args))
     except (ValueError, OSError, ImportError) as error:

@@ -36,7 +36,7 @@ EXPECTED_KLD_LIMIT = 0.2
 """Expected KL divergence from F16 above which a plan is warned of: perplexity then rises by about a fifth."""
 
 
-def _override_array(overrides: Mapping[str, Any]) -> Any:
+def override_array(overrides: Mapping[str, Any]) -> Any:
     """kv_overrides as llama.cpp takes them: an array that ends with an empty key."""
     array = (llama_cpp.llama_model_kv_override * (len(overrides) + 1))()
     for entry, (key, value) in zip(array, overrides.items(), strict=False):
@@ -66,7 +66,7 @@ class DryModel:
         set_verbose(False)
         llama_cpp.llama_backend_init()
         self._path = model_path
-        self._overrides = _override_array(overrides or {})
+        self._overrides = override_array(overrides or {})
         params = llama_cpp.llama_model_default_params()
         params.no_alloc = True
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE  # to map the file would read all of it

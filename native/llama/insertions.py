@@ -100,20 +100,73 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "    if (xq) {\n        xq->clear();\n    }\n\n",
         "after",
     ),
+    # -- sequences: between streams the copy is made at once, so that saving, loading and shifting need not wait for it
     (
         "src/llama-kv-cache.cpp",
-        "    // enqueue the copy operation - the buffer copy will be performed during the next update\n",
-        "    if (xq) {\n        xq->copy_pages(s0, s1);\n    }\n\n",
+        "    // cross-stream sequence copies require to copy the actual buffer data\n\n",
+        "    if (xq && (p0 > 0 || p1 >= 0)) {\n"
+        "        seq_cp(seq_id_src, seq_id_dst, -1, -1);\n"
+        "        if (p0 > 0) {\n            seq_rm(seq_id_dst, 0, p0);\n        }\n"
+        "        if (p1 >= 0) {\n            seq_rm(seq_id_dst, p1, -1);\n        }\n"
+        "        return;\n    }\n\n",
         "before",
     ),
     (
         "src/llama-kv-cache.cpp",
-        "            for (uint32_t il = 0; il < layers.size(); ++il) {\n"
-        "                const auto & layer = layers[il];\n\n"
-        "                ggml_backend_tensor_copy(layer.k_stream[ssrc], layer.k_stream[sdst]);\n",
-        "            if (xq) {\n                xq->copy_stream(ssrc, sdst);\n"
-        "                continue;\n            }\n\n",
-        "before",
+        "    sc_info.ssrc.push_back(s0);\n    sc_info.sdst.push_back(s1);\n",
+        "    if (xq) {\n        xq->copy_stream(s0, s1);\n    } else {\n"
+        "        sc_info.ssrc.push_back(s0);\n        sc_info.sdst.push_back(s1);\n    }\n",
+        "instead",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "bool llama_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {\n",
+        "    if (xq && seq_id != -1 && !xq->has_sequence(seq_id, __func__)) {\n        return false;\n    }\n",
+        "after",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "void llama_kv_cache::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {\n",
+        "    if (xq && !(xq->has_sequence(seq_id_src, __func__) && xq->has_sequence(seq_id_dst, __func__))) {\n"
+        "        return;\n    }\n",
+        "after",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "void llama_kv_cache::seq_keep(llama_seq_id seq_id) {\n",
+        "    if (xq && !xq->has_sequence(seq_id, __func__)) {\n        return;\n    }\n",
+        "after",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "void llama_kv_cache::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {\n",
+        "    if (xq && !xq->may_add(seq_id, shift)) {\n        return;\n    }\n",
+        "after",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "void llama_kv_cache::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {\n",
+        "    if (xq && !xq->may_divide(seq_id, d)) {\n        return;\n    }\n",
+        "after",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "llama_pos llama_kv_cache::seq_pos_min(llama_seq_id seq_id) const {\n",
+        "    if (xq && !xq->has_sequence(seq_id, __func__)) {\n        return -1;\n    }\n",
+        "after",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "llama_pos llama_kv_cache::seq_pos_max(llama_seq_id seq_id) const {\n",
+        "    if (xq && !xq->has_sequence(seq_id, __func__)) {\n        return -1;\n    }\n",
+        "after",
+    ),
+    # -- a key at position p that moves to p / d is to be rotated by p / d - p, for every cache type
+    (
+        "src/llama-kv-cells.h",
+        "        shift[i] += p_old - pos[i];\n",
+        "        shift[i] += pos[i] - p_old;\n",
+        "instead",
     ),
     # -- cells: a micro-batch writes no more pages than there are slots
     (
@@ -155,6 +208,12 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "bool llama_kv_cache::get_can_shift() const {\n",
         "    if (xq && !xq->can_shift()) {\n        return false;\n    }\n",
         "after",
+    ),
+    (
+        "src/llama-kv-cache-iswa.cpp",
+        "    // TODO: if we fail again, we should attempt different splitting strategies\n",
+        "    if (kv_base->xq && n_ubatch > 1) {\n        return init_batch(balloc, n_ubatch/2, embd_all);\n    }\n\n",
+        "before",
     ),
     # -- graph: our own input and our own attention
     (
@@ -222,6 +281,12 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         " v_mla, kq_scale, il)\n        : ",
         "after",
     ),
+    (
+        "src/llama-kv-cache.cpp",
+        '            throw std::runtime_error("failed to allocate buffer for kv cache");\n',
+        '            if (xq) {\n                xquant::refuse("its memory could not be allocated");\n            }\n',
+        "before",
+    ),
     # -- iSWA: the sliding layers are small and stay F16
     (
         "src/llama-kv-cache-iswa.cpp",
@@ -238,7 +303,7 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "src/llama-kv-cache.cpp",
-        "    if (sinfos_out) {\n        sinfos_out->assign(n_stream, slot_info{});\n    }\n",
+        "    GGML_UNUSED(flags);\n\n    // TODO: fix incosistent handling",
         "    if (xq) {\n        xq->state_read(io, seq_id);\n        return;\n    }\n\n",
         "before",
     ),
@@ -256,6 +321,43 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "        case GGML_OP_FLASH_ATTN_EXT:\n"
         "            return ggml_cuda_flash_attn_ext_supported(dev_ctx->device, op);\n",
         "        case GGML_OP_CUSTOM:\n            return xquant_cuda_supports(op);\n",
+        "after",
+    ),
+    (
+        "src/llama-io.h",
+        "    // drop tensor data that has been read",
+        "    // bytes that are left to read, if that is known\n    virtual size_t n_left() { return SIZE_MAX; }\n\n",
+        "before",
+    ),
+    (
+        "src/llama-context.cpp",
+        "    llama_io_read_host(const uint8_t * p, size_t len) : ptr(p), buf_size(len) {}\n",
+        "    size_t n_left() override { return buf_size; }\n\n",
+        "before",
+    ),
+    (
+        "src/llama-context.cpp",
+        "    llama_io_read_file(llama_file * f) : file(f) {}\n",
+        "    size_t n_left() override { return file->size() - file->tell(); }\n\n",
+        "before",
+    ),
+    ("src/llama-kv-cache-iswa.cpp", '#include "llama-model.h"\n', '#include "xquant-cache.h"\n', "after"),
+    (
+        "src/llama-kv-cache-iswa.cpp",
+        "void llama_kv_cache_iswa::state_write(llama_io_write_i & io, llama_seq_id seq_id,"
+        " llama_state_seq_flags flags) const {\n",
+        "    // the sliding layers first: what follows is checked before anything changes\n"
+        "    if (kv_base->xq) {\n        kv_swa->state_write(io, seq_id, flags);\n"
+        "        if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {\n"
+        "            kv_base->state_write(io, seq_id, flags);\n        }\n        return;\n    }\n\n",
+        "after",
+    ),
+    (
+        "src/llama-kv-cache-iswa.cpp",
+        "void llama_kv_cache_iswa::state_read(llama_io_read_i & io, llama_seq_id seq_id,"
+        " llama_state_seq_flags flags) {\n",
+        "    if (kv_base->xq) {\n        xquant::state_read_sliding(*kv_base, *kv_swa, io, seq_id, flags);\n"
+        "        return;\n    }\n\n",
         "after",
     ),
 ]

@@ -270,8 +270,7 @@ int32_t cache::take_slot(uint32_t s, const std::vector<int32_t> &keep) {
                 continue;
             }
             const bool pinned = is_pinned(s, p);
-            if (victim < 0 || pinned < victim_pinned ||
-                (pinned == victim_pinned && st.pages[p].written < st.pages[victim].written)) {
+            if (victim < 0 || pinned < victim_pinned || (pinned == victim_pinned && st.age(p) > st.age(victim))) {
                 victim = p;
                 victim_pinned = pinned;
             }
@@ -340,7 +339,7 @@ bool cache::begin(const slot_info &sinfo) {
             if (count_cells(s, p) == 0) {
                 st.free_slots.push_back(pg.state);
                 pg.state = page_free;
-            } else if (seals && !pg.simulated && st.clock - pg.written >= window && !is_pinned(s, p)) {
+            } else if (seals && !pg.simulated && st.age(p) >= window && !is_pinned(s, p)) {
                 seal(s, p);
             }
         }
@@ -358,15 +357,42 @@ bool cache::begin(const slot_info &sinfo) {
     return true;
 }
 
-void cache::copy_pages(uint32_t from, uint32_t to) {
+void cache::copy_stream(uint32_t from, uint32_t to) {
+    finish_interrupted();
     streams[to] = streams[from];
-}
-
-void cache::copy_stream(uint32_t from, uint32_t to) const {
     for (const auto &l : layers_) {
         ggml_backend_tensor_copy(l->blocks_stream[from], l->blocks_stream[to]);
         ggml_backend_tensor_copy(l->window_stream[from], l->window_stream[to]);
     }
+}
+
+bool cache::has_sequence(llama_seq_id id, const char *caller) const {
+    if (id < 0 || (uint32_t)id >= kv.n_seq_max) {
+        LLAMA_LOG_ERROR("%s: xquant: sequence is %d, must be 0 to %u\n", caller, id, kv.n_seq_max - 1);
+        return false;
+    }
+    return true;
+}
+
+bool cache::may_add(llama_seq_id id, llama_pos shift) const {
+    if (!has_sequence(id, "seq_add")) {
+        return false;
+    }
+    const int64_t newest = cells(kv.seq_to_stream[id]).seq_pos_max(id);
+    if (newest + shift > max_position || (int64_t)shift < -max_position) {
+        LLAMA_LOG_ERROR("seq_add: xquant: shift is %d for positions up to %d, must be at least %d, and end at %d\n",
+                        shift, (int)newest, -max_position, max_position);
+        return false;
+    }
+    return true;
+}
+
+bool cache::may_divide(llama_seq_id id, int divisor) const {
+    if (divisor < 1) {
+        LLAMA_LOG_ERROR("seq_div: xquant: divisor is %d, must be at least 1\n", divisor);
+        return false;
+    }
+    return has_sequence(id, "seq_div");
 }
 
 void cache::info(xquant_llama_info &out) const {

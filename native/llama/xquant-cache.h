@@ -47,6 +47,9 @@ uint32_t announced_n_ubatch();
  */
 void resolve_plan(const llama_model &model, const int32_t *d, const int32_t *e, xq_plan &plan);
 
+/* Sums of two positions fit into 32 bits. */
+constexpr llama_pos max_position = 1 << 30;
+
 class cache {
   public:
     using slot_info = llama_kv_cache::slot_info;
@@ -67,8 +70,11 @@ class cache {
     bool begin(const slot_info &sinfo);
     /* How many pages one micro-batch may write. */
     uint32_t max_touched() const;
-    void copy_pages(uint32_t from, uint32_t to);
-    void copy_stream(uint32_t from, uint32_t to) const;
+    void copy_stream(uint32_t from, uint32_t to);
+    /* What llama.cpp would stop the process for is an error in the log: sequences that do not exist, ... */
+    bool has_sequence(llama_seq_id id, const char *caller) const;
+    bool may_add(llama_seq_id id, llama_pos shift) const;
+    bool may_divide(llama_seq_id id, int divisor) const;
     /* Whether shift() is possible: not for layers on a GPU. */
     bool can_shift() const;
     /* Rotates the keys of all cells whose position was shifted; false: it failed, with a message in the log. */
@@ -124,6 +130,10 @@ class cache {
         int64_t k_slot() const { return (int64_t)XQ_PAGE * d; }                 /* elements of one slot */
         int64_t v_slot() const { return (int64_t)XQ_PAGE * e; }
         int64_t window_elements() const { return (k_slot() + v_slot()) * n_slots * n_head_kv; } /* of one stream */
+        /* Bytes of one page, all KV heads. */
+        uint64_t page_bytes(bool open) const {
+            return (uint64_t)n_head_kv * (open ? (k_slot() + v_slot()) * sizeof(ggml_fp16_t) : block_stride());
+        }
         int64_t k_window(int head) const { return k_slot() * n_slots * head; }
         int64_t v_window(int head) const { return k_slot() * n_slots * n_head_kv + v_slot() * n_slots * head; }
     };
@@ -142,6 +152,9 @@ class cache {
         std::vector<page> pages;
         std::vector<int32_t> free_slots;
         uint64_t clock = 0; /* tokens written so far */
+
+        /* Tokens written since page p's newest one: may exceed the clock, if the page was loaded. */
+        uint64_t age(int32_t p) const { return clock - pages[p].written; }
     };
 
     const llama_kv_cells &cells(uint32_t s) const { return kv.v_cells[s]; }
@@ -160,7 +173,8 @@ class cache {
     uint64_t fingerprint() const;
     struct saved_page;
     saved_page read_page(llama_io_read_i &io, llama_seq_id dest) const;
-    std::vector<int32_t> place(uint32_t s, const std::vector<saved_page> &saved, bool whole);
+    std::vector<int32_t> find_pages(uint32_t s, const std::vector<saved_page> &saved, llama_seq_id dest) const;
+    void place(uint32_t s, const std::vector<saved_page> &saved, const std::vector<int32_t> &at);
 
     llama_kv_cache &kv;
     xq_plan plan_ = {};
@@ -182,6 +196,10 @@ class cache {
 
 /* The operation `update` of a graph: dst->src as build_attention gives them, userdata: the layer. */
 void update_pages(ggml_tensor *dst, int ith, int nth, void *userdata);
+
+/* Restores the caches of a model with sliding layers: both, or neither. */
+void state_read_sliding(llama_kv_cache &base, llama_kv_cache &sliding, llama_io_read_i &io, llama_seq_id seq_id,
+                        llama_state_seq_flags flags);
 
 /* Block of one page of one KV head; blocks: the layer's tensor as a graph holds it. */
 inline uint8_t *block_of(const cache::layer &l, const ggml_tensor *blocks, int stream, int head, int page) {

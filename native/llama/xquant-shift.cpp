@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 
 namespace xquant {
 
@@ -143,17 +144,29 @@ bool cache::shift(llama_context *lctx) {
         ggml_tensor *by = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n * XQ_PAGE);
         ggml_set_input(list);
         ggml_set_input(by);
-        for (const auto &l : layers_) {
-            const int il = (int)l->il;
-            if (!kv.hparams.has_rope(il)) {
-                continue;
-            }
-            ggml_tensor *args[] = {list, l->blocks, l->window, l->k_owner->blocks};
-            ggml_tensor *k = ggml_custom_4d(ctx, GGML_TYPE_F32, l->d, l->n_head_kv, n * XQ_PAGE, 1, args, 4, read_keys,
-                                            GGML_N_TASKS_MAX, l.get());
+        const auto rotated = [&](layer &l) {
+            const int il = (int)l.il;
+            ggml_tensor *args[] = {list, l.blocks, l.window, l.k_owner->blocks};
+            ggml_tensor *k = ggml_custom_4d(ctx, GGML_TYPE_F32, l.d, l.n_head_kv, n * XQ_PAGE, 1, args, 4, read_keys,
+                                            GGML_N_TASKS_MAX, &l);
             k = kv.build_rope_shift(cparams, ctx, k, by, nullptr, kv.model.get_rope_factors(cparams, il),
                                     kv.model.get_rope_freq_base(cparams, il), kv.model.get_rope_freq_scale(cparams, il),
                                     il);
+            ggml_build_forward_expand(res->get_gf(), k);
+            return k;
+        };
+        // a layer that borrows codes reads its keys before the owner writes new codes
+        std::map<const layer *, ggml_tensor *> borrowed;
+        for (const auto &l : layers_) {
+            if (l->k_owner != l.get() && kv.hparams.has_rope((int)l->il)) {
+                borrowed[l.get()] = rotated(*l);
+            }
+        }
+        for (const auto &l : layers_) {
+            if (!kv.hparams.has_rope((int)l->il)) {
+                continue;
+            }
+            ggml_tensor *k = borrowed.count(l.get()) ? borrowed[l.get()] : rotated(*l);
             ggml_tensor *stores[] = {k, list, l->blocks, l->window, l->k_owner->blocks};
             ggml_build_forward_expand(res->get_gf(), ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, stores, 5,
                                                                     write_keys, GGML_N_TASKS_MAX, l.get()));

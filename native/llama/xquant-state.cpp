@@ -2,10 +2,14 @@
  *
  *     header   magic, version, fingerprint of plan and shapes, whole cache or one sequence, number of streams
  *     pages    per stream: number of pages, then per page: index, open or sealed, tokens since its newest one,
- *              bits of the cells that are saved, then per cell: position, sequences, the rest of llama_kv_cell_ext
+ *              bits of the cells that are saved, then per cell: position, shift that its key still
+ *              lacks, sequences, the rest of llama_kv_cell_ext
  *     data     per stream, layer, page and KV head: the block, or the F16 rows of K and of V
  *
- * All of header and pages is read and checked before anything is changed.
+ * All of header and pages is read and checked, and the length of data, before anything is changed.
+ *
+ * A model with sliding layers has two caches.  Theirs comes first in the state, as llama.cpp writes it; what it was is
+ * put back if the rest is refused.
  */
 #include "xquant-cache.h"
 
@@ -21,12 +25,12 @@
 
 namespace xquant {
 
-static constexpr uint32_t magic = 0x31535158; // "XQS1"
+static constexpr uint32_t magic = 0x32535158; // "XQS2"
 
 namespace {
 
 struct saved_cell {
-    llama_pos pos;
+    llama_pos pos, shift;
     std::vector<llama_seq_id> sequences;
     llama_kv_cell_ext ext;
 };
@@ -97,6 +101,9 @@ static void each_part(const cache::layer &l, uint32_t stream, int32_t page, int3
 }
 
 void cache::state_write(llama_io_write_i &io, llama_seq_id seq_id) const {
+    if (seq_id >= 0 && !has_sequence(seq_id, __func__)) {
+        throw std::runtime_error("xquant: cannot save the state: there is no such sequence");
+    }
     put(io, magic);
     put(io, fingerprint());
     put(io, (uint32_t)(seq_id < 0));
@@ -123,7 +130,7 @@ void cache::state_write(llama_io_write_i &io, llama_seq_id seq_id) const {
             const page &pg = streams[s].pages[p];
             put(io, p);
             put(io, (uint32_t)(pg.state >= 0));
-            put(io, streams[s].clock - pg.written);
+            put(io, streams[s].age(p));
             io.write(bits[p].data(), sizeof(bits[p]));
             for (uint32_t i = 0; i < XQ_PAGE; ++i) {
                 if (!bit(bits[p].data(), i)) {
@@ -131,6 +138,7 @@ void cache::state_write(llama_io_write_i &io, llama_seq_id seq_id) const {
                 }
                 const uint32_t cell = (uint32_t)p * XQ_PAGE + i;
                 put(io, c.pos_get(cell));
+                put(io, c.get_shift(cell));
                 std::vector<llama_seq_id> ids;
                 for (llama_seq_id id = 0; id < (llama_seq_id)kv.n_seq_max; ++id) {
                     if (c.seq_has(cell, id) && (seq_id < 0 || id == seq_id)) {
@@ -172,8 +180,14 @@ cache::saved_page cache::read_page(llama_io_read_i &io, llama_seq_id dest) const
         }
         saved_cell cell;
         cell.pos = get<llama_pos>(io);
+        cell.shift = get<llama_pos>(io);
         const uint32_t n = get<uint32_t>(io);
-        if (cell.pos < 0 || n < 1 || n > n_seq_max || (dest >= 0 && n != 1)) {
+        const int64_t stored = (int64_t)cell.pos - cell.shift; // the position that its key was rotated to
+        if (cell.pos < 0 || cell.pos > max_position || stored < 0 || stored > max_position) {
+            refuse_state("a cell at position " + std::to_string(cell.pos) + ", shifted by " +
+                         std::to_string(cell.shift) + ": must be 0 to " + std::to_string(max_position));
+        }
+        if (n < 1 || n > n_seq_max || (dest >= 0 && n != 1)) {
             refuse_state("a cell at position " + std::to_string(cell.pos) + " of " + std::to_string(n) +
                          " sequences: at most " + std::to_string(n_seq_max) + " are allowed");
         }
@@ -181,6 +195,10 @@ cache::saved_page cache::read_page(llama_io_read_i &io, llama_seq_id dest) const
             const auto id = get<llama_seq_id>(io);
             if (id < 0 || (dest < 0 && (uint32_t)id >= n_seq_max)) {
                 refuse_state("sequence " + std::to_string(id) + " is not below " + std::to_string(n_seq_max));
+            }
+            if (j > 0 && id <= cell.sequences.back()) {
+                refuse_state("sequence " + std::to_string(id) + " of a cell comes after " +
+                             std::to_string(cell.sequences.back()) + ": must be ascending");
             }
             cell.sequences.push_back(dest < 0 ? id : dest);
         }
@@ -191,6 +209,9 @@ cache::saved_page cache::read_page(llama_io_read_i &io, llama_seq_id dest) const
 }
 
 void cache::state_read(llama_io_read_i &io, llama_seq_id seq_id) {
+    if (seq_id >= 0 && !has_sequence(seq_id, __func__)) {
+        refuse_state("there is no such sequence");
+    }
     if (get<uint32_t>(io) != magic) {
         refuse_state("it was not saved from an XQuant cache of this version");
     }
@@ -206,32 +227,39 @@ void cache::state_read(llama_io_read_i &io, llama_seq_id seq_id) {
     const uint32_t first = whole ? 0 : kv.seq_to_stream[seq_id];
 
     std::vector<std::vector<saved_page>> saved(count);
+    std::vector<std::vector<int32_t>> at(count); // where its pages go
     std::vector<uint32_t> heads(count);
+    uint64_t n_bytes = 0;
     for (uint32_t i = 0; i < count; ++i) {
         heads[i] = get<uint32_t>(io);
         const uint32_t n = get<uint32_t>(io);
         if (n > (uint32_t)n_pages) {
             refuse_state(std::to_string(n) + " pages do not fit into " + std::to_string(n_pages));
         }
-        std::vector<bool> seen(n_pages, false);
         int32_t n_open = 0;
         for (uint32_t j = 0; j < n; ++j) {
             saved[i].push_back(read_page(io, seq_id));
             const auto &page = saved[i].back();
-            n_open += (int32_t)page.open;
-            if (page.index < n_pages && seen[page.index]) {
-                refuse_state("page " + std::to_string(page.index) + " is there twice");
-            }
-            if (page.index < n_pages) {
-                seen[page.index] = true;
+            if (j > 0 && page.index <= saved[i][j - 1].index) {
+                refuse_state("page " + std::to_string(page.index) + " comes after " +
+                             std::to_string(saved[i][j - 1].index) + ": must be ascending");
             }
             if (!page.open && !seals) {
                 refuse_state("it holds sealed pages, and this context is too small to seal any");
+            }
+            n_open += (int32_t)page.open;
+            for (const auto &l : layers_) {
+                n_bytes += l->page_bytes(page.open != 0);
             }
         }
         if (n_open > n_slots) {
             refuse_state(std::to_string(n_open) + " open pages do not fit into " + std::to_string(n_slots) + " slots");
         }
+        at[i] = find_pages(first + i, saved[i], seq_id);
+    }
+    if (n_bytes > io.n_left()) {
+        refuse_state("its pages need " + std::to_string(n_bytes) + " bytes, " + std::to_string(io.n_left()) +
+                     " are left: it was cut off, or is damaged");
     }
 
     finish_interrupted();
@@ -245,9 +273,9 @@ void cache::state_read(llama_io_read_i &io, llama_seq_id seq_id) {
 
     try {
         for (uint32_t i = 0; i < count; ++i) {
-            const std::vector<int32_t> at = place(first + i, saved[i], whole);
+            place(first + i, saved[i], at[i]);
             for (const auto &l : layers_) {
-                for (const int32_t p : at) {
+                for (const int32_t p : at[i]) {
                     each_part(*l, first + i, p, streams[first + i].pages[p].state,
                               [&](ggml_tensor *t, size_t offset, size_t bytes) { io.read_tensor(t, offset, bytes); });
                 }
@@ -256,7 +284,7 @@ void cache::state_read(llama_io_read_i &io, llama_seq_id seq_id) {
                 kv.v_heads[first + i] = std::min(heads[i], cells(first + i).size());
             }
         }
-    } catch (...) { // pages without cells count as free, whatever was read into them
+    } catch (...) { // the file could not be read; pages without cells count as free, whatever was read into them
         if (whole) {
             kv.clear(false);
         } else {
@@ -266,15 +294,25 @@ void cache::state_read(llama_io_read_i &io, llama_seq_id seq_id) {
     }
 }
 
-/* Takes pages, slots and cells for saved pages; returns the pages. The whole cache keeps its page numbers. */
-std::vector<int32_t> cache::place(uint32_t s, const std::vector<saved_page> &saved, bool whole) {
-    stream &st = streams[s];
+/* The pages that saved ones go to: the whole cache (dest < 0) keeps their numbers, a sequence takes pages in which
+ * nothing but itself lies. */
+std::vector<int32_t> cache::find_pages(uint32_t s, const std::vector<saved_page> &saved, llama_seq_id dest) const {
+    const auto &c = cells(s);
+    const auto is_free = [&](int32_t p) {
+        const uint32_t first = (uint32_t)p * XQ_PAGE, end = std::min(first + XQ_PAGE, c.size());
+        for (uint32_t i = first; i < end; ++i) {
+            if (!c.is_empty(i) && !(c.seq_has(i, dest) && c.seq_count(i) == 1)) {
+                return false;
+            }
+        }
+        return true;
+    };
     std::vector<int32_t> at;
     int32_t next = 0;
     for (const auto &page : saved) {
         int32_t p = page.index;
-        if (!whole) {
-            while (next < n_pages && count_cells(s, next) > 0) {
+        if (dest >= 0) {
+            while (next < n_pages && !is_free(next)) {
                 next++;
             }
             p = next++;
@@ -282,42 +320,48 @@ std::vector<int32_t> cache::place(uint32_t s, const std::vector<saved_page> &sav
         if (p >= n_pages) {
             refuse_state("no " + std::to_string(saved.size()) + " pages of " + std::to_string(n_pages) + " are free");
         }
+        for (uint32_t i = 0; i < XQ_PAGE; ++i) {
+            if (bit(page.valid, i) && (uint32_t)p * XQ_PAGE + i >= c.size()) {
+                refuse_state("cell " + std::to_string(p * XQ_PAGE + i) + " of " + std::to_string(c.size()));
+            }
+        }
         at.push_back(p);
-        st.clock = std::max(st.clock, page.age);
     }
+    return at;
+}
 
-    auto &c = kv.v_cells[s];
+/* Takes pages, slots and cells for saved pages; find_pages() said where, and that they fit. */
+void cache::place(uint32_t s, const std::vector<saved_page> &saved, const std::vector<int32_t> &at) {
+    stream &st = streams[s];
     for (size_t i = 0; i < saved.size(); ++i) {
         auto &pg = st.pages[at[i]];
         if (pg.state >= 0) { // its cells are gone
             st.free_slots.push_back(pg.state);
         }
         pg.state = page_sealed;
+    }
+    auto &c = kv.v_cells[s];
+    for (size_t i = 0; i < saved.size(); ++i) {
+        auto &pg = st.pages[at[i]];
         if (saved[i].open) {
-            const int32_t slot = take_slot(s, at);
-            if (slot < 0) {
-                refuse_state("no slot is left for an open page");
-            }
-            pg.state = slot;
+            pg.state = take_slot(s, at);
         }
         pg.written = st.clock - saved[i].age;
         auto cell = saved[i].cells.begin();
         for (uint32_t j = 0; j < XQ_PAGE; ++j) {
-            const uint32_t index = (uint32_t)at[i] * XQ_PAGE + j;
             if (!bit(saved[i].valid, j)) {
                 continue;
             }
-            if (index >= c.size()) {
-                refuse_state("cell " + std::to_string(index) + " of " + std::to_string(c.size()));
-            }
-            c.pos_set(index, cell->pos);
+            const uint32_t index = (uint32_t)at[i] * XQ_PAGE + j;
+            c.pos_set(index, cell->pos - cell->shift);
             c.ext_set(index, cell->ext);
             for (const llama_seq_id id : cell->sequences) {
                 c.seq_add(index, id);
             }
-            if (!whole) {
-                kv.v_heads[s] = index + 1;
+            if (cell->shift != 0) {
+                c.pos_add(index, cell->shift);
             }
+            kv.v_heads[s] = index + 1;
             ++cell;
         }
     }
@@ -325,7 +369,67 @@ std::vector<int32_t> cache::place(uint32_t s, const std::vector<saved_page> &sav
     epoch++;
     finish_interrupted();
     pending_seals.clear();
-    return at;
+}
+
+namespace {
+
+/* A state in memory. */
+struct memory_writer : llama_io_write_i {
+    std::vector<uint8_t> bytes;
+    void write(const void *src, size_t size) override {
+        bytes.insert(bytes.end(), (const uint8_t *)src, (const uint8_t *)src + size);
+    }
+    void write_tensor(ggml_tensor *tensor, size_t offset, size_t size) override {
+        bytes.resize(bytes.size() + size);
+        ggml_backend_tensor_get(tensor, bytes.data() + bytes.size() - size, offset, size);
+    }
+    size_t n_bytes() override { return bytes.size(); }
+};
+
+struct memory_reader : llama_io_read_i {
+    explicit memory_reader(const std::vector<uint8_t> &bytes) : bytes(bytes) {}
+    const std::vector<uint8_t> &bytes;
+    size_t at = 0;
+    void read(void *dst, size_t size) override {
+        if (size > n_left()) {
+            throw std::runtime_error("xquant: a saved sliding cache is too short");
+        }
+        memcpy(dst, bytes.data() + at, size);
+        at += size;
+    }
+    void read_tensor(ggml_tensor *tensor, size_t offset, size_t size) override {
+        if (size > n_left()) {
+            throw std::runtime_error("xquant: a saved sliding cache is too short");
+        }
+        ggml_backend_tensor_set(tensor, bytes.data() + at, offset, size);
+        at += size;
+    }
+    size_t n_bytes() override { return at; }
+    size_t n_left() override { return bytes.size() - at; }
+};
+
+} // namespace
+
+void state_read_sliding(llama_kv_cache &base, llama_kv_cache &sliding, llama_io_read_i &io, llama_seq_id seq_id,
+                        llama_state_seq_flags flags) {
+    memory_writer before;
+    sliding.state_write(before, seq_id, flags);
+    try {
+        sliding.state_read(io, seq_id, flags);
+        if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
+            base.state_read(io, seq_id, flags);
+        }
+    } catch (...) {
+        io.discard();
+        if (seq_id < 0) {
+            sliding.clear(false);
+        } else {
+            sliding.seq_rm(seq_id, -1, -1);
+        }
+        memory_reader back(before.bytes);
+        sliding.state_read(back, seq_id, flags);
+        throw;
+    }
 }
 
 } // namespace xquant

@@ -1,0 +1,284 @@
+"""Input that must hurt nothing: damaged states, wrong arguments, contexts too large or too small."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_gguf
+from contexts import Context, Logits, llama_cpp
+
+from xquant_gguf import Llama
+
+MODELS = {"plain": tiny_gguf.Shape(), "sliding": tiny_gguf.Shape(arch="mimo2", n_layer=3)}
+# llama.cpp restores the F16 cells of sliding layers elsewhere, where they are summed up in another order (2e-4).
+MOVED = {"plain": 0.0, "sliding": 1e-3}
+TOKENS = np.random.default_rng(12).integers(3, tiny_gguf.N_VOCAB, 1400).tolist()
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("tiny")
+    out = {}
+    for name, shape in MODELS.items():
+        weights = tiny_gguf.random_weights(shape)
+        weights[f"blk.{shape.n_layer - 1}.attn_output.weight"] = weights["blk.0.attn_output.weight"]  # 0 if it slides
+        out[name] = tiny_gguf.write(folder / f"{name}.gguf", shape, weights)
+    return out
+
+
+@pytest.mark.parametrize("sequence", [None, 0])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_state_cut_off_anywhere_changes_nothing(paths: dict[str, Path], model: str, sequence: int | None) -> None:
+    with Context(paths[model], "xquant") as live, Context(paths[model], "xquant") as twin:
+        with Context(paths[model], "xquant") as other:
+            other.decode(TOKENS[500:1300], 0)
+            state = other.save(sequence)
+        for context in (live, twin):
+            context.decode(TOKENS[:700], 0)
+        for cut in (3, 40, 300, len(state) // 3, len(state) * 2 // 3, len(state) - 100, len(state) - 1):
+            assert live.load(state[:cut], sequence) == 0
+        assert live.info() == twin.info()
+        got, want = (context.decode(TOKENS[700:800], 700) for context in (live, twin))
+        assert np.abs(got - want).max() <= MOVED[model] * want.std()
+        assert live.load(state, sequence) == len(state)
+        assert llama_cpp.llama_memory_seq_pos_max(live.memory, 0) == 799
+
+
+def test_a_file_cut_off_changes_nothing(paths: dict[str, Path], tmp_path: Path) -> None:
+    tokens = (llama_cpp.llama_token * 4)()
+    count = llama_cpp.ctypes.c_size_t()
+    for model, path in paths.items():
+        with Context(path, "xquant") as live, Context(path, "xquant") as twin:
+            whole = tmp_path / f"{model}.bin"
+            live.decode(TOKENS[:700], 0)
+            assert llama_cpp.llama_state_save_file(live.ctx, str(whole).encode(), tokens, 4)
+            cut = tmp_path / "cut.bin"
+            cut.write_bytes(whole.read_bytes()[:-1])
+            twin.decode(TOKENS[700:1300], 0)
+            before = twin.save()
+            assert not llama_cpp.llama_state_load_file(twin.ctx, str(cut).encode(), tokens, 4, count)
+            assert twin.save() == before
+            assert llama_cpp.llama_state_load_file(twin.ctx, str(whole).encode(), tokens, 4, count)
+            got, want = (context.decode(TOKENS[700:710], 700) for context in (live, twin))
+            assert np.abs(got - want).max() <= MOVED[model] * want.std()
+
+
+def field_offsets(state: bytes) -> dict[str, int]:
+    """Offsets in the state of one sequence of the plain model (xquant-state.cpp), behind llama.cpp's 8 bytes."""
+    at = 8
+    assert state[at : at + 4] == b"XQS2"
+    names = {"magic": 4, "fingerprint": 8, "whole": 4, "streams": 4, "head": 4, "pages": 4, "index": 4, "open": 4}
+    names |= {"age": 8, "valid": 16, "position": 4, "shift": 4, "sequences": 4, "sequence": 4}
+    out = {}
+    for name, size in names.items():
+        out[name] = at
+        at += size
+    return out
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("magic", 0), ("fingerprint", 1), ("whole", 1), ("streams", 0), ("streams", 2**31), ("pages", 2**32 - 1),
+        ("pages", 17), ("index", 2**32 - 1), ("open", 2), ("position", 2**32 - 1), ("position", 2**31 - 1),
+        ("shift", 2**31), ("shift", 7), ("sequences", 0), ("sequences", 2**32 - 1), ("sequence", 2**31),
+    ],
+)  # fmt: skip
+def test_every_field_of_a_state_is_checked(paths: dict[str, Path], field: str, value: int) -> None:
+    with Context(paths["plain"], "xquant") as context:
+        context.decode(TOKENS[:700], 0)
+        state = bytearray(context.save(0))
+        struct.pack_into("<I", state, field_offsets(bytes(state))[field], value)
+        before = context.save()
+        assert context.load(bytes(state), 0) == 0
+        assert context.save() == before
+
+
+def test_states_that_forge_what_they_come_from_are_refused(paths: dict[str, Path]) -> None:
+    """A right fingerprint promises nothing: codes for a cache that has no room for any, more rows than slots."""
+    sizes = {"sealing": {}, "open": {"overrides": {"xquant.window": -1}}}
+    contexts = {name: Context(paths["plain"], "xquant", **size) for name, size in sizes.items()}
+    states = {}
+    for name, context in contexts.items():
+        context.decode(TOKENS[:1300], 0)
+        states[name] = context.save(0)
+    at = field_offsets(states["open"])["fingerprint"]
+    for (name, context), forged in zip(contexts.items(), reversed(states.values()), strict=True):
+        state = forged[:at] + states[name][at : at + 8] + forged[at + 8 :]
+        assert context.load(state, 0) == 0
+        assert context.save(0) == states[name]
+        context.close()
+
+
+@pytest.mark.parametrize("cut", [0, 700])
+def test_restoring_into_a_smaller_context_is_refused(paths: dict[str, Path], cut: int) -> None:
+    """11 pages, and the last 6 of them: too many, numbers too high, or too few left beside another sequence."""
+    with Context(paths["plain"], "xquant", n_ctx=4096) as large:
+        large.decode(TOKENS[:1300], 0)
+        llama_cpp.llama_memory_seq_rm(large.memory, 0, 0, cut)
+        states = {None: large.save(), 0: large.save(0)}
+    for n_ctx in (1024, 256):
+        with Context(paths["plain"], "xquant", n_ctx=n_ctx, n_seq=2) as small:
+            small.decode(TOKENS[: n_ctx // 2], 0, [1])
+            before = small.save()
+            for sequence, state in states.items():
+                assert small.load(state, sequence) == 0
+                assert small.save() == before
+
+
+def test_a_saved_copy_and_a_saved_shift_are_not_stale(paths: dict[str, Path]) -> None:
+    """llama.cpp carries out copies between streams, and shifts, at the next decode: a state saved before has them."""
+    with Context(paths["plain"], "xquant", n_ctx=4096, n_seq=2, unified=False) as saved:
+        saved.decode(TOKENS[:700], 0, [0])
+        llama_cpp.llama_memory_seq_cp(saved.memory, 0, 1, -1, -1)
+        llama_cpp.llama_memory_seq_rm(saved.memory, 1, 128, 256)
+        llama_cpp.llama_memory_seq_add(saved.memory, 1, 256, -1, -128)
+        state = saved.save(1)
+        with Context(paths["plain"], "xquant", n_ctx=4096, n_seq=2, unified=False) as loaded:
+            assert loaded.load(state, 1) == len(state)
+            got = loaded.decode(TOKENS[700:750], 572, [1])
+        want = saved.decode(TOKENS[700:750], 572, [1])
+    # the free page in the middle is not saved: pages after it are summed up in another order; measured: 2e-6
+    assert np.abs(got - want).max() < 1e-4 * want.std()
+
+
+def test_a_loaded_sequence_does_not_age_the_others(paths: dict[str, Path]) -> None:
+    """Pages that were written long ago come beside new ones: only what left its own window is sealed."""
+    with Context(paths["plain"], "xquant", n_seq=2) as context:
+        context.decode(TOKENS[:1300], 0, [0])
+        state = context.save(0)
+        llama_cpp.llama_memory_clear(context.memory, True)
+        context.decode(TOKENS[:250], 0, [1])
+        assert context.load(state, 0) == len(state)
+        before = context.info()
+        context.decode(TOKENS[250:255], 250, [1])
+        assert context.info() == before
+
+
+def test_shifting_borrowed_keys_loses_no_more_than_shifting_own_ones(paths: dict[str, Path]) -> None:
+    """A layer that borrows codes reads its keys before the owner writes new ones."""
+    shape = tiny_gguf.Shape()
+    weights = tiny_gguf.random_weights(shape)
+    for name in ("attn_norm", "attn_k"):  # keys that resemble the owner's
+        for il in range(1, shape.n_layer):
+            weights[f"blk.{il}.{name}.weight"] = weights[f"blk.0.{name}.weight"]
+    path = tiny_gguf.write(paths["plain"].parent / "alike.gguf", shape, weights)
+    borrowing = "k=4,128,lsq,f16,0,0 v=4,0,minmax,f16,0,-1,rot"
+    overrides = {f"xquant.layer.{il}": borrowing for il in range(1, shape.n_layer)}
+
+    def run(kv_type: str, shift: int) -> Logits:
+        with Context(path, kv_type, overrides=overrides) as context:
+            context.decode(TOKENS[:1000], 0)
+            assert llama_cpp.llama_memory_seq_rm(context.memory, 0, 128, 384)
+            if shift:
+                llama_cpp.llama_memory_seq_add(context.memory, 0, 384, -1, -shift)
+            return context.decode(TOKENS[1000:1100], 1000 - shift)
+
+    shifted, unshifted = (np.abs(run("f16", n) - run("xquant", n)).mean() for n in (256, 0))
+    assert shifted < 1.2 * unshifted
+
+
+def test_part_of_a_sequence_is_copied_between_streams(paths: dict[str, Path]) -> None:
+    """Where llama.cpp's own types stop the process."""
+    with Context(paths["plain"], "xquant", n_ctx=4096, n_seq=2, unified=False) as context:
+        context.decode(TOKENS[:600], 0, [0])
+        llama_cpp.llama_memory_seq_cp(context.memory, 0, 1, 0, 500)
+        assert llama_cpp.llama_memory_seq_pos_max(context.memory, 1) == 499
+        got = context.decode(TOKENS[500:520], 500, [1])
+    with Context(paths["plain"], "xquant", n_ctx=2048) as alone:
+        alone.decode(TOKENS[:600], 0)
+        llama_cpp.llama_memory_seq_rm(alone.memory, 0, 500, -1)
+        assert np.array_equal(alone.decode(TOKENS[500:520], 500), got)
+
+
+WRONG: dict[str, Callable[[Context], object]] = {
+    "remove": lambda c: llama_cpp.llama_memory_seq_rm(c.memory, 300, -1, -1),
+    "copy": lambda c: llama_cpp.llama_memory_seq_cp(c.memory, 0, 9999, -1, -1),
+    "keep": lambda c: llama_cpp.llama_memory_seq_keep(c.memory, -7),
+    "shift another": lambda c: llama_cpp.llama_memory_seq_add(c.memory, 5000, 0, -1, 1),
+    "shift beyond 31 bits": lambda c: llama_cpp.llama_memory_seq_add(c.memory, 0, 0, -1, 2**31 - 1),
+    "shift below": lambda c: llama_cpp.llama_memory_seq_add(c.memory, 0, 0, -1, -(2**31)),
+    "divide by 0": lambda c: llama_cpp.llama_memory_seq_div(c.memory, 0, 0, -1, 0),
+    "divide by -1": lambda c: llama_cpp.llama_memory_seq_div(c.memory, 0, 0, -1, -1),
+    "positions": lambda c: llama_cpp.llama_memory_seq_pos_max(c.memory, 400),
+    "save": lambda c: c.save(1000),
+    "load": lambda c: c.load(c.save(0), 1000),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_do_nothing(paths: dict[str, Path], name: str) -> None:
+    with Context(paths["plain"], "xquant") as context, Context(paths["plain"], "xquant") as twin:
+        for c in (context, twin):
+            c.decode(TOKENS[:600], 0)
+        WRONG[name](context)
+        assert np.array_equal(context.decode(TOKENS[600:610], 600), twin.decode(TOKENS[600:610], 600))
+
+
+def test_dividing_positions_turns_keys_the_right_way(paths: dict[str, Path]) -> None:
+    """Keys whose positions were halved are those that would have been stored there (first layer: the only one)."""
+    shape = tiny_gguf.Shape(n_layer=1)
+    path = tiny_gguf.write(paths["plain"].parent / "one.gguf", shape, tiny_gguf.random_weights(shape))
+    for kv_type in ("f16", "xquant"):
+        with Context(path, kv_type, n_ctx=512) as divided, Context(path, kv_type, n_ctx=512) as direct:
+            divided.decode(TOKENS[:1], 100)
+            llama_cpp.llama_memory_seq_div(divided.memory, 0, 0, -1, 2)
+            direct.decode(TOKENS[:1], 50)
+            got, want = (c.decode(TOKENS[1:2], 51) for c in (divided, direct))
+            assert np.abs(got - want).max() < 1e-3 * want.std()  # measured: 1.3e-4 with F16
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_cells_free_all_over_the_cache(paths: dict[str, Path], model: str) -> None:
+    """A batch whose cells lie in more pages than have room in F16 at once is cut into smaller ones."""
+    logits = []
+    for kv_type in ("f16", "xquant"):
+        with Context(paths[model], kv_type, n_seq=2) as context:
+            rows = [
+                (TOKENS[i % 1400], i // 8 if i % 8 == 0 else i - i // 8 - 1, [int(i % 8 == 0)]) for i in range(2048)
+            ]
+            for i in range(0, 2048, 512):
+                context.decode_mixed(rows[i : i + 512])
+            assert llama_cpp.llama_memory_seq_rm(context.memory, 1, -1, -1)
+            logits.append(context.decode(TOKENS[:250], 1792, [0]))
+    assert np.abs(logits[0] - logits[1]).max() < 0.15 * logits[0].std()  # measured: 0.05
+
+
+def test_memory_that_cannot_be_had_is_an_error(paths: dict[str, Path]) -> None:
+    program = """
+import resource, sys
+from xquant_gguf import Llama
+resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+for n_ctx in (1 << 23, 1 << 30):
+    try:
+        Llama(sys.argv[1], kv_type="xquant", n_ctx=n_ctx, n_ubatch=64, n_batch=64, verbose=False)
+        print("made")
+    except (ValueError, MemoryError) as error:
+        print(error)
+llm = Llama(sys.argv[1], kv_type="xquant", n_ctx=512, verbose=False)
+llm.eval([5, 6, 7])
+print("goes on")
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", program, str(paths["plain"])], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert len(out) == 3
+    assert "made" not in out
+    assert out[-1] == "goes on"
+
+
+def test_embeddings_of_many_sequences(paths: dict[str, Path]) -> None:
+    """Embedding mode has room for 256 sequences, more than pages."""
+    texts = ["ab" * 20, "cd", "aa"]
+    out = {}
+    for kv_type in ("f16", "xquant"):
+        llm = Llama(str(paths["plain"]), kv_type=kv_type, embedding=True, n_ctx=1024, verbose=False)
+        out[kv_type] = np.array([np.mean(llm.embed(text), axis=0) for text in texts])
+        llm.close()
+    np.testing.assert_allclose(out["xquant"], out["f16"], atol=2e-2)
