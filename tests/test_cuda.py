@@ -7,9 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_oracle import CASES, Bounds, Case, Fork, available_kernels, describe, deviation, expected, seeing_codes
+from test_oracle import (
+    CASES,
+    Bounds,
+    Case,
+    Fork,
+    available_kernels,
+    describe,
+    deviation,
+    expected,
+    seeing_codes,
+    tokens,
+)
 
-from xquant_gguf import native
+from xquant_gguf import Llama, native
+from xquant_gguf.sizes import llama_cpp
 
 pytestmark = pytest.mark.cuda
 
@@ -68,3 +80,32 @@ def test_a_layer_that_borrows_from_another_device_is_refused(fork: Fork, tmp_pat
     case = CASES["gqa-paper"]
     with pytest.raises(ValueError, match="lies on another device"):
         fork.run(case, kv_plan=case.kv_plan(), n_gpu_layers=2)
+
+
+def test_states_travel_between_gpu_and_cpu(fork: Fork) -> None:
+    case = CASES["gqa-xquant"]
+    ids = tokens()
+    n = case.n_ubatch
+    options = {"n_ctx": 2048, "n_batch": n, "n_ubatch": n, "logits_all": True, "verbose": False}
+    on_gpu, on_cpu = (
+        Llama(str(fork.path(case.model)), kv_plan=case.kv_plan(), n_gpu_layers=layers, **options) for layers in (ALL, 0)
+    )
+    on_gpu.eval(ids[:600])
+    state = on_gpu.save_state()
+    assert on_gpu.kv_cache_info()["pages_sealed"] > 0
+    found = []
+    for llama in (on_gpu, on_gpu, on_cpu):
+        llama.load_state(state)
+        llama.eval(ids[600:620])
+        found.append(np.array(llama.scores[600:620]))
+    np.testing.assert_array_equal(found[0], found[1])
+    off = np.abs(found[2] - found[0]).max(axis=1) / found[0].std()
+    print(describe(off))
+    assert SEALED.hold(off)
+
+
+def test_positions_cannot_be_shifted(fork: Fork) -> None:
+    case = CASES["gqa-xquant"]
+    llama = Llama(str(fork.path(case.model)), kv_plan=case.kv_plan(), n_ctx=2048, n_gpu_layers=ALL, verbose=False)
+    memory = llama_cpp.llama_get_memory(llama._ctx.ctx)
+    assert not llama_cpp.llama_memory_can_shift(memory)

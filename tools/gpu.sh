@@ -10,5 +10,7 @@ cmake -G Ninja -S . -B "$build" -DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native
 ninja -C "$build" fork >> "$build.log" || { tail -n 40 "$build.log"; exit 1; }
 mkdir -p xquant_gguf/lib
 cp "$build"/bin/*.so "$build"/native/*.so native/include/xquant.h native/llama/xquant_llama.h xquant_gguf/lib/
-python3 -m pytest -q -m cuda
+python3 -m pytest -q -m cuda tests/test_cuda.py tests/test_cuda_kernels.py
 python3 benchmarks/attention_cuda.py
+python3 -m xquant_gguf bench --shape llama-8b --layers 8 --depths 0,32768,131072 --kv-types f16,q4_0,xquant,xquant-tiny \
+  --n-prompt 512 --n-decode 32 --n-gpu-layers -1

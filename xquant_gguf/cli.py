@@ -238,12 +238,19 @@ def _write_json(path: str, value: Mapping[str, Any]) -> None:
         part.write_text(json.dumps(value, indent=1) + "\n")
 
 
+def _depth(text: str) -> int:
+    try:
+        return _at_least(0)(text)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"--depths {error}") from error
+
+
 def run_bench(args: argparse.Namespace) -> int:
     if (args.model is None) == (args.shape is None):
         raise ValueError("name a model, or --shape, but not both")
     if args.layers and not args.shape:
         raise ValueError(f"--layers is {args.layers}: it belongs to --shape")
-    depths = [_at_least(0)(text) for text in args.depths.split(",")]
+    depths = [_depth(text) for text in args.depths.split(",")]
     kv_types = args.kv_types.split(",")
     with tempfile.TemporaryDirectory() as folder:
         model = write_shape(Path(folder) / "random.gguf", args.shape, args.layers or 0) if args.shape else args.model

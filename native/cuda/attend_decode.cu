@@ -1,4 +1,5 @@
 /* attend_decode.cu: which layers the tensor-core kernel covers, and which instance of it they take. */
+#include "attend_page.cuh"
 #include "launch.h"
 #include "stage.cuh"
 
@@ -10,7 +11,7 @@ int launch_decode_of(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaS
 bool decode_covers(const xq_cuda_layer &l) {
     const xq_side &k = l.plan.k, &v = l.plan.v;
     return (l.d == 64 || l.d == 128) && l.e == l.d && k.bits >= 1 && k.bits <= 4 && (v.bits == 2 || v.bits == 1) &&
-           (v.group == 0 || v.group >= l.e) && !l.mapped;
+           (v.group == 0 || v.group >= l.e) && !l.mapped && decode_shared_bytes(l) <= shared_limit();
 }
 
 int launch_decode(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream) {

@@ -19,9 +19,6 @@ namespace xq {
 
 namespace {
 
-constexpr int n_warps = 8;
-constexpr int p_bytes = n_warps * n_rows * p_stride * (int)sizeof(__half);
-
 /* ---- a block ---- */
 
 /* Joins the warps' states: sums [n_rows][E] weighted to the block's maximum, max and sum [n_rows]. */

@@ -14,7 +14,14 @@ namespace xq {
 namespace {
 
 constexpr int n_rows = 8;             /* query rows */
+constexpr int n_warps = 8;            /* of a block */
 constexpr int p_stride = XQ_PAGE + 8; /* halves of one row of p in shared memory */
+constexpr int p_bytes = n_warps * n_rows * p_stride * (int)sizeof(__half);
+
+/* The least shared memory of a block: p and one stage for each warp. */
+inline int decode_shared_bytes(const xq_cuda_layer &l) {
+    return p_bytes + n_warps * staging(l).bytes;
+}
 
 /* B operands of the sum over tokens. */
 template <int PRODUCTS, typename F>

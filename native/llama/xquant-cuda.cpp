@@ -5,6 +5,7 @@
 
 #include "ggml.h"
 
+#include <atomic>
 #include <cstdio>
 #include <cstring>
 
@@ -61,10 +62,22 @@ static int update(const node_params &params, const ggml_tensor *node, void *stre
     return xq_cuda_update(&l, &a, stream);
 }
 
+/* Says once that a layer takes the slow kernel. */
+static void announce_kernel(const xq_cuda_layer &l) {
+    static std::atomic<bool> said{false};
+    if (strcmp(xq_cuda_attend_kernel(&l), "general") == 0 && !said.exchange(true)) {
+        fprintf(stderr,
+                "xquant: no tensor-core kernel for keys of width %d in %d bits and values of width %d in %d bits%s: a "
+                "general one decodes such layers, which is slower\n",
+                l.d, l.plan.k.bits, l.e, l.plan.v.bits, l.mapped ? ", mapped" : "");
+    }
+}
+
 static int attend(const node_params &params, const ggml_tensor *node, void *stream) {
     ggml_tensor *const *src = node->src;
     const ggml_tensor *q = src[0], *mask = src[2];
     const xq_cuda_layer l = layer_of(params, src[3], src[4], src + 5);
+    announce_kernel(l);
     const auto *input = (const int32_t *)src[1]->data;
     xq_cuda_attend_args a = {};
     a.q = (const float *)q->data;
