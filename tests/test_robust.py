@@ -266,7 +266,11 @@ llm.eval([5, 6, 7])
 print("goes on")
 """
     out = subprocess.run(
-        [sys.executable, "-c", program, str(paths["plain"])], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program, str(paths["plain"])],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=paths["plain"].parent,  # not where the package's sources lie
     ).stdout.splitlines()
     assert len(out) == 3
     assert "made" not in out

@@ -31,7 +31,7 @@ def url(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
     options = ["--kv-type", "xquant", "--n-ctx", "1024", "--n_batch", "128", "--n_ubatch=128", "--port", str(port)]
     options += ["--host", "127.0.0.1", "--interrupt-requests", "false", "--verbose", "false", "--model-alias", "small"]
     command = [sys.executable, "-m", "xquant_gguf", "serve", smollm2, *options]
-    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as server:
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, cwd=log.parent) as server:
         try:
             deadline = time.monotonic() + 120
             while True:
@@ -134,6 +134,6 @@ def test_without_the_extra_it_says_so(tmp_path: Path) -> None:
     (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError(\"No module named 'uvicorn'\", name='uvicorn')")
     command = [sys.executable, "-m", "xquant_gguf", "serve", "x.gguf"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    out = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    out = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert out.returncode == 1
     assert "serve needs uvicorn, which is not there: pip install 'xquant-gguf[server]'" in out.stderr
