@@ -109,3 +109,8 @@ def test_positions_cannot_be_shifted(fork: Fork) -> None:
     llama = Llama(str(fork.path(case.model)), kv_plan=case.kv_plan(), n_ctx=2048, n_gpu_layers=ALL, verbose=False)
     memory = llama_cpp.llama_get_memory(llama._ctx.ctx)
     assert not llama_cpp.llama_memory_can_shift(memory)
+    llama.eval(tokens()[:300])
+    llama_cpp.llama_memory_seq_add(memory, 0, 100, -1, -50)
+    llama_cpp.llama_memory_seq_div(memory, 0, 100, -1, 2)
+    assert llama_cpp.llama_memory_seq_pos_max(memory, 0) == 299
+    llama.eval(tokens()[300:310])

@@ -165,6 +165,7 @@ class cache {
     int32_t take_slot(uint32_t s, const std::vector<int32_t> &keep);
     bool open(uint32_t s, int32_t p, const std::vector<int32_t> &keep, int32_t n_new);
     void finish_interrupted();
+    bool check_can_shift(const char *caller) const;
     void fill_extra();
     uint64_t count_nonfinite() const;
     void run_pending(const layer &l) const;

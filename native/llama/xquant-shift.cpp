@@ -106,10 +106,6 @@ bool cache::can_shift() const {
 }
 
 bool cache::shift(llama_context *lctx) {
-    if (!can_shift()) {
-        LLAMA_LOG_ERROR("%s: xquant: positions of a cache on a GPU cannot be shifted yet\n", __func__);
-        return false;
-    }
     finish_interrupted();
     std::vector<shifted_page> pages;
     std::vector<int32_t> shifts; // by token of pages
