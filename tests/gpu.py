@@ -36,6 +36,7 @@ def check(status: int) -> None:
         raise RuntimeError(f"the CUDA driver returned {status}")
 
 
+@lru_cache(maxsize=1)
 def available() -> bool:
     try:
         driver()

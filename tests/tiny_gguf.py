@@ -14,10 +14,10 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from xquant_gguf import synthetic
+
 Weights = dict[str, NDArray[np.float32]]
 
-N_BYTES = 256
-SPECIAL = ("<unk>", "<s>", "</s>")
 N_VOCAB = 288  # special tokens, bytes, then single letters
 
 
@@ -47,6 +47,11 @@ class Shape:
             raise ValueError(f"qwen2 needs n_embd = n_head * key_length, not {self.n_embd}")
         if self.n_head % self.n_head_kv != 0:
             raise ValueError(f"n_head_kv must divide n_head = {self.n_head}, not {self.n_head_kv}")
+
+    def widths(self) -> synthetic.Shape:
+        """What its file says of it."""
+        sizes = self.n_layer, self.n_embd, self.n_ff, self.n_head, self.n_head_kv, self.key_length, N_VOCAB
+        return synthetic.Shape(*sizes, self.value_length, self.freq_base, self.rms_eps)
 
     @property
     def rope_halves(self) -> bool:
@@ -103,18 +108,7 @@ def write(path: Path, shape: Shape, weights: Weights) -> Path:
     """Writes the model as a GGUF file and returns its path."""
     writer = gguf.GGUFWriter(path, shape.arch)
     writer.add_name("tiny random model")
-    writer.add_context_length(shape.n_ctx)
-    writer.add_embedding_length(shape.n_embd)
-    writer.add_block_count(shape.n_layer)
-    writer.add_feed_forward_length(shape.n_ff)
-    writer.add_head_count(shape.n_head)
-    writer.add_head_count_kv(shape.n_head_kv)
-    writer.add_key_length(shape.key_length)
-    writer.add_value_length(shape.value_length)
-    writer.add_rope_dimension_count(shape.key_length)
-    writer.add_rope_freq_base(shape.freq_base)
-    writer.add_layer_norm_rms_eps(shape.rms_eps)
-    writer.add_vocab_size(N_VOCAB)
+    synthetic.add_shape(writer, shape.widths(), shape.n_ctx)
     if shape.arch == "mimo2":
         writer.add_sliding_window(128)
         writer.add_sliding_window_pattern([il == shape.n_layer - 1 for il in range(shape.n_layer)])
@@ -128,17 +122,8 @@ def write(path: Path, shape: Shape, weights: Weights) -> Path:
 
 def add_tokenizer(writer: gguf.GGUFWriter) -> None:
     """Special tokens, bytes, letters."""
-    n_letters = N_VOCAB - len(SPECIAL) - N_BYTES
-    tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(N_BYTES)), *(chr(ord("a") + i) for i in range(n_letters))]
-    kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
-    kinds += [gguf.TokenType.BYTE] * N_BYTES + [gguf.TokenType.NORMAL] * n_letters
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * N_VOCAB)
-    writer.add_token_types(kinds)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_add_space_prefix(False)
+    letters = [chr(ord("a") + i) for i in range(N_VOCAB - len(synthetic.SPECIAL) - synthetic.N_BYTES)]
+    synthetic.add_vocabulary(writer, letters, gguf.TokenType.NORMAL)
 
 
 def finish(writer: gguf.GGUFWriter, weights: Weights) -> None:

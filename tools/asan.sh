@@ -15,7 +15,7 @@ ninja -C "$build/native" fork
 
 # the package as it would be installed, with these libraries
 mkdir -p "$build/site/xquant_gguf/lib"
-cp -r "$root"/xquant_gguf/*.py "$root/xquant_gguf/data" "$build/site/xquant_gguf"
+tar -C "$root" --exclude=xquant_gguf/lib --exclude=__pycache__ -c xquant_gguf | tar -C "$build/site" -x
 cp "$build"/native/bin/lib*.so "$build/native/native/libxquant.so" "$root/native/include/xquant.h" \
   "$root/native/llama/xquant_llama.h" "$build/site/xquant_gguf/lib"
 

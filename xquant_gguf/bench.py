@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from xquant_gguf.llama import Llama
+from xquant_gguf.evaluate import load
 from xquant_gguf.sizes import llama_cpp
 
 
@@ -29,9 +29,7 @@ class Runner:
     """One model with one KV type; its cache holds the first tokens of an endless random text."""
 
     def __init__(self, model: str, kv_type: str, n_ctx: int, **options: Any) -> None:
-        self.llm = Llama(
-            model, kv_type=kv_type, n_ctx=n_ctx, flash_attn=True, verbose=False, logits_all=False, **options
-        )
+        self.llm = load(model, kv_type, {"n_ctx": n_ctx, "verbose": False, **options})
         self.tokens = np.random.default_rng(0).integers(3, self.llm.n_vocab(), n_ctx).tolist()
         self.filled = 0
 

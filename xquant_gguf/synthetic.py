@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -17,7 +17,7 @@ SPECIAL = ("<unk>", "<s>", "</s>")
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths of a llama-like model; n_layer: of the real one."""
+    """Widths of a llama-like model; n_layer: of the real one.  value_dim: of values, 0: as keys'."""
 
     n_layer: int
     n_embd: int
@@ -26,6 +26,9 @@ class Shape:
     n_head_kv: int
     head_dim: int
     n_vocab: int
+    value_dim: int = 0
+    freq_base: float = 500000.0
+    rms_eps: float = 1e-5
 
 
 SHAPES = {
@@ -67,19 +70,9 @@ def write(path: str | Path, name: str, n_layer: int = 0) -> Path:
         raise ValueError(f"layers is {n_layer}, must be at least 1")
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(f"random, shape of {name}")
-    writer.add_context_length(N_CTX_TRAIN)
-    writer.add_embedding_length(shape.n_embd)
-    writer.add_block_count(n_layer)
-    writer.add_feed_forward_length(shape.n_ff)
-    writer.add_head_count(shape.n_head)
-    writer.add_head_count_kv(shape.n_head_kv)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-    writer.add_rope_dimension_count(shape.head_dim)
-    writer.add_rope_freq_base(500000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(shape.n_vocab)
-    _add_vocabulary(writer, shape.n_vocab)
+    add_shape(writer, replace(shape, n_layer=n_layer), N_CTX_TRAIN)
+    n_named = shape.n_vocab - len(SPECIAL) - N_BYTES
+    add_vocabulary(writer, [f"<unused {i}>" for i in range(n_named)], gguf.TokenType.UNUSED)
     for tensor, size in tensors(shape, n_layer):
         kind = np.float32 if len(size) == 1 else np.float16
         n_bytes = int(np.prod(size)) * np.dtype(kind).itemsize
@@ -102,16 +95,30 @@ def _weights(rng: np.random.Generator, size: tuple[int, ...]) -> NDArray[np.gene
     return np.resize(rows, size)
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, n_vocab: int) -> None:
-    """Special tokens, bytes, and names that no text has."""
-    tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(N_BYTES))]
-    kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL] + [gguf.TokenType.BYTE] * N_BYTES
-    n_more = n_vocab - len(tokens)
-    tokens += [f"<unused {i}>" for i in range(n_more)]
-    kinds += [gguf.TokenType.UNUSED] * n_more
+def add_shape(writer: gguf.GGUFWriter, shape: Shape, n_ctx: int) -> None:
+    """The keys that say what a llama-like model looks like; n_ctx: tokens that it was trained with."""
+    writer.add_context_length(n_ctx)
+    writer.add_embedding_length(shape.n_embd)
+    writer.add_block_count(shape.n_layer)
+    writer.add_feed_forward_length(shape.n_ff)
+    writer.add_head_count(shape.n_head)
+    writer.add_head_count_kv(shape.n_head_kv)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.value_dim or shape.head_dim)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(shape.freq_base)
+    writer.add_layer_norm_rms_eps(shape.rms_eps)
+    writer.add_vocab_size(shape.n_vocab)
+
+
+def add_vocabulary(writer: gguf.GGUFWriter, more: Sequence[str], kind: gguf.TokenType) -> None:
+    """Special tokens, bytes, and more tokens of one kind."""
+    tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(N_BYTES)), *more]
+    kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
+    kinds += [gguf.TokenType.BYTE] * N_BYTES + [kind] * len(more)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * n_vocab)
+    writer.add_token_scores([0.0] * len(tokens))
     writer.add_token_types(kinds)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)

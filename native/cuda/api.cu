@@ -1,12 +1,14 @@
 /* api.cu: the C ABI of xquant_cuda.h: checks arguments, chooses kernels. */
 #include "launch.h"
 
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 
 namespace xq {
 
 static thread_local char message[256];
+static constexpr int max_devices = 64;
 
 static int fail_cuda(int status, const char *format, ...) {
     va_list args;
@@ -24,9 +26,16 @@ int launched(const char *what) {
 }
 
 int shared_limit() {
+    static std::atomic<int> limits[max_devices]; // asked at every launch; 0: not asked yet
     int device = 0, bytes = 0;
     cudaGetDevice(&device);
+    if (device < max_devices && limits[device] > 0) {
+        return limits[device];
+    }
     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (device < max_devices) {
+        limits[device] = bytes;
+    }
     return bytes;
 }
 
@@ -43,13 +52,6 @@ static int check(const xq_cuda_layer *l) {
         return fail_cuda(XQ_ERR_ARGUMENT, "layer: blocks, window and map must not be null");
     }
     return XQ_OK;
-}
-
-enum class kernel { decode, general };
-
-/* Few rows share a KV head in decoding: the tensor cores' eight columns take them. */
-static kernel choose(const xq_cuda_layer &l) {
-    return decode_covers(l) ? kernel::decode : kernel::general;
 }
 
 } // namespace xq
@@ -71,7 +73,7 @@ int xq_cuda_update(const xq_cuda_layer *layer, const xq_cuda_update_args *args, 
 }
 
 const char *xq_cuda_attend_kernel(const xq_cuda_layer *layer) {
-    return choose(*layer) == kernel::decode ? "decode" : "general";
+    return decode_covers(*layer) ? "decode" : "general";
 }
 
 int xq_cuda_attend(const xq_cuda_layer *layer, const xq_cuda_attend_args *args, void *stream) {
@@ -83,8 +85,8 @@ int xq_cuda_attend(const xq_cuda_layer *layer, const xq_cuda_attend_args *args, 
         args->n_kv_pages < 0 || args->n_kv_pages > layer->n_pages) {
         return fail_cuda(XQ_ERR_ARGUMENT, "attend: a pointer is null or a count is out of range");
     }
-    return choose(*layer) == kernel::decode ? launch_decode(*layer, *args, (cudaStream_t)stream)
-                                            : launch_general(*layer, *args, (cudaStream_t)stream);
+    return decode_covers(*layer) ? launch_decode(*layer, *args, (cudaStream_t)stream)
+                                 : launch_general(*layer, *args, (cudaStream_t)stream);
 }
 
 int xq_cuda_merge(const xq_cuda_layer *layer, int32_t n_parts, int32_t n_rows, int32_t n_head, const float *partial,

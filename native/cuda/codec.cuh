@@ -20,7 +20,7 @@ constexpr int page_sealed = -1, page_free = -2;
 /* One side (keys or values) of one KV head. */
 struct side_view {
     xq_side plan;
-    int width, code_bits;
+    int width;
     bool own;               /* codes of its own, not of another layer */
     uint8_t *codes, *param; /* of page 0; null where absent */
     int64_t codes_stride, param_stride;
@@ -33,7 +33,7 @@ __host__ __device__ inline side_view key_view(const xq_cuda_layer &l, int stream
     uint8_t *param = l.blocks + stream * l.blocks_stream + block * l.own.bytes + l.own.k_param;
     __half *window = (__half *)((char *)l.window + stream * l.window_stream);
     window += (int64_t)head * l.n_slots * XQ_PAGE * l.d;
-    return {l.plan.k, l.d, l.plan.k.bits, l.plan.k.owner < 0, codes, param, l.k_owner.bytes, l.own.bytes, window};
+    return {l.plan.k, l.d, l.plan.k.owner < 0, codes, param, l.k_owner.bytes, l.own.bytes, window};
 }
 
 __host__ __device__ inline side_view value_view(const xq_cuda_layer &l, int stream, int head) {
@@ -42,7 +42,7 @@ __host__ __device__ inline side_view value_view(const xq_cuda_layer &l, int stre
     uint8_t *param = l.blocks + stream * l.blocks_stream + block * l.own.bytes + l.own.v_param;
     __half *window = (__half *)((char *)l.window + stream * l.window_stream);
     window += (int64_t)l.n_slots * XQ_PAGE * ((int64_t)l.n_head_kv * l.d + (int64_t)head * l.e);
-    return {l.plan.v, l.e, l.plan.v.bits, l.plan.v.owner < 0, codes, param, l.v_owner.bytes, l.own.bytes, window};
+    return {l.plan.v, l.e, l.plan.v.owner < 0, codes, param, l.v_owner.bytes, l.own.bytes, window};
 }
 
 /* The values that a map of this head reads; window: null. */
@@ -51,7 +51,6 @@ __device__ inline side_view source_view(const xq_cuda_layer &l, int stream, int 
     uint8_t *at = (uint8_t *)l.source_blocks + block;
     return {l.source,
             l.e,
-            l.source.bits,
             true,
             at + l.source_layout.v_codes,
             at + l.source_layout.v_param,

@@ -307,22 +307,6 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "    if (xq) {\n        xq->state_read(io, seq_id);\n        return;\n    }\n\n",
         "before",
     ),
-    # -- CUDA runs our nodes
-    ("ggml/src/ggml-cuda/ggml-cuda.cu", '#include "ggml-cuda/common.cuh"\n', '#include "xquant-cuda.h"\n', "after"),
-    (
-        "ggml/src/ggml-cuda/ggml-cuda.cu",
-        "        case GGML_OP_LIGHTNING_INDEXER:\n            ggml_cuda_lightning_indexer(ctx, dst);\n"
-        "            break;\n",
-        "        case GGML_OP_CUSTOM:\n            return xquant_cuda_compute(dst, ctx.stream());\n",
-        "after",
-    ),
-    (
-        "ggml/src/ggml-cuda/ggml-cuda.cu",
-        "        case GGML_OP_FLASH_ATTN_EXT:\n"
-        "            return ggml_cuda_flash_attn_ext_supported(dev_ctx->device, op);\n",
-        "        case GGML_OP_CUSTOM:\n            return xquant_cuda_supports(op);\n",
-        "after",
-    ),
     (
         "src/llama-io.h",
         "    // drop tensor data that has been read",
@@ -358,6 +342,22 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         " llama_state_seq_flags flags) {\n",
         "    if (kv_base->xq) {\n        xquant::state_read_sliding(*kv_base, *kv_swa, io, seq_id, flags);\n"
         "        return;\n    }\n\n",
+        "after",
+    ),
+    # -- CUDA runs our nodes
+    ("ggml/src/ggml-cuda/ggml-cuda.cu", '#include "ggml-cuda/common.cuh"\n', '#include "xquant-cuda.h"\n', "after"),
+    (
+        "ggml/src/ggml-cuda/ggml-cuda.cu",
+        "        case GGML_OP_LIGHTNING_INDEXER:\n            ggml_cuda_lightning_indexer(ctx, dst);\n"
+        "            break;\n",
+        "        case GGML_OP_CUSTOM:\n            return xquant_cuda_compute(dst, ctx.stream());\n",
+        "after",
+    ),
+    (
+        "ggml/src/ggml-cuda/ggml-cuda.cu",
+        "        case GGML_OP_FLASH_ATTN_EXT:\n"
+        "            return ggml_cuda_flash_attn_ext_supported(dev_ctx->device, op);\n",
+        "        case GGML_OP_CUSTOM:\n            return xquant_cuda_supports(op);\n",
         "after",
     ),
 ]

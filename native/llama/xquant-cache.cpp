@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <bitset>
-#include <cstring>
 #include <map>
 #include <stdexcept>
 
@@ -59,8 +58,7 @@ bool cache::runs_on(ggml_backend_dev_t device) {
     }
     ggml_tensor probe = {};
     probe.op = GGML_OP_CUSTOM;
-    const node_params params = {node_magic, node_kind::update, nullptr, 0.0f, 0.0f, 0.0f, 0};
-    memcpy(probe.op_params + node_params_at, &params, sizeof(params));
+    set_params(probe.op_params, {node_magic, node_kind::update, nullptr, 0.0f, 0.0f, 0.0f, 0});
     const bool known = ggml_backend_dev_supports_op(device, &probe);
     if (!known || simulates) {
         LLAMA_LOG_WARN("%s: xquant: %s; the cache and the attention of its layers stay on the CPU, which is slower\n",

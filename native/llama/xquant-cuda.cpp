@@ -11,12 +11,6 @@
 
 namespace xquant {
 
-static node_params params_of(const ggml_tensor *node) {
-    node_params params;
-    memcpy(&params, node->op_params + node_params_at, sizeof(params));
-    return params;
-}
-
 /* The layer with its data: blocks, window, then the blocks of others and extra. */
 static xq_cuda_layer layer_of(const node_params &params, const ggml_tensor *blocks, const ggml_tensor *window,
                               ggml_tensor *const *others /* [4] */) {
@@ -126,7 +120,7 @@ static int unpack(const node_params &params, const ggml_tensor *node, void *stre
 } // namespace xquant
 
 bool xquant_cuda_supports(const ggml_tensor *node) {
-    return node->op == GGML_OP_CUSTOM && xquant::params_of(node).magic == xquant::node_magic;
+    return node->op == GGML_OP_CUSTOM && xquant::get_params(node->op_params).magic == xquant::node_magic;
 }
 
 bool xquant_cuda_compute(const ggml_tensor *node, void *stream) {
@@ -134,7 +128,7 @@ bool xquant_cuda_compute(const ggml_tensor *node, void *stream) {
     if (!xquant_cuda_supports(node)) {
         return false;
     }
-    const node_params params = params_of(node);
+    const node_params params = get_params(node->op_params);
     int status = XQ_OK;
     switch (params.kind) {
     case node_kind::update:

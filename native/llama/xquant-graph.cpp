@@ -69,12 +69,6 @@ void cache::set_input(ggml_tensor *tensor, const slot_info &sinfo) {
 
 /* ---- attend ---- */
 
-static node_params params_of(const ggml_tensor *node) {
-    node_params params;
-    memcpy(&params, node->op_params + node_params_at, sizeof(params));
-    return params;
-}
-
 /* ALiBi's slope of a head (arXiv 2108.12409); 1 without a bias. */
 static float slope_of(float max_bias, int head, int n_head) {
     if (max_bias <= 0.0f) {
@@ -90,7 +84,7 @@ static void attend(ggml_tensor *dst, int ith, int nth, void *userdata) {
     const ggml_tensor *q = dst->src[0], *mask = dst->src[2], *blocks = dst->src[3], *window = dst->src[4];
     const ggml_tensor *k_codes = dst->src[5], *v_codes = dst->src[6], *source = dst->src[7];
     const int32_t *input = (const int32_t *)dst->src[1]->data;
-    const node_params params = params_of(dst);
+    const node_params params = get_params(dst->op_params);
 
     const int n_head = (int)q->ne[1], n_rep = n_head / l.n_head_kv;
     const int n_streams = (int)mask->ne[3], n_tokens = (int)q->ne[2] / n_streams; // of each stream
@@ -196,7 +190,7 @@ static ggml_tensor *new_node(ggml_context *ctx, ggml_type type, const int64_t ne
     GGML_ASSERT(sources.size() <= GGML_MAX_SRC);
     std::copy(sources.begin(), sources.end(), node->src);
     static_assert(node_params_at * sizeof(int32_t) + sizeof(params) <= GGML_MAX_OP_PARAMS, "op_params is full");
-    memcpy(node->op_params + node_params_at, &params, sizeof(params));
+    set_params(node->op_params, params);
     return node;
 }
 
@@ -220,7 +214,7 @@ ggml_tensor *cache::build_attention(const llm_graph_context &graph, ggml_tensor 
         // a view of the window: it runs where the layer lies
         ggml_tensor *args[] = {input, k_cur, v_cur, l->blocks, k_codes, v_codes, source, l->extra};
         stored = ggml_custom_inplace(ctx, l->window, args, 8, update_pages, GGML_N_TASKS_MAX, l);
-        memcpy(stored->op_params + node_params_at, &params, sizeof(params));
+        set_params(stored->op_params, params);
         graph.cb(stored, "xquant_update", il);
         ggml_build_forward_expand(graph.gf, stored);
     }

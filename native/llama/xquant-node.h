@@ -17,6 +17,7 @@
 #include "xquant_cuda.h"
 
 #include <cstdint>
+#include <cstring>
 
 namespace xquant {
 
@@ -34,6 +35,15 @@ struct node_params {
 
 /* Where node_params start in op_params, in int32. */
 constexpr int node_params_at = 8;
+
+inline void set_params(int32_t *op_params, const node_params &params) {
+    memcpy(op_params + node_params_at, &params, sizeof(params));
+}
+inline node_params get_params(const int32_t *op_params) {
+    node_params params;
+    memcpy(&params, op_params + node_params_at, sizeof(params));
+    return params;
+}
 
 constexpr int64_t extra_heads = 64;
 inline int64_t extra_map(int64_t n_head_kv) {
