@@ -10,6 +10,7 @@
  * reference.py give the same bytes.  A vector is as wide as the set's registers: compilers take wider ones apart,
  * element by element.  Codes are packed 16 rows i at a time.  Scratch lies on the stack: 24 KiB at most.
  */
+#include "codec_format.h"
 #include "half.h"
 #include "kernels.h"
 
@@ -130,14 +131,6 @@ static inline lanes finite(lanes x, int_lanes &count) {
 
 /* ---- packing: the unit order of xquant.h for 16 rows i ---- */
 
-static inline int units_of(int bits, int n_i) {
-    return (n_i * bits + 31) / 32;
-}
-/* Bytes of 16 columns j. */
-static inline int64_t column_bytes(int bits, int n_i) {
-    return 64 * (bits == 3 ? units_of(2, n_i) + units_of(1, n_i) : units_of(bits, n_i));
-}
-
 /* c: codes of rows i0 .. i0 + 15 (i0 a multiple of 16) of one column, as four words of four bytes. */
 static inline void put_words(int bits, uint8_t *column, int j, int i0, const uint32_t c[4]) {
     const auto store = [&](int unit, uint32_t word) { memcpy(column + 64 * unit + 4 * (j % 16), &word, 4); };
@@ -175,7 +168,7 @@ static inline void get_words(int bits, const uint8_t *column, int j, int i0, uin
 }
 
 static inline void put_codes(int bits, int n_i, uint8_t *packed, int j, int i0, const uint8_t codes[n_packed]) {
-    uint8_t *column = packed + j / 16 * column_bytes(bits, n_i);
+    uint8_t *column = packed + (int64_t)(j / 16) * column_bytes(bits, n_i);
     uint32_t c[4];
     memcpy(c, codes, sizeof(c));
     if (bits != 3) {
@@ -192,7 +185,7 @@ static inline void put_codes(int bits, int n_i, uint8_t *packed, int j, int i0, 
 }
 
 static inline void get_codes(int bits, int n_i, const uint8_t *packed, int j, int i0, uint8_t codes[n_packed]) {
-    const uint8_t *column = packed + j / 16 * column_bytes(bits, n_i);
+    const uint8_t *column = packed + (int64_t)(j / 16) * column_bytes(bits, n_i);
     uint32_t c[4];
     get_words(bits == 3 ? 2 : bits, column, j, i0, c);
     if (bits == 3) {
@@ -246,17 +239,11 @@ struct parameters {
     int_lanes e, q; /* LOG8 as stored */
 };
 
-/* 2^(j / 8), and the mantissa bits of 2^((j + 1/2) / 8). */
-static const float steps[8] = {1.0f,        1.09050775f, 1.18920708f, 1.29683959f,
-                               1.41421354f, 1.54221082f, 1.68179286f, 1.83400810f};
-static const uint32_t thresholds[8] = {0x05aac3, 0x11c3d3, 0x1ef532, 0x2d583f, 0x3d08a4, 0x4e248c, 0x60ccdf, 0x75257d};
-constexpr int log8_zero = 161;
-
 static inline lanes log8_scale(int_lanes e) {
     const int_lanes k = e - log8_zero;
     lanes scale;
     for (int i = 0; i < n_lanes; ++i) {
-        scale[i] = steps[k[i] & 7] * from_bits((uint32_t)((k[i] >> 3) + 127) << 23);
+        scale[i] = log8_steps[k[i] & 7] * from_bits((uint32_t)((k[i] >> 3) + 127) << 23);
     }
     return scale;
 }
@@ -273,7 +260,7 @@ static inline parameters round_parameters(const xq_side &side, lanes scale, lane
     scale = high(scale, absolute(centre) * (8.0f / 120.0f));
     const bit_lanes bits = (bit_lanes)scale;
     int_lanes e = ((int_lanes)(bits >> 23) - 127) * 8 + log8_zero;
-    for (const uint32_t threshold : thresholds) {
+    for (const uint32_t threshold : log8_thresholds) {
         e -= (int_lanes)((bits & 0x7fffffu) >= threshold);
     }
     e = e < 1 ? int_lanes{} + 1 : e;
@@ -314,10 +301,6 @@ static inline parameters load_parameters(const xq_side &side, const uint8_t *at,
         p.base = __builtin_convertvector(p.q, lanes) * (p.scale * 0.125f);
     }
     return p;
-}
-
-static inline int parameter_bytes(const xq_side &side, int n_i) {
-    return side.bits == 0 ? 2 * n_i : side.param == XQ_PARAM_F16 ? 4 * n_i : 2 * n_i;
 }
 
 } // namespace XQ_SET

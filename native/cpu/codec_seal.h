@@ -1,110 +1,11 @@
-/* codec_seal.h: fits, sealing and unsealing, a vector of groups at a time; see codec_lanes.h.  Compiled once per kernel
- * set. */
+/* codec_seal.h: sealing and unsealing, a vector of groups at a time; see codec_lanes.h and codec_fit.h.  Compiled once
+ * per kernel set. */
 #include "codec_lanes.h"
 
 namespace xq {
 namespace XQ_SET {
 
-/* ---- fits ---- */
-
-/* One group a lane: elements x [n_j] and what is stored for them. */
-struct group {
-    const xq_side &side;
-    const lanes *x; /* [n_j] */
-    int n_j;
-    int top; /* largest code, 2^B - 1 */
-    lanes min, max;
-};
-
-static inline lanes encode(lanes x, const parameters &p, lanes inv, int top) {
-    return nearest(low(high((x - p.base) * inv + p.middle, splat(0.0f)), splat((float)top)));
-}
-
-static inline group make_group(const xq_side &side, const lanes *x, int n_j) {
-    group g = {side, x, n_j, (1 << side.bits) - 1, x[0], x[0]};
-    for (int j = 1; j < n_j; ++j) {
-        g.min = low(g.min, x[j]);
-        g.max = high(g.max, x[j]);
-    }
-    return g;
-}
-
-/* Paper, section 3.2: the range shrinks by eta at both ends. */
-static inline parameters relaxed(const group &g, float eta) {
-    const lanes range = g.max - g.min;
-    parameters p = {};
-    p.scale = range / (float)g.top * (1.0f - 2.0f * eta);
-    p.base = g.min + range * eta;
-    return p;
-}
-
-static inline parameters fit_clip(const group &g) {
-    static const float one_bit[] = {0.0f, 0.05f, 0.1f, 0.15f, 0.2f, 0.25f, 0.3f, 0.35f};
-    static const float more_bits[] = {0.0f, 0.04f, 0.08f, 0.12f, 0.16f, 0.2f};
-    const float *etas = g.side.bits == 1 ? one_bit : more_bits;
-    const int n = g.side.bits == 1 ? 8 : 6;
-    parameters best = {};
-    lanes best_error = splat(INFINITY);
-    for (int k = 0; k < n; ++k) {
-        const parameters raw = relaxed(g, etas[k]);
-        const parameters p = round_parameters(g.side, raw.scale, raw.base);
-        const lanes inv = inverse(p.scale);
-        lanes error = splat(0.0f);
-        for (int j = 0; j < g.n_j; ++j) {
-            const lanes off = p.base + p.scale * (encode(g.x[j], p, inv, g.top) - p.middle) - g.x[j];
-            error = error + off * off;
-        }
-        const int_lanes better = error < best_error;
-        best_error = better ? error : best_error;
-        best.scale = better ? p.scale : best.scale;
-        best.base = better ? p.base : best.base;
-        best.e = better ? p.e : best.e;
-        best.q = better ? p.q : best.q;
-        best.middle = p.middle;
-    }
-    return best;
-}
-
-/* Least-squares scale and zero for given codes; lanes whose codes are all the same get `flat`. */
-template <typename F> static inline parameters least_squares(const group &g, const parameters &flat, const F &code) {
-    const lanes shift = (g.min + g.max) * 0.5f; // keeps the sums small where the group lies far from zero
-    lanes sum_c = splat(0.0f), sum_cc = splat(0.0f), sum_x = splat(0.0f), sum_xc = splat(0.0f);
-    for (int j = 0; j < g.n_j; ++j) {
-        const lanes c = code(j), x = g.x[j] - shift;
-        sum_c = sum_c + c;
-        sum_cc = sum_cc + c * c;
-        sum_x = sum_x + x;
-        sum_xc = sum_xc + x * c;
-    }
-    const lanes mean_c = sum_c / (float)g.n_j;
-    const lanes variance = sum_cc - sum_c * mean_c;
-    // codes that differ at all give a variance near 1 or more; less is rounding
-    const int_lanes usable = variance > 0.25f;
-    const lanes scale = (sum_xc - sum_x * mean_c) / (usable ? variance : splat(1.0f));
-    parameters p = {};
-    p.scale = usable ? scale : flat.scale;
-    p.base = usable ? shift + sum_x / (float)g.n_j - scale * mean_c : flat.base;
-    return p;
-}
-
-static inline lanes mean(const group &g) {
-    const lanes shift = (g.min + g.max) * 0.5f;
-    lanes sum = splat(0.0f);
-    for (int j = 0; j < g.n_j; ++j) {
-        sum = sum + (g.x[j] - shift);
-    }
-    return shift + sum / (float)g.n_j;
-}
-
-/* Three steps of assignment and least squares from the relaxed range. */
-static inline parameters fit_lloyd(const group &g) {
-    parameters p = relaxed(g, g.side.eta);
-    for (int step = 0; step < 3; ++step) {
-        const lanes inv = inverse(p.scale);
-        p = least_squares(g, p, [&](int j) { return encode(g.x[j], p, inv, g.top); });
-    }
-    return round_parameters(g.side, p.scale, p.base);
-}
+#include "codec_fit.h"
 
 /* ---- one vector of groups ---- */
 
@@ -118,37 +19,21 @@ static inline matrix key_matrix(const xq_side &side, int d) {
     return {side, d, XQ_PAGE, side.group};
 }
 static inline matrix value_matrix(const xq_side &side, int e) {
-    return {side, XQ_PAGE, e, side.group == 0 || side.group > e ? e : side.group};
+    return {side, XQ_PAGE, e, group_length(side, e)};
 }
 
 /* x [n_j]: lanes i0 .. i0 + n_lanes - 1.  codes: of element j at j * n_packed; read if borrowed, else written. */
 static inline void seal_lanes(const matrix &m, const lanes *x, int i0, uint8_t *codes, uint8_t *param, bool borrowed) {
     const xq_side &side = m.side;
     for (int j0 = 0; j0 < m.n_j; j0 += m.group, param += parameter_bytes(side, m.n_i)) {
-        const group g = make_group(side, x + j0, m.group);
+        const auto g = make_group(side, x + j0, m.group);
         uint8_t *const c = codes + j0 * n_packed;
-        parameters p = {};
-        if (side.bits == 0) {
-            p.base = mean(g);
-        } else if (side.fit == XQ_FIT_LSQ) {
-            parameters flat = {};
-            flat.base = mean(g);
-            p = least_squares(g, flat, [&](int j) { return load_codes(c + j * n_packed); });
-            p = round_parameters(side, p.scale, p.base);
-        } else if (side.fit == XQ_FIT_CLIP) {
-            p = fit_clip(g);
-        } else if (side.fit == XQ_FIT_LLOYD) {
-            p = fit_lloyd(g);
-        } else {
-            p = relaxed(g, side.eta);
-            p = round_parameters(side, p.scale, p.base);
-        }
+        const parameters p = fit(g, [&](int j) { return load_codes(c + j * n_packed); });
         store_parameters(side, param, m.n_i, i0, p);
         if (side.bits == 0 || borrowed) {
             continue;
         }
-        // the paper's codes belong to the full range, before it was relaxed and rounded
-        const parameters grid = side.fit == XQ_FIT_PAPER ? relaxed(g, 0.0f) : p;
+        const parameters grid = grid_of(g, p);
         const lanes inv = inverse(grid.scale);
         for (int j = 0; j < m.group; ++j) {
             store_codes(c + j * n_packed, encode(g.x[j], grid, inv, g.top));
@@ -178,28 +63,6 @@ static inline void unpack_rows(const matrix &m, int bits, int i0, const uint8_t 
 }
 
 /* ---- Hadamard ---- */
-
-static inline int hadamard_block(int n) {
-    return n & -n;
-}
-
-/* x [n]: of any type with +, - and * float. */
-template <typename T> static inline void transform(T *x, int n) {
-    const int block = hadamard_block(n);
-    const float norm = (float)(1.0 / std::sqrt((double)block));
-    for (int h = 1; h < block; h *= 2) {
-        for (int i = 0; i < n; i += 2 * h) {
-            for (int k = i; k < i + h; ++k) {
-                const T a = x[k], b = x[k + h];
-                x[k] = a + b;
-                x[k + h] = a - b;
-            }
-        }
-    }
-    for (int i = 0; i < n; ++i) {
-        x[i] = x[i] * norm;
-    }
-}
 
 static void hadamard(float *x, int n_rows, int n) {
     for (int row = 0; row < n_rows; ++row) {

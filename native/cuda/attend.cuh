@@ -1,9 +1,8 @@
-/* attend.cuh: what the attention kernels share: the split over pages, the place of a state, ALiBi's slope. */
+/* attend.cuh: what the attention kernels share: the split over pages and the place of a state. */
 #pragma once
 
+#include "alibi.h"
 #include "xquant_cuda.h"
-
-#include <cmath>
 
 namespace xq {
 
@@ -25,16 +24,6 @@ __host__ __device__ inline int state_width(const xq_cuda_layer &l) {
 __device__ inline float *state_of(const xq_cuda_layer &l, const xq_cuda_attend_args &a, int part, int token, int head) {
     const int64_t row = ((int64_t)part * a.n_streams * a.n_tokens + token) * a.n_head + head;
     return a.partial + row * state_width(l);
-}
-
-/* ALiBi's slope of a head (arXiv 2108.12409); 1 without a bias. */
-__device__ inline float slope_of(float max_bias, int head, int n_head) {
-    if (max_bias <= 0.0f) {
-        return 1.0f;
-    }
-    const int n_log2 = 1 << (31 - __clz(n_head));
-    return head < n_log2 ? powf(powf(2.0f, -max_bias / n_log2), (float)(head + 1))
-                         : powf(powf(2.0f, -max_bias / 2.0f / n_log2), (float)(2 * (head - n_log2) + 1));
 }
 
 } // namespace xq

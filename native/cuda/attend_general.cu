@@ -61,7 +61,7 @@ __device__ void fold(const xq_side &side, const uint8_t *param, int n, const flo
 __device__ float sealed_score(scratch &s, const side_view &k, int page) {
     const uint8_t *param = k.param + page * k.param_stride, *codes = k.codes + page * k.codes_stride;
     for (int tile = 0; tile < XQ_PAGE / k.plan.group; ++tile) {
-        fold(k.plan, param + tile * group_param_bytes(k.plan, k.width), k.width, s.q, s.folded + tile * k.width,
+        fold(k.plan, param + tile * parameter_bytes(k.plan, k.width), k.width, s.q, s.folded + tile * k.width,
              s.constant + tile, s.reduce);
     }
     __syncthreads();
@@ -80,8 +80,8 @@ __device__ void add_sealed_values(scratch &s, const side_view &v, int page, floa
     const uint8_t *param = v.param + page * v.param_stride, *codes = v.codes + page * v.codes_stride;
     const int length = group_length(v.plan, v.width);
     for (int g = 0; g < v.width / length; ++g) {
-        fold(v.plan, param + g * group_param_bytes(v.plan, XQ_PAGE), XQ_PAGE, s.p, s.folded + g * XQ_PAGE,
-             s.constant + g, s.reduce);
+        fold(v.plan, param + g * parameter_bytes(v.plan, XQ_PAGE), XQ_PAGE, s.p, s.folded + g * XQ_PAGE, s.constant + g,
+             s.reduce);
     }
     __syncthreads();
     for (int j = threadIdx.x, n = 0; j < v.width; j += threads, ++n) {

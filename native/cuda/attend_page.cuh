@@ -116,7 +116,7 @@ __device__ void sealed_page(state<E> &st, const rows &q, const uint32_t (*qb)[2]
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
         if (c % chunks_a_tile == 0) {
-            fold_keys<D, KB, PLAIN>(b, constant, qb, k, k_param + c / chunks_a_tile * group_param_bytes(k, D), t);
+            fold_keys<D, KB, PLAIN>(b, constant, qb, k, k_param + c / chunks_a_tile * parameter_bytes(k, D), t);
             for (int r = 0; r < 2; ++r) {
                 constant[r] = constant[r] * q.factor[r] + q.absent[r];
             }

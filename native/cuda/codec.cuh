@@ -7,6 +7,7 @@
  */
 #pragma once
 
+#include "codec_format.h"
 #include "xquant_cuda.h"
 
 #include <cuda_fp16.h>
@@ -59,22 +60,7 @@ __device__ inline side_view source_view(const xq_cuda_layer &l, int stream, int 
             nullptr};
 }
 
-__host__ __device__ inline int group_length(const xq_side &side, int n) {
-    return side.group == 0 || side.group > n ? n : side.group;
-}
-__host__ __device__ inline int group_param_bytes(const xq_side &side, int n) {
-    return side.bits == 0 ? 2 * n : side.param == XQ_PARAM_F16 ? 4 * n : 2 * n;
-}
-
 /* ---- codes ---- */
-
-__host__ __device__ inline int units_of(int bits, int n_i) {
-    return (n_i * bits + 31) / 32;
-}
-/* Bytes of 16 columns j. */
-__host__ __device__ inline int column_bytes(int bits, int n_i) {
-    return 64 * (bits == 3 ? units_of(2, n_i) + units_of(1, n_i) : units_of(bits, n_i));
-}
 
 /* One part of 1, 2 or 4 bits; column: the 16 columns that j lies in. */
 __device__ inline uint32_t part_codes_of(int bits, const uint8_t *column, int j, int i) {
@@ -99,14 +85,10 @@ struct parameters {
     int e, q; /* LOG8 as stored */
 };
 
-constexpr int log8_zero = 161;
-
 /* 2^((e - 161) / 8), rounded as the steps of the CPU codec are. */
 __device__ inline float log8_scale(int e) {
-    constexpr float steps[8] = {1.0f,        1.09050775f, 1.18920708f, 1.29683959f,
-                                1.41421354f, 1.54221082f, 1.68179286f, 1.83400810f};
     const int k = e - log8_zero;
-    return steps[k & 7] * __uint_as_float((uint32_t)((k >> 3) + 127) << 23);
+    return log8_steps[k & 7] * __uint_as_float((uint32_t)((k >> 3) + 127) << 23);
 }
 
 /* at: [2][n_i] of the group (0 bits: [n_i]). */
@@ -126,11 +108,6 @@ __device__ inline parameters load_parameters(const xq_side &side, const uint8_t 
         p.base = (float)p.q * (p.scale * 0.125f);
     }
     return p;
-}
-
-/* Largest power of two that divides n: the length of a Hadamard block. */
-__host__ __device__ inline int hadamard_block(int n) {
-    return n & -n;
 }
 
 } // namespace xq

@@ -48,6 +48,44 @@ __device__ inline float finite(float x, int &count) {
     return low(high(x == x ? x : 0.0f, -65504.0f), 65504.0f);
 }
 
+/* One lane of codec_fit.h. */
+typedef float lanes;
+
+__device__ inline float splat(float x) {
+    return x;
+}
+/* Rounds half to even, for |x| < 2^22. */
+__device__ inline float nearest(float x) {
+    return (x + 12582912.0f) - 12582912.0f;
+}
+__device__ inline float inverse(float x) {
+    return x != 0.0f ? 1.0f / x : 0.0f;
+}
+
+__device__ inline parameters round_parameters(const xq_side &side, float scale, float zero) {
+    parameters p = {};
+    if (side.param == XQ_PARAM_F16) {
+        p.scale = __half2float(to_half(scale));
+        p.base = __half2float(to_half(zero));
+        return p;
+    }
+    p.middle = (float)((1 << side.bits) - 1) * 0.5f;
+    const float centre = zero + scale * p.middle;
+    scale = high(scale, fabsf(centre) * (8.0f / 120.0f));
+    const uint32_t bits = __float_as_uint(scale);
+    int e = ((int)(bits >> 23) - 127) * 8 + log8_zero;
+    for (int k = 0; k < 8; ++k) {
+        e += (bits & 0x7fffffu) >= log8_thresholds[k];
+    }
+    p.e = min(max(e, 1), 255);
+    p.scale = log8_scale(p.e);
+    const float unit = p.scale * 0.125f;
+    const float q = nearest(low(high(centre * (1.0f / unit), -127.0f), 127.0f));
+    p.q = (int)q;
+    p.base = q * unit;
+    return p;
+}
+
 struct matrix {
     xq_side side;
     int n_i, n_j, group; /* rows and columns of the code matrix; elements of a group */
@@ -62,26 +100,11 @@ __device__ inline side_view view_of(const xq_cuda_layer &l, bool is_k, int strea
     return is_k ? key_view(l, stream, head) : value_view(l, stream, head);
 }
 
-__device__ inline void transform(column x, int n) {
-    const int block = hadamard_block(n);
-    const float norm = (float)(1.0 / sqrt((double)block));
-    for (int h = 1; h < block; h *= 2) {
-        for (int i = 0; i < n; i += 2 * h) {
-            for (int k = i; k < i + h; ++k) {
-                const float a = x[k], b = x[k + h];
-                x[k] = a + b;
-                x[k + h] = a - b;
-            }
-        }
-    }
-    for (int i = 0; i < n; ++i) {
-        x[i] = x[i] * norm;
-    }
-}
+#include "codec_fit.h"
 
 /* Row i of the code matrix of one page, in the space it is stored in. */
 __device__ inline void unseal_lane(const matrix &m, column x, int i, const uint8_t *codes, const uint8_t *param) {
-    for (int j0 = 0; j0 < m.n_j; j0 += m.group, param += group_param_bytes(m.side, m.n_i)) {
+    for (int j0 = 0; j0 < m.n_j; j0 += m.group, param += parameter_bytes(m.side, m.n_i)) {
         const parameters p = load_parameters(m.side, param, m.n_i, i);
         for (int j = j0; j < j0 + m.group; ++j) {
             if (m.side.bits == 0) {

@@ -17,8 +17,8 @@ __host__ __device__ inline staged staging(const xq_cuda_layer &l) {
     staged at;
     at.v_codes = XQ_PAGE / 16 * column_bytes(l.plan.k.bits, l.d);
     at.k_param = at.v_codes + l.e / 16 * column_bytes(l.plan.v.bits, XQ_PAGE);
-    at.v_param = at.k_param + XQ_PAGE / l.plan.k.group * group_param_bytes(l.plan.k, l.d);
-    at.bytes = at.v_param + group_param_bytes(l.plan.v, XQ_PAGE);
+    at.v_param = at.k_param + XQ_PAGE / l.plan.k.group * parameter_bytes(l.plan.k, l.d);
+    at.bytes = at.v_param + parameter_bytes(l.plan.v, XQ_PAGE);
     return at;
 }
 

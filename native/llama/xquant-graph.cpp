@@ -6,6 +6,8 @@
  */
 #include "xquant-cache.h"
 
+#include "alibi.h"
+
 #include "llama-cparams.h"
 #include "llama-hparams.h"
 
@@ -69,16 +71,6 @@ void cache::set_input(ggml_tensor *tensor, const slot_info &sinfo) {
 
 /* ---- attend ---- */
 
-/* ALiBi's slope of a head (arXiv 2108.12409); 1 without a bias. */
-static float slope_of(float max_bias, int head, int n_head) {
-    if (max_bias <= 0.0f) {
-        return 1.0f;
-    }
-    const int n_log2 = 1 << (int)std::floor(std::log2((float)n_head));
-    const float m0 = std::pow(2.0f, -max_bias / n_log2), m1 = std::pow(2.0f, -max_bias / 2.0f / n_log2);
-    return head < n_log2 ? std::pow(m0, (float)(head + 1)) : std::pow(m1, (float)(2 * (head - n_log2) + 1));
-}
-
 static void attend(ggml_tensor *dst, int ith, int nth, void *userdata) {
     const layer &l = *(const layer *)userdata;
     const ggml_tensor *q = dst->src[0], *mask = dst->src[2], *blocks = dst->src[3], *window = dst->src[4];
@@ -108,7 +100,7 @@ static void attend(ggml_tensor *dst, int ith, int nth, void *userdata) {
             const int i = row - first;
             q_rows[i] = (const float *)((const char *)q->data + h * q->nb[1] + token * q->nb[2]);
             mask_rows[i] = (const uint16_t *)((const char *)mask->data + t * mask->nb[1] + s * mask->nb[3]);
-            slopes[i] = slope_of(params.max_bias, h, n_head);
+            slopes[i] = xq::slope_of(params.max_bias, h, n_head);
             partial[i] = (float *)((char *)dst->data + h * dst->nb[1] + token * dst->nb[2] + piece * dst->nb[3]);
         }
 

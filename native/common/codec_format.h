@@ -1,0 +1,51 @@
+/* codec_format.h: sizes and tables of the storage format (xquant.h), for CPU and CUDA.
+ *
+ * XQ_BOTH: a function of host and device.  XQ_LANE, XQ_TABLE: code and tables where the codec runs.
+ */
+#pragma once
+
+#include "xquant.h"
+
+#if defined(__CUDACC__)
+#define XQ_BOTH __host__ __device__ inline
+#define XQ_LANE __device__ inline
+#define XQ_TABLE __device__ const
+#else
+#define XQ_BOTH static inline
+#define XQ_LANE static inline
+#define XQ_TABLE static const
+#endif
+
+namespace xq {
+
+XQ_BOTH int units_of(int bits, int n_i) {
+    return (n_i * bits + 31) / 32;
+}
+/* Bytes of 16 columns j. */
+XQ_BOTH int column_bytes(int bits, int n_i) {
+    return 64 * (bits == 3 ? units_of(2, n_i) + units_of(1, n_i) : units_of(bits, n_i));
+}
+/* Elements of a group; n: of the whole side. */
+XQ_BOTH int group_length(const xq_side &side, int n) {
+    return side.group == 0 || side.group > n ? n : side.group;
+}
+/* Parameters of one group: [2][n_i], or [n_i] without codes. */
+XQ_BOTH int parameter_bytes(const xq_side &side, int n_i) {
+    return side.bits == 0 ? 2 * n_i : side.param == XQ_PARAM_F16 ? 4 * n_i : 2 * n_i;
+}
+/* Largest power of two that divides n: the length of a Hadamard block. */
+XQ_BOTH int hadamard_block(int n) {
+    return n & -n;
+}
+
+/* XQ_PARAM_LOG8: 2^(j / 8), and the mantissa bits of 2^((j + 1/2) / 8), where one step rounds to the next. */
+constexpr int log8_zero = 161;
+XQ_TABLE float log8_steps[8] = {1.0f,        1.09050775f, 1.18920708f, 1.29683959f,
+                                1.41421354f, 1.54221082f, 1.68179286f, 1.83400810f};
+XQ_TABLE uint32_t log8_thresholds[8] = {0x05aac3, 0x11c3d3, 0x1ef532, 0x2d583f, 0x3d08a4, 0x4e248c, 0x60ccdf, 0x75257d};
+
+/* Shrink ratios that XQ_FIT_CLIP tries. */
+XQ_TABLE float clip_one_bit[8] = {0.0f, 0.05f, 0.1f, 0.15f, 0.2f, 0.25f, 0.3f, 0.35f};
+XQ_TABLE float clip_more_bits[6] = {0.0f, 0.04f, 0.08f, 0.12f, 0.16f, 0.2f};
+
+} // namespace xq
