@@ -4,6 +4,7 @@
 
 namespace xq {
 
-bool has_avx2(); /* AVX2, FMA and F16C */
+bool has_avx2();   /* AVX2, FMA and F16C */
+bool has_avx512(); /* AVX-512 F, BW, DQ, VL and VNNI, and the above */
 
 } // namespace xq

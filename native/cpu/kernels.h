@@ -40,6 +40,7 @@ struct kernel_set {
 extern const kernel_set kernels_scalar;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const kernel_set kernels_avx2;
+extern const kernel_set kernels_avx512;
 #endif
 
 /* The set in force, or null when XQUANT_KERNELS names one that cannot run (xq_error() says so). */
