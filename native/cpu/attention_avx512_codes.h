@@ -7,6 +7,7 @@
  */
 #pragma once
 
+#include "vec_avx2.h"
 #include "xquant.h"
 
 #include <algorithm>
@@ -16,7 +17,6 @@
 namespace xq {
 namespace {
 
-#define XQ_INLINE inline __attribute__((always_inline))
 #define XQ_UNROLL _Pragma("GCC unroll 8")
 
 constexpr int max_i = XQ_MAX_HEAD_DIM; // numbers i: channels of a key or tokens of a page
@@ -25,10 +25,6 @@ constexpr int max_vectors = 8;         // rows that share one pass over the code
 inline int64_t column_bytes(int bits, int n_i) { // of 16 columns
     const auto units = [n_i](int b) { return (n_i * b + 31) / 32; };
     return bits == 0 ? 0 : 64 * (int64_t)(bits == 3 ? units(2) + units(1) : units(bits));
-}
-
-inline void prefetch(const uint8_t *p) {
-    _mm_prefetch((const char *)p, _MM_HINT_T0);
 }
 
 /* ---- folding ---- */
@@ -210,8 +206,9 @@ template <int B> multiply_function multiply_for(int n_vectors) {
 inline void multiply(int bits, const parameters &p, int n_j, const uint8_t *codes, int64_t ahead, int n,
                      const float *const *x, int j0, float *const *y, bool overwrite) {
     folded f[max_vectors];
-    for (int row = 0; row < n; row += max_vectors) {
-        const int n_vectors = std::min(max_vectors, n - row);
+    const int passes = (n + max_vectors - 1) / max_vectors;
+    for (int pass = 0, row = 0, n_vectors; pass < passes; ++pass, row += n_vectors) {
+        n_vectors = (n - row + passes - pass - 1) / (passes - pass); // nine rows are 5 + 4, not 8 + 1
         for (int r = 0; r < n_vectors; ++r) {
             fold(p, x[row + r], f[r]);
         }
@@ -219,8 +216,8 @@ inline void multiply(int bits, const parameters &p, int n_j, const uint8_t *code
                                            : bits == 2 ? multiply_for<2>(n_vectors)
                                            : bits == 3 ? multiply_for<3>(n_vectors)
                                                        : multiply_for<4>(n_vectors);
-        // 0 bits: the offsets alone.  Later rows find the next page prefetched
-        function(bits == 0 ? 0 : p.n, n_j, codes, row == 0 ? ahead : 0, f, y + row, j0, overwrite);
+        // 0 bits: the offsets alone.  Later passes find the next page prefetched
+        function(bits == 0 ? 0 : p.n, n_j, codes, pass == 0 ? ahead : 0, f, y + row, j0, overwrite);
     }
 }
 
