@@ -88,9 +88,9 @@ XQ_INLINE static void add_unit(accumulators<R> &sums, const unit<B> &u, const in
     (sums.add(a, i + 4 * G, u.template group<G>(0), u.template group<G>(1)), ...);
 }
 
-/* B bits, R vectors f [R]: n_j columns into y[r] [n_j].  The same codes of the next page lie `ahead` bytes on. */
+/* B bits, R vectors f [R]: n_j columns into y[r] [n_j]. */
 template <int B, int R>
-static void multiply_vectors(int n_i, int n_j, const uint8_t *codes, int64_t ahead, const folded *f, float *const *y,
+static void multiply_vectors(int n_i, int n_j, const uint8_t *codes, lookahead ahead, const folded *f, float *const *y,
                              bool overwrite) {
     using unit_t = unit<B>;
     // the sum of two products is at most 2 * 127 * (2^B - 1): so many units fit into 16 bits
@@ -106,7 +106,7 @@ static void multiply_vectors(int n_i, int n_j, const uint8_t *codes, int64_t ahe
         for (int u = 0; u < units;) {
             accumulators<R> sums;
             for (const int end = std::min(u + units_a_flush, units); u < end; ++u) {
-                prefetch(codes + ahead + 64 * u);
+                ahead.lines(1);
                 add_unit<B>(sums, unit_t(codes, u, units), a, u * unit_t::rows,
                             std::make_integer_sequence<int, unit_t::groups>());
             }
@@ -132,15 +132,17 @@ template <int B> static multiply_function multiply_for(int n_vectors) {
 }
 
 /* y[row][j] (+)= sum_i x[row][i] (zero_i + scale_i c[i][j]) for n rows and n_j columns, j from j0.  bits 0: no codes.
- */
+ * The same codes of the next page lie `ahead` bytes on. */
 static inline void multiply(int bits, const parameters &p, int n_j, const uint8_t *codes, int64_t ahead, int n,
                             const float *const *x, int j0, float *const *y, bool overwrite) {
     folded f[max_vectors];
     float *out[max_vectors];
+    lookahead next = {codes + ahead, codes + ahead + n_j / 16 * column_bytes(bits, p.n)};
     const int passes = (n + max_vectors - 1) / max_vectors;
     for (int pass = 0, row = 0, n_vectors; pass < passes; ++pass, row += n_vectors) {
         n_vectors = (n - row + passes - pass - 1) / (passes - pass); // six rows are 3 + 3, not 4 + 2
         for (int r = 0; r < n_vectors; ++r) {
+            next.lines(lines_a_fold);
             fold(p, x[row + r], f[r]);
             out[r] = y[row + r] + j0;
         }
@@ -148,8 +150,9 @@ static inline void multiply(int bits, const parameters &p, int n_j, const uint8_
                                            : bits == 2 ? multiply_for<2>(n_vectors)
                                            : bits == 3 ? multiply_for<3>(n_vectors)
                                                        : multiply_for<4>(n_vectors);
-        // 0 bits: the offsets alone.  Later passes find the next page prefetched
-        function(bits == 0 ? 0 : p.n, n_j, codes, pass == 0 ? ahead : 0, f, out, overwrite);
+        // 0 bits: the offsets alone
+        function(bits == 0 ? 0 : p.n, n_j, codes, next, f, out, overwrite);
+        next.at = next.end;
     }
 }
 

@@ -80,8 +80,9 @@ struct folded {
     float step, offset;
 };
 
-/* Folds the scales into x [n]. */
-inline void fold(const parameters &p, const float *x, folded &out) {
+/* Folds the scales into x [n]: the largest a of a row and its constant; then, so that rows do not wait for each other,
+ * the numbers themselves. */
+XQ_INLINE void fold_range(const parameters &p, const float *x, folded &out) {
     constexpr int larger_absolute = 0xb; // of vrangeps
     __m512 constant = _mm512_setzero_ps(), top = _mm512_setzero_ps();
     for (int i = 0; i < p.n; i += 16) {
@@ -90,25 +91,25 @@ inline void fold(const parameters &p, const float *x, folded &out) {
         top = _mm512_range_ps(top, _mm512_mul_ps(v, _mm512_load_ps(p.scale + i)), larger_absolute);
     }
     out.offset = _mm512_reduce_add_ps(constant);
-    const float largest = _mm512_reduce_max_ps(top);
-    if (!(largest > 1e-30f)) { // nothing but centres, also with 0 bits
+    out.step = _mm512_reduce_max_ps(top) / 127.0f;
+}
+
+XQ_INLINE void fold(const parameters &p, const float *x, folded &out) {
+    if (!(out.step > 1e-32f)) { // nothing but centres, also with 0 bits
         memset(out.a, 0, (size_t)(p.n + 63) / 64 * 64);
         out.step = 0.0f;
         return;
     }
-    out.step = largest / 127.0f;
-    const __m512 inverse = _mm512_set1_ps(127.0f / largest);
+    const __m512 inverse = _mm512_set1_ps(1.0f / out.step);
+    __m512i sum = _mm512_setzero_si512(); // of the wider numbers: the bytes are still on their way to memory
     for (int i = 0; i < p.n; i += 16) {
         const __m512 a = _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_load_ps(p.scale + i));
         const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
         _mm_store_si128((__m128i *)(out.a + i), _mm512_cvtsepi32_epi8(whole));
+        sum = _mm512_add_epi32(sum, whole);
     }
     for (int i = p.n; i % 64 != 0; i += 16) {
         _mm_store_si128((__m128i *)(out.a + i), _mm_setzero_si128());
-    }
-    __m512i sum = _mm512_setzero_si512();
-    for (int i = 0; i < p.n; i += 64) {
-        sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_load_si512(out.a + i));
     }
     out.offset -= out.step * p.middle * (float)_mm512_reduce_add_epi32(sum);
 }
@@ -141,7 +142,7 @@ template <int B> struct unit {
 
 /* B bits, R rows, C blocks of 16 columns. */
 template <int B, int R, int C>
-XQ_INLINE void multiply_columns(int units, int64_t column, const uint8_t *codes, int64_t ahead, const folded *f,
+XQ_INLINE void multiply_columns(int units, int64_t column, const uint8_t *codes, lookahead &ahead, const folded *f,
                                 float *const *y, int j, bool overwrite) {
     __m512i sum[R][C];
     XQ_UNROLL for (int r = 0; r < R; ++r) {
@@ -151,9 +152,7 @@ XQ_INLINE void multiply_columns(int units, int64_t column, const uint8_t *codes,
     }
     for (int u = 0; u < units; ++u) {
         const unit<B> first(codes, u, units), second(codes + (C - 1) * column, u, units);
-        XQ_UNROLL for (int c = 0; c < C; ++c) {
-            prefetch(codes + c * column + ahead + 64 * u);
-        }
+        ahead.lines(C);
         const int i = u * unit<B>::rows;
         XQ_UNROLL for (int g = 0; g < unit<B>::groups; ++g) {
             const __m512i left = first.group(g), right = second.group(g);
@@ -180,7 +179,7 @@ XQ_INLINE void multiply_columns(int units, int64_t column, const uint8_t *codes,
 
 /* B bits, R rows f [R]: n_j columns from j on of y[r]. */
 template <int B, int R>
-void multiply_vectors(int n_i, int n_j, const uint8_t *codes, int64_t ahead, const folded *f, float *const *y, int j,
+void multiply_vectors(int n_i, int n_j, const uint8_t *codes, lookahead ahead, const folded *f, float *const *y, int j,
                       bool overwrite) {
     const int units = (n_i + unit<B>::rows - 1) / unit<B>::rows, end = j + n_j;
     const int64_t column = column_bytes(B, n_i);
@@ -206,9 +205,14 @@ template <int B> multiply_function multiply_for(int n_vectors) {
 inline void multiply(int bits, const parameters &p, int n_j, const uint8_t *codes, int64_t ahead, int n,
                      const float *const *x, int j0, float *const *y, bool overwrite) {
     folded f[max_vectors];
+    lookahead next = {codes + ahead, codes + ahead + n_j / 16 * column_bytes(bits, p.n)};
     const int passes = (n + max_vectors - 1) / max_vectors;
     for (int pass = 0, row = 0, n_vectors; pass < passes; ++pass, row += n_vectors) {
         n_vectors = (n - row + passes - pass - 1) / (passes - pass); // nine rows are 5 + 4, not 8 + 1
+        for (int r = 0; r < n_vectors; ++r) {
+            next.lines(lines_a_fold);
+            fold_range(p, x[row + r], f[r]);
+        }
         for (int r = 0; r < n_vectors; ++r) {
             fold(p, x[row + r], f[r]);
         }
@@ -216,8 +220,9 @@ inline void multiply(int bits, const parameters &p, int n_j, const uint8_t *code
                                            : bits == 2 ? multiply_for<2>(n_vectors)
                                            : bits == 3 ? multiply_for<3>(n_vectors)
                                                        : multiply_for<4>(n_vectors);
-        // 0 bits: the offsets alone.  Later passes find the next page prefetched
-        function(bits == 0 ? 0 : p.n, n_j, codes, pass == 0 ? ahead : 0, f, y + row, j0, overwrite);
+        // 0 bits: the offsets alone
+        function(bits == 0 ? 0 : p.n, n_j, codes, next, f, y + row, j0, overwrite);
+        next.at = next.end;
     }
 }
 
