@@ -210,7 +210,6 @@ inline void multiply(int bits, const parameters &p, int n_j, const uint8_t *code
     for (int pass = 0, row = 0, n_vectors; pass < passes; ++pass, row += n_vectors) {
         n_vectors = (n - row + passes - pass - 1) / (passes - pass); // nine rows are 5 + 4, not 8 + 1
         for (int r = 0; r < n_vectors; ++r) {
-            next.lines(lines_a_fold);
             fold_range(p, x[row + r], f[r]);
         }
         for (int r = 0; r < n_vectors; ++r) {
