@@ -13,8 +13,8 @@
 
 namespace xq {
 
-/* Into the second cache: a page and the work on it fill the first.  Always in line: gcc takes a call of a function that only
- * prefetches for one without effect, and drops it. */
+/* Into the second cache: a page and the work on it fill the first.  Always in line: gcc takes a call of a function that
+ * only prefetches for one without effect, and drops it. */
 static XQ_INLINE void prefetch(const void *p) {
     _mm_prefetch((const char *)p, _MM_HINT_T1);
 }
