@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from attention_op import sides_of
-from op_graph import load, medians, read_speed
+from op_graph import load, read_speed, timed
 
 from xquant_gguf import codec, native
 from xquant_gguf.cli import table
@@ -84,7 +84,7 @@ def main() -> None:
     for layer in args.layers.split(","):
         for kernels in args.kernels.split(","):
             runs, sizes = calls(layer, args.width, kernels)
-            for name, seconds in medians(runs, args.seconds).items():
+            for name, (seconds, _) in timed(runs, args.seconds).items():
                 row = {
                     "layer": layer, "operation": name, "kernels": kernels, "ns": seconds / values * 1e9,
                     "gb_per_s": sizes[name] / seconds / 1e9, "floor_ns": sizes[name] / speed / values * 1e9,
