@@ -4,6 +4,8 @@
 
 namespace xq {
 
-bool has_avx2(); /* AVX2, FMA and F16C */
+bool has_avx2();    /* AVX2, FMA and F16C */
+bool has_dotprod(); /* ARM: sdot */
+bool has_i8mm();    /* ARM: smmla, and sdot */
 
 } // namespace xq
