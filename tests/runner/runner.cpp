@@ -1,8 +1,8 @@
 /* runner.cpp: makes calls to libxquant that are read from a file, writes what comes back: runner CALLS RESULTS.
  *
- * Calls and results are lists of byte strings, each as its length (u64) and its bytes.  A call is the name of a function
- * and its arguments as aarch64.py writes them: arrays as they lie in memory, an empty string for null, and numbers as
- * i64.  Its results: the status (i64), the message if it is negative, then what the function wrote.
+ * Calls and results are lists of byte strings, each as its length (u64) and its bytes.  A call is the name of a
+ * function and its arguments as emulated.py writes them: arrays as they lie in memory, an empty string for null, and
+ * numbers as i64.  Its results: the status (i64), the message if it is negative, then what the function wrote.
  */
 #include "xquant.h"
 
@@ -83,9 +83,9 @@ void unseal(bool is_k) {
     array<float> predicted;
     std::vector<uint16_t> rows(XQ_PAGE * width);
     const int bits = side.get()->bits;
-    write_status(is_k ? xq_unseal_k(side.get(), width, codes.get(), bits, param.get(), rows.data(), width)
-                      : xq_unseal_v(side.get(), width, codes.get(), bits, param.get(), rows.data(), width,
-                                    predicted.get()));
+    write_status(
+        is_k ? xq_unseal_k(side.get(), width, codes.get(), bits, param.get(), rows.data(), width)
+             : xq_unseal_v(side.get(), width, codes.get(), bits, param.get(), rows.data(), width, predicted.get()));
     write_array(rows);
 }
 
