@@ -1,6 +1,7 @@
 # make         virtual environment in .venv, package installed (one native build, of the fork)
 # make demo    continue a long prompt with an XQuant cache; MODEL=path.gguf for any model
 # make test    the whole test suite
+# make test-arm  the kernels for 64-bit ARM, cross-built and run under qemu
 # make fuzz    a million damaged plans, with AddressSanitizer
 # make lint    formatting, lint and types, as pre-commit runs them
 # make clean   removes .venv and build
@@ -13,7 +14,7 @@ SOURCES := $(shell find native xquant_gguf tools -type f -not -path '*/lib/*' -n
            CMakeLists.txt pyproject.toml
 MODEL  ?=
 
-.PHONY: all demo test fuzz lint clean
+.PHONY: all demo test test-arm fuzz lint clean
 all: $(VENV)/installed
 
 $(VENV)/created:
@@ -36,6 +37,9 @@ demo: all
 
 test: all
 	$(BIN)/pytest
+
+test-arm: all
+	XQUANT_AARCH64=required $(BIN)/pytest tests/test_aarch64.py
 
 fuzz: all
 	PYTHON=$(BIN)/python tests/fuzz/run.sh $$(dirname $$(ls -d build/*/fork)) 1000000
