@@ -17,11 +17,20 @@ int main(int argc, char **argv) {
         return 1;
     }
     const int n_prompt = atoi(argv[3]), n_tokens = atoi(argv[4]), n_batch = 64;
-    llama_model *model = llama_model_load_from_file(argv[1], llama_model_default_params());
+    // nothing but the micro-batch stays F16, so that a short prompt is read from codes
+    llama_model_kv_override overrides[3] = {};
+    const char *const names[2] = {"xquant.window", "xquant.pinned"};
+    for (int i = 0; i < 2; ++i) {
+        overrides[i].tag = LLAMA_KV_OVERRIDE_TYPE_INT;
+        snprintf(overrides[i].key, sizeof(overrides[i].key), "%s", names[i]);
+    }
+    llama_model_params load = llama_model_default_params();
+    load.kv_overrides = overrides;
+    llama_model *model = llama_model_load_from_file(argv[1], load);
     llama_context_params params = llama_context_default_params();
     params.n_ctx = 1024;
     params.n_batch = params.n_ubatch = n_batch;
-    params.n_threads = params.n_threads_batch = 2;
+    params.n_threads = params.n_threads_batch = 1;
     params.type_k = params.type_v = GGML_TYPE_XQUANT;
     params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
     llama_context *ctx = model ? llama_init_from_model(model, params) : nullptr;
