@@ -265,6 +265,7 @@ def test_rounding_of_peaked_attention(kernels: str) -> None:
         ({"d": 72}, "head widths are 72 and 64"),
         ({"page_end": -1}, "pages 0 to -1"),
         ({"k_code_bits": 2}, "a sealed page needs codes"),
+        ({"v_code_bits": 2134064445}, "a sealed page needs codes"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, int], message: str) -> None:
@@ -284,3 +285,5 @@ def test_bad_arguments_are_named(change: dict[str, int], message: str) -> None:
         setattr(a, name, value)
     assert lib.xq_attend(a) < 0
     assert message in native.error()
+    a.k.bits, a.v.bits = 0, 0  # nor does it matter where there are no codes (found by the fuzzer)
+    assert lib.xq_attend(a) < 0

@@ -47,6 +47,10 @@ uint32_t announced_n_ubatch();
  */
 void resolve_plan(const llama_model &model, const int32_t *d, const int32_t *e, xq_plan &plan);
 
+inline int32_t pages_of(uint64_t tokens) {
+    return (int32_t)((tokens + XQ_PAGE - 1) / XQ_PAGE);
+}
+
 /* Sums of two positions fit into 32 bits. */
 constexpr llama_pos max_position = 1 << 30;
 

@@ -40,8 +40,8 @@ ggml_tensor *cache::build_input(ggml_context *ctx, int64_t n_tokens) const {
 void cache::fill_operations(int32_t *input, const input_layout &at) const {
     input[in_n_seal] = (int32_t)pending_seals.size();
     input[in_n_unseal] = (int32_t)pending_unseals.size();
-    memcpy(input + at.seals, pending_seals.data(), pending_seals.size() * sizeof(seal_op));
-    memcpy(input + at.unseals, pending_unseals.data(), pending_unseals.size() * sizeof(unseal_op));
+    std::copy(pending_seals.begin(), pending_seals.end(), (seal_op *)(input + at.seals));
+    std::copy(pending_unseals.begin(), pending_unseals.end(), (unseal_op *)(input + at.unseals));
 }
 
 void cache::set_input(ggml_tensor *tensor, const slot_info &sinfo) {
