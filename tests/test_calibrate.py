@@ -91,6 +91,10 @@ def test_commands(model: str, prose: str, tmp_path: Path, capfd: pytest.CaptureF
     told = json.loads(capfd.readouterr().out)
     assert told["k_bits"] == [layer.k.bits for layer in found.layers]
     assert told["true_bits"] <= 2.75
+    assert told["file"]["xquant.k.bits"] == told["k_bits"]
+    assert told["file"]["xquant.calibration.tokens"] == whole["made_by"]["tokens"]
+    assert main(["inspect", str(out)]) == 0
+    assert f"xquant.k.bits = {' '.join(map(str, told['k_bits']))}" in capfd.readouterr().out
     assert main(["inspect", model, "--kv-plan", str(plan), "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["k_bits"] == told["k_bits"]
     assert main(["strip", str(out), str(plain)]) == 0
@@ -102,3 +106,20 @@ def test_commands(model: str, prose: str, tmp_path: Path, capfd: pytest.CaptureF
     assert "name an output file" in capfd.readouterr().err
     assert main(["calibrate", model, str(out), "--data-free", "--json", str(everything)]) == 1
     assert "--json holds what was measured" in capfd.readouterr().err
+
+
+def test_layers_that_want_more_bits_are_named(
+    model: str, prose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text"
+    text.write_text(prose)
+    monkeypatch.setattr("xquant_gguf.calibrate.ENOUGH", 0.0)
+    arguments = ["--bits", "2.0", "--text", str(text), "--threads", "1", "--metadata-only", str(tmp_path / "plan.json")]
+    assert main(["calibrate", model, *arguments]) == 0
+    told = capfd.readouterr().out
+    plan = json.loads((tmp_path / "plan.json").read_text())["layers"]
+    assert len(plan) == SHAPE.n_layer
+    for i, layer in plan.items():
+        bits = layer["k"]["bits"]
+        line = f"layer {i} wants more bits than the budget gives: K at {bits} alone costs 0."
+        assert (line in told) == (bits < 4)

@@ -9,7 +9,7 @@ the layer before, or the one before that, by a linear map that is fitted to them
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
@@ -35,6 +35,8 @@ COARSE = 1
 """Bits of the codes whose harm is measured by a run."""
 NOISE = 0.0003
 """Standard deviation of a run's KL divergence, from rounding in the model's own products."""
+ENOUGH = 0.01
+"""Expected KL divergence of one side of a layer above which it is said to want more bits."""
 FLOORS = 5
 """Runs that measure what the least change of a layer causes by rounding alone, spread over the layers."""
 
@@ -82,10 +84,26 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Short:
+    """One side of a layer that wants more than the budget gave it.
+
+    name: "k" or "v"; harm: KL divergence that is expected of its bits alone; wanted: bits that would bring it below
+    ENOUGH, or the most there are.
+    """
+
+    layer: int
+    name: str
+    bits: int
+    harm: float
+    wanted: int
+
+
+@dataclass(frozen=True)
 class Calibration:
     """A plan and what is known of it.
 
-    sensitivity: {"k", "v"}: KL divergence that 1-bit codes of each layer alone cause, the noise of a run included.
+    sensitivity: {"k", "v"}: KL divergence that 1-bit codes of each layer alone cause, less the noise of rounding.
+    short: what should have more bits.
     """
 
     plan: Plan
@@ -94,6 +112,7 @@ class Calibration:
     shapes: list[Shape]
     made_by: Provenance
     sensitivity: dict[str, list[float]]
+    short: tuple[Short, ...] = ()
 
     def keys(self) -> dict[str, Key]:
         """The GGUF keys."""
@@ -131,16 +150,17 @@ def calibrate(
             probe.read(tokens[:n_prefix], tokens[n_prefix : n_prefix + SCORED])
             bar.update(4)
             bar.set_description("comparing choices")
-            choices = _Choices(budget, probe, maps, bar)
+            choices = Choices(probe, maps, bar.update)
             bar.set_description("measuring layers")
-            sensitivity = _measured(probe, bar)
-            plan = choices.plan(sensitivity)
+            sensitivity = measured(probe, bar.update)
+            plan = choices.plan(budget, sensitivity)
             bar.set_description("measuring the plan")
             kld = float(probe.kld(choices.read_back(plan)).mean())
             bar.update()
         plan = replace(plan, expected_kld=shortest(max(kld, 0.0)))
         made_by = Provenance(_tool(), hashlib.sha256(text.encode()).hexdigest(), n_prefix + SCORED)
-        return Calibration(plan, probe.layers, probe.n_layers, probe.shapes, made_by, sensitivity)
+        short = tuple(choices.short(plan, sensitivity))
+        return Calibration(plan, probe.layers, probe.n_layers, probe.shapes, made_by, sensitivity, short)
 
 
 def unmeasured(model_path: str, budget: Budget, preset: str | None = None) -> Calibration:
@@ -158,7 +178,7 @@ def _coarse(name: str) -> Side:
     return key_side(COARSE) if name == "k" else value_side(COARSE)
 
 
-def _measured(probe: Probe, bar: Any) -> dict[str, list[float]]:
+def measured(probe: Probe, done: Callable[[], object]) -> dict[str, list[float]]:
     """KL divergence that coarse codes of one side of each layer alone cause, less what any change does.
 
     The least change of a layer is multiplied by the rounding of activations in all later products.
@@ -170,22 +190,22 @@ def _measured(probe: Probe, bar: Any) -> dict[str, list[float]]:
         rows = probe.rows[i, "v"][:, : probe.n_prefix].copy()
         rows[:, -1] *= np.float16(1.01)
         floors.append(float(probe.kld({(i, "v"): rows}).mean()))
-        bar.update()
+        done()
     floor = np.interp(np.arange(n), places, floors)
     out: dict[str, list[float]] = {"k": [], "v": []}
     for i in range(n):
-        for name, measured in out.items():
+        for name, kld in out.items():
             rows = read_back(_coarse(name), probe.rows[i, name][:, : probe.n_prefix], name)
-            measured.append(max(float(probe.kld({(i, name): rows}).mean() - floor[i]), 0.0))
-            bar.update()
+            kld.append(max(float(probe.kld({(i, name): rows}).mean() - floor[i]), 0.0))
+            done()
     return out
 
 
-class _Choices:
-    """All choices of all layers with their costs and errors."""
+class Choices:
+    """All choices of all layers with their errors; done: called twice for each layer."""
 
-    def __init__(self, budget: Budget, probe: Probe, maps: bool, bar: Any) -> None:
-        self.budget, self.shapes, self.n_prefix = budget, probe.shapes, probe.n_prefix
+    def __init__(self, probe: Probe, maps: bool, done: Callable[[], object]) -> None:
+        self.shapes = probe.shapes
         self.rows = {where: rows[:, : probe.n_prefix] for where, rows in probe.rows.items()}
         self.fits: dict[tuple[int, int, int], Fit] = {}
         stores = ((PAGE, "f16"), (64, "f16"), (PAGE, "log8"), (64, "log8"))
@@ -201,15 +221,15 @@ class _Choices:
             for name, errors in self.coarse.items():
                 errors.append(self._choice(attention, i, name, _coarse(name)).harm)
             self.keys.append([self._choice(attention, i, "k", side) for side in keys])
-            bar.update()
+            done()
             self.values.append([self._choice(attention, i, "v", side) for side in own])
             self.mapped.append(list(self._mapped(attention, i)) if maps else [])
-            bar.update()
+            done()
 
     def _choice(self, attention: Attention, i: int, name: str, side: Side, bits: int = 0) -> Choice:
         guess = self.fits[i, side.source, bits].guess if side.source >= 0 else None
         error = attention.error(name, read_back(side, self.rows[i, name], name, guess))
-        return Choice(side, self.budget.cost(side, self.shapes[i], name == "k"), error, bits)
+        return Choice(side, 0.0, error, bits)
 
     def _mapped(self, attention: Attention, i: int) -> Iterator[Choice]:
         """Values of layer i, predicted from the layer before or the one before that."""
@@ -223,15 +243,18 @@ class _Choices:
                 for side in (value_side(b, source) for b in (0, 1, 2, 3)):
                     yield self._choice(attention, i, "v", side, bits)
 
-    def plan(self, sensitivity: Mapping[str, Sequence[float]]) -> Plan:
+    def plan(self, budget: Budget, sensitivity: Mapping[str, Sequence[float]]) -> Plan:
         """The plan of least harm; sensitivity: KL divergence of coarse codes, {"k", "v"}: [layer]."""
         gain = _gains(sensitivity, self.coarse)
 
-        def harms(options: Sequence[Sequence[Choice]], name: str) -> list[list[Choice]]:
-            return [[replace(c, harm=c.harm * g) for c in layer] for layer, g in zip(options, gain[name], strict=True)]
+        def priced(options: Sequence[Sequence[Choice]], name: str) -> list[list[Choice]]:
+            return [
+                [replace(c, cost=budget.cost(c.side, shape, name == "k"), harm=c.harm * g) for c in layer]
+                for layer, shape, g in zip(options, self.shapes, gain[name], strict=True)
+            ]
 
-        total = self.budget.total(self.shapes)
-        sides = allocate(harms(self.keys, "k"), harms(self.values, "v"), harms(self.mapped, "v"), total)
+        total = budget.total(self.shapes)
+        sides = allocate(priced(self.keys, "k"), priced(self.values, "v"), priced(self.mapped, "v"), total)
         base = Plan.from_preset("xquant", len(self.shapes))
         maps = {
             i: self.fits[i, v.source, sides[v.source][1].bits].value_map
@@ -242,6 +265,20 @@ class _Choices:
         plan.check(self.shapes)
         return plan
 
+    def short(self, plan: Plan, sensitivity: Mapping[str, Sequence[float]]) -> Iterator[Short]:
+        """The sides of a plan that want more bits."""
+        gain = _gains(sensitivity, self.coarse)
+        for i, layer in enumerate(plan.layers):
+            for name, side, options in (
+                ("k", layer.k, self.keys[i]),
+                ("v", layer.v, [*self.values[i], *self.mapped[i]]),
+            ):
+                bits = plan.layers[side.source].v.bits if side.source >= 0 else 0
+                harm = {c.side.bits: c.harm * gain[name][i] for c in options if _like(c, side, bits)}
+                if harm[side.bits] > ENOUGH and side.bits < max(harm):
+                    wanted = min((b for b, h in harm.items() if b > side.bits and h <= ENOUGH), default=max(harm))
+                    yield Short(i, name, side.bits, harm[side.bits], wanted)
+
     def read_back(self, plan: Plan) -> dict[Where, Rows]:
         """Keys and values of the first tokens as a plan's pages give them back."""
         out = {}
@@ -251,6 +288,13 @@ class _Choices:
             guess = self.fits[i, source, plan.layers[source].v.bits].guess if source >= 0 else None
             out[i, "v"] = read_back(layer.v, self.rows[i, "v"], "v", guess)
         return out
+
+
+def _like(choice: Choice, side: Side, source_bits: int) -> bool:
+    """Whether a choice differs from a side in its bits alone."""
+    other = choice.side
+    stored = other.rotate or (other.group, other.param) == (side.group, side.param)  # values differ in nothing else
+    return stored and other.source == side.source and choice.source_bits == source_bits
 
 
 def _gains(measured: Mapping[str, Sequence[float]], errors: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:

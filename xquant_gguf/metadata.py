@@ -188,6 +188,20 @@ def read_plan(path: str | Path) -> tuple[Plan, list[int], int, Provenance] | Non
     return plan, held, n_layers, made_by
 
 
+def carried_keys(path: str | Path) -> dict[str, Any]:
+    """The xquant.* keys of a GGUF file, arrays as lists, but the numbers of maps only counted; nothing is checked."""
+    file = GGUFFile(path)
+    out: dict[str, Any] = {}
+    for name, entry in file.keys.items():
+        if name.startswith(PREFIX):
+            if name.endswith(".weight"):
+                out[name] = f"{entry.count} numbers"
+            else:
+                value = file.value(name)
+                out[name] = value.tolist() if isinstance(value, np.ndarray) else value
+    return out
+
+
 # ---- copying ----
 
 
