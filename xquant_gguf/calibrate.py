@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from xquant_gguf.allocate import Choice, allocate, spread
@@ -150,7 +151,8 @@ def calibrate(
             probe.read(tokens[:n_prefix], tokens[n_prefix : n_prefix + SCORED])
             bar.update(4)
             bar.set_description("comparing choices")
-            choices = Choices(probe, maps, bar.update)
+            with threadpool_limits(1, "blas"):  # small products: threads that wait for each other would cost more
+                choices = Choices(probe, maps, bar.update)
             bar.set_description("measuring layers")
             sensitivity = measured(probe, bar.update)
             plan = choices.plan(budget, sensitivity)
