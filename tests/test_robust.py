@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,6 +69,24 @@ def test_a_file_cut_off_changes_nothing(paths: dict[str, Path], tmp_path: Path) 
             assert llama_cpp.llama_state_load_file(twin.ctx, str(whole).encode(), tokens, 4, count)
             got, want = (context.decode(TOKENS[700:710], 700) for context in (live, twin))
             assert np.abs(got - want).max() <= MOVED[model] * want.std()
+
+
+def test_lengths_that_no_state_has_are_refused_at_once(paths: dict[str, Path]) -> None:
+    """The name of the architecture comes first: a length of 4 GiB is not allocated (found by the fuzzer)."""
+    with Context(paths["plain"], "xquant") as context:
+        context.decode(TOKENS[:200], 0)
+        state = bytearray(context.save())
+        assert state[4:9] == b"llama"
+        struct.pack_into("<I", state, 0, 2**32 - 1)
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        start = time.monotonic()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 30), hard))
+        try:
+            assert context.load(bytes(state)) == 0
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        assert time.monotonic() - start < 0.5
 
 
 def field_offsets(state: bytes) -> dict[str, int]:

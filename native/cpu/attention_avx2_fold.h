@@ -26,8 +26,13 @@ struct parameters {
     int n;
     float middle; /* of the codes */
 
-    parameters(const xq_side &side, int count, const uint8_t *param)
+    /* The same parameters of the next page lie `ahead` bytes on. */
+    parameters(const xq_side &side, int count, const uint8_t *param, int64_t ahead)
         : n(count), middle((float)((1 << side.bits) - 1) * 0.5f) {
+        const int bytes = side.bits == 0 || side.param != XQ_PARAM_F16 ? 2 * n : 4 * n;
+        for (int i = 0; i < bytes; i += 64) {
+            prefetch(param + ahead + i);
+        }
         for (int i = 0; i < n; i += 8) {
             __m256 s = _mm256_setzero_ps(), c;
             if (side.bits == 0) {

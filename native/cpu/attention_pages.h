@@ -87,7 +87,11 @@ template <typename Set> void attend_block(const xq_attention &a, int first, int 
         mask_kind kinds[block_rows];
         int n = 0; // rows that see something of this page
         for (int row = first; row < first + n_rows; ++row) {
-            const mask_kind kind = a.mask ? kind_of(a.mask[row] + (int64_t)page * XQ_PAGE) : mask_zero;
+            // the rows of one token share its mask
+            const bool same = n > 0 && a.mask && a.mask[row] == a.mask[rows[n - 1]];
+            const mask_kind kind = same     ? kinds[n - 1]
+                                   : a.mask ? kind_of(a.mask[row] + (int64_t)page * XQ_PAGE)
+                                            : mask_zero;
             if (kind == mask_none) {
                 continue;
             }

@@ -34,7 +34,7 @@ int fail(int status, const char *format, ...) {
 /* ---- features ---- */
 
 #if defined(__x86_64__)
-/* Bits of XCR0 that the operating system saves: 1 << 1 SSE, 1 << 2 AVX. */
+/* Bits of XCR0 that the operating system saves: 1 << 1 SSE, 1 << 2 AVX, 7 << 5 the registers of AVX-512. */
 static uint64_t saved_state() {
     uint32_t eax, edx;
     __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
@@ -52,6 +52,16 @@ bool has_avx2() {
         return false;
     }
     return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (ebx & 1u << 5);
+}
+
+bool has_avx512() {
+    uint32_t eax, ebx, ecx, edx;
+    if (!has_avx2() || (saved_state() & 0xe6) != 0xe6 || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) {
+        return false;
+    }
+    const uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31, vnni = 1u << 11;
+    const uint32_t needed = f | dq | bw | vl;
+    return (ebx & needed) == needed && (ecx & vnni);
 }
 #elif defined(__aarch64__)
 /* The kernel of the operating system says what it found and lets programs use. */
@@ -88,6 +98,7 @@ bool has_i8mm() {
 
 static const kernel_set *const sets[] = {
 #if defined(__x86_64__)
+    &kernels_avx512,
     &kernels_avx2,
 #elif defined(__aarch64__)
     &kernels_neon_i8mm,

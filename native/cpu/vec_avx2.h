@@ -1,10 +1,35 @@
-/* vec_avx2.h: exp, tanh and sums of AVX2 vectors. */
+/* vec_avx2.h: exp, tanh and sums of AVX2 vectors; what x86 kernels share. */
 #pragma once
 
+#include <cstdint>
 #include <immintrin.h>
 #include <initializer_list>
 
+#if defined(__GNUC__)
+#define XQ_INLINE inline __attribute__((always_inline))
+#else
+#define XQ_INLINE inline
+#endif
+
 namespace xq {
+
+/* Always in line: gcc takes a call of a function that only prefetches for one without effect, and drops it. */
+static XQ_INLINE void prefetch(const void *p) {
+    _mm_prefetch((const char *)p, _MM_HINT_T0);
+}
+
+/* Memory that will be read soon, fetched a few lines at a time between other work: in one go it would only wait. */
+struct lookahead {
+    const uint8_t *at, *end;
+
+    XQ_INLINE void lines(int n) {
+        for (int i = 0; i < n && at < end; ++i, at += 64) {
+            prefetch(at);
+        }
+    }
+};
+/* Lines that are fetched while one row is folded. */
+constexpr int lines_a_fold = 8;
 
 static inline float horizontal_sum(__m256 x) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

@@ -314,6 +314,14 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "before",
     ),
     (
+        "src/llama-io.cpp",
+        "    std::vector<char> buf(str_size);\n",
+        "    if (str_size > n_left()) {\n"
+        '        throw std::runtime_error("a string is longer than what is left of the state");\n    }\n\n',
+        "before",
+    ),
+    ("src/llama-io.cpp", '#include "llama-io.h"\n', "\n#include <stdexcept>\n", "after"),
+    (
         "src/llama-context.cpp",
         "    llama_io_read_host(const uint8_t * p, size_t len) : ptr(p), buf_size(len) {}\n",
         "    size_t n_left() override { return buf_size; }\n\n",

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from xquant_gguf.cli.options import UBATCH, Commands, add_command, at_least, cache_options, kv_type_of, threads_of
 from xquant_gguf.cli.text import bytes_table, table
 from xquant_gguf.llama import LLAMA_TYPES, Llama
+from xquant_gguf.metadata import carried_keys
 from xquant_gguf.plan import preset_names
 from xquant_gguf.sizes import inspect_cache
 
@@ -68,10 +69,11 @@ def inspect(args: argparse.Namespace) -> int:
         raise ValueError(f"kv_type is {preset!r}, must be one of {', '.join(preset_names())} to inspect its plan")
     info, sizes, n_ctx = inspect_cache(args.model, preset, args.kv_plan, n_ctx=args.n_ctx, n_ubatch=args.n_ubatch)
     info["kernels"] = Llama.kernels()
+    carried = carried_keys(args.model)
     if args.json:
         keys = ("preset", "layers", "k_bits", "v_bits", "equivalent_bits", "true_bits", "window", "kernels")
         settings = {"n_ctx": n_ctx, "n_ubatch": args.n_ubatch}
-        print(json.dumps({**{k: info[k] for k in keys}, **settings, "kv_bytes": sizes}, indent=2))
+        print(json.dumps({**{k: info[k] for k in keys}, **settings, "kv_bytes": sizes, "file": carried}, indent=2))
         return 0
     rows = [["layer", "K bits", "V bits"]]
     rows += [[str(i), str(k), str(v)] for i, k, v in zip(info["layers"], info["k_bits"], info["v_bits"], strict=True)]
@@ -80,6 +82,10 @@ def inspect(args: argparse.Namespace) -> int:
     )
     print(f"the newest {info['window']} tokens in F16; kernels {info['kernels']}\n\n{table(rows)}\n")
     print(bytes_table(sizes, n_ctx))
+    if carried:
+        print("\nin the file:")
+    for name, value in carried.items():
+        print(f"{name} = {' '.join(map(str, value)) if isinstance(value, list) else value}")
     return 0
 
 
