@@ -210,6 +210,9 @@ class cache {
 /* The operation `update` of a graph: dst->src as build_attention gives them, userdata: the layer. */
 void update_pages(ggml_tensor *dst, int ith, int nth, void *userdata);
 
+/* Whether a saved cell may be one of a cache: its position, and how many sequences it has; if not, the log says why. */
+bool may_load_cell(llama_pos pos, uint32_t n_sequences, uint32_t n_seq_max);
+
 /* Restores the caches of a model with sliding layers: both, or neither. */
 void state_read_sliding(llama_kv_cache &base, llama_kv_cache &sliding, llama_io_read_i &io, llama_seq_id seq_id,
                         llama_state_seq_flags flags);
