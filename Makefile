@@ -1,7 +1,9 @@
 # make         virtual environment in .venv, package installed (one native build, of the fork)
 # make demo    continue a long prompt with an XQuant cache; MODEL=path.gguf for any model
 # make test    the whole test suite
-# make fuzz    a million damaged plans, with AddressSanitizer
+# make test-arm  the kernels for 64-bit ARM, cross-built and run under qemu
+# make asan    the tests of what takes input from outside, with AddressSanitizer and UndefinedBehaviorSanitizer (clang)
+# make fuzz    TARGET=metadata, state or codec for SECONDS=60 with libFuzzer and both sanitizers (clang)
 # make lint    formatting, lint and types, as pre-commit runs them
 # make clean   removes .venv and build
 
@@ -13,7 +15,7 @@ SOURCES := $(shell find native xquant_gguf tools -type f -not -path '*/lib/*' -n
            CMakeLists.txt pyproject.toml
 MODEL  ?=
 
-.PHONY: all demo test fuzz lint clean
+.PHONY: all demo test test-arm asan fuzz lint clean
 all: $(VENV)/installed
 
 $(VENV)/created:
@@ -37,8 +39,16 @@ demo: all
 test: all
 	$(BIN)/pytest
 
+test-arm: all
+	XQUANT_AARCH64=required $(BIN)/pytest tests/test_aarch64.py
+
+TARGET  ?= metadata
+SECONDS ?= 60
+asan: all
+	PYTHON=$(BIN)/python tools/asan.sh
+
 fuzz: all
-	PYTHON=$(BIN)/python tests/fuzz/run.sh $$(dirname $$(ls -d build/*/fork)) 1000000
+	PYTHON=$(BIN)/python tests/fuzz/run.sh $(TARGET) $(SECONDS)
 
 $(VENV)/dev: $(VENV)/installed
 	$(BIN)/python -m pip install -q ruff mypy clang-format pre-commit

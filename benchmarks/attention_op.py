@@ -24,7 +24,7 @@ import numpy as np
 from op_graph import F16, F32, Q4_0, Q8_0, Graph, load, read_speed, timed
 
 from xquant_gguf import codec, native
-from xquant_gguf.cli import table
+from xquant_gguf.cli.text import table
 from xquant_gguf.plan import PAGE, Side, side_to_c
 
 Shape = tuple[str, int, int, int]  # name, heads, KV heads, head width

@@ -19,7 +19,7 @@ from attention_op import sides_of
 from op_graph import load, read_speed, timed
 
 from xquant_gguf import codec, native
-from xquant_gguf.cli import table
+from xquant_gguf.cli.text import table
 from xquant_gguf.plan import PAGE, side_to_c
 
 N_PAGES = 256  # visited in turn

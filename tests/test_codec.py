@@ -108,6 +108,24 @@ def test_mapped_values_match_the_reference(kernels: str, data: st.DataObject) ->
 
 
 @pytest.mark.parametrize("kernels", SETS)
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
+def test_a_map_of_a_hostile_page_predicts_finite_values(kernels: str) -> None:
+    """A loaded state may hold any codes and parameters: infinite ones, and not-a-numbers (found by the fuzzer)."""
+    width, source, side = 64, Side(2, 0), Side(2, 0, "minmax", "f16", True, source=0)
+    rng = np.random.default_rng(8)
+    weight = np.where(rng.random((width, width)) < 0.1, 3e38, 1).astype(np.float32)
+    rows = made_rows("normal", width, 1)
+    codes, param = reference.seal_v(source, rows, np.ones(PAGE, bool))[:2]
+    hostile = rng.choice(np.array([0x7C00, 0xFC00, 0x7E00, 0x3C00], "<u2"), len(param) // 2).tobytes()
+    with codec.force_kernels(kernels):
+        predicted = codec.predict_v(source, width, codes, hostile, weight)
+        assert np.array_equal(predicted, reference.predict_v(source, width, codes, hostile, weight))
+        sealed = codec.seal_v(side, rows, predicted=predicted)
+    assert np.abs(predicted).max() == 65504
+    assert sealed == reference.seal_v(side, rows, np.ones(PAGE, bool), None, predicted)[:2]
+
+
+@pytest.mark.parametrize("kernels", SETS)
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_pack_and_unpack(kernels: str, data: st.DataObject) -> None:

@@ -88,6 +88,10 @@ def _half(x: Floats) -> Floats:
     return np.clip(x, F32(-65504), F32(65504)).astype(np.float16).astype(F32)
 
 
+def _clamped(x: Floats) -> Floats:
+    return np.clip(np.where(np.isnan(x), F32(0), x), F32(-65504), F32(65504))
+
+
 def log8_scale(e: NDArray[np.int32]) -> Floats:
     """2^((e - 161) / 8)."""
     k = e - LOG8_ZERO
@@ -248,7 +252,7 @@ def _finite(rows: NDArray[np.float16], valid: NDArray[np.bool_]) -> tuple[Floats
     first = int(valid.argmax()) if valid.any() else PAGE - 1
     x = rows[np.where(valid, np.arange(PAGE), first)].astype(F32)
     bad = ~(np.abs(x) <= F32(65504))
-    return np.clip(np.where(np.isnan(x), F32(0), x), F32(-65504), F32(65504)), int(bad.sum())
+    return _clamped(x), int(bad.sum())
 
 
 def _seal(side: Side, x: Floats, group: int, owner: bytes | None) -> tuple[bytes, bytes]:
@@ -312,7 +316,7 @@ def predict_v(source: Side, e: int, codes: bytes, parameters: bytes, weight: Flo
     total = np.zeros((e, PAGE), F32)
     for row, w in zip(stored, weight, strict=True):
         total = total + row[None, :] * w[:, None]
-    return total
+    return _clamped(total)
 
 
 def dequantize_k(side: Side, d: int, codes: bytes, parameters: bytes) -> Floats:

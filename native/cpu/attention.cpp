@@ -26,7 +26,7 @@ int xq_attend(const xq_attention *a) {
         sealed = sealed || a->page_slot[p] == -1;
     }
     const auto readable = [](const xq_side &side, int32_t code_bits, const void *codes, const void *param) {
-        return param && side.bits >= 0 && side.bits <= 4 && (side.bits == 0 || (codes && code_bits == side.bits));
+        return param && side.bits >= 0 && side.bits <= 4 && code_bits == side.bits && (side.bits == 0 || codes);
     };
     const auto values_readable = [&](const xq_side &v, int32_t code_bits, const void *codes, const void *param) {
         return readable(v, code_bits, codes, param) && v.group >= 0 && v.group % 16 == 0 &&
@@ -42,7 +42,12 @@ int xq_attend(const xq_attention *a) {
         return XQ_ERR_KERNELS;
     }
     set->calls->fetch_add(1, std::memory_order_relaxed);
-    set->attend(*a);
+    xq_attention args = *a;
+    // there is nothing to step over where there are no codes
+    args.k_codes_stride = a->k.bits == 0 ? 0 : a->k_codes_stride;
+    args.v_codes_stride = a->v.bits == 0 ? 0 : a->v_codes_stride;
+    args.source_codes_stride = a->source.bits == 0 ? 0 : a->source_codes_stride;
+    set->attend(args);
     return XQ_OK;
 }
 

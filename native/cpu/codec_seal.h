@@ -169,6 +169,16 @@ static inline void transpose(const lanes in[n_lanes], lanes out[n_lanes]) {
         out[c] = (lanes)_mm256_permute2f128_ps(b[c], b[c + 4], 0x20);
         out[c + 4] = (lanes)_mm256_permute2f128_ps(b[c], b[c + 4], 0x31);
     }
+#elif defined(XQ_SET_NEON)
+    float64x2_t a[4]; // pairs of rows, then fours
+    for (int r = 0; r < 4; r += 2) {
+        a[r] = (float64x2_t)vtrn1q_f32((float32x4_t)in[r], (float32x4_t)in[r + 1]);
+        a[r + 1] = (float64x2_t)vtrn2q_f32((float32x4_t)in[r], (float32x4_t)in[r + 1]);
+    }
+    for (int c = 0; c < 2; ++c) {
+        out[c] = (lanes)vtrn1q_f64(a[c], a[c + 2]);
+        out[c + 2] = (lanes)vtrn2q_f64(a[c], a[c + 2]);
+    }
 #else
     for (int r = 0; r < n_lanes; ++r) {
         for (int c = 0; c < n_lanes; ++c) {
@@ -225,12 +235,14 @@ static void unseal_v(const xq_side &side, int e, const uint8_t *codes, int code_
     });
 }
 
-/* Sums in the order of the source's channels, nothing contracted: every set predicts the same bits. */
+/* Sums in the order of the source's channels, nothing contracted: every set predicts the same bits.  Finite, so that
+ * what is left over is: codes and parameters of a loaded state may be anything. */
 static void predict_v(const xq_side &source, int e, const uint8_t *codes, const uint8_t *param,
                       const float *weight /* [e][e] */, float *predicted /* [e][XQ_PAGE] */) {
     constexpr int together = 8; // channels that share the loads of the source: what the registers hold
     lanes scratch[XQ_MAX_HEAD_DIM];
     uint8_t c[XQ_MAX_HEAD_DIM * n_packed];
+    int_lanes bad = {};
     unseal_rows(value_matrix(source, e), scratch, c, codes, source.bits, param, [&](int i, const lanes *u) {
         for (int j0 = 0; j0 < e; j0 += together) {
             lanes sum[together] = {};
@@ -241,7 +253,7 @@ static void predict_v(const xq_side &source, int e, const uint8_t *codes, const 
                 }
             }
             for (int j = 0; j < together; ++j) {
-                store(predicted + (j0 + j) * XQ_PAGE + i, sum[j]);
+                store(predicted + (j0 + j) * XQ_PAGE + i, finite(sum[j], bad));
             }
         }
     });

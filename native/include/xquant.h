@@ -166,7 +166,7 @@ XQ_API int xq_unseal_k(const xq_side *side, int32_t d, const uint8_t *codes, int
 XQ_API int xq_unseal_v(const xq_side *side, int32_t e, const uint8_t *codes, int32_t code_bits, const uint8_t *param,
                        uint16_t *rows, int64_t stride, const float *predicted);
 /* What a map makes of a sealed page of its source.  source: with own codes; weight: [e of the source][e];
- * predicted: [e][XQ_PAGE]. */
+ * predicted: [e][XQ_PAGE], finite as values are that are sealed. */
 XQ_API int xq_predict_v(const xq_side *source, int32_t e, const uint8_t *codes, const uint8_t *param,
                         const float *weight, float *predicted);
 /* x [n_rows][n] *= normalised Hadamard matrix, in blocks of the largest power of two that divides n.  Its own inverse.

@@ -1,4 +1,4 @@
-/* xquant-cache.cpp: storage and page bookkeeping on the host; see xquant-cache.h for the layout and the rule. */
+/* xquant-cache.cpp: the storage of a cache and what is told of it; see xquant-cache.h for the layout. */
 #include "xquant-cache.h"
 
 #include "llama-context.h"
@@ -8,15 +8,8 @@
 #include "llama-model.h"
 
 #include <algorithm>
-#include <bitset>
-#include <map>
-#include <stdexcept>
 
 namespace xquant {
-
-static int32_t pages_of(uint64_t tokens) {
-    return (int32_t)((tokens + XQ_PAGE - 1) / XQ_PAGE);
-}
 
 cache::cache(llama_kv_cache &kv, uint32_t kv_size, const llama_memory_i::layer_filter_cb &filter)
     : kv(kv), d_(XQ_MAX_LAYERS), e_(XQ_MAX_LAYERS), n_streams(kv.n_stream) {
@@ -43,11 +36,6 @@ cache::cache(llama_kv_cache &kv, uint32_t kv_size, const llama_memory_i::layer_f
         seals = wanted < (uint64_t)n_pages;
         n_slots = seals ? (int32_t)wanted : n_pages;
     }
-    simulates = kv.model.xq->rules() && !kv.model.xq->simulated.empty();
-    if (simulates) {
-        seals = true;
-        n_slots = n_pages;
-    }
     streams.resize(n_streams);
     clear();
 }
@@ -60,11 +48,13 @@ bool cache::runs_on(ggml_backend_dev_t device) {
     probe.op = GGML_OP_CUSTOM;
     set_params(probe.op_params, {node_magic, node_kind::update, nullptr, 0.0f, 0.0f, 0.0f, 0});
     const bool known = ggml_backend_dev_supports_op(device, &probe);
-    if (!known || simulates) {
-        LLAMA_LOG_WARN("%s: xquant: %s; the cache and the attention of its layers stay on the CPU, which is slower\n",
-                       ggml_backend_dev_name(device), known ? "calibration measures on the CPU" : "no XQuant kernels");
+    if (!known) {
+        LLAMA_LOG_WARN(
+            "%s: xquant: no XQuant kernels; the cache and the attention of its layers stay on the CPU, which "
+            "is slower\n",
+            ggml_backend_dev_name(device));
     }
-    return known && !simulates;
+    return known;
 }
 
 std::pair<ggml_tensor *, ggml_tensor *> cache::add_layer(ggml_context *ctx, ggml_backend_buffer_type_t buft,
@@ -78,7 +68,6 @@ std::pair<ggml_tensor *, ggml_tensor *> cache::add_layer(ggml_context *ctx, ggml
     l->n_pages = n_pages;
     l->n_slots = n_slots;
     l->plan = plan_.layers[il];
-    l->simulated = simulates ? kv.model.xq->simulated.at(il) : -1;
     l->n_nonfinite = &n_nonfinite;
     if (xq_block_layout_of(&l->plan, l->d, l->e, &l->layout) != XQ_OK) {
         refuse(xq_error());
@@ -147,23 +136,6 @@ const cache::layer *cache::find(int il) const {
     return nullptr;
 }
 
-void cache::clear() {
-    for (auto &st : streams) {
-        st.pages.assign(n_pages, {});
-        st.free_slots.resize(n_slots);
-        for (int32_t i = 0; i < n_slots; ++i) {
-            st.free_slots[i] = n_slots - 1 - i; // the lowest slot is taken first
-        }
-        st.clock = 0;
-    }
-    pending_seals.clear();
-    pending_unseals.clear();
-    extra_filled = false; // llama.cpp may set all bytes to 0
-    for (auto &l : layers_) {
-        l->done = epoch;
-    }
-}
-
 /* Maps, for layers on other devices. */
 void cache::fill_extra() {
     for (const auto &l : layers_) {
@@ -189,43 +161,8 @@ uint64_t cache::count_nonfinite() const {
     return n;
 }
 
-void cache::valid_cells(uint32_t s, int32_t p, uint32_t valid[4]) const {
-    const auto &c = cells(s);
-    const uint32_t first = (uint32_t)p * XQ_PAGE, end = std::min(first + XQ_PAGE, c.size());
-    std::fill(valid, valid + 4, 0u);
-    for (uint32_t i = first; i < end; ++i) {
-        if (!c.is_empty(i)) {
-            valid[(i - first) / 32] |= 1u << ((i - first) % 32);
-        }
-    }
-}
-
-int32_t cache::count_cells(uint32_t s, int32_t p) const {
-    uint32_t valid[4];
-    valid_cells(s, p, valid);
-    int32_t n = 0;
-    for (const uint32_t word : valid) {
-        n += (int32_t)std::bitset<32>(word).count();
-    }
-    return n;
-}
-
-bool cache::is_pinned(uint32_t s, int32_t p) const {
-    const auto &c = cells(s);
-    const uint32_t first = (uint32_t)p * XQ_PAGE, end = std::min(first + XQ_PAGE, c.size());
-    for (uint32_t i = first; i < end; ++i) {
-        if (!c.is_empty(i) && c.pos_get(i) < (int64_t)plan_.pinned * XQ_PAGE) {
-            return true;
-        }
-    }
-    return false;
-}
-
-uint32_t cache::max_touched() const {
-    return seals ? (uint32_t)(n_slots - pages_of(window)) : (uint32_t)n_pages;
-}
-
-bool cache::read_rows(int32_t il, bool is_value, int32_t head, int32_t n_cells, uint16_t *rows) const {
+bool cache::move_rows(int32_t il, bool is_value, int32_t head, int32_t n_cells,
+                      const std::function<void(ggml_tensor *, size_t offset, size_t cell, size_t bytes)> &move) const {
     const layer *l = find(il);
     if (!l || head < 0 || head >= l->n_head_kv || n_cells < 0 || (int64_t)n_cells > (int64_t)n_pages * XQ_PAGE) {
         return false;
@@ -237,169 +174,27 @@ bool cache::read_rows(int32_t il, bool is_value, int32_t head, int32_t n_cells, 
         }
         const int64_t first = (is_value ? l->v_window(head) : l->k_window(head)) + streams[0].pages[p].state * slot;
         const int64_t n = std::min<int64_t>(XQ_PAGE, n_cells - (int64_t)p * XQ_PAGE) * width;
-        ggml_backend_tensor_get(l->window_stream[0], rows + p * slot, (size_t)first * sizeof(uint16_t),
-                                (size_t)n * sizeof(uint16_t));
+        move(l->window_stream[0], (size_t)first * sizeof(uint16_t), (size_t)(p * slot), (size_t)n * sizeof(uint16_t));
     }
     return true;
 }
 
-/* Marks page p of stream s sealed and frees its slot; the graph does the work. */
-void cache::seal(uint32_t s, int32_t p) {
-    page &pg = streams[s].pages[p];
-    seal_op op = {(int32_t)s, p, pg.state, {}};
-    valid_cells(s, p, op.valid);
-    pending_seals.push_back(op);
-    if (simulates) {
-        pg.simulated = true;
-        return;
-    }
-    streams[s].free_slots.push_back(pg.state);
-    pg.state = page_sealed;
+bool cache::read_rows(int32_t il, bool is_value, int32_t head, int32_t n_cells, uint16_t *rows) const {
+    return move_rows(il, is_value, head, n_cells, [rows](ggml_tensor *window, size_t offset, size_t at, size_t bytes) {
+        ggml_backend_tensor_get(window, rows + at, offset, bytes);
+    });
 }
 
-/* A free slot; if there is none, the page outside `keep` that was written longest ago is sealed, pinned ones last. */
-int32_t cache::take_slot(uint32_t s, const std::vector<int32_t> &keep) {
-    stream &st = streams[s];
-    if (st.free_slots.empty()) {
-        int32_t victim = -1;
-        bool victim_pinned = true;
-        for (int32_t p = 0; p < n_pages; ++p) {
-            if (st.pages[p].state < 0 || std::find(keep.begin(), keep.end(), p) != keep.end()) {
-                continue;
-            }
-            const bool pinned = is_pinned(s, p);
-            if (victim < 0 || pinned < victim_pinned || (pinned == victim_pinned && st.age(p) > st.age(victim))) {
-                victim = p;
-                victim_pinned = pinned;
-            }
-        }
-        if (victim < 0) {
-            return -1;
-        }
-        seal(s, victim);
-    }
-    const int32_t slot = st.free_slots.back();
-    st.free_slots.pop_back();
-    return slot;
+bool cache::write_rows(int32_t il, bool is_value, int32_t head, int32_t n_cells, const uint16_t *rows) const {
+    return move_rows(il, is_value, head, n_cells, [rows](ggml_tensor *window, size_t offset, size_t at, size_t bytes) {
+        ggml_backend_tensor_set(window, rows + at, offset, bytes);
+    });
 }
 
-/* Gives page p a slot, if it has none, because n_new of its cells are about to be written. */
-bool cache::open(uint32_t s, int32_t p, const std::vector<int32_t> &keep, int32_t n_new) {
-    page &pg = streams[s].pages[p];
-    if (pg.state >= 0) {
-        return true;
-    }
-    const int32_t slot = take_slot(s, keep);
-    if (slot < 0) {
-        return false;
-    }
-    if (pg.state == page_sealed && count_cells(s, p) > n_new) {
-        pending_unseals.push_back({(int32_t)s, p, slot});
-    }
-    pg.state = slot;
-    return true;
-}
-
-bool cache::begin(const slot_info &sinfo) {
-    finish_interrupted();
-    pending_seals.clear();
-    pending_unseals.clear();
-    epoch++;
-    if (!extra_filled) {
-        fill_extra();
-    }
-    // reading a device's counters waits for it: only now and then
-    if (!warned && (n_nonfinite.load() > 0 || (epoch % 256 == 0 && count_nonfinite() > 0))) {
-        warned = true;
-        LLAMA_LOG_WARN(
-            "%s: xquant: keys or values that are not finite were stored as 0 or +-65504; with this model, use "
-            "the cache type f32 or bf16\n",
-            __func__);
-    }
-
-    for (uint32_t i = 0; i < sinfo.n_stream(); ++i) {
-        const uint32_t s = (uint32_t)sinfo.strm[i];
-        stream &st = streams[s];
-        std::map<int32_t, int32_t> n_new; // cells that the micro-batch writes, by page
-        for (const uint32_t cell : sinfo.idxs[i]) {
-            n_new[(int32_t)(cell / XQ_PAGE)]++;
-        }
-        std::vector<int32_t> touched;
-        for (const auto &[p, n] : n_new) {
-            touched.push_back(p);
-        }
-
-        for (int32_t p = 0; p < n_pages; ++p) {
-            page &pg = st.pages[p];
-            if (pg.state < 0 || std::binary_search(touched.begin(), touched.end(), p)) {
-                continue;
-            }
-            if (count_cells(s, p) == 0) {
-                st.free_slots.push_back(pg.state);
-                pg.state = page_free;
-            } else if (seals && !pg.simulated && st.age(p) >= window && !is_pinned(s, p)) {
-                seal(s, p);
-            }
-        }
-        for (const auto &[p, n] : n_new) {
-            if (!open(s, p, touched, n)) {
-                LLAMA_LOG_ERROR("%s: xquant: a micro-batch writes %zu pages, %d fit\n", __func__, touched.size(),
-                                n_slots);
-                return false;
-            }
-        }
-        for (const uint32_t cell : sinfo.idxs[i]) {
-            st.pages[cell / XQ_PAGE].written = ++st.clock;
-        }
-    }
-    return true;
-}
-
-void cache::copy_stream(uint32_t from, uint32_t to) {
-    finish_interrupted();
-    streams[to] = streams[from];
-    for (const auto &l : layers_) {
-        ggml_backend_tensor_copy(l->blocks_stream[from], l->blocks_stream[to]);
-        ggml_backend_tensor_copy(l->window_stream[from], l->window_stream[to]);
-    }
-}
-
-bool cache::has_sequence(llama_seq_id id, const char *caller) const {
-    if (id < 0 || (uint32_t)id >= kv.n_seq_max) {
-        LLAMA_LOG_ERROR("%s: xquant: sequence is %d, must be 0 to %u\n", caller, id, kv.n_seq_max - 1);
-        return false;
-    }
-    return true;
-}
-
-/* llama.cpp would take the positions, and stop the process when the keys were to follow. */
-bool cache::check_can_shift(const char *caller) const {
-    if (!can_shift()) {
-        LLAMA_LOG_ERROR("%s: xquant: positions of a cache on a GPU cannot be shifted yet\n", caller);
-        return false;
-    }
-    return true;
-}
-
-bool cache::may_add(llama_seq_id id, llama_pos shift) const {
-    if (!has_sequence(id, "seq_add") || !check_can_shift("seq_add")) {
-        return false;
-    }
-    const int64_t newest = cells(kv.seq_to_stream[id]).seq_pos_max(id);
-    if (newest + shift > max_position || (int64_t)shift < -max_position) {
-        LLAMA_LOG_ERROR("seq_add: xquant: shift is %d for positions up to %d, must be at least %d, and end at %d\n",
-                        shift, (int)newest, -max_position, max_position);
-        return false;
-    }
-    return true;
-}
-
-bool cache::may_divide(llama_seq_id id, int divisor) const {
-    if (divisor < 1) {
-        LLAMA_LOG_ERROR("seq_div: xquant: divisor is %d, must be at least 1\n", divisor);
-        return false;
-    }
-    return has_sequence(id, "seq_div") && check_can_shift("seq_div");
+const std::vector<float> *cache::queries(int32_t il) {
+    keeps_queries_ = true;
+    const layer *l = find(il);
+    return l ? &l->queries : nullptr;
 }
 
 void cache::info(xquant_llama_info &out) const {

@@ -40,8 +40,8 @@ ggml_tensor *cache::build_input(ggml_context *ctx, int64_t n_tokens) const {
 void cache::fill_operations(int32_t *input, const input_layout &at) const {
     input[in_n_seal] = (int32_t)pending_seals.size();
     input[in_n_unseal] = (int32_t)pending_unseals.size();
-    memcpy(input + at.seals, pending_seals.data(), pending_seals.size() * sizeof(seal_op));
-    memcpy(input + at.unseals, pending_unseals.data(), pending_unseals.size() * sizeof(unseal_op));
+    std::copy(pending_seals.begin(), pending_seals.end(), (seal_op *)(input + at.seals));
+    std::copy(pending_unseals.begin(), pending_unseals.end(), (unseal_op *)(input + at.unseals));
 }
 
 void cache::set_input(ggml_tensor *tensor, const slot_info &sinfo) {
@@ -71,13 +71,27 @@ void cache::set_input(ggml_tensor *tensor, const slot_info &sinfo) {
 
 /* ---- attend ---- */
 
+static void keep_queries(layer &l, const ggml_tensor *q, float scale) {
+    l.queries.resize((size_t)(q->ne[0] * q->ne[1] * q->ne[2]));
+    float *out = l.queries.data();
+    for (int64_t t = 0; t < q->ne[2]; ++t) {
+        for (int64_t h = 0; h < q->ne[1]; ++h) {
+            const float *row = (const float *)((const char *)q->data + h * q->nb[1] + t * q->nb[2]);
+            out = std::transform(row, row + q->ne[0], out, [scale](float x) { return scale * x; });
+        }
+    }
+}
+
 static void attend(ggml_tensor *dst, int ith, int nth, void *userdata) {
-    const layer &l = *(const layer *)userdata;
+    layer &l = *(layer *)userdata;
     const ggml_tensor *q = dst->src[0], *mask = dst->src[2], *blocks = dst->src[3], *window = dst->src[4];
     const ggml_tensor *k_codes = dst->src[5], *v_codes = dst->src[6], *source = dst->src[7];
     const int32_t *input = (const int32_t *)dst->src[1]->data;
     const node_params params = get_params(dst->op_params);
 
+    if (ith == 0 && l.home->keeps_queries()) {
+        keep_queries(l, q, params.scale);
+    }
     const int n_head = (int)q->ne[1], n_rep = n_head / l.n_head_kv;
     const int n_streams = (int)mask->ne[3], n_tokens = (int)q->ne[2] / n_streams; // of each stream
     const int n_pages = (int)(mask->ne[0] / XQ_PAGE);

@@ -1,18 +1,20 @@
 #!/bin/sh
-# Fuzzes the reader of plans in GGUF files: run.sh BUILD_FOLDER [COUNT [RANDOM]]; the folder is that of a native build.
-# No check of enumerations: llama.cpp's own gguf.cpp loads a type before it looks whether there is such a type.
+# Fuzzes what takes input from outside: run.sh TARGET SECONDS [options of libFuzzer].  TARGET: metadata, state or codec.
+#
+# PYTHON names an interpreter that has the package.  The corpus is kept in build/sanitize/corpus/TARGET; an input that
+# ends the target is written to build/sanitize/found/TARGET.
 set -e
-here=$(cd "$(dirname "$0")" && pwd)
-root=$here/../..
-build=$1
-source=$build/fork/llama.cpp
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-"${PYTHON:-python3}" "$here/seed.py" "$work/seed.gguf"
-"${CXX:-c++}" -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize=enum \
-  -fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS \
-  -I "$root/native/llama" -I "$root/native/include" -I "$root/native/cpu" -I "$source/include" -I "$source/ggml/include" \
-  -I "$source/ggml/src" "$here/metadata.cpp" "$root/native/llama/xquant-metadata.cpp" "$root/native/cpu/plan.cpp" \
-  "$source/ggml/src/gguf.cpp" -L "$build/bin" -L "$build/native" -lggml-base -lxquant \
-  -Wl,-rpath,"$build/bin" -Wl,-rpath,"$build/native" -o "$work/metadata"
-"$work/metadata" "$work/seed.gguf" "${2:-1000000}" "${3:-1}"
+root=$(cd "$(dirname "$0")/../.." && pwd)
+target=$1
+seconds=$2
+shift 2
+"$root/tools/sanitize.sh" "fuzz-$target"
+
+build=$root/build/sanitize
+corpus=$build/corpus/$target
+mkdir -p "$corpus" "$build/found/$target"
+(cd "$build" && "${PYTHON:-python3}" "$root/tests/fuzz/seed.py" "$build")
+export XQUANT_FUZZ_MODELS="$build/models" UBSAN_OPTIONS=print_stacktrace=1
+[ "$target" != state ] || XQUANT_FUZZ_SEEDS="$corpus" "$build/tests/fuzz/fuzz-state"
+exec "$build/tests/fuzz/fuzz-$target" -max_total_time="$seconds" -max_len=40000 -timeout=30 -rss_limit_mb=3000 \
+  -print_final_stats=1 -artifact_prefix="$build/found/$target/" "$@" "$corpus"

@@ -1,15 +1,54 @@
-"""Writes a small plan with every kind of layer to the file that is named: what the fuzzer starts from."""
+"""Writes what the fuzzers start from to a folder: models/ (tiny ones), corpus/metadata/ (plans as GGUF files).
+
+The seeds of states come from the fuzz target itself, those of the codec from nothing.
+"""
+
+from __future__ import annotations
 
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from xquant_gguf.metadata import Provenance, plan_file, plan_keys
-from xquant_gguf.plan import Plan, ValueMap
+import numpy as np
 
-plan = Plan.from_preset("xquant-paper", 6)
-mapped = replace(plan.layers[2], v=replace(plan.layers[2].v, source=0))
-layers = (*plan.layers[:2], mapped, *plan.layers[3:])
-plan = replace(plan, layers=layers, maps={2: ValueMap((0,), bytes(2 * 16))}, expected_kld=0.1)
-with plan_file(plan_keys(plan, [0, 1, 2, 3, 4, 5], 6, Provenance("seed", "ab" * 32, 7))) as path:
-    Path(sys.argv[1]).write_bytes(path.read_bytes())
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import tiny_gguf
+
+from xquant_gguf.metadata import Provenance, copy_with_keys, plan_file, plan_keys
+from xquant_gguf.plan import Plan, Side, ValueMap
+
+WIDTH, N_LAYER = 16, 3
+SIZES = {"n_layer": N_LAYER, "n_embd": 32, "n_ff": 32, "n_head": 2, "n_head_kv": 1, "key_length": WIDTH}
+SIZES |= {"value_length": WIDTH}
+
+
+def plans() -> dict[str, Plan]:
+    """Every kind of layer: own codes, borrowed codes, a map."""
+    mixed = Plan.from_preset("xquant", N_LAYER)
+    first, second, third = mixed.layers
+    second = replace(second, v=replace(second.v, source=0))
+    third = replace(third, k=Side(first.k.bits, first.k.group, "lsq", "f16", False, 0))
+    weight = np.random.default_rng(1).standard_normal((1, WIDTH, WIDTH)).astype("<f2").tobytes()
+    maps = {1: ValueMap((0,), weight)}
+    mixed = replace(mixed, layers=(first, second, third), window=0, pinned=0, maps=maps, expected_kld=0.1)
+    return {"mixed": mixed} | {name: Plan.from_preset(name, N_LAYER) for name in ("xquant-tiny", "xquant-paper")}
+
+
+def main(folder: Path) -> None:
+    models, corpus = folder / "models", folder / "corpus" / "metadata"
+    models.mkdir(parents=True, exist_ok=True)
+    corpus.mkdir(parents=True, exist_ok=True)
+    for name, arch in (("plain", "llama"), ("sliding", "mimo2")):
+        shape = tiny_gguf.Shape(arch=arch, **SIZES)
+        tiny_gguf.write(models / f"{name}.gguf", shape, tiny_gguf.random_weights(shape))
+    for name, plan in plans().items():
+        keys = plan_keys(plan, range(N_LAYER), N_LAYER, Provenance("seed", "ab" * 32, 7))
+        with plan_file(keys) as path:
+            (corpus / name).write_bytes(path.read_bytes())
+        if name == "mixed":
+            copy_with_keys(models / "plain.gguf", models / "mixed.gguf", keys)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,222 @@
+/* xquant-pages.cpp: which pages are free, open or sealed, and what may be done to sequences; see xquant-cache.h for the
+ * rule.
+ */
+#include "xquant-cache.h"
+
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <bitset>
+#include <map>
+
+namespace xquant {
+
+void cache::clear() {
+    for (auto &st : streams) {
+        st.pages.assign(n_pages, {});
+        st.free_slots.resize(n_slots);
+        for (int32_t i = 0; i < n_slots; ++i) {
+            st.free_slots[i] = n_slots - 1 - i; // the lowest slot is taken first
+        }
+        st.clock = 0;
+    }
+    pending_seals.clear();
+    pending_unseals.clear();
+    extra_filled = false; // llama.cpp may set all bytes to 0
+    for (auto &l : layers_) {
+        l->done = epoch;
+    }
+}
+
+void cache::valid_cells(uint32_t s, int32_t p, uint32_t valid[4]) const {
+    const auto &c = cells(s);
+    const uint32_t first = (uint32_t)p * XQ_PAGE, end = std::min(first + XQ_PAGE, c.size());
+    std::fill(valid, valid + 4, 0u);
+    for (uint32_t i = first; i < end; ++i) {
+        if (!c.is_empty(i)) {
+            valid[(i - first) / 32] |= 1u << ((i - first) % 32);
+        }
+    }
+}
+
+int32_t cache::count_cells(uint32_t s, int32_t p) const {
+    uint32_t valid[4];
+    valid_cells(s, p, valid);
+    int32_t n = 0;
+    for (const uint32_t word : valid) {
+        n += (int32_t)std::bitset<32>(word).count();
+    }
+    return n;
+}
+
+bool cache::is_pinned(uint32_t s, int32_t p) const {
+    const auto &c = cells(s);
+    const uint32_t first = (uint32_t)p * XQ_PAGE, end = std::min(first + XQ_PAGE, c.size());
+    for (uint32_t i = first; i < end; ++i) {
+        if (!c.is_empty(i) && c.pos_get(i) < (int64_t)plan_.pinned * XQ_PAGE) {
+            return true;
+        }
+    }
+    return false;
+}
+
+uint32_t cache::max_touched() const {
+    return seals ? (uint32_t)(n_slots - pages_of(window)) : (uint32_t)n_pages;
+}
+
+/* Marks page p of stream s sealed and frees its slot; the graph does the work. */
+void cache::seal(uint32_t s, int32_t p) {
+    page &pg = streams[s].pages[p];
+    seal_op op = {(int32_t)s, p, pg.state, {}};
+    valid_cells(s, p, op.valid);
+    pending_seals.push_back(op);
+    streams[s].free_slots.push_back(pg.state);
+    pg.state = page_sealed;
+}
+
+/* A free slot; if there is none, the page outside `keep` that was written longest ago is sealed, pinned ones last. */
+int32_t cache::take_slot(uint32_t s, const std::vector<int32_t> &keep) {
+    stream &st = streams[s];
+    if (st.free_slots.empty()) {
+        int32_t victim = -1;
+        bool victim_pinned = true;
+        for (int32_t p = 0; p < n_pages; ++p) {
+            if (st.pages[p].state < 0 || std::find(keep.begin(), keep.end(), p) != keep.end()) {
+                continue;
+            }
+            const bool pinned = is_pinned(s, p);
+            if (victim < 0 || pinned < victim_pinned || (pinned == victim_pinned && st.age(p) > st.age(victim))) {
+                victim = p;
+                victim_pinned = pinned;
+            }
+        }
+        if (victim < 0) {
+            return -1;
+        }
+        seal(s, victim);
+    }
+    const int32_t slot = st.free_slots.back();
+    st.free_slots.pop_back();
+    return slot;
+}
+
+/* Gives page p a slot, if it has none, because n_new of its cells are about to be written. */
+bool cache::open(uint32_t s, int32_t p, const std::vector<int32_t> &keep, int32_t n_new) {
+    page &pg = streams[s].pages[p];
+    if (pg.state >= 0) {
+        return true;
+    }
+    const int32_t slot = take_slot(s, keep);
+    if (slot < 0) {
+        return false;
+    }
+    if (pg.state == page_sealed && count_cells(s, p) > n_new) {
+        pending_unseals.push_back({(int32_t)s, p, slot});
+    }
+    pg.state = slot;
+    return true;
+}
+
+bool cache::begin(const slot_info &sinfo) {
+    finish_interrupted();
+    pending_seals.clear();
+    pending_unseals.clear();
+    epoch++;
+    if (!extra_filled) {
+        fill_extra();
+    }
+    // reading a device's counters waits for it: only now and then
+    if (!warned && (n_nonfinite.load() > 0 || (epoch % 256 == 0 && count_nonfinite() > 0))) {
+        warned = true;
+        LLAMA_LOG_WARN(
+            "%s: xquant: keys or values that are not finite were stored as 0 or +-65504; with this model, use "
+            "the cache type f32 or bf16\n",
+            __func__);
+    }
+
+    for (uint32_t i = 0; i < sinfo.n_stream(); ++i) {
+        const uint32_t s = (uint32_t)sinfo.strm[i];
+        stream &st = streams[s];
+        std::map<int32_t, int32_t> n_new; // cells that the micro-batch writes, by page
+        for (const uint32_t cell : sinfo.idxs[i]) {
+            n_new[(int32_t)(cell / XQ_PAGE)]++;
+        }
+        std::vector<int32_t> touched;
+        for (const auto &[p, n] : n_new) {
+            touched.push_back(p);
+        }
+
+        for (int32_t p = 0; p < n_pages; ++p) {
+            page &pg = st.pages[p];
+            if (pg.state < 0 || std::binary_search(touched.begin(), touched.end(), p)) {
+                continue;
+            }
+            if (count_cells(s, p) == 0) {
+                st.free_slots.push_back(pg.state);
+                pg.state = page_free;
+            } else if (seals && st.age(p) >= window && !is_pinned(s, p)) {
+                seal(s, p);
+            }
+        }
+        for (const auto &[p, n] : n_new) {
+            if (!open(s, p, touched, n)) {
+                LLAMA_LOG_ERROR("%s: xquant: a micro-batch writes %zu pages, %d fit\n", __func__, touched.size(),
+                                n_slots);
+                return false;
+            }
+        }
+        for (const uint32_t cell : sinfo.idxs[i]) {
+            st.pages[cell / XQ_PAGE].written = ++st.clock;
+        }
+    }
+    return true;
+}
+
+void cache::copy_stream(uint32_t from, uint32_t to) {
+    finish_interrupted();
+    streams[to] = streams[from];
+    for (const auto &l : layers_) {
+        ggml_backend_tensor_copy(l->blocks_stream[from], l->blocks_stream[to]);
+        ggml_backend_tensor_copy(l->window_stream[from], l->window_stream[to]);
+    }
+}
+
+bool cache::has_sequence(llama_seq_id id, const char *caller) const {
+    if (id < 0 || (uint32_t)id >= kv.n_seq_max) {
+        LLAMA_LOG_ERROR("%s: xquant: sequence is %d, must be 0 to %u\n", caller, id, kv.n_seq_max - 1);
+        return false;
+    }
+    return true;
+}
+
+/* llama.cpp would take the positions, and stop the process when the keys were to follow. */
+bool cache::check_can_shift(const char *caller) const {
+    if (!can_shift()) {
+        LLAMA_LOG_ERROR("%s: xquant: positions of a cache on a GPU cannot be shifted yet\n", caller);
+        return false;
+    }
+    return true;
+}
+
+bool cache::may_add(llama_seq_id id, llama_pos shift) const {
+    if (!has_sequence(id, "seq_add") || !check_can_shift("seq_add")) {
+        return false;
+    }
+    const int64_t newest = cells(kv.seq_to_stream[id]).seq_pos_max(id);
+    if (newest + shift > max_position || (int64_t)shift < -max_position) {
+        LLAMA_LOG_ERROR("seq_add: xquant: shift is %d for positions up to %d, must be at least %d, and end at %d\n",
+                        shift, (int)newest, -max_position, max_position);
+        return false;
+    }
+    return true;
+}
+
+bool cache::may_divide(llama_seq_id id, int divisor) const {
+    if (divisor < 1) {
+        LLAMA_LOG_ERROR("seq_div: xquant: divisor is %d, must be at least 1\n", divisor);
+        return false;
+    }
+    return has_sequence(id, "seq_div") && check_can_shift("seq_div");
+}
+
+} // namespace xquant
