@@ -200,7 +200,12 @@ def measure(
 
     for kind in ggml:
         names[kind] = (kind, "ggml")
-        add(kind, ggml_layer(kind, shape, n_tokens, n_queries), None, lambda k=kind: ggml_layer(k, shape, n_tokens, n_queries))
+        add(
+            kind,
+            ggml_layer(kind, shape, n_tokens, n_queries),
+            None,
+            lambda k=kind: ggml_layer(k, shape, n_tokens, n_queries),
+        )
     for layer in layers:
         for kernels in sets:
             key = f"{layer} {kernels}"
@@ -246,11 +251,24 @@ def main() -> None:
             base = {row.cache: row.ns for row in found}
             for r in found:
                 ratios = [f"{base[kind] / r.ns:.1f}" if kind in base else "" for kind in ("f16", "q4_0")]
-                lines.append([r.shape, str(threads), r.cache, r.kernels, f"{r.ns:.2f}", *ratios, f"{r.gb_per_s:.1f}", f"{r.floor_ns:.2f}"])
+                lines.append(
+                    [
+                        r.shape,
+                        str(threads),
+                        r.cache,
+                        r.kernels,
+                        f"{r.ns:.2f}",
+                        *ratios,
+                        f"{r.gb_per_s:.1f}",
+                        f"{r.floor_ns:.2f}",
+                    ]
+                )
             rows += found
     print(table(lines))
     if args.json:
-        Path(args.json).write_text(json.dumps({"tokens": args.tokens, "results": [asdict(row) for row in rows]}, indent=2) + "\n")
+        Path(args.json).write_text(
+            json.dumps({"tokens": args.tokens, "results": [asdict(row) for row in rows]}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -54,9 +54,9 @@ def test_maps_find_the_head_and_the_matrix() -> None:
     rows = (source[1].astype(np.float64) @ matrix).astype(np.float16)[None]
     stored = np.stack([codec.hadamard(h.astype(np.float32)) for h in source])
     fit = fit_map(stored, rows)
-    assert fit.value_map.heads == (1,)
+    assert fit.heads == (1,)
     hadamard = codec.hadamard(np.eye(64, dtype=np.float32))
-    weight = np.frombuffer(fit.value_map.weight, "<f2").reshape(64, 64)
+    weight = np.frombuffer(fit.weight, "<f2").reshape(64, 64)
     np.testing.assert_allclose(weight, hadamard @ matrix @ hadamard, atol=0.03)
 
 

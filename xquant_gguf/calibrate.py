@@ -21,15 +21,16 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from xquant_gguf.allocate import Choice, allocate, spread
-from xquant_gguf.harm import Attention, Fit, fit_map, read_back, stored
+from xquant_gguf.harm import Attention, fit_map, guess, read_back, stored
 from xquant_gguf.metadata import Key, Provenance, plan_keys
-from xquant_gguf.plan import PAGE, Layer, Plan, Shape, Side, block_bytes, shortest
-from xquant_gguf.probe import Probe, Rows, Where
+from xquant_gguf.plan import PAGE, Layer, Plan, Shape, Side, ValueMap, block_bytes, shortest
+from xquant_gguf.probe import Probe, Rows, Seen, Where
 from xquant_gguf.sizes import model_layers
 
 TEXT = Path(__file__).parent / "data" / "calibration.txt"
-PREFIX, SCORED = 2048, 192
-"""Tokens whose keys and values are changed, at most, and those after them whose answers are compared."""
+PASSAGES, PREFIX, SCORED = 3, 768, 80
+"""Passages of the text, at most; the tokens of each whose keys and values are changed, and those after them whose
+answers are compared.  What a layer's attention is for differs from passage to passage: one alone misleads."""
 LEAST = 1280
 """Tokens that a text must have."""
 COARSE = 1
@@ -141,26 +142,30 @@ def calibrate(
     ValueError if the text is too short, the budget too small, or the model cannot have an XQuant cache.
     """
     text = TEXT.read_text() if text is None else text
-    with Probe(str(model_path), n_ctx=PREFIX + 2 * PAGE, n_threads=n_threads) as probe:
-        tokens = probe.tokenize(text)[: PREFIX + SCORED]
+    with Probe(str(model_path), n_ctx=PREFIX + PAGE, n_threads=n_threads) as probe:
+        tokens = probe.tokenize(text)[: PASSAGES * (PREFIX + SCORED)]
         if len(tokens) < LEAST:
             raise ValueError(f"the text has {len(tokens)} tokens, must have at least {LEAST}")
-        n_layers, n_prefix = len(probe.layers), (len(tokens) - SCORED) // PAGE * PAGE
-        with tqdm(total=4 * n_layers + FLOORS + 5, unit="step", disable=None if progress else True) as bar:
-            bar.set_description("reading the text")
-            probe.read(tokens[:n_prefix], tokens[n_prefix : n_prefix + SCORED])
-            bar.update(4)
+        passages = len(tokens) // (PREFIX + SCORED)
+        steps = passages * (2 * len(probe.layers) + FLOORS + 3) + 2 * len(probe.layers) + 1
+        with tqdm(total=steps, unit="step", disable=None if progress else True) as bar:
+            bar.set_description("measuring layers")
+            seen, by_passage = [], []
+            for first in range(0, passages * (PREFIX + SCORED), PREFIX + SCORED):
+                end = first + PREFIX
+                seen.append(probe.read(tokens[first:end], tokens[end : end + SCORED]))
+                bar.update(3)
+                by_passage.append(measured(probe, bar.update))
+            sensitivity = {name: list(np.mean([kld[name] for kld in by_passage], 0)) for name in "kv"}
             bar.set_description("comparing choices")
             with threadpool_limits(1, "blas"):  # small products: threads that wait for each other would cost more
-                choices = Choices(probe, maps, bar.update)
-            bar.set_description("measuring layers")
-            sensitivity = measured(probe, bar.update)
+                choices = Choices(seen, probe.shapes, maps, bar.update)
             plan = choices.plan(budget, sensitivity)
             bar.set_description("measuring the plan")
-            kld = float(probe.kld(choices.read_back(plan)).mean())
+            kld = float(probe.kld(choices.read_back(plan, seen[-1])).mean())
             bar.update()
         plan = replace(plan, expected_kld=shortest(max(kld, 0.0)))
-        made_by = Provenance(_tool(), hashlib.sha256(text.encode()).hexdigest(), n_prefix + SCORED)
+        made_by = Provenance(_tool(), hashlib.sha256(text.encode()).hexdigest(), passages * (PREFIX + SCORED))
         short = tuple(choices.short(plan, sensitivity))
         return Calibration(plan, probe.layers, probe.n_layers, probe.shapes, made_by, sensitivity, short)
 
@@ -206,10 +211,9 @@ def measured(probe: Probe, done: Callable[[], object]) -> dict[str, list[float]]
 class Choices:
     """All choices of all layers with their errors; done: called twice for each layer."""
 
-    def __init__(self, probe: Probe, maps: bool, done: Callable[[], object]) -> None:
-        self.shapes = probe.shapes
-        self.rows = {where: rows[:, : probe.n_prefix] for where, rows in probe.rows.items()}
-        self.fits: dict[tuple[int, int, int], Fit] = {}
+    def __init__(self, seen: Sequence[Seen], shapes: Sequence[Shape], maps: bool, done: Callable[[], object]) -> None:
+        self.seen, self.shapes = seen, shapes
+        self.fits: dict[tuple[int, int, int], ValueMap] = {}
         stores = ((PAGE, "f16"), (64, "f16"), (PAGE, "log8"), (64, "log8"))
         keys = [key_side(bits, *store) for store in stores for bits in (1, 2, 3, 4)]
         own = [value_side(bits) for bits in (0, 1, 2, 3, 4)]
@@ -219,7 +223,7 @@ class Choices:
         self.mapped: list[list[Choice]] = []
         self.coarse: dict[str, list[float]] = {"k": [], "v": []}
         for i in range(n):
-            attention = Attention(probe.queries[i], probe.rows[i, "k"], probe.rows[i, "v"])
+            attention = [Attention(x.queries[i], x.rows[i, "k"], x.rows[i, "v"]) for x in seen]
             for name, errors in self.coarse.items():
                 errors.append(self._choice(attention, i, name, _coarse(name)).harm)
             self.keys.append([self._choice(attention, i, "k", side) for side in keys])
@@ -228,20 +232,29 @@ class Choices:
             self.mapped.append(list(self._mapped(attention, i)) if maps else [])
             done()
 
-    def _choice(self, attention: Attention, i: int, name: str, side: Side, bits: int = 0) -> Choice:
-        guess = self.fits[i, side.source, bits].guess if side.source >= 0 else None
-        error = attention.error(name, read_back(side, self.rows[i, name], name, guess))
-        return Choice(side, 0.0, error, bits)
+    def _back(self, x: Seen, i: int, name: str, side: Side, bits: int) -> Rows:
+        """What a passage's pages give back; bits: of the source's values, if the side has one."""
+        if side.source < 0:
+            return read_back(side, x.prefix(i, name), name)
+        value_map = self.fits[i, side.source, bits]
+        return read_back(
+            side, x.prefix(i, name), name, guess(value_map, stored(x.prefix(side.source, name), value_side(bits)))
+        )
 
-    def _mapped(self, attention: Attention, i: int) -> Iterator[Choice]:
+    def _choice(self, attention: Sequence[Attention], i: int, name: str, side: Side, bits: int = 0) -> Choice:
+        errors = (a.error(name, self._back(x, i, name, side, bits)) for a, x in zip(attention, self.seen, strict=True))
+        return Choice(side, 0.0, sum(errors), bits)
+
+    def _mapped(self, attention: Sequence[Attention], i: int) -> Iterator[Choice]:
         """Values of layer i, predicted from the layer before or the one before that."""
         for source in range(max(i - 2, 0), i):
             ours, other = self.shapes[i], self.shapes[source]
             if (ours.e, ours.heads) != (other.e, other.heads):
                 continue
             for bits in (1, 2, 3):
-                from_codes = stored(self.rows[source, "v"], value_side(bits))
-                self.fits[i, source, bits] = fit_map(from_codes, self.rows[i, "v"])
+                sources = [stored(x.prefix(source, "v"), value_side(bits)) for x in self.seen]
+                rows = np.concatenate([x.prefix(i, "v") for x in self.seen], 1)
+                self.fits[i, source, bits] = fit_map(np.concatenate(sources, 1), rows)
                 for side in (value_side(b, source) for b in (0, 1, 2, 3)):
                     yield self._choice(attention, i, "v", side, bits)
 
@@ -258,11 +271,7 @@ class Choices:
         total = budget.total(self.shapes)
         sides = allocate(priced(self.keys, "k"), priced(self.values, "v"), priced(self.mapped, "v"), total)
         base = Plan.from_preset("xquant", len(self.shapes))
-        maps = {
-            i: self.fits[i, v.source, sides[v.source][1].bits].value_map
-            for i, (_, v) in enumerate(sides)
-            if v.source >= 0
-        }
+        maps = {i: self.fits[i, v.source, sides[v.source][1].bits] for i, (_, v) in enumerate(sides) if v.source >= 0}
         plan = replace(base, preset="calibrated", layers=tuple(Layer(k, v) for k, v in sides), maps=maps)
         plan.check(self.shapes)
         return plan
@@ -281,14 +290,13 @@ class Choices:
                     wanted = min((b for b, h in harm.items() if b > side.bits and h <= ENOUGH), default=max(harm))
                     yield Short(i, name, side.bits, harm[side.bits], wanted)
 
-    def read_back(self, plan: Plan) -> dict[Where, Rows]:
-        """Keys and values of the first tokens as a plan's pages give them back."""
+    def read_back(self, plan: Plan, x: Seen) -> dict[Where, Rows]:
+        """Keys and values of a passage as a plan's pages give them back."""
         out = {}
         for i, layer in enumerate(plan.layers):
-            out[i, "k"] = read_back(layer.k, self.rows[i, "k"], "k")
-            source = layer.v.source
-            guess = self.fits[i, source, plan.layers[source].v.bits].guess if source >= 0 else None
-            out[i, "v"] = read_back(layer.v, self.rows[i, "v"], "v", guess)
+            bits = plan.layers[layer.v.source].v.bits if layer.v.source >= 0 else 0
+            out[i, "k"] = self._back(x, i, "k", layer.k, 0)
+            out[i, "v"] = self._back(x, i, "v", layer.v, bits)
         return out
 
 

@@ -8,8 +8,7 @@ model for each side of a layer tells the harm of all choices.  A cap on scores a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +23,10 @@ RIDGE = 0.01
 """Of the mean eigenvalue, added when a map is fitted."""
 
 
-def read_back(side: Side, rows: Rows, name: str, guess: Floats | None = None) -> Rows:
+def read_back(side: Side, rows: Rows, name: str, predicted: Floats | None = None) -> Rows:
     """What pages of keys or values (name: "k" or "v"), [KV head][token][width], give back; the first page stays F16.
 
-    guess [KV head][token][width]: what a map says of values; the remainder is stored.
+    predicted [KV head][token][width]: what a map says of values; the remainder is stored.
     """
     out = rows.copy()
     side = replace(side, source=-1)
@@ -37,7 +36,7 @@ def read_back(side: Side, rows: Rows, name: str, guess: Floats | None = None) ->
             if name == "k":
                 out[h, page] = codec.unseal_k(side, head.shape[1], *codec.seal_k(side, head[page]))
             else:
-                told = None if guess is None else np.ascontiguousarray(guess[h, page].T)
+                told = None if predicted is None else np.ascontiguousarray(predicted[h, page].T)
                 sealed = codec.seal_v(side, head[page], predicted=told)
                 out[h, page] = codec.unseal_v(side, head.shape[1], *sealed, told)
     return out
@@ -90,20 +89,12 @@ def stored(rows: Rows, side: Side) -> Floats:
     return np.stack([np.concatenate([page(h[i : i + PAGE]) for i in range(0, len(h), PAGE)]) for h in rows])
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A map, and what it predicts: [KV head][token][e], in the rotated space."""
-
-    value_map: ValueMap
-    guess: Floats
-
-
-def fit_map(source: Sequence[Floats] | Floats, rows: Rows) -> Fit:
+def fit_map(source: Floats, rows: Rows) -> ValueMap:
     """The map that predicts a layer's values, rows [KV head][token][e], from what its source stores of its own.
 
     Each head takes the one source head that leaves least over.
     """
-    heads, weights, guesses = [], [], []
+    heads, weights = [], []
     grams = [u.T @ u for u in source]
     for x in rows:
         y = codec.hadamard(x.astype(np.float32))
@@ -114,5 +105,11 @@ def fit_map(source: Sequence[Floats] | Floats, rows: Rows) -> Fit:
         _, head, weight = min(fits, key=lambda fit: fit[0])
         heads.append(head)
         weights.append(weight.astype("<f2").tobytes())
-        guesses.append(source[head] @ weight.astype(np.float32))
-    return Fit(ValueMap(tuple(heads), b"".join(weights)), np.stack(guesses))
+    return ValueMap(tuple(heads), b"".join(weights))
+
+
+def guess(value_map: ValueMap, source: Floats) -> Floats:
+    """What a map predicts, [KV head][token][e] in the rotated space, from what its source stores."""
+    e = source.shape[2]
+    weights = np.frombuffer(value_map.weight, "<f2").reshape(-1, e, e).astype(np.float32)
+    return np.stack([source[head] @ weight for head, weight in zip(value_map.heads, weights, strict=True)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,22 @@ Floats = NDArray[np.float32]
 Where = tuple[int, str]  # layer of the cache, "k" or "v"
 
 UBATCH = 512
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A passage: keys and values of all its tokens, and each layer's queries of the scored ones, as the model has them.
+
+    queries [layer] -> [scored token][head][width]: times the scale of scores.
+    """
+
+    rows: Mapping[Where, Rows]
+    queries: Sequence[Floats]
+    n_prefix: int
+
+    def prefix(self, layer: int, name: str) -> Rows:
+        """Keys or values of the tokens before the scored ones."""
+        return self.rows[layer, name][:, : self.n_prefix]
 
 
 class Probe:
@@ -105,7 +121,7 @@ class Probe:
             n = -n
         raise ValueError(f"{self.model_path}: its vocabulary cannot tokenize the text")
 
-    def read(self, prefix: Sequence[int], scored: Sequence[int]) -> None:
+    def read(self, prefix: Sequence[int], scored: Sequence[int]) -> Seen:
         """Decodes prefix, then scored (at most one micro-batch), and keeps what F16 stores and answers."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._ctx), True)
         self.n_prefix, self._scored = len(prefix), list(scored)
@@ -129,6 +145,7 @@ class Probe:
         logp = logits - _log_sum(logits)[:, None]
         p = np.exp(logp)
         self._expected = p, np.einsum("ij,ij->i", p, logp, dtype=np.float64)
+        return Seen(self.rows, self.queries, self.n_prefix)
 
     def kld(self, changed: Mapping[Where, Rows]) -> NDArray[np.float64]:
         """KL divergences from F16 at the scored tokens, if the first tokens' keys and values were these."""

@@ -62,7 +62,9 @@ def add(commands: Commands) -> None:
     sub = add_command(commands, "bench", run_bench, text, optional=True)
     sub.add_argument("--shape", choices=tuple(SHAPES), help="time a model with random weights of this shape instead")
     sub.add_argument("--layers", type=at_least(1), help="layers of that model (default: as many as the real one)")
-    sub.add_argument("--depths", default="0,4096,16384,32768", help="tokens in the cache beforehand (default %(default)s)")
+    sub.add_argument(
+        "--depths", default="0,4096,16384,32768", help="tokens in the cache beforehand (default %(default)s)"
+    )
     sub.add_argument("--kv-types", default="f16,q8_0,q4_0,xquant,xquant-small,xquant-tiny", help=f"any of {kv_types()}")
     sub.add_argument("--rounds", type=at_least(1), default=3)
     sub.add_argument("--n-prompt", type=at_least(1), default=256, help="prompt tokens timed (default %(default)s)")
