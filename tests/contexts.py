@@ -29,9 +29,11 @@ class Context:
         n_ubatch: int = 128,
         n_seq: int = 1,
         unified: bool = True,
+        n_gpu_layers: int = 0,
         overrides: Mapping[str, int | str] | None = None,
     ) -> None:
         model = llama_cpp.llama_model_default_params()
+        model.n_gpu_layers = n_gpu_layers
         if kv_type not in TYPES:
             self.overrides = override_array({"xquant.preset": kv_type, **(overrides or {})})
             model.kv_overrides = self.overrides
@@ -64,6 +66,13 @@ class Context:
 
     def decode_mixed(self, rows: Sequence[tuple[int, int, Sequence[int]]]) -> Logits:
         """Logits of (token, position, sequences) rows in one batch; RuntimeError with llama_decode's code."""
+        self.feed(rows)
+        n = len(rows) * self.n_vocab
+        pointer = ctypes.cast(llama_cpp.llama_get_logits(self.ctx), ctypes.POINTER(ctypes.c_float * n))
+        return np.frombuffer(pointer.contents, np.float32).reshape(len(rows), -1).copy()
+
+    def feed(self, rows: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+        """The same without waiting for the logits."""
         batch = llama_cpp.llama_batch_init(len(rows), 0, max(len(s) for _, _, s in rows))
         try:
             batch.n_tokens = len(rows)
@@ -75,9 +84,6 @@ class Context:
             code = llama_cpp.llama_decode(self.ctx, batch)
             if code != 0:
                 raise RuntimeError(f"llama_decode: {code}")
-            n = len(rows) * self.n_vocab
-            pointer = ctypes.cast(llama_cpp.llama_get_logits(self.ctx), ctypes.POINTER(ctypes.c_float * n))
-            return np.frombuffer(pointer.contents, np.float32).reshape(len(rows), -1).copy()
         finally:
             llama_cpp.llama_batch_free(batch)
 

@@ -46,6 +46,13 @@ def available() -> bool:
     return True
 
 
+def count() -> int:
+    """GPUs of this machine."""
+    n = ctypes.c_int()
+    check(driver().cuDeviceGetCount(ctypes.byref(n)))
+    return n.value
+
+
 @lru_cache(maxsize=1)
 def load() -> tuple[FFI, Any]:
     ffi = FFI()
@@ -268,5 +275,27 @@ class DeviceLayer:
         call("xq_cuda_unpack", self.c, a, ffi.NULL)
         return out.get(np.float16, (len(table) * PAGE, self.heads, width)).transpose(1, 0, 2)
 
+    def read_keys(self, pages: list[tuple[int, int]]) -> NDArray[np.float32]:
+        """pages: page, slot or SEALED -> [page][token][head][d]."""
+        return self._shift("xq_cuda_read_keys", pages, np.full((len(pages), PAGE, self.heads, self.d), np.nan, "<f4"))
 
-__all__ = ["FREE", "SEALED", "Buffer", "DeviceLayer", "Layer", "Side", "available", "call", "driver", "load"]
+    def write_keys(
+        self, pages: list[tuple[int, int]], keys: NDArray[np.float32], valid: NDArray[np.bool_] | None = None
+    ) -> None:
+        """keys [page][token][head][d] stored where read_keys finds them; valid [PAGE], of all pages alike."""
+        self._shift("xq_cuda_write_keys", pages, keys, valid)
+
+    def _shift(
+        self, name: str, pages: list[tuple[int, int]], keys: NDArray[np.float32], valid: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.float32]:
+        ffi, _ = load()
+        bits = np.packbits(np.ones(PAGE, bool) if valid is None else valid, bitorder="little").view("<i4").tolist()
+        words, data = Buffer(np.array([[0, *page, *bits] for page in pages], np.int32)), Buffer(keys)
+        a = ffi.new("xq_cuda_shift_args *")
+        a.pages, a.keys, a.n_pages = words.pointer("int32_t"), data.pointer("float"), len(pages)
+        a.head_stride, a.token_stride = 4 * self.d, 4 * self.d * self.heads
+        call(name, self.c, a, ffi.NULL)
+        return data.get(np.float32, keys.shape)
+
+
+__all__ = ["FREE", "SEALED", "Buffer", "DeviceLayer", "Layer", "Side", "available", "call", "count", "driver", "load"]

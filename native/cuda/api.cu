@@ -110,3 +110,22 @@ int xq_cuda_unpack(const xq_cuda_layer *layer, const xq_cuda_unpack_args *args, 
     }
     return launch_unpack(*layer, *args, (cudaStream_t)stream);
 }
+
+static int check_shift(const xq_cuda_layer *layer, const xq_cuda_shift_args *args) {
+    if (const int status = check(layer); status != XQ_OK) {
+        return status;
+    }
+    return args && args->pages && args->keys && args->n_pages >= 1
+               ? XQ_OK
+               : fail_cuda(XQ_ERR_ARGUMENT, "shift: a pointer is null or there are no pages");
+}
+
+int xq_cuda_read_keys(const xq_cuda_layer *layer, const xq_cuda_shift_args *args, void *stream) {
+    const int status = check_shift(layer, args);
+    return status == XQ_OK ? launch_read_keys(*layer, *args, (cudaStream_t)stream) : status;
+}
+
+int xq_cuda_write_keys(const xq_cuda_layer *layer, const xq_cuda_shift_args *args, void *stream) {
+    const int status = check_shift(layer, args);
+    return status == XQ_OK ? launch_write_keys(*layer, *args, (cudaStream_t)stream) : status;
+}

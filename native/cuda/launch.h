@@ -23,5 +23,7 @@ int launch_general(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStr
 int launch_merge(const xq_cuda_layer &l, int n_parts, int n_rows, int n_head, const float *partial, const float *sinks,
                  float *out, cudaStream_t stream);
 int launch_unpack(const xq_cuda_layer &l, const xq_cuda_unpack_args &a, cudaStream_t stream);
+int launch_read_keys(const xq_cuda_layer &l, const xq_cuda_shift_args &a, cudaStream_t stream);
+int launch_write_keys(const xq_cuda_layer &l, const xq_cuda_shift_args &a, cudaStream_t stream);
 
 } // namespace xq

@@ -10,34 +10,6 @@ namespace xq {
 
 namespace {
 
-/* The words of one part (1, 2 or 4 bits) of the slab's units, from the codes in x; shift: of the part in a code. */
-__device__ void pack_part(const matrix &m, const float *x, int i0, int bits, int shift, uint8_t *codes, int offset) {
-    const int rows = 32 / bits, n_units = units_of(bits, min(slab, m.n_i - i0));
-    for (int k = threadIdx.x; k < m.n_j * n_units; k += slab) {
-        const int j = k % m.n_j, unit = k / m.n_j;
-        uint32_t word = 0;
-        for (int r = 0; r < rows; ++r) {
-            const int i = unit * rows + r; // of the slab
-            const uint32_t code = i0 + i < m.n_i ? (uint32_t)x[j * slab + (i ^ (j & 31))] >> shift : 0;
-            word |= (code & ((1u << bits) - 1)) << (8 * (r % 4) + bits * (r / 4));
-        }
-        uint8_t *at = codes + (int64_t)(j / 16) * column_bytes(m.side.bits, m.n_i) + offset;
-        *(uint32_t *)(at + 64 * (i0 / rows + unit) + 4 * (j % 16)) = word;
-    }
-}
-
-/* The token whose value token t has: itself, or the first valid one. */
-__device__ int source_of(const int32_t *valid /* [4] */, int t) {
-    if ((uint32_t)valid[t / 32] >> (t % 32) & 1u) {
-        return t;
-    }
-    int word = 0;
-    while (word < 3 && valid[word] == 0) {
-        word++;
-    }
-    return valid[word] == 0 ? XQ_PAGE - 1 : 32 * word + __ffs(valid[word]) - 1;
-}
-
 /* grid (slab, 2 * KV head + side, operation), one warp each */
 __global__ void __launch_bounds__(slab) seal_kernel(const xq_cuda_layer l, const xq_cuda_update_args a) {
     extern __shared__ float shared[];
@@ -81,11 +53,8 @@ __global__ void __launch_bounds__(slab) seal_kernel(const xq_cuda_layer l, const
             seal_lane(m, x, i0 + lane, v.own ? nullptr : codes, param);
         }
         __syncwarp();
-        if (v.own && m.side.bits == 3) {
-            pack_part(m, shared, i0, 2, 0, codes, 0);
-            pack_part(m, shared, i0, 1, 2, codes, 64 * units_of(2, m.n_i));
-        } else if (v.own && m.side.bits > 0) {
-            pack_part(m, shared, i0, m.side.bits, 0, codes, 0);
+        if (v.own) {
+            pack_codes(m, shared, i0, codes);
         }
         __syncwarp();
     }

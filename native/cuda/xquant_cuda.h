@@ -71,6 +71,14 @@ typedef struct xq_cuda_unpack_args {
     uint16_t *rows; /* F16 [stream][n_kv_pages * XQ_PAGE][KV head][d or e]; pages without cells: 0 */
 } xq_cuda_unpack_args;
 
+/* Keys of a few pages as F32 and back, for a context shift between the two. */
+typedef struct xq_cuda_shift_args {
+    const int32_t *pages;              /* [n_pages][7]: stream, page, slot or -1 (sealed), valid[4] as for seals */
+    float *keys;                       /* F32 [page][token of the page][KV head][d] */
+    int64_t head_stride, token_stride; /* bytes */
+    int32_t n_pages;
+} xq_cuda_shift_args;
+
 /* Status: XQ_OK, XQ_ERR_ARGUMENT, or XQ_ERR_KERNELS if CUDA refuses; xq_cuda_error() says why. */
 XQ_API const char *xq_cuda_error(void);
 XQ_API int xq_cuda_update(const xq_cuda_layer *layer, const xq_cuda_update_args *args, void *stream);
@@ -81,6 +89,9 @@ XQ_API const char *xq_cuda_attend_kernel(const xq_cuda_layer *layer);
 XQ_API int xq_cuda_merge(const xq_cuda_layer *layer, int32_t n_parts, int32_t n_rows, int32_t n_head,
                          const float *partial, const float *sinks, float *out, void *stream);
 XQ_API int xq_cuda_unpack(const xq_cuda_layer *layer, const xq_cuda_unpack_args *args, void *stream);
+/* Keys as they are stored, sealed or open; and stored again, sealed or open. */
+XQ_API int xq_cuda_read_keys(const xq_cuda_layer *layer, const xq_cuda_shift_args *args, void *stream);
+XQ_API int xq_cuda_write_keys(const xq_cuda_layer *layer, const xq_cuda_shift_args *args, void *stream);
 
 /* cdef: end */
 

@@ -204,12 +204,6 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "after",
     ),
     (
-        "src/llama-kv-cache.cpp",
-        "bool llama_kv_cache::get_can_shift() const {\n",
-        "    if (xq && !xq->can_shift()) {\n        return false;\n    }\n",
-        "after",
-    ),
-    (
         "src/llama-kv-cache-iswa.cpp",
         "    // TODO: if we fail again, we should attempt different splitting strategies\n",
         "    if (kv_base->xq && n_ubatch > 1) {\n        return init_batch(balloc, n_ubatch/2, embd_all);\n    }\n\n",

@@ -75,8 +75,6 @@ class cache {
     bool has_sequence(llama_seq_id id, const char *caller) const;
     bool may_add(llama_seq_id id, llama_pos shift) const;
     bool may_divide(llama_seq_id id, int divisor) const;
-    /* Whether shift() is possible: not for layers on a GPU. */
-    bool can_shift() const;
     /* Rotates the keys of all cells whose position was shifted; false: it failed, with a message in the log. */
     bool shift(llama_context *lctx);
 
@@ -165,7 +163,6 @@ class cache {
     int32_t take_slot(uint32_t s, const std::vector<int32_t> &keep);
     bool open(uint32_t s, int32_t p, const std::vector<int32_t> &keep, int32_t n_new);
     void finish_interrupted();
-    bool check_can_shift(const char *caller) const;
     void fill_extra();
     uint64_t count_nonfinite() const;
     void run_pending(const layer &l) const;
@@ -191,7 +188,9 @@ class cache {
     std::vector<unseal_op> pending_unseals;
     uint64_t epoch = 0; /* micro-batches so far */
     std::atomic<uint64_t> n_nonfinite{0};
-    bool warned = false;       /* about them */
+    bool warned = false; /* about them */
+    /* What ran the last graph: waited for before the host copies what a device may still be writing. */
+    mutable ggml_backend_sched_t sched = nullptr;
     bool extra_filled = false; /* the layers' extra tensors hold what the host has */
 };
 

@@ -117,6 +117,22 @@ static int unpack(const node_params &params, const ggml_tensor *node, void *stre
     return xq_cuda_unpack(&l, &a, stream);
 }
 
+/* Both ends of a context shift; the first source: pages. */
+static int shift(node_params params, ggml_tensor *const *src, const ggml_tensor *keys, void *stream) {
+    xq_cuda_layer plain = *params.layer;
+    plain.mapped = 0; // values are not looked at
+    params.layer = &plain;
+    ggml_tensor *const others[] = {src[3], src[3], nullptr, nullptr};
+    const xq_cuda_layer l = layer_of(params, src[1], src[2], others);
+    xq_cuda_shift_args a = {};
+    a.pages = (const int32_t *)src[0]->data;
+    a.n_pages = (int32_t)(ggml_nbytes(src[0]) / sizeof(shift_op));
+    a.keys = (float *)keys->data;
+    a.head_stride = (int64_t)keys->nb[1];
+    a.token_stride = (int64_t)keys->nb[2];
+    return params.kind == node_kind::read_keys ? xq_cuda_read_keys(&l, &a, stream) : xq_cuda_write_keys(&l, &a, stream);
+}
+
 } // namespace xquant
 
 bool xquant_cuda_supports(const ggml_tensor *node) {
@@ -143,6 +159,12 @@ bool xquant_cuda_compute(const ggml_tensor *node, void *stream) {
     case node_kind::unpack_k:
     case node_kind::unpack_v:
         status = unpack(params, node, stream);
+        break;
+    case node_kind::read_keys:
+        status = shift(params, node->src, node, stream);
+        break;
+    case node_kind::write_keys:
+        status = shift(params, node->src + 1, node->src[0], stream);
         break;
     }
     if (status != XQ_OK) {

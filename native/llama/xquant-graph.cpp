@@ -193,6 +193,7 @@ ggml_tensor *cache::build_attention(const llm_graph_context &graph, ggml_tensor 
         refuse("this model's attention has a bias on the scores or a latent projection; use the cache type f16");
     }
     ggml_context *ctx = graph.ctx0;
+    sched = graph.sched;
     // layers without keys and values of their own read an earlier layer's cache
     layer *l = layers_[kv.map_layer_ids.at(il)].get();
     ggml_tensor *k_codes = l->k_owner->blocks, *v_codes = l->v_owner->blocks, *source = l->v_source->blocks;

@@ -1,4 +1,5 @@
-/* xquant-node.h: what the nodes of xquant-graph.cpp say to a backend other than the CPU, and the layout of their input.
+/* xquant-node.h: what the nodes of xquant-graph.cpp and xquant-shift.cpp say to a backend other than the CPU, and the
+ * layout of their input.
  *
  * The nodes are GGML_OP_CUSTOM; node_params lie in op_params behind those of ggml_custom_op_params.  Sources:
  *
@@ -6,6 +7,8 @@
  *     attend    [state, head, token, part]  <- q, input, mask, blocks, window, others, extra, update
  *     merge     [e, head, token]            <- attend, sinks or attend, blocks, extra
  *     unpack    F16 [width, KV head, cell, stream] <- input, blocks, window, others, extra, update
+ *     read      F32 [d, KV head, token of all pages] <- shifted pages, blocks, window, blocks of K's owner
+ *     write     [1] <- keys as read gives them, shifted pages, blocks, window, blocks of K's owner
  *
  * Others are the blocks of three layers: the owners of K's and V's codes, and the source of V's map.  Extra is null for
  * layers in the CPU's memory; elsewhere it holds what they have on the host:
@@ -21,7 +24,7 @@
 
 namespace xquant {
 
-enum class node_kind : int32_t { update, attend, merge, unpack_k, unpack_v };
+enum class node_kind : int32_t { update, attend, merge, unpack_k, unpack_v, read_keys, write_keys };
 
 constexpr uint32_t node_magic = 0x58513031;
 
@@ -57,6 +60,8 @@ struct seal_op {
 struct unseal_op {
     int32_t stream, page, slot;
 };
+/* A page whose keys are rotated; slot -1: it is sealed. */
+using shift_op = seal_op;
 
 /* Header of the input tensor. */
 enum { in_n_seal, in_n_unseal, in_n_rows, in_first_stream, in_epoch, in_header = 8 };
