@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import gpu
 
-from xquant_gguf.cli import table
+from xquant_gguf.cli.text import table
 from xquant_gguf.plan import PAGE, Layer, Side
 
 HEADS, N_REP, WIDTH, PARTS, COPIES, LAUNCHES = 8, 4, 128, 16, 3, 20

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from xquant_gguf import codec, native
-from xquant_gguf.cli import table
+from xquant_gguf.cli.text import table
 from xquant_gguf.plan import PAGE, Side, side_to_c
 
 SHAPES = {"Qwen2.5-1.5B (12 heads, 2 KV, 128)": (6, 128), "Llama-3-8B (32, 8, 128)": (4, 128)} | {

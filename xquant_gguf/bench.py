@@ -70,7 +70,7 @@ def bench(
     rounds: int = 3,
     n_prompt: int = 256,
     n_decode: int = 16,
-    done: Callable[[str], None] = lambda what: None,
+    done: Callable[[str], object] = lambda what: None,
     **options: Any,
 ) -> list[Row]:
     """Speed of every KV type at every depth; the caches of all types are held at once.
