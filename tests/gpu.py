@@ -263,17 +263,19 @@ class DeviceLayer:
         )
         return out.get(np.float32, (n_tokens, n_head, self.e))
 
-    def unpack(self, table: list[int], is_k: bool) -> NDArray[np.float16]:
-        """[head][cell][width]."""
+    def unpack(self, table: list[int], is_k: bool, first: int = 0, n: int = 0) -> NDArray[np.float16]:
+        """[head][cell][width] of n heads from the first on (0: of all)."""
+        n = n or self.heads
         ffi, _ = load()
         width = self.d if is_k else self.e
         a = ffi.new("xq_cuda_unpack_args *")
         keep = [Buffer(np.array(table, np.int32)), Buffer(np.zeros(1, np.int32))]
-        out = Buffer(self.heads * len(table) * PAGE * width * 2)
+        out = Buffer(n * len(table) * PAGE * width * 2)
         a.table, a.first_stream = keep[0].pointer("int32_t"), keep[1].pointer("int32_t")
         a.n_streams, a.n_kv_pages, a.is_k, a.rows = 1, len(table), int(is_k), out.pointer("uint16_t")
+        a.first_head, a.n_heads = first, n
         call("xq_cuda_unpack", self.c, a, ffi.NULL)
-        return out.get(np.float16, (len(table) * PAGE, self.heads, width)).transpose(1, 0, 2)
+        return out.get(np.float16, (len(table) * PAGE, n, width)).transpose(1, 0, 2)
 
     def read_keys(self, pages: list[tuple[int, int]]) -> NDArray[np.float32]:
         """pages: page, slot or SEALED -> [page][token][head][d]."""

@@ -24,7 +24,7 @@ from test_oracle import (
     tokens,
 )
 
-from xquant_gguf import Llama, native
+from xquant_gguf import Llama, native, synthetic
 from xquant_gguf.sizes import llama_cpp
 
 pytestmark = pytest.mark.cuda
@@ -168,6 +168,22 @@ def test_streams_are_copied_after_what_was_asked_before(fork: Fork) -> None:
             return context.decode(tokens()[600:620], 600, [1])
 
     np.testing.assert_array_equal(run(False), run(True))
+
+
+def test_long_prompts_take_a_few_heads_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """66,000 tokens by eight KV heads are too many rows to unpack at once: as single tokens see them."""
+    shape = synthetic.Shape(n_layer=2, n_embd=128, n_ff=64, n_head=16, n_head_kv=8, head_dim=64, n_vocab=300)
+    monkeypatch.setitem(synthetic.SHAPES, "eight-heads", shape)
+    path, n = synthetic.write(tmp_path / "eight.gguf", "eight-heads"), 66000
+    ids = np.random.default_rng(5).integers(3, 300, n).tolist()
+    with Context(path, "xquant", n_ctx=66560, n_ubatch=512, n_gpu_layers=ALL) as context:
+        context.feed([(t, i, [0]) for i, t in enumerate(ids[: n - 64])])
+        together = context.decode(ids[n - 64 :], n - 64)
+        assert llama_cpp.llama_memory_seq_rm(context.memory, 0, n - 64, -1)
+        alone = np.concatenate([context.decode([ids[i]], i) for i in range(n - 64, n)])
+    off = np.abs(together - alone).max(axis=1) / alone.std()
+    print(describe(off))
+    assert SEALED.hold(off), describe(off)
 
 
 two_gpus = pytest.mark.skipif(gpu.available() and gpu.count() < 2, reason="needs two GPUs")

@@ -225,6 +225,7 @@ def test_unpacked_pages_of_all_widths(bits: int, d: int, v: Side) -> None:
     for name in "kv":
         want = exact_rows(device, [0, gpu.SEALED], name).astype(np.float16)
         np.testing.assert_array_equal(device.unpack([0, gpu.SEALED], name == "k"), want)
+        np.testing.assert_array_equal(device.unpack([0, gpu.SEALED], name == "k", 1, 1), want[1:])
 
 
 @pytest.mark.parametrize("k", [Side(4, 128), Side(3, 32, "clip", "log8"), Side(0, 64)], ids=str)

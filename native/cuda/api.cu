@@ -105,7 +105,8 @@ int xq_cuda_unpack(const xq_cuda_layer *layer, const xq_cuda_unpack_args *args, 
         return status;
     }
     if (!args || !args->table || !args->first_stream || !args->rows || args->n_streams < 1 || args->n_kv_pages < 1 ||
-        args->n_kv_pages > layer->n_pages) {
+        args->n_kv_pages > layer->n_pages || args->first_head < 0 || args->n_heads < 1 ||
+        args->n_heads > layer->n_head_kv - args->first_head) {
         return fail_cuda(XQ_ERR_ARGUMENT, "unpack: a pointer is null or a count is out of range");
     }
     return launch_unpack(*layer, *args, (cudaStream_t)stream);

@@ -23,11 +23,12 @@ struct target {
 };
 
 __device__ target target_of(const xq_cuda_layer &l, const xq_cuda_unpack_args &a, int page, int stream_and_head) {
-    const int nth_stream = stream_and_head / l.n_head_kv, width = a.is_k ? l.d : l.e;
-    target to = {*a.first_stream + nth_stream, stream_and_head % l.n_head_kv, page, 0, nullptr, 0};
+    const int nth_stream = stream_and_head / a.n_heads, nth_head = stream_and_head % a.n_heads;
+    const int width = a.is_k ? l.d : l.e;
+    target to = {*a.first_stream + nth_stream, a.first_head + nth_head, page, 0, nullptr, 0};
     to.slot = a.table[(int64_t)to.stream * l.n_pages + page];
-    to.stride = (int64_t)l.n_head_kv * width;
-    to.rows = (__half *)a.rows + ((int64_t)nth_stream * a.n_kv_pages + page) * XQ_PAGE * to.stride + to.head * width;
+    to.stride = (int64_t)a.n_heads * width;
+    to.rows = (__half *)a.rows + ((int64_t)nth_stream * a.n_kv_pages + page) * XQ_PAGE * to.stride + nth_head * width;
     return to;
 }
 
@@ -211,7 +212,7 @@ bool tiles_cover(const xq_cuda_layer &l, bool is_k) {
 }
 
 template <bool IS_K> void launch_tiles(const xq_cuda_layer &l, const xq_cuda_unpack_args &a, cudaStream_t stream) {
-    const dim3 grid(a.n_kv_pages, a.n_streams * l.n_head_kv);
+    const dim3 grid(a.n_kv_pages, a.n_streams * a.n_heads);
     const float norm = (float)(1.0 / std::sqrt((double)hadamard_block(l.e)));
     switch (IS_K ? l.plan.k.bits : l.plan.v.bits) {
     case 0:
@@ -260,7 +261,7 @@ int launch_unpack(const xq_cuda_layer &l, const xq_cuda_unpack_args &a, cudaStre
         cudaFuncSetAttribute(unpack_slabs, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared) != cudaSuccess) {
         return launched("unpack");
     }
-    unpack_slabs<<<dim3(slabs_of(l), a.n_kv_pages, a.n_streams * l.n_head_kv), slab, shared, stream>>>(l, a);
+    unpack_slabs<<<dim3(slabs_of(l), a.n_kv_pages, a.n_streams * a.n_heads), slab, shared, stream>>>(l, a);
     return launched("unpack");
 }
 

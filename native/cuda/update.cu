@@ -62,12 +62,14 @@ __global__ void __launch_bounds__(slab) seal_kernel(const xq_cuda_layer l, const
 
 constexpr int store_warps = 4;
 
-/* Unseals, then writes the new rows that fall into this slab.  grid (slab, 2 * KV head + side) */
+/* Unseals, then writes the new rows that fall into this slab.  grid (slab, 2 * KV head + side, share of the rows):
+ * where a page is unsealed, the first block writes all rows, for they may go into it. */
 __global__ void __launch_bounds__(store_warps * 32) store_kernel(const xq_cuda_layer l, const xq_cuda_update_args a) {
     extern __shared__ float shared[];
     const bool is_k = blockIdx.y % 2 == 0;
     const int i0 = blockIdx.x * slab, head = blockIdx.y / 2, lane = threadIdx.x % slab, warp = threadIdx.x / slab;
-    if (i0 >= (is_k ? l.d : XQ_PAGE)) {
+    const bool alone = *a.n_unseal > 0;
+    if (i0 >= (is_k ? l.d : XQ_PAGE) || (alone && blockIdx.z > 0)) {
         return;
     }
     for (int number = 0; number < *a.n_unseal; ++number) {
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(store_warps * 32) store_kernel(const xq_cuda_l
         __syncthreads();
     }
     const int rows_a_stream = l.n_slots * XQ_PAGE;
-    for (int t = warp; t < a.n_tokens; t += store_warps) {
+    for (int t = blockIdx.z * store_warps + warp; t < a.n_tokens; t += alone ? store_warps : gridDim.z * store_warps) {
         const int row = a.rows[t];
         if (!is_k && row % XQ_PAGE / slab != blockIdx.x) {
             continue;
@@ -115,7 +117,8 @@ int launch_update(const xq_cuda_layer &l, const xq_cuda_update_args &a, cudaStre
     // a page leaves the window about every XQ_PAGE tokens
     const unsigned n_operations = 1 + (unsigned)a.n_tokens / XQ_PAGE;
     seal_kernel<<<dim3(slabs_of(l), 2 * l.n_head_kv, n_operations), slab, shared, stream>>>(l, a);
-    store_kernel<<<dim3(slabs_of(l), 2 * l.n_head_kv), store_warps * 32, shared, stream>>>(l, a);
+    const unsigned n_shares = 1 + (unsigned)a.n_tokens / 64;
+    store_kernel<<<dim3(slabs_of(l), 2 * l.n_head_kv, n_shares), store_warps * 32, shared, stream>>>(l, a);
     return launched("update");
 }
 

@@ -67,8 +67,8 @@ typedef struct xq_cuda_attend_args {
 typedef struct xq_cuda_unpack_args {
     const int32_t *table, *first_stream; /* as above */
     int32_t n_streams, n_kv_pages;
-    int32_t is_k;
-    uint16_t *rows; /* F16 [stream][n_kv_pages * XQ_PAGE][KV head][d or e]; pages without cells: 0 */
+    int32_t is_k, first_head, n_heads; /* KV heads that are wanted */
+    uint16_t *rows;                    /* F16 [stream][n_kv_pages * XQ_PAGE][n_heads][d or e]; pages without cells: 0 */
 } xq_cuda_unpack_args;
 
 /* Keys of a few pages as F32 and back, for a context shift between the two. */

@@ -113,6 +113,8 @@ static int unpack(const node_params &params, const ggml_tensor *node, void *stre
     a.n_streams = (int32_t)node->ne[3];
     a.n_kv_pages = (int32_t)(node->ne[2] / XQ_PAGE);
     a.is_k = params.kind == node_kind::unpack_k;
+    a.first_head = params.first_head;
+    a.n_heads = (int32_t)node->ne[1];
     a.rows = (uint16_t *)node->data;
     return xq_cuda_unpack(&l, &a, stream);
 }

@@ -170,6 +170,8 @@ static void merge(ggml_tensor *dst, int ith, int nth, void *userdata) {
 /* Query rows of one KV head from which on pages are unpacked for llama.cpp's own attention, on devices that have it:
  * each pass over the codes serves eight rows, a pass over F16 rows many more. */
 static constexpr int64_t rows_to_unpack = 64;
+/* Rows of KV heads that are unpacked at a time: bounds the F16 copy, 256 MiB for heads of width 128. */
+static constexpr int64_t rows_at_once = 1 << 19;
 /* Blocks of threads that fill a large GPU. */
 static constexpr int64_t device_blocks = 132;
 
@@ -215,17 +217,35 @@ ggml_tensor *cache::build_attention(const llm_graph_context &graph, ggml_tensor 
     const int64_t n_head = q->ne[1], n_tokens = q->ne[2], n_streams_q = kq_mask->ne[3], n_kv = kq_mask->ne[0];
     const int64_t n_rows = n_tokens / n_streams_q * (n_head / l->n_head_kv); // of one KV head and stream
     if (l->extra && n_rows >= rows_to_unpack) {
-        ggml_tensor *rows[2];
-        for (const auto kind : {node_kind::unpack_k, node_kind::unpack_v}) {
-            const bool is_k = kind == node_kind::unpack_k;
-            params.kind = kind;
-            const int64_t ne[] = {is_k ? l->d : l->e, l->n_head_kv, n_kv, n_streams_q};
-            rows[is_k ? 0 : 1] =
-                new_node(ctx, GGML_TYPE_F16, ne,
-                         {input, l->blocks, l->window, k_codes, v_codes, source, l->extra, stored}, nullptr, l, params);
-            graph.cb(rows[is_k ? 0 : 1], is_k ? "xquant_k" : "xquant_v", il);
+        // ALiBi's slopes belong to the number of a head among all
+        const bool together = params.max_bias > 0.0f;
+        const int64_t fitting = std::max<int64_t>(1, rows_at_once / (n_kv * n_streams_q)),
+                      n_rep = n_head / l->n_head_kv;
+        const int64_t n_heads_kv = together ? l->n_head_kv : std::min<int64_t>(fitting, l->n_head_kv);
+        ggml_tensor *out = nullptr;
+        for (int64_t first = 0; first < l->n_head_kv; first += n_heads_kv) {
+            const int64_t n = std::min(n_heads_kv, l->n_head_kv - first);
+            ggml_tensor *rows[2];
+            for (const auto kind : {node_kind::unpack_k, node_kind::unpack_v}) {
+                const bool is_k = kind == node_kind::unpack_k;
+                params.kind = kind;
+                params.first_head = (int32_t)first;
+                const int64_t ne[] = {is_k ? l->d : l->e, n, n_kv, n_streams_q};
+                rows[is_k ? 0 : 1] = new_node(ctx, GGML_TYPE_F16, ne,
+                                              {input, l->blocks, l->window, k_codes, v_codes, source, l->extra, stored},
+                                              nullptr, l, params);
+                graph.cb(rows[is_k ? 0 : 1], is_k ? "xquant_k" : "xquant_v", il);
+            }
+            ggml_tensor *heads = ggml_view_3d(ctx, q, q->ne[0], n * n_rep, n_tokens, q->nb[1], q->nb[2],
+                                              (size_t)(first * n_rep) * q->nb[1]);
+            ggml_tensor *sink =
+                sinks ? ggml_view_1d(ctx, sinks, n * n_rep, (size_t)(first * n_rep) * sinks->nb[0]) : nullptr;
+            ggml_tensor *part = graph.build_attn_mha(heads, rows[0], rows[1], nullptr, kq_mask, sink, nullptr,
+                                                     kv.get_size(), kq_scale, il);
+            out = out ? ggml_concat(ctx, out, part, 0) : part;
         }
-        return graph.build_attn_mha(q, rows[0], rows[1], nullptr, kq_mask, sinks, nullptr, kv.get_size(), kq_scale, il);
+        ggml_build_forward_expand(graph.gf, out);
+        return out;
     }
 
     const int64_t n_threads = n_tokens == 1 ? graph.cparams.n_threads : graph.cparams.n_threads_batch;

@@ -33,7 +33,10 @@ struct node_params {
     node_kind kind;
     const xq_cuda_layer *layer; /* without pointers to data: these are the sources' */
     float scale, softcap, max_bias;
-    int32_t n_parts;
+    union {
+        int32_t n_parts;    /* attend, merge */
+        int32_t first_head; /* unpack: of the KV heads of the node */
+    };
 };
 
 /* Where node_params start in op_params, in int32. */
