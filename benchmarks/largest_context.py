@@ -1,10 +1,10 @@
 """The largest context that a GPU holds beside a model's weights, by cache type: by inspect's figures, and allocated.
 
-usage: largest_context.py [--shape llama-8b] [--kv-types f16,xquant] [--n-ubatch 512] [--folder /dev/shm]
+usage: largest_context.py [MODEL] [--shape llama-8b] [--kv-types f16,xquant] [--n-ubatch 512] [--folder /dev/shm]
 
-Writes a random model of the shape (F16 weights; llama-8b: 16 GB) into the folder, loads all of it onto the first GPU,
-and makes contexts until the largest one is found, to within half a percent; one micro-batch is decoded in it.  "others"
-is what is neither weights nor cache: llama.cpp's buffers for the graph and what CUDA itself takes.
+Writes a random model of the shape (F16 weights; llama-8b: 16 GB) into the folder, unless one is named, loads all of it
+onto the first GPU, and makes contexts until the largest one is found, to within half a percent; one micro-batch is
+decoded in it.  "others" is what is neither weights nor cache: llama.cpp's buffers for the graph, and CUDA's own.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ class Model:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
     parser.add_argument("--shape", default="llama-8b")
     parser.add_argument("--layers", type=int, default=0, help="0: as many as the real model")
     parser.add_argument("--kv-types", default="f16,xquant")
@@ -103,7 +104,7 @@ def main() -> None:
     lines = [["KV cache", "largest context", "ratio", "by inspect", "ratio", "cache, MiB", "others, MiB"]]
     first: tuple[int, float] | None = None
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        path = str(write(Path(folder) / "random.gguf", args.shape, args.layers))
+        path = args.model or str(write(Path(folder) / "random.gguf", args.shape, args.layers))
         for kv_type in args.kv_types.split(","):
             a_token = bytes_a_token(path, kv_type, args.n_ubatch)
             before, total = free_bytes()

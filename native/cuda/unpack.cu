@@ -165,8 +165,10 @@ __device__ void transform_tile(float (&x)[tile_tokens][tile_channels], int block
     }
 }
 
+/* As to_half: what is too large becomes an infinity first. */
 __device__ uint32_t two_halves(float a, float b) {
-    const __half2 both = __halves2half2(to_half(a), to_half(b));
+    const __half2 top = __float2half2_rn(65504.0f);
+    const __half2 both = __hmax2(__hmin2(__floats2half2_rn(a, b), top), __hneg2(top));
     uint32_t bits;
     memcpy(&bits, &both, 4);
     return bits;

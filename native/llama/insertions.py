@@ -288,6 +288,13 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "    if (type_k == GGML_TYPE_XQUANT) {\n        type_k = type_v = GGML_TYPE_F16;\n    }\n\n",
         "before",
     ),
+    # -- graph: long caches are unpacked in up to eight pieces a layer, of eleven nodes each (xquant-graph.cpp)
+    (
+        "src/llama-context.cpp",
+        "    if (cparams.training) {\n        res *= 4;\n    }\n",
+        "    res += 8u*12u*model.hparams.n_layer_all;\n\n",
+        "before",
+    ),
     # -- state
     (
         "src/llama-kv-cache.cpp",

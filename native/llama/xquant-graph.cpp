@@ -170,8 +170,9 @@ static void merge(ggml_tensor *dst, int ith, int nth, void *userdata) {
 /* Query rows of one KV head from which on pages are unpacked for llama.cpp's own attention, on devices that have it:
  * each pass over the codes serves eight rows, a pass over F16 rows many more. */
 static constexpr int64_t rows_to_unpack = 64;
-/* Rows of KV heads that are unpacked at a time: bounds the F16 copy, 256 MiB for heads of width 128. */
-static constexpr int64_t rows_at_once = 1 << 19;
+/* Rows of KV heads that are unpacked at a time: bounds the F16 copy, 1 GiB for keys and values of width 128.  Pieces
+ * cost nodes, for which the insertions make room. */
+static constexpr int64_t rows_at_once = 1 << 21, max_pieces = 8;
 /* Blocks of threads that fill a large GPU. */
 static constexpr int64_t device_blocks = 132;
 
@@ -218,10 +219,9 @@ ggml_tensor *cache::build_attention(const llm_graph_context &graph, ggml_tensor 
     const int64_t n_rows = n_tokens / n_streams_q * (n_head / l->n_head_kv); // of one KV head and stream
     if (l->extra && n_rows >= rows_to_unpack) {
         // ALiBi's slopes belong to the number of a head among all
-        const bool together = params.max_bias > 0.0f;
-        const int64_t fitting = std::max<int64_t>(1, rows_at_once / (n_kv * n_streams_q)),
-                      n_rep = n_head / l->n_head_kv;
-        const int64_t n_heads_kv = together ? l->n_head_kv : std::min<int64_t>(fitting, l->n_head_kv);
+        const int64_t all = l->n_head_kv, wanted = (all * n_kv * n_streams_q + rows_at_once - 1) / rows_at_once;
+        const int64_t pieces = params.max_bias > 0.0f ? 1 : std::min(wanted, max_pieces);
+        const int64_t n_heads_kv = (all + pieces - 1) / pieces, n_rep = n_head / all;
         ggml_tensor *out = nullptr;
         for (int64_t first = 0; first < l->n_head_kv; first += n_heads_kv) {
             const int64_t n = std::min(n_heads_kv, l->n_head_kv - first);
