@@ -69,6 +69,35 @@ void cache::set_input(ggml_tensor *tensor, const slot_info &sinfo) {
     }
 }
 
+/* llama.cpp looks at every cell for every token, which takes longer than the attention of a layer on a GPU. */
+bool cache::set_mask(ggml_tensor *mask, const llama_ubatch &ubatch, bool causal) const {
+    const int64_t n_kv = mask->ne[0];
+    if (!causal || mask->type != GGML_TYPE_F16 || ubatch.n_tokens != mask->ne[3] || kv.hparams.use_alibi ||
+        kv.swa_type != LLAMA_SWA_TYPE_NONE || ubatch.is_pos_2d()) {
+        return false;
+    }
+    const auto stream_of = [&](uint32_t i) { return kv.seq_to_stream[ubatch.seq_id[i][0]]; };
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const auto &c = cells(stream_of(i));
+        const uint32_t n_used = c.get_used();
+        if (n_used == 0 || n_used > n_kv || c.used_min() != 0 || c.used_max_p1() != n_used) {
+            return false;
+        }
+        for (llama_seq_id id = 0; id < (llama_seq_id)kv.n_seq_max; ++id) {
+            if (c.seq_pos_max(id) > (id == ubatch.seq_id[i][0] ? ubatch.pos[i] : -1)) {
+                return false;
+            }
+        }
+    }
+    ggml_fp16_t *row = (ggml_fp16_t *)mask->data;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i, row += n_kv) {
+        const uint32_t n_used = cells(stream_of(i)).get_used();
+        std::fill(row, row + n_used, ggml_fp32_to_fp16(0.0f));
+        std::fill(row + n_used, row + n_kv, ggml_fp32_to_fp16(-INFINITY));
+    }
+    return true;
+}
+
 /* ---- attend ---- */
 
 static void attend(ggml_tensor *dst, int ith, int nth, void *userdata) {
