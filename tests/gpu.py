@@ -251,16 +251,14 @@ class DeviceLayer:
         a.scale, a.softcap, a.n_parts = scale, softcap, n_parts
         width = (3 if self.c.mapped else 2) * self.e + 2
         partial, out = Buffer(n_parts * n_tokens * n_head * width * 4), Buffer(n_tokens * n_head * self.e * 4)
-        a.partial = partial.pointer("float")
-        keep.append(partial)
-        sink = ffi.NULL
+        n_tiles = (n_tokens * n_head // self.heads + 7) // 8
+        arrivals = Buffer(np.zeros(n_tiles * self.heads, np.uint32))
+        a.partial, a.arrivals, a.out = partial.pointer("float"), arrivals.pointer("uint32_t"), out.pointer("float")
         if sinks is not None:
             keep.append(Buffer(sinks))
-            sink = keep[-1].pointer("float")
+            a.sinks = keep[-1].pointer("float")
         call("xq_cuda_attend", self.c, a, ffi.NULL)
-        call(
-            "xq_cuda_merge", self.c, n_parts, n_tokens * n_head, n_head, a.partial, sink, out.pointer("float"), ffi.NULL
-        )
+        assert not arrivals.get(np.uint32, (n_tiles * self.heads,)).any()
         return out.get(np.float32, (n_tokens, n_head, self.e))
 
     def unpack(self, table: list[int], is_k: bool, first: int = 0, n: int = 0) -> NDArray[np.float16]:

@@ -361,6 +361,21 @@ def test_attention_is_that_of_float64(case: Case) -> None:
     print(f"{case.kernel} error {error:.1e}")
 
 
+@pytest.mark.parametrize("bits", [(4, 2), (2, 1)])
+def test_many_pages(bits: tuple[int, int]) -> None:
+    """More than a block lists at a time, and than it has room for: buffers are filled again and again."""
+    rng = np.random.default_rng(11)
+    n_pages, layer = 600, Layer(Side(bits[0], 128), replace(V, bits=bits[1]))
+    device = gpu.DeviceLayer(layer, window_of(rng, 64, 64, 3), n_pages)
+    device.update([(p, p % 3, np.ones(PAGE, bool)) for p in range(n_pages)])
+    table = [gpu.SEALED] * n_pages
+    q = rng.standard_normal((2, HEADS * N_REP, 64), dtype=np.float32)
+    mask = np.zeros((2, n_pages * PAGE), np.float16)
+    mask[0, 7 * PAGE : 590 * PAGE] = -np.inf
+    keys, values = (np.tile(exact_rows(device, table[:3], name), (1, n_pages // 3, 1)) for name in "kv")
+    check_attention(device, q, table, mask, keys, values)
+
+
 def test_rows_that_see_nothing_are_zero() -> None:
     rng = np.random.default_rng(3)
     for v in (V, replace(V, bits=4)):

@@ -49,7 +49,7 @@ __device__ inline void seal_lane(const matrix &m, column x, int i, const uint8_t
 __device__ inline void pack_part(const matrix &m, const float *x, int i0, int bits, int shift, uint8_t *codes,
                                  int offset) {
     const int rows = 32 / bits, n_units = units_of(bits, min(slab, m.n_i - i0));
-    for (int k = threadIdx.x; k < m.n_j * n_units; k += slab) {
+    for (int k = threadIdx.x % slab; k < m.n_j * n_units; k += slab) {
         const int j = k % m.n_j, unit = k / m.n_j;
         uint32_t word = 0;
         for (int r = 0; r < rows; ++r) {

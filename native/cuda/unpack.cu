@@ -259,11 +259,9 @@ int launch_unpack(const xq_cuda_layer &l, const xq_cuda_unpack_args &a, cudaStre
         return launched("unpack");
     }
     const size_t shared = slab_bytes(l);
-    if (shared > 48 * 1024 &&
-        cudaFuncSetAttribute(unpack_slabs, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared) != cudaSuccess) {
-        return launched("unpack");
+    if (allow_shared(unpack_slabs, shared)) {
+        unpack_slabs<<<dim3(slabs_of(l), a.n_kv_pages, a.n_streams * a.n_heads), slab, shared, stream>>>(l, a);
     }
-    unpack_slabs<<<dim3(slabs_of(l), a.n_kv_pages, a.n_streams * a.n_heads), slab, shared, stream>>>(l, a);
     return launched("unpack");
 }
 

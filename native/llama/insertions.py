@@ -257,6 +257,13 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "    if (xq) {\n        xq->set_input(dst, sinfo);\n        return;\n    }\n",
         "after",
     ),
+    (
+        "src/llama-kv-cache.cpp",
+        "void llama_kv_cache::set_input_kq_mask(ggml_tensor * dst, const llama_ubatch * ubatch,"
+        " bool causal_attn) const {\n",
+        "    if (xq && xq->set_mask(dst, *ubatch, causal_attn)) {\n        return;\n    }\n",
+        "after",
+    ),
     ("src/llama-graph.cpp", '#include "llama-kv-cache.h"\n', '#include "xquant-cache.h"\n', "after"),
     (
         "src/llama-graph.cpp",

@@ -82,6 +82,8 @@ class cache {
 
     ggml_tensor *build_input(ggml_context *ctx, int64_t n_tokens) const;
     void set_input(ggml_tensor *input, const slot_info &sinfo);
+    /* Fills the mask of a micro-batch of one token in each stream whose cells it sees all; false: some other case. */
+    bool set_mask(ggml_tensor *mask, const llama_ubatch &ubatch, bool causal) const;
     /* k_cur and v_cur may be null: a layer that reads the cache of an earlier one. */
     ggml_tensor *build_attention(const llm_graph_context &graph, ggml_tensor *input, ggml_tensor *q, ggml_tensor *k_cur,
                                  ggml_tensor *v_cur, ggml_tensor *kq_b, ggml_tensor *kq_mask, ggml_tensor *sinks,
