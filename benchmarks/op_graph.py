@@ -119,8 +119,9 @@ class Graph:
         self.base.ggml_free(self.ctx)
 
 
-def medians(runs: Mapping[str, Sequence[Callable[[], None]]], seconds: float) -> dict[str, float]:
-    """Median seconds of a call, in interleaved rounds of `seconds` in all for each; the calls of a name go in turn."""
+def timed(runs: Mapping[str, Sequence[Callable[[], None]]], seconds: float) -> dict[str, tuple[float, float]]:
+    """Median and least seconds of a call, in interleaved rounds of `seconds` in all for each; the calls of a name go in
+    turn.  The least is what a machine with other work still shows."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for calls in runs.values():
         for call in calls:
@@ -133,7 +134,7 @@ def medians(runs: Mapping[str, Sequence[Callable[[], None]]], seconds: float) ->
                 start = time.perf_counter()
                 call()
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: (statistics.median(found), min(found)) for name, found in times.items()}
 
 
 def read_speed(n_threads: int, size: int = 1 << 28, rounds: int = 7) -> float:

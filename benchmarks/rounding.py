@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import real_rows
 
 from xquant_gguf import codec
-from xquant_gguf.cli import table
+from xquant_gguf.cli.text import table
 
 
 def main() -> None:

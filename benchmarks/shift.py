@@ -1,10 +1,10 @@
 """What a context shift costs: KL divergence from an F16 cache that was not shifted.
 
-usage: shift.py MODEL --text FILE [--tokens 1536] [--kv-types f16,q8_0,q4_0,xquant] [--json FILE]
+usage: shift.py MODEL --text FILE [--tokens 1280] [--kv-types f16,q8_0,q4_0,xquant] [--json FILE]
 
 A context is filled, all of its positions are moved by the same number, and the next tokens of the text are scored one
-by one.  Attention sees distances alone: but for what a shift does to the stored keys, nothing changes.  Moved not at
-all (0 shifts), at once (1), and in many small steps, as a long chat does it.
+by one, then taken back.  Attention sees distances alone: but for what a shift does to the stored keys, nothing changes.
+Scored before any shift, after one, and after eight, as a long chat does it.
 """
 
 from __future__ import annotations
@@ -22,23 +22,26 @@ from xquant_gguf.cli import table
 from xquant_gguf.evaluate import load, log_probabilities
 from xquant_gguf.llama import Llama
 
-BY = 512
-STEPS = (0, 1, 8)
+BY = 64
+COUNTS = (0, 1, 8)
 
 
-def scores(llm: Llama, tokens: list[int], n_tokens: int, steps: int) -> NDArray[np.float32]:
-    """Log-probabilities behind each of the tokens from n_tokens on, after that many shifts."""
-    llm._ctx.kv_cache_clear()
-    for first in range(0, n_tokens, llm.n_batch):
-        log_probabilities(llm, tokens[first : min(first + llm.n_batch, n_tokens)], first)
-    at = n_tokens
-    for _ in range(steps):
-        llm._ctx.kv_cache_seq_shift(0, 0, -1, BY // steps)
-        at += BY // steps
-        # shifts are carried out when something is decoded: a token that is taken back
-        log_probabilities(llm, tokens[n_tokens : n_tokens + 1], at)
-        llm._ctx.kv_cache_seq_rm(0, at, -1)
-    return np.vstack([log_probabilities(llm, [t], at + i) for i, t in enumerate(tokens[n_tokens:])])
+def scores(llm: Llama, tokens: list[int], n_tokens: int) -> list[NDArray[np.float32]]:
+    """For each of COUNTS, log-probabilities behind each of the tokens from n_tokens on."""
+    for first in range(0, len(tokens), llm.n_batch):
+        log_probabilities(llm, tokens[first : first + llm.n_batch], first)
+    out, end = [], n_tokens
+    for shifts in range(max(COUNTS) + 1):
+        if shifts > 0:
+            llm._ctx.kv_cache_seq_shift(0, 0, -1, BY)
+            end += BY
+        llm._ctx.kv_cache_seq_rm(0, end, -1)
+        # shifts are carried out when something is decoded
+        scored = tokens[n_tokens:] if shifts in COUNTS else tokens[n_tokens : n_tokens + 1]
+        rows = [log_probabilities(llm, [token], end + i)[0] for i, token in enumerate(scored)]
+        if shifts in COUNTS:
+            out.append(np.stack(rows))
+    return out
 
 
 def kld(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
@@ -49,8 +52,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=1536)
-    parser.add_argument("--scored", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=1280)
+    parser.add_argument("--scored", type=int, default=128)
     parser.add_argument("--kv-types", default="f16,q8_0,q4_0,xquant,xquant-small,xquant-tiny")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
@@ -61,13 +64,12 @@ def main() -> int:
     for kv in dict.fromkeys(("f16", *args.kv_types.split(","))):
         llm = load(args.model, kv, common)
         tokens = llm.tokenize(args.text.read_bytes())[: args.tokens + args.scored]
-        for steps in STEPS:
-            got = scores(llm, tokens, args.tokens, steps)
+        for shifts, got in zip(COUNTS, scores(llm, tokens, args.tokens), strict=True):
             expected = got if expected is None else expected
-            rows.append({"kv_type": kv, "steps": steps, "kld": kld(expected, got)})
+            rows.append({"kv_type": kv, "shifts": shifts, "kld": kld(expected, got)})
         llm.close()
     by_type = {kv: [r["kld"] for r in rows if r["kv_type"] == kv] for kv in dict.fromkeys(r["kv_type"] for r in rows)}
-    header = ["KV cache", *(f"{steps} shifts" for steps in STEPS), "8 shifts / none"]
+    header = ["KV cache", *(f"{shifts} shifts" for shifts in COUNTS), "8 / 0"]
     cells = [
         [kv, *(f"{k:.5f}" for k in klds), f"{klds[-1] / klds[0]:.2f}" if klds[0] > 0 else "-"]
         for kv, klds in by_type.items()

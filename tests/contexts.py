@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +30,11 @@ class Context:
         n_ubatch: int = 128,
         n_seq: int = 1,
         unified: bool = True,
+        n_gpu_layers: int = 0,
         overrides: Mapping[str, int | str] | None = None,
     ) -> None:
         model = llama_cpp.llama_model_default_params()
+        model.n_gpu_layers = n_gpu_layers
         if kv_type not in TYPES:
             self.overrides = override_array({"xquant.preset": kv_type, **(overrides or {})})
             model.kv_overrides = self.overrides
@@ -62,8 +65,27 @@ class Context:
         """Logits [token][vocabulary] of tokens at positions first, first + 1, ... in the given sequences."""
         return self.decode_mixed([(t, first + i, sequences) for i, t in enumerate(tokens)])
 
+    def decode_embeddings(self, rows: NDArray[np.float32], first: int) -> Logits:
+        """As decode, of input embeddings [token][width] in sequence 0: what stands for an image in a prompt."""
+        batch = llama_cpp.llama_batch_init(len(rows), rows.shape[1], 1)
+        try:
+            batch.n_tokens = len(rows)
+            ctypes.memmove(batch.embd, np.ascontiguousarray(rows, np.float32).ctypes.data, rows.size * 4)
+            for i in range(len(rows)):
+                batch.pos[i], batch.logits[i], batch.n_seq_id[i] = first + i, 1, 1
+                batch.seq_id[i][0] = 0
+            self._decode(batch)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        return self._logits(len(rows))
+
     def decode_mixed(self, rows: Sequence[tuple[int, int, Sequence[int]]]) -> Logits:
         """Logits of (token, position, sequences) rows in one batch; RuntimeError with llama_decode's code."""
+        self.feed(rows)
+        return self._logits(len(rows))
+
+    def feed(self, rows: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+        """The same without waiting for the logits."""
         batch = llama_cpp.llama_batch_init(len(rows), 0, max(len(s) for _, _, s in rows))
         try:
             batch.n_tokens = len(rows)
@@ -72,14 +94,19 @@ class Context:
                 batch.n_seq_id[i] = len(sequences)
                 for j, s in enumerate(sequences):
                     batch.seq_id[i][j] = s
-            code = llama_cpp.llama_decode(self.ctx, batch)
-            if code != 0:
-                raise RuntimeError(f"llama_decode: {code}")
-            n = len(rows) * self.n_vocab
-            pointer = ctypes.cast(llama_cpp.llama_get_logits(self.ctx), ctypes.POINTER(ctypes.c_float * n))
-            return np.frombuffer(pointer.contents, np.float32).reshape(len(rows), -1).copy()
+            self._decode(batch)
         finally:
             llama_cpp.llama_batch_free(batch)
+
+    def _decode(self, batch: Any) -> None:
+        code = llama_cpp.llama_decode(self.ctx, batch)
+        if code != 0:
+            raise RuntimeError(f"llama_decode: {code}")
+
+    def _logits(self, n_rows: int) -> Logits:
+        n = n_rows * self.n_vocab
+        pointer = ctypes.cast(llama_cpp.llama_get_logits(self.ctx), ctypes.POINTER(ctypes.c_float * n))
+        return np.frombuffer(pointer.contents, np.float32).reshape(n_rows, -1).copy()
 
     def save(self, sequence: int | None = None) -> bytes:
         """The state of everything, or of one sequence."""

@@ -9,8 +9,8 @@ from xquant_gguf import codec
 
 SETS = codec.kernel_sets()
 # Errors of an output over the output, as norms: median, and worst over layers and queries.
-# Measured with xquant: scalar MEDIAN_S, WORST_S; the others MEDIAN_A, WORST_A.
-EXACT, ROUNDED = (2e-6, 2e-5), (1e-2, 5e-2)
+# Measured with xquant: scalar 6e-7 and 1.6e-6; AVX2 and AVX-512, which round alike, 7.7e-3 and 2.9e-2.
+EXACT, ROUNDED = (2e-6, 1e-5), (1.2e-2, 5e-2)
 
 
 def test_rounding_over_real_keys_and_values(smollm2: str, prose: str) -> None:

@@ -6,6 +6,7 @@ one go, so that what is compared is the operation and not the loss of the type.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -243,19 +244,89 @@ def test_several_sequences_in_one_batch(folder: Path, kv_type: str, unified: boo
                 assert close(got, alone.decode(TOKENS[1000:1010], 460))
 
 
-def test_context_shift(folder: Path, kv_type: str) -> None:
-    """The cache does no more harm to logits after a shift than before it."""
+def remove(p0: int, p1: int) -> Callable[[Any], int]:
+    def operation(memory: Any) -> int:
+        assert llama_cpp.llama_memory_seq_rm(memory, 0, p0, p1)
+        return p0 if p1 < 0 else 900
 
-    def run(kv: str, shift: int) -> NDArray[np.float32]:
-        with Context(folder / "plain.gguf", kv) as context:
+    return operation
+
+
+def shift(memory: Any) -> int:
+    remove(64, 400)(memory)
+    assert llama_cpp.llama_memory_can_shift(memory)
+    llama_cpp.llama_memory_seq_add(memory, 0, 400, -1, -336)
+    return 900 - 336
+
+
+def divide(memory: Any) -> int:
+    llama_cpp.llama_memory_seq_div(memory, 0, 0, -1, 2)
+    return 450
+
+
+def copy_and_keep(memory: Any) -> int:
+    """Another sequence gets a part, and is removed again; a third one's cells are forgotten."""
+    llama_cpp.llama_memory_seq_cp(memory, 0, 1, 0, 500)
+    llama_cpp.llama_memory_seq_keep(memory, 0)
+    return 900
+
+
+def nothing(memory: Any) -> int:
+    return 900
+
+
+# Each beside what it is compared with: a cut alone changes what the next tokens see.
+OPERATIONS: dict[str, tuple[Callable[[Any], int], Callable[[Any], int]]] = {
+    "remove the head": (remove(0, 200), nothing),
+    "remove the middle": (remove(200, 700), nothing),
+    "remove the tail": (remove(650, -1), nothing),
+    "copy and keep": (copy_and_keep, nothing),
+    "shift": (shift, remove(64, 400)),
+    "divide": (divide, nothing),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_on_a_sequence(folder: Path, kv_type: str, name: str) -> None:
+    """The cache does no more harm to logits after an operation than before it, and tells the same positions as F16."""
+
+    def run(kv: str, operation: Callable[[Any], int]) -> tuple[NDArray[np.float32], tuple[int, int]]:
+        with Context(folder / "plain.gguf", kv, n_seq=2) as context:
             context.decode(TOKENS[:900], 0)
-            llama_cpp.llama_memory_seq_rm(context.memory, 0, 64, 400)
-            if shift:
-                llama_cpp.llama_memory_seq_add(context.memory, 0, 400, -1, -shift)
-            return context.decode(TOKENS[900:950], 900 - shift)
+            end = operation(context.memory)
+            ends = (llama_cpp.llama_memory_seq_pos_min, llama_cpp.llama_memory_seq_pos_max)
+            positions = tuple(f(context.memory, 0) for f in ends)
+            return context.decode(TOKENS[900:950], end), (positions[0], positions[1])
 
-    before, after = (np.abs(run(kv_type, n) - run("f16", n)).mean() for n in (0, 336))
+    def harm(operation: Callable[[Any], int]) -> float:
+        (got, positions), (want, expected) = run(kv_type, operation), run("f16", operation)
+        assert positions == expected
+        return float(np.abs(got - want).mean())
+
+    after, before = map(harm, OPERATIONS[name])
     assert after <= 1.3 * before
+
+
+def test_embeddings_as_input(folder: Path, kv_type: str) -> None:
+    """What an image is to the cache: embeddings instead of tokens, which may see each other in both directions."""
+    table = tiny_gguf.random_weights(tiny_gguf.Shape())["token_embd.weight"]
+    with Context(folder / "plain.gguf", kv_type) as mixed, Context(folder / "plain.gguf", kv_type) as plain:
+        for context in (mixed, plain):
+            context.decode(TOKENS[:300], 0)
+        mixed.decode_embeddings(table[TOKENS[300:400]], 300)
+        plain.decode(TOKENS[300:400], 300)
+        assert close(*(c.decode(TOKENS[400:450], 400) for c in (mixed, plain)))
+
+        llama_cpp.llama_set_causal_attn(mixed.ctx, False)
+        both_ways = mixed.decode_embeddings(table[TOKENS[450:500]], 450)
+        llama_cpp.llama_set_causal_attn(mixed.ctx, True)
+        assert not close(both_ways[:25], plain.decode(TOKENS[450:500], 450)[:25])
+        with Context(folder / "plain.gguf", "f16") as f16:
+            f16.decode(TOKENS[:450], 0)
+            llama_cpp.llama_set_causal_attn(f16.ctx, False)
+            want = f16.decode_embeddings(table[TOKENS[450:500]], 450)
+        assert np.abs(both_ways - want).mean() < 0.1 * want.std()
+        assert np.isfinite(mixed.decode(TOKENS[500:600], 500)).all()
 
 
 def test_models_and_contexts_in_any_order_and_from_several_threads(folder: Path, kv_type: str) -> None:
@@ -281,3 +352,39 @@ def test_models_and_contexts_in_any_order_and_from_several_threads(folder: Path,
         assert np.array_equal(logits[i], logits[i % 2])
     for i in (5, 0, 4, 3):
         contexts[i].close()
+
+
+# Rows of the README's table, and the tests that each stands for.
+TABLE = {
+    "remove a head, middle or tail; copy, keep, shift and divide positions": [test_operations_on_a_sequence],
+    "several sequences in a batch, one cache or one stream each": [test_several_sequences_in_one_batch],
+    "a full cache is an error, and the context goes on": [test_a_full_cache_is_an_error_and_the_context_goes_on],
+    "prefix reuse between calls, reset": [
+        test_a_chat_reuses_its_prefix, test_a_reused_prefix_may_end_anywhere, test_reset_starts_afresh,
+    ],
+    "save and load: `save_state`, RAM and disk prompt caches": [
+        test_a_saved_state_goes_on_as_it_would_have, test_prompt_caches,
+    ],
+    "speculative decoding: prompt lookup, a draft model with its own cache": [test_speculative_decoding],
+    "embeddings, logits of all tokens, grammar, LoRA": [
+        test_embeddings, test_logits_of_all_tokens, test_grammar, test_lora,
+    ],
+    "embeddings as input, attention in both directions (images)": [test_embeddings_as_input],
+    "several models and contexts, any order, several threads": [
+        test_models_and_contexts_in_any_order_and_from_several_threads,
+    ],
+}  # fmt: skip
+# What F16 cannot: test_robust.py.
+OURS_ALONE = {"copy a part of a sequence between streams"}
+
+
+def test_the_table_in_the_readme_says_what_is_tested() -> None:
+    section = (Path(__file__).parent.parent / "README.md").read_text().split("## Operations\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    assert rows[0][1:] == ["F16", "q8_0", "q4_0", "XQuant"]
+    assert {row[0] for row in rows[2:]} == TABLE.keys() | OURS_ALONE
+    for name, *cells in rows[2:]:
+        assert cells[3].startswith("yes")
+        assert all(cell == "yes" for cell in cells[:3]) == (name in TABLE)
+    fixtures = [inspect.signature(test).parameters for tests in TABLE.values() for test in tests]
+    assert all("kv_type" in names or "make" in names for names in fixtures)

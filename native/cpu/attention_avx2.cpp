@@ -57,12 +57,16 @@ struct avx2_set : avx2_open_pages {
         if (highest == -INFINITY) {
             return false;
         }
-        __m256 total = _mm256_setzero_ps();
-        for (int t = 0; t < XQ_PAGE; t += 8) {
-            const __m256 p = exp_non_positive(_mm256_sub_ps(_mm256_load_ps(s + t), _mm256_set1_ps(highest)));
-            _mm256_store_ps(s + t, p);
-            total = _mm256_add_ps(total, p);
+        __m256 totals[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+        for (int t = 0; t < XQ_PAGE; t += 16) {
+            for (int h = 0; h < 2; ++h) {
+                const __m256 x = _mm256_load_ps(s + t + 8 * h);
+                const __m256 p = exp_non_positive(_mm256_sub_ps(x, _mm256_set1_ps(highest)));
+                _mm256_store_ps(s + t + 8 * h, p);
+                totals[h] = _mm256_add_ps(totals[h], p);
+            }
         }
+        const __m256 total = _mm256_add_ps(totals[0], totals[1]);
         *sum = (highest > *max ? *sum * std::exp(*max - highest) : *sum) + horizontal_sum(total);
         *max = highest;
         return true;

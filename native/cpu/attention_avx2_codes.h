@@ -142,7 +142,9 @@ static inline void multiply(int bits, const parameters &p, int n_j, const uint8_
     for (int pass = 0, row = 0, n_vectors; pass < passes; ++pass, row += n_vectors) {
         n_vectors = (n - row + passes - pass - 1) / (passes - pass); // six rows are 3 + 3, not 4 + 2
         for (int r = 0; r < n_vectors; ++r) {
-            next.lines(lines_a_fold);
+            fold_range(p, x[row + r], f[r]);
+        }
+        for (int r = 0; r < n_vectors; ++r) {
             fold(p, x[row + r], f[r]);
             out[r] = y[row + r] + j0;
         }

@@ -64,8 +64,8 @@ struct parameters {
     static void load_log8(const uint8_t *e, const uint8_t *q, __m512 &s, __m512 &c) {
         const __m512i k =
             _mm512_sub_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)e)), _mm512_set1_epi32(161));
-        const __m512 steps = _mm512_castps256_ps512(_mm256_setr_ps(
-            1.0f, 1.09050775f, 1.18920708f, 1.29683959f, 1.41421354f, 1.54221082f, 1.68179286f, 1.83400810f));
+        const __m512 steps = _mm512_castps256_ps512(_mm256_setr_ps(1.0f, 1.09050775f, 1.18920708f, 1.29683959f,
+                                                                   1.41421354f, 1.54221082f, 1.68179286f, 1.83400810f));
         const __m512 fraction = _mm512_permutexvar_ps(_mm512_and_si512(k, _mm512_set1_epi32(7)), steps);
         const __m512i exponent = _mm512_slli_epi32(_mm512_srai_epi32(k, 3), 23);
         s = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(fraction), exponent));
@@ -170,8 +170,8 @@ XQ_INLINE void multiply_columns(int units, int64_t column, const uint8_t *codes,
     XQ_UNROLL for (int r = 0; r < R; ++r) {
         XQ_UNROLL for (int c = 0; c < C; ++c) {
             float *at = y[r] + j + 16 * c;
-            const __m512 value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][c]), _mm512_set1_ps(f[r].step),
-                                                 _mm512_set1_ps(f[r].offset));
+            const __m512 value =
+                _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][c]), _mm512_set1_ps(f[r].step), _mm512_set1_ps(f[r].offset));
             _mm512_storeu_ps(at, overwrite ? value : _mm512_add_ps(value, _mm512_loadu_ps(at)));
         }
     }
@@ -210,7 +210,6 @@ inline void multiply(int bits, const parameters &p, int n_j, const uint8_t *code
     for (int pass = 0, row = 0, n_vectors; pass < passes; ++pass, row += n_vectors) {
         n_vectors = (n - row + passes - pass - 1) / (passes - pass); // nine rows are 5 + 4, not 8 + 1
         for (int r = 0; r < n_vectors; ++r) {
-            next.lines(lines_a_fold);
             fold_range(p, x[row + r], f[r]);
         }
         for (int r = 0; r < n_vectors; ++r) {

@@ -1,5 +1,4 @@
-/* attention_neon_dotprod.cpp: attention for ARM CPUs with the dotprod extension (Armv8.2: Cortex-A55, A76 and later).
- */
+/* attention_neon_dotprod.cpp: attention for CPUs with dotprod: Cortex-A55, Cortex-A76, Apple M1 and later. */
 #define XQ_SET dotprod_attention
 #define XQ_NEON_DOTPROD
 #include "attention_neon.h"

@@ -1,5 +1,4 @@
-/* attention_neon_i8mm.cpp: attention for ARM CPUs with the i8mm extension (Armv8.6: Neoverse V1, Cortex-A510, Apple M2
- * and later). */
+/* attention_neon_i8mm.cpp: attention for CPUs with i8mm: Neoverse V1, Cortex-X2, Apple M2 and later. */
 #define XQ_SET i8mm_attention
 #define XQ_NEON_DOTPROD
 #define XQ_NEON_I8MM

@@ -204,12 +204,6 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "after",
     ),
     (
-        "src/llama-kv-cache.cpp",
-        "bool llama_kv_cache::get_can_shift() const {\n",
-        "    if (xq && !xq->can_shift()) {\n        return false;\n    }\n",
-        "after",
-    ),
-    (
         "src/llama-kv-cache-iswa.cpp",
         "    // TODO: if we fail again, we should attempt different splitting strategies\n",
         "    if (kv_base->xq && n_ubatch > 1) {\n        return init_batch(balloc, n_ubatch/2, embd_all);\n    }\n\n",
@@ -263,6 +257,13 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "    if (xq) {\n        xq->set_input(dst, sinfo);\n        return;\n    }\n",
         "after",
     ),
+    (
+        "src/llama-kv-cache.cpp",
+        "void llama_kv_cache::set_input_kq_mask(ggml_tensor * dst, const llama_ubatch * ubatch,"
+        " bool causal_attn) const {\n",
+        "    if (xq && xq->set_mask(dst, *ubatch, causal_attn)) {\n        return;\n    }\n",
+        "after",
+    ),
     ("src/llama-graph.cpp", '#include "llama-kv-cache.h"\n', '#include "xquant-cache.h"\n', "after"),
     (
         "src/llama-graph.cpp",
@@ -294,6 +295,13 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "    if (type_k == GGML_TYPE_XQUANT) {\n        type_k = type_v = GGML_TYPE_F16;\n    }\n\n",
         "before",
     ),
+    # -- graph: long caches are unpacked in up to eight pieces a layer, of eleven nodes each (xquant-graph.cpp)
+    (
+        "src/llama-context.cpp",
+        "    if (cparams.training) {\n        res *= 4;\n    }\n",
+        "    res += 8u*12u*model.hparams.n_layer_all;\n\n",
+        "before",
+    ),
     # -- state
     (
         "src/llama-kv-cache.cpp",
@@ -305,6 +313,28 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "src/llama-kv-cache.cpp",
         "    GGML_UNUSED(flags);\n\n    // TODO: fix incosistent handling",
         "    if (xq) {\n        xq->state_read(io, seq_id);\n        return;\n    }\n\n",
+        "before",
+    ),
+    # -- also of llama.cpp's own caches, which sliding layers have: cells that a damaged state makes up
+    (
+        "src/llama-kv-cache.cpp",
+        "            if (n_seq_id != 1) {\n",
+        "            if (!xquant::may_load_cell(pos, n_seq_id, 1)) {\n                return false;\n            }\n\n",
+        "before",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "            cells.pos_set(i, pos);\n",
+        "            if (!xquant::may_load_cell(pos, n_seq_id, n_seq_max)) {\n"
+        "                return false;\n            }\n\n",
+        "before",
+    ),
+    (
+        "src/llama-kv-cache.cpp",
+        "                cells.seq_add(i, seq_id);\n",
+        "                if (cells.seq_has(i, seq_id)) {\n"
+        '                    LLAMA_LOG_ERROR("%s: sequence %d comes twice in a cell\\n", __func__, seq_id);\n'
+        "                    return false;\n                }\n\n",
         "before",
     ),
     (

@@ -5,6 +5,7 @@
  */
 #include "xquant-cache.h"
 
+#include "llama-impl.h"
 #include "llama-io.h"
 
 #include <cstring>
@@ -50,6 +51,15 @@ struct memory_reader : llama_io_read_i {
 };
 
 } // namespace
+
+bool may_load_cell(llama_pos pos, uint32_t n_sequences, uint32_t n_seq_max) {
+    if (pos < 0 || pos > max_position || n_sequences < 1 || n_sequences > n_seq_max) {
+        LLAMA_LOG_ERROR("xquant: a saved cell at position %d of %u sequences: must be 0 to %d, and 1 to %u\n", pos,
+                        n_sequences, max_position, n_seq_max);
+        return false;
+    }
+    return true;
+}
 
 void state_read_sliding(llama_kv_cache &base, llama_kv_cache &sliding, llama_io_read_i &io, llama_seq_id seq_id,
                         llama_state_seq_flags flags) {

@@ -41,7 +41,7 @@ int main(int argc, char **argv) {
         return 1;
     }
     const llama_vocab *vocab = llama_model_get_vocab(model);
-    std::vector<llama_token> tokens(text.size() + 1);
+    std::vector<llama_token> tokens(3 * text.size() + 8); // a space may become three bytes
     const int n = llama_tokenize(vocab, text.data(), (int)text.size(), tokens.data(), (int)tokens.size(), true, false);
     if (n < n_prompt) {
         fprintf(stderr, "generate: the prompt has %d tokens\n", n);
