@@ -100,27 +100,13 @@ bool cache::set_mask(ggml_tensor *mask, const llama_ubatch &ubatch, bool causal)
 
 /* ---- attend ---- */
 
-static void keep_queries(layer &l, const ggml_tensor *q, float scale) {
-    l.queries.resize((size_t)(q->ne[0] * q->ne[1] * q->ne[2]));
-    float *out = l.queries.data();
-    for (int64_t t = 0; t < q->ne[2]; ++t) {
-        for (int64_t h = 0; h < q->ne[1]; ++h) {
-            const float *row = (const float *)((const char *)q->data + h * q->nb[1] + t * q->nb[2]);
-            out = std::transform(row, row + q->ne[0], out, [scale](float x) { return scale * x; });
-        }
-    }
-}
-
 static void attend(ggml_tensor *dst, int ith, int nth, void *userdata) {
-    layer &l = *(layer *)userdata;
+    const layer &l = *(const layer *)userdata;
     const ggml_tensor *q = dst->src[0], *mask = dst->src[2], *blocks = dst->src[3], *window = dst->src[4];
     const ggml_tensor *k_codes = dst->src[5], *v_codes = dst->src[6], *source = dst->src[7];
     const int32_t *input = (const int32_t *)dst->src[1]->data;
     const node_params params = get_params(dst->op_params);
 
-    if (ith == 0 && l.home->keeps_queries()) {
-        keep_queries(l, q, params.scale);
-    }
     const int n_head = (int)q->ne[1], n_rep = n_head / l.n_head_kv;
     const int n_streams = (int)mask->ne[3], n_tokens = (int)q->ne[2] / n_streams; // of each stream
     const int n_pages = (int)(mask->ne[0] / XQ_PAGE);
