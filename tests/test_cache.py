@@ -164,8 +164,8 @@ def test_a_state_is_about_as_small_as_the_cache(path: Path) -> None:
         with Context(path, kv_type) as context:
             context.decode(TOKENS[:1400], 0)
             sizes[kv_type] = len(context.save(0))
-            if kv_type == "xquant":  # a cell says where it belongs in 24 bytes
-                assert sizes[kv_type] < context.info()["bytes_used"] + 24 * 1400 + 2048
+            if kv_type == "xquant":  # a cell says where it belongs in 28 bytes
+                assert sizes[kv_type] < context.info()["bytes_used"] + 28 * 1400 + 1024
     assert sizes["xquant"] < 0.5 * sizes["f16"]
 
 

@@ -10,12 +10,12 @@ import pytest
 import tiny_gguf
 
 from xquant_gguf import codec
-from xquant_gguf.calibrate import Budget, calibrate
+from xquant_gguf.calibrate import Budget, calibrate, fit_map
 from xquant_gguf.cli import main
 from xquant_gguf.gguf_file import GGUFFile
-from xquant_gguf.harm import fit_map
 from xquant_gguf.metadata import read_plan
-from xquant_gguf.plan import PAGE
+from xquant_gguf.plan import PAGE, Plan
+from xquant_gguf.probe import Probe
 
 SHAPE = tiny_gguf.Shape(n_ctx=4096)
 DEAF = 2  # this layer's attention reaches nobody
@@ -44,6 +44,20 @@ def test_calibrate_finds_the_layer_that_does_not_matter(model: str, prose: str) 
         calibrate(model, Budget(1.375, equivalent=True), text=prose, n_threads=1, progress=False).plan.equivalent_bits()
         <= 1.375
     )
+
+
+def test_one_side_alone_is_simulated(model: str, prose: str) -> None:
+    """Nothing quantized: nothing changes; all of it in place: as much as sealing does."""
+    with Probe(model, n_ctx=640, n_ubatch=128, skip=256, stride=2, n_threads=1) as probe:
+        probe.listen(probe.tokenize(prose)[:640])
+        assert probe.n_scored == 192
+        plan = Plan.from_preset("xquant-tiny", SHAPE.n_layer)
+        assert abs(probe.kld(probe.keys(plan, [])).mean()) < 1e-6
+        alone = [probe.kld(probe.keys(plan, [(0, name)])).mean() for name in "kv"]
+        everything = [(i, name) for i in range(SHAPE.n_layer) for name in "kv"]
+        simulated, sealed = probe.kld(probe.keys(plan, everything)).mean(), probe.kld(probe.keys(plan)).mean()
+    assert 1e-6 < max(alone) < simulated
+    assert simulated == pytest.approx(sealed, rel=0.1)
 
 
 def test_maps_find_the_head_and_the_matrix() -> None:
@@ -106,20 +120,3 @@ def test_commands(model: str, prose: str, tmp_path: Path, capfd: pytest.CaptureF
     assert "name an output file" in capfd.readouterr().err
     assert main(["calibrate", model, str(out), "--data-free", "--json", str(everything)]) == 1
     assert "--json holds what was measured" in capfd.readouterr().err
-
-
-def test_layers_that_want_more_bits_are_named(
-    model: str, prose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    text = tmp_path / "text"
-    text.write_text(prose)
-    monkeypatch.setattr("xquant_gguf.calibrate.ENOUGH", 0.0)
-    arguments = ["--bits", "2.0", "--text", str(text), "--threads", "1", "--metadata-only", str(tmp_path / "plan.json")]
-    assert main(["calibrate", model, *arguments]) == 0
-    told = capfd.readouterr().out
-    plan = json.loads((tmp_path / "plan.json").read_text())["layers"]
-    assert len(plan) == SHAPE.n_layer
-    for i, layer in plan.items():
-        bits = layer["k"]["bits"]
-        line = f"layer {i} wants more bits than the budget gives: K at {bits} alone costs 0."
-        assert (line in told) == (bits < 4)

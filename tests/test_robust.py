@@ -72,6 +72,32 @@ def test_a_file_cut_off_changes_nothing(paths: dict[str, Path], tmp_path: Path) 
             assert np.abs(got - want).max() <= MOVED[model] * want.std()
 
 
+def test_a_sequence_goes_to_a_file_and_back(paths: dict[str, Path], tmp_path: Path) -> None:
+    """And a file that was cut off, or counts more tokens than there is room for, changes nothing."""
+    tokens, count = (llama_cpp.llama_token * 700)(*TOKENS[:700]), llama_cpp.ctypes.c_size_t()
+    whole, bad = tmp_path / "whole.bin", tmp_path / "bad.bin"
+    with Context(paths["plain"], "xquant", n_seq=2) as saved, Context(paths["plain"], "xquant", n_seq=2) as loaded:
+        saved.decode(TOKENS[:700], 0, [1])
+        n = llama_cpp.llama_state_seq_save_file(saved.ctx, str(whole).encode(), 1, tokens, 700)
+        data = whole.read_bytes()
+        assert n == len(data)
+
+        def load(path: Path) -> int:
+            return int(llama_cpp.llama_state_seq_load_file(loaded.ctx, str(path).encode(), 0, tokens, 700, count))
+
+        loaded.decode(TOKENS[700:900], 0, [0])
+        before = loaded.save()
+        for damaged in (data[:7], data[:500], data[:-1], data[:8] + struct.pack("<I", 2**32 - 1) + data[12:]):
+            bad.write_bytes(damaged)
+            assert load(bad) == 0
+            assert loaded.save() == before
+        assert load(whole) == len(data)
+        assert count.value == 700
+        assert list(tokens) == TOKENS[:700]
+        got, want = loaded.decode(TOKENS[700:750], 700, [0]), saved.decode(TOKENS[700:750], 700, [1])
+        assert np.array_equal(got, want)
+
+
 def test_lengths_that_no_state_has_are_refused_at_once(paths: dict[str, Path]) -> None:
     """The name of the architecture comes first: a length of 4 GiB is not allocated (found by the fuzzer)."""
     with Context(paths["plain"], "xquant") as context:
@@ -280,7 +306,7 @@ def test_wrong_batches_do_nothing(paths: dict[str, Path], name: str) -> None:
         assert np.array_equal(context.decode(TOKENS[600:610], 600), twin.decode(TOKENS[600:610], 600))
 
 
-@pytest.mark.parametrize("calls", [0, 1, 5, 12])
+@pytest.mark.parametrize("calls", [0, 100, 110, 160])
 def test_a_batch_that_was_aborted_loses_nothing(paths: dict[str, Path], calls: int) -> None:
     """Between two nodes of a graph: what the remaining layers had to seal is sealed before the next micro-batch."""
     left = [0]
@@ -296,13 +322,15 @@ def test_a_batch_that_was_aborted_loses_nothing(paths: dict[str, Path], calls: i
         left[0] = calls
         llama_cpp.llama_set_abort_callback(context.ctx, abort, None)
         with pytest.raises(RuntimeError, match="llama_decode: 2"):
-            context.decode(TOKENS[700:900], 700)
+            context.decode(TOKENS[700:1000], 700)
         left[0] = 1 << 30
         end = llama_cpp.llama_memory_seq_pos_max(context.memory, 0) + 1
-        assert llama_cpp.llama_memory_seq_rm(context.memory, 0, 700, -1)
-        assert 700 <= end < 900
-        got, want = (c.decode(TOKENS[700:900], 700) for c in (context, twin))
-        assert np.abs(got - want).mean() < 1e-2 * want.std()
+        assert end == 700 + 128 * (calls // 80)  # a graph has about 80 nodes
+        for first in range(700, end, 128):
+            twin.decode(TOKENS[first : first + 128], first)
+        got, want = (c.decode(TOKENS[end:1100], end) for c in (context, twin))
+        # the aborted tokens count as written: pages may be sealed earlier, 1.3e-3; pages that were lost: 5e-3
+        assert np.abs(got - want).mean() < 2.5e-3 * want.std()
 
 
 def refusals(paths: dict[str, Path]) -> dict[str, tuple[bytes, str]]:

@@ -1,15 +1,14 @@
 """Calibration: the plan of least harm for a model under a budget, from a short text.
 
-For each layer and side, the error that every choice of codes makes in the attention's output is computed from the
-model's own queries, keys and values (harm).  One run of the model with coarse codes of that side alone measures the KL
-divergence from F16 that comes of it; all other choices follow from their errors.  Values may be predicted from those of
-the layer before, or the one before that, by a linear map that is fitted to them.
+For each layer and side, one run measures the KL divergence from F16 that coarse codes of that side alone cause.  The
+codec's own squared error on the model's keys and values then says what every other choice would cause.  Values may be
+predicted from those of the layer before, or the one before that, by a linear map that is fitted to them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
@@ -17,29 +16,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
+from numpy.typing import NDArray
 from tqdm import tqdm
 
+from xquant_gguf import codec
 from xquant_gguf.allocate import Choice, allocate, spread
-from xquant_gguf.harm import Attention, Fit, fit_map, read_back, stored
 from xquant_gguf.metadata import Key, Provenance, plan_keys
-from xquant_gguf.plan import PAGE, Layer, Plan, Shape, Side, block_bytes, shortest
-from xquant_gguf.probe import Probe, Rows, Where
+from xquant_gguf.plan import PAGE, Layer, Plan, Shape, Side, ValueMap, block_bytes, shortest
+from xquant_gguf.probe import Probe
 from xquant_gguf.sizes import model_layers
 
 TEXT = Path(__file__).parent / "data" / "calibration.txt"
-PREFIX, SCORED = 2048, 192
-"""Tokens whose keys and values are changed, at most, and those after them whose answers are compared."""
-LEAST = 1280
-"""Tokens that a text must have."""
-COARSE = 1
-"""Bits of the codes whose harm is measured by a run."""
-NOISE = 0.0003
-"""Standard deviation of a run's KL divergence, from rounding in the model's own products."""
-ENOUGH = 0.01
-"""Expected KL divergence of one side of a layer above which it is said to want more bits."""
-FLOORS = 5
-"""Runs that measure what the least change of a layer causes by rounding alone, spread over the layers."""
+FIT_TOKENS = 2048
+"""Tokens whose keys and values are looked at."""
+PROBE_TOKENS, PROBE_SKIP = 640, 256
+"""Tokens of a run that measures one side, and the first of them that are not scored."""
+RIDGE = 0.01
+"""Of the mean eigenvalue, added when a map is fitted."""
+SHRINK = 0.25
+"""How far one measurement is moved to the mean of all: most layers do less harm than the noise of one run."""
+ERROR_PAGES = 6
+"""Pages on which the codec's error is measured."""
+
+Rows = NDArray[np.float16]  # [head][token][width]
+
+
+PROBE_BITS = 1
+"""Bits of the codes whose harm is measured; that of all others follows from the codec's errors."""
 
 
 @lru_cache(maxsize=1)
@@ -59,6 +62,9 @@ def value_side(bits: int, source: int = -1) -> Side:
     if bits == 0:
         return Side(0, 0, "minmax", "f16", True, source=source)
     return replace(_preset_sides()[1][min(bits, 2)], bits=bits, source=source)
+
+
+PROBES: dict[str, Callable[[int], Side]] = {"k": key_side, "v": value_side}
 
 
 @dataclass(frozen=True)
@@ -85,26 +91,10 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Short:
-    """One side of a layer that wants more than the budget gave it.
-
-    name: "k" or "v"; harm: KL divergence that is expected of its bits alone; wanted: bits that would bring it below
-    ENOUGH, or the most there are.
-    """
-
-    layer: int
-    name: str
-    bits: int
-    harm: float
-    wanted: int
-
-
-@dataclass(frozen=True)
 class Calibration:
     """A plan and what is known of it.
 
-    sensitivity: {"k", "v"}: KL divergence that 1-bit codes of each layer alone cause, less the noise of rounding.
-    short: what should have more bits.
+    sensitivity: {"k", "v"}: KL divergence that 1-bit codes of each layer alone cause, the noise of a run included.
     """
 
     plan: Plan
@@ -113,7 +103,6 @@ class Calibration:
     shapes: list[Shape]
     made_by: Provenance
     sensitivity: dict[str, list[float]]
-    short: tuple[Short, ...] = ()
 
     def keys(self) -> dict[str, Key]:
         """The GGUF keys."""
@@ -124,6 +113,65 @@ class Calibration:
         bits = {"true_bits": self.plan.true_bits(self.shapes), "equivalent_bits": self.plan.equivalent_bits()}
         made = {"layers": self.layers, "sensitivity": self.sensitivity, "made_by": asdict(self.made_by)}
         return {**bits, **made, "plan": self.plan.to_dict()}
+
+
+def _error(side: Side, rows: NDArray[np.float16], name: str, predicted: Sequence[Any] | None = None) -> float:
+    """Squared error of a side on some pages of one head, rows [token][width]."""
+    total = 0.0
+    for i, first in enumerate(_pages(len(rows))):
+        page = rows[first : first + PAGE]
+        if name == "k":
+            back = codec.unseal_k(side, page.shape[1], *codec.seal_k(side, page))
+        else:
+            guess = None if predicted is None else predicted[i]
+            own = replace(side, source=-1)
+            back = codec.unseal_v(own, page.shape[1], *codec.seal_v(own, page, predicted=guess), guess)
+        total += float(((back.astype(np.float32) - page.astype(np.float32)) ** 2).sum())
+    return total
+
+
+def _pages(n_tokens: int) -> list[int]:
+    """First tokens of the pages that errors are measured on, spread evenly; the first page stays F16 in use."""
+    pages = np.linspace(1, n_tokens // PAGE - 1, ERROR_PAGES).astype(int)
+    return [int(p) * PAGE for p in pages]
+
+
+def _stored(rows: Rows, bits: int) -> NDArray[np.float32]:
+    """What a layer with own codes stores of its values, [head][token][e], in the rotated space."""
+    side = value_side(bits)
+    eye = np.eye(rows.shape[2], dtype=np.float32)
+
+    def page(x: NDArray[np.float16]) -> NDArray[np.float32]:
+        return codec.predict_v(side, x.shape[1], *codec.seal_v(side, x), eye).T
+
+    return np.stack([np.concatenate([page(h[i : i + PAGE]) for i in range(0, len(h), PAGE)]) for h in rows])
+
+
+@dataclass(frozen=True)
+class _Fit:
+    value_map: ValueMap
+    predicted: list[list[NDArray[np.float32]]]  # [head][page of _pages] -> [e][PAGE]
+
+
+def fit_map(stored: NDArray[np.float32], rows: Rows) -> _Fit:
+    """The map that predicts a layer's values, rows [head][token][e], from what its source stores of its own.
+
+    Each head takes the one source head that leaves least over.
+    """
+    heads, weights, predicted = [], [], []
+    grams = [u.T @ u for u in stored]
+    for x in rows:
+        y = codec.hadamard(x.astype(np.float32))
+        fits = []
+        for h, (u, gram) in enumerate(zip(stored, grams, strict=True)):
+            w = np.linalg.solve(gram + RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)), u.T @ y)
+            fits.append((float(((y - u @ w) ** 2).sum()), h, w.astype(np.float16)))
+        _, head, weight = min(fits, key=lambda fit: fit[0])
+        heads.append(head)
+        weights.append(weight.astype("<f2").tobytes())
+        guess = stored[head] @ weight.astype(np.float32)
+        predicted.append([np.ascontiguousarray(guess[i : i + PAGE].T) for i in _pages(len(guess))])
+    return _Fit(ValueMap(tuple(heads), b"".join(weights)), predicted)
 
 
 def calibrate(
@@ -141,28 +189,30 @@ def calibrate(
     ValueError if the text is too short, the budget too small, or the model cannot have an XQuant cache.
     """
     text = TEXT.read_text() if text is None else text
-    with Probe(str(model_path), n_ctx=PREFIX + 2 * PAGE, n_threads=n_threads) as probe:
-        tokens = probe.tokenize(text)[: PREFIX + SCORED]
-        if len(tokens) < LEAST:
-            raise ValueError(f"the text has {len(tokens)} tokens, must have at least {LEAST}")
-        n_layers, n_prefix = len(probe.layers), (len(tokens) - SCORED) // PAGE * PAGE
-        with tqdm(total=4 * n_layers + FLOORS + 5, unit="step", disable=None if progress else True) as bar:
-            bar.set_description("reading the text")
-            probe.read(tokens[:n_prefix], tokens[n_prefix : n_prefix + SCORED])
-            bar.update(4)
-            bar.set_description("comparing choices")
-            with threadpool_limits(1, "blas"):  # small products: threads that wait for each other would cost more
-                choices = Choices(probe, maps, bar.update)
-            bar.set_description("measuring layers")
-            sensitivity = measured(probe, bar.update)
-            plan = choices.plan(budget, sensitivity)
-            bar.set_description("measuring the plan")
-            kld = float(probe.kld(choices.read_back(plan)).mean())
+    with Probe(
+        str(model_path), n_ctx=FIT_TOKENS, n_ubatch=128, skip=PROBE_SKIP, stride=1, n_threads=n_threads
+    ) as probe:
+        tokens = probe.tokenize(text)[: FIT_TOKENS + PROBE_TOKENS]
+        if len(tokens) < 2 * PROBE_TOKENS:
+            raise ValueError(f"the text has {len(tokens)} tokens, must have at least {2 * PROBE_TOKENS}")
+        n_fit = min(FIT_TOKENS, len(tokens)) // PAGE * PAGE
+        with tqdm(total=2 * len(probe.layers) + 2, unit="run", disable=None if progress else True) as bar:
+            bar.set_description("reading keys and values")
+            rows = probe.keys_and_values(tokens[:n_fit])
             bar.update()
-        plan = replace(plan, expected_kld=shortest(max(kld, 0.0)))
-        made_by = Provenance(_tool(), hashlib.sha256(text.encode()).hexdigest(), n_prefix + SCORED)
-        short = tuple(choices.short(plan, sensitivity))
-        return Calibration(plan, probe.layers, probe.n_layers, probe.shapes, made_by, sensitivity, short)
+            bar.set_description("measuring layers")
+            probe.n_ctx = PROBE_TOKENS
+            probe.listen(tokens[:PROBE_TOKENS])
+            sensitivity = {name: _sensitivity(probe, name, bar) for name in "kv"}
+            bar.set_description("choosing")
+            choices = _Choices(budget, probe.shapes, rows, sensitivity, maps)
+            plan = choices.plan()
+            probe.listen(tokens[-PROBE_TOKENS:])
+            kld = float(probe.kld(probe.keys(replace(plan, window=0))).mean())
+            bar.update()
+        plan = replace(plan, expected_kld=shortest(kld))
+        made_by = Provenance(_tool(), hashlib.sha256(text.encode()).hexdigest(), len(tokens))
+        return Calibration(plan, probe.layers, probe.n_layers, probe.shapes, made_by, sensitivity)
 
 
 def unmeasured(model_path: str, budget: Budget, preset: str | None = None) -> Calibration:
@@ -176,87 +226,66 @@ def _tool() -> str:
     return f"xquant-gguf {version('xquant-gguf')}"
 
 
-def _coarse(name: str) -> Side:
-    return key_side(COARSE) if name == "k" else value_side(COARSE)
-
-
-def measured(probe: Probe, done: Callable[[], object]) -> dict[str, list[float]]:
-    """KL divergence that coarse codes of one side of each layer alone cause, less what any change does.
-
-    The least change of a layer is multiplied by the rounding of activations in all later products.
-    """
+def _sensitivity(probe: Probe, name: str, bar: Any) -> list[float]:
+    """KL divergence that coarse codes of one side of each layer alone cause."""
     n = len(probe.layers)
-    places = np.unique(np.linspace(0, n - 1, FLOORS).astype(int))
-    floors = []
-    for i in places:
-        rows = probe.rows[i, "v"][:, : probe.n_prefix].copy()
-        rows[:, -1] *= np.float16(1.01)
-        floors.append(float(probe.kld({(i, "v"): rows}).mean()))
-        done()
-    floor = np.interp(np.arange(n), places, floors)
-    out: dict[str, list[float]] = {"k": [], "v": []}
+    plan = replace(Plan.from_preset("xquant", n), window=0)
+    coarse = Layer(key_side(PROBE_BITS), value_side(PROBE_BITS))
+    out = []
     for i in range(n):
-        for name, kld in out.items():
-            rows = read_back(_coarse(name), probe.rows[i, name][:, : probe.n_prefix], name)
-            kld.append(max(float(probe.kld({(i, name): rows}).mean() - floor[i]), 0.0))
-            done()
+        layers = (*plan.layers[:i], coarse, *plan.layers[i + 1 :])
+        out.append(float(probe.kld(probe.keys(replace(plan, layers=layers), [(i, name)])).mean()))
+        bar.update()
     return out
 
 
-class Choices:
-    """All choices of all layers with their errors; done: called twice for each layer."""
+class _Choices:
+    """All choices of all layers with their costs and harms."""
 
-    def __init__(self, probe: Probe, maps: bool, done: Callable[[], object]) -> None:
-        self.shapes = probe.shapes
-        self.rows = {where: rows[:, : probe.n_prefix] for where, rows in probe.rows.items()}
-        self.fits: dict[tuple[int, int, int], Fit] = {}
-        stores = ((PAGE, "f16"), (64, "f16"), (PAGE, "log8"), (64, "log8"))
+    def __init__(
+        self, budget: Budget, shapes: Sequence[Shape], rows: Any, sensitivity: dict[str, list[float]], maps: bool
+    ) -> None:
+        self.budget, self.shapes, self.rows = budget, shapes, rows
+        self.fits: dict[tuple[int, int, int], _Fit] = {}
+        # harm of a squared error of 1, by layer
+        self.harm = {name: self._harm(name, probe(PROBE_BITS), sensitivity[name]) for name, probe in PROBES.items()}
+        stores = ((PAGE, "f16"), (64, "f16"), (PAGE, "log8"))
         keys = [key_side(bits, *store) for store in stores for bits in (1, 2, 3, 4)]
+        self.keys = [list(self._own(i, "k", keys)) for i in range(len(shapes))]
         own = [value_side(bits) for bits in (0, 1, 2, 3, 4)]
-        n = len(self.shapes)
-        self.keys: list[list[Choice]] = []
-        self.values: list[list[Choice]] = []
-        self.mapped: list[list[Choice]] = []
-        self.coarse: dict[str, list[float]] = {"k": [], "v": []}
-        for i in range(n):
-            attention = Attention(probe.queries[i], probe.rows[i, "k"], probe.rows[i, "v"])
-            for name, errors in self.coarse.items():
-                errors.append(self._choice(attention, i, name, _coarse(name)).harm)
-            self.keys.append([self._choice(attention, i, "k", side) for side in keys])
-            done()
-            self.values.append([self._choice(attention, i, "v", side) for side in own])
-            self.mapped.append(list(self._mapped(attention, i)) if maps else [])
-            done()
+        self.values = [list(self._own(i, "v", own)) for i in range(len(shapes))]
+        self.mapped: list[list[Choice]] = [[] for _ in shapes]
+        if maps:
+            for i in range(len(shapes)):
+                self._map_from(i)
 
-    def _choice(self, attention: Attention, i: int, name: str, side: Side, bits: int = 0) -> Choice:
-        guess = self.fits[i, side.source, bits].guess if side.source >= 0 else None
-        error = attention.error(name, read_back(side, self.rows[i, name], name, guess))
-        return Choice(side, 0.0, error, bits)
+    def _harm(self, name: str, probe: Side, measured: Sequence[float]) -> list[float]:
+        errors = [sum(_error(probe, head, name) for head in heads) or 1.0 for heads in self.rows[name]]
+        return [weight / error for weight, error in zip(_shrunk(measured), errors, strict=True)]
 
-    def _mapped(self, attention: Attention, i: int) -> Iterator[Choice]:
-        """Values of layer i, predicted from the layer before or the one before that."""
-        for source in range(max(i - 2, 0), i):
-            ours, other = self.shapes[i], self.shapes[source]
-            if (ours.e, ours.heads) != (other.e, other.heads):
-                continue
-            for bits in (1, 2, 3):
-                from_codes = stored(self.rows[source, "v"], value_side(bits))
-                self.fits[i, source, bits] = fit_map(from_codes, self.rows[i, "v"])
+    def _own(self, i: int, name: str, sides: Sequence[Side]) -> Iterator[Choice]:
+        for side in sides:
+            error = sum(_error(side, head, name) for head in self.rows[name][i])
+            cost = self.budget.cost(side, self.shapes[i], name == "k")
+            yield Choice(side, cost, self.harm[name][i] * error)
+
+    def _map_from(self, source: int) -> None:
+        """Adds the choices of the next layers whose values layer `source` predicts."""
+        shape, values = self.shapes[source], self.rows["v"]
+        for bits in (1, 2, 3):
+            stored = _stored(values[source], bits)
+            for i in range(source + 1, min(source + 3, len(self.shapes))):
+                if (self.shapes[i].e, shape.heads) != (shape.e, self.shapes[i].heads):
+                    continue
+                fit = fit_map(stored, values[i])
+                self.fits[i, source, bits] = fit
                 for side in (value_side(b, source) for b in (0, 1, 2, 3)):
-                    yield self._choice(attention, i, "v", side, bits)
+                    error = sum(_error(side, head, "v", fit.predicted[h]) for h, head in enumerate(values[i]))
+                    cost = self.budget.cost(side, self.shapes[i], False)
+                    self.mapped[i].append(Choice(side, cost, self.harm["v"][i] * error, bits))
 
-    def plan(self, budget: Budget, sensitivity: Mapping[str, Sequence[float]]) -> Plan:
-        """The plan of least harm; sensitivity: KL divergence of coarse codes, {"k", "v"}: [layer]."""
-        gain = _gains(sensitivity, self.coarse)
-
-        def priced(options: Sequence[Sequence[Choice]], name: str) -> list[list[Choice]]:
-            return [
-                [replace(c, cost=budget.cost(c.side, shape, name == "k"), harm=c.harm * g) for c in layer]
-                for layer, shape, g in zip(options, self.shapes, gain[name], strict=True)
-            ]
-
-        total = budget.total(self.shapes)
-        sides = allocate(priced(self.keys, "k"), priced(self.values, "v"), priced(self.mapped, "v"), total)
+    def plan(self) -> Plan:
+        sides = allocate(self.keys, self.values, self.mapped, self.budget.total(self.shapes))
         base = Plan.from_preset("xquant", len(self.shapes))
         maps = {
             i: self.fits[i, v.source, sides[v.source][1].bits].value_map
@@ -267,55 +296,11 @@ class Choices:
         plan.check(self.shapes)
         return plan
 
-    def short(self, plan: Plan, sensitivity: Mapping[str, Sequence[float]]) -> Iterator[Short]:
-        """The sides of a plan that want more bits."""
-        gain = _gains(sensitivity, self.coarse)
-        for i, layer in enumerate(plan.layers):
-            for name, side, options in (
-                ("k", layer.k, self.keys[i]),
-                ("v", layer.v, [*self.values[i], *self.mapped[i]]),
-            ):
-                bits = plan.layers[side.source].v.bits if side.source >= 0 else 0
-                harm = {c.side.bits: c.harm * gain[name][i] for c in options if _like(c, side, bits)}
-                if harm[side.bits] > ENOUGH and side.bits < max(harm):
-                    wanted = min((b for b, h in harm.items() if b > side.bits and h <= ENOUGH), default=max(harm))
-                    yield Short(i, name, side.bits, harm[side.bits], wanted)
 
-    def read_back(self, plan: Plan) -> dict[Where, Rows]:
-        """Keys and values of the first tokens as a plan's pages give them back."""
-        out = {}
-        for i, layer in enumerate(plan.layers):
-            out[i, "k"] = read_back(layer.k, self.rows[i, "k"], "k")
-            source = layer.v.source
-            guess = self.fits[i, source, plan.layers[source].v.bits].guess if source >= 0 else None
-            out[i, "v"] = read_back(layer.v, self.rows[i, "v"], "v", guess)
-        return out
-
-
-def _like(choice: Choice, side: Side, source_bits: int) -> bool:
-    """Whether a choice differs from a side in its bits alone."""
-    other = choice.side
-    stored = other.rotate or (other.group, other.param) == (side.group, side.param)  # values differ in nothing else
-    return stored and other.source == side.source and choice.source_bits == source_bits
-
-
-def _gains(measured: Mapping[str, Sequence[float]], errors: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """KL divergence for an error of 1, by side and layer.
-
-    A measurement that is no larger than its noise says little: it is moved to what the layer's other side, and all
-    layers together, let one expect.
-    """
-    kld = np.array([measured["k"], measured["v"]])
-    error = np.maximum(np.array([errors["k"], errors["v"]]), 1e-12)
-
-    def moved(harm: Any, expected: Any) -> Any:
-        weight = NOISE**2 / (NOISE**2 + expected**2)
-        return (1 - weight) * harm + weight * expected
-
-    both = error.sum(0)
-    layer = moved(kld.sum(0), kld.sum() / len(both)) / both
-    gain = moved(kld, layer * error) / error
-    return {"k": list(gain[0]), "v": list(gain[1])}
+def _shrunk(measured: Sequence[float]) -> list[float]:
+    """Measurements less what any change causes (rounding in the model's own products), moved to their mean."""
+    x = np.maximum(np.array(measured) - np.quantile(measured, 0.1), 0.0)
+    return list((1 - SHRINK) * x + SHRINK * x.mean() + 1e-9)
 
 
 def data_free(shapes: Sequence[Shape], budget: Budget) -> Plan:

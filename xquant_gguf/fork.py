@@ -90,34 +90,13 @@ def use_plan(model: Any, path: Path | None) -> None:
         raise ValueError(f"{path} is not a GGUF file with a plan")
 
 
-def read_rows(ctx: Any, layer: int, name: str, head: int, n_cells: int, width: int) -> NDArray[np.float16]:
+def rows(ctx: Any, layer: int, name: str, head: int, n_cells: int, width: int) -> NDArray[np.float16]:
     """F16 keys or values (name: "k" or "v") [cell][width] of a model layer's KV head, in a cache that never seals."""
     ffi, lib = load()
     out = np.empty((n_cells, width), np.float16)
     pointer = ffi.from_buffer("uint16_t[]", out)
     if lib.xquant_llama_read_rows(_context(ctx), layer, int(name == "v"), head, n_cells, pointer) != 0:
         raise ValueError(f"layer {layer}, {name}: head {head} has no {n_cells} open cells")
-    return out
-
-
-def write_rows(ctx: Any, layer: int, name: str, head: int, rows: NDArray[np.float16]) -> None:
-    """Replaces the rows of the first cells that read_rows gives."""
-    ffi, lib = load()
-    pointer = ffi.from_buffer("uint16_t[]", np.ascontiguousarray(rows, np.float16))
-    if lib.xquant_llama_write_rows(_context(ctx), layer, int(name == "v"), head, len(rows), pointer) != 0:
-        raise ValueError(f"layer {layer}, {name}: head {head} has no {len(rows)} open cells")
-
-
-def queries(ctx: Any, layer: int) -> NDArray[np.float32]:
-    """Queries of a model layer in the last micro-batch, times the scale of scores, [token * head * width].
-
-    They are kept from the first call on.
-    """
-    ffi, lib = load()
-    n = lib.xquant_llama_queries(_context(ctx), layer, 0, ffi.NULL)
-    out = np.empty(max(n, 0), np.float32)
-    if n < 0 or lib.xquant_llama_queries(_context(ctx), layer, n, ffi.from_buffer("float[]", out)) != n:
-        raise ValueError(f"layer {layer} is not in the XQuant cache")
     return out
 
 

@@ -1,97 +1,56 @@
-"""A model and a text as calibration sees them: keys, values and queries, and what changed keys or values do.
-
-The text's first tokens are decoded once with an F16 cache.  A measurement replaces some of their keys and values by
-what sealed pages would give back, decodes the last tokens again and compares the answers.
-"""
+"""A model and a text as calibration sees them: keys and values, and the KL divergence from F16 of any plan."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from gguf import GGUFValueType
 from numpy.typing import NDArray
 
 from xquant_gguf import fork
-from xquant_gguf.metadata import plan_file, plan_keys
-from xquant_gguf.plan import Plan
+from xquant_gguf.metadata import Key, plan_file, plan_keys
+from xquant_gguf.plan import Plan, Shape
 from xquant_gguf.sizes import llama_cpp, set_verbose
 
-Rows = NDArray[np.float16]  # [KV head][token][width]
 Floats = NDArray[np.float32]
-Where = tuple[int, str]  # layer of the cache, "k" or "v"
-
-UBATCH = 512
 
 
 class Probe:
-    """A loaded model and one context; a context manager.  n_ctx: tokens that it holds."""
+    """A loaded model; a context manager.  Every measurement makes a context of its own.
 
-    def __init__(self, model_path: str, *, n_ctx: int, n_threads: int | None = None) -> None:
-        self.model_path, self.n_ctx = model_path, n_ctx
+    n_ctx: tokens of a window; n_ubatch: tokens of a micro-batch; skip: first positions of a window that are not
+    scored; stride: every how many-th of the others is.
+    """
+
+    def __init__(
+        self, model_path: str, *, n_ctx: int, n_ubatch: int, skip: int, stride: int, n_threads: int | None = None
+    ) -> None:
+        self.model_path, self.n_ctx, self.n_ubatch = model_path, n_ctx, n_ubatch
+        self.skip, self.stride, self.n_threads = skip, stride, n_threads
         set_verbose(False)
         llama_cpp.llama_backend_init()
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = 0
-        self._no_devices = (ctypes.c_void_p * 1)()
-        params.devices = ctypes.addressof(self._no_devices)
-        self._model = llama_cpp.llama_model_load_from_file(model_path.encode(), params)
+        self._model = llama_cpp.llama_model_load_from_file(model_path.encode(), llama_cpp.llama_model_default_params())
         if not self._model:
             raise ValueError(f"Failed to load model from file: {model_path}")
-        self._ctx = None
-        try:
-            self._open(n_threads)
-        except BaseException:
-            self.close()
-            raise
-        self.rows: dict[Where, Rows] = {}
-        """Keys and values of all tokens, as F16 stores them."""
-        self.n_prefix = 0
-        self._scored: list[int] = []
-        self._expected: tuple[Floats, NDArray[np.float64]] | None = None
-
-    def _open(self, n_threads: int | None) -> None:
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(self._vocab)
         fork.use_plan(self._model, None)
-        ctx = self._context(256, n_threads)
-        self.shapes, self.layers, self.n_layers = fork.layers(ctx)
-        llama_cpp.llama_free(ctx)
-        never = replace(Plan.from_preset("xquant", len(self.layers)), window=-1)
-        with plan_file(plan_keys(never, self.layers, self.n_layers)) as path:
-            fork.use_plan(self._model, path)
-        self._ctx = self._context(self.n_ctx, n_threads)
-        self._batch = llama_cpp.llama_batch_init(UBATCH, 0, 1)
-
-    def _context(self, n_ctx: int, n_threads: int | None) -> Any:
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, min(UBATCH, n_ctx), min(UBATCH, n_ctx)
-        params.type_k = params.type_v = fork.GGML_TYPE_XQUANT
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        params.swa_full = True
-        if n_threads:
-            params.n_threads = params.n_threads_batch = n_threads
-        ctx = llama_cpp.llama_init_from_model(self._model, params)
-        if not ctx:
-            raise ValueError(f"{self.model_path}: {fork.error() or 'llama.cpp cannot make a context'}")
-        return ctx
-
-    def close(self) -> None:
-        """Frees context and model."""
-        if self._ctx:
-            llama_cpp.llama_batch_free(self._batch)
-            llama_cpp.llama_free(self._ctx)
-        if self._model:
-            llama_cpp.llama_model_free(self._model)
-        self._ctx = self._model = None
+        with self._context(256) as ctx:
+            self.shapes, self.layers, self.n_layers = fork.layers(ctx)
+        self._f16 = self.keys(replace(Plan.from_preset("xquant", len(self.layers)), window=-1))
+        self._expected: list[tuple[Floats, NDArray[np.float64]]] = []
+        self._windows: list[list[int]] = []
 
     def __enter__(self) -> Probe:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        llama_cpp.llama_model_free(self._model)
 
     def tokenize(self, text: str) -> list[int]:
         """Tokens of a text, without special ones."""
@@ -105,64 +64,102 @@ class Probe:
             n = -n
         raise ValueError(f"{self.model_path}: its vocabulary cannot tokenize the text")
 
-    def read(self, prefix: Sequence[int], scored: Sequence[int]) -> None:
-        """Decodes prefix, then scored (at most one micro-batch), and keeps what F16 stores and answers."""
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._ctx), True)
-        self.n_prefix, self._scored = len(prefix), list(scored)
-        for first in range(0, len(prefix), UBATCH):
-            self._decode(prefix[first : first + UBATCH], first, False)
-        fork.queries(self._ctx, self.layers[0])  # from now on they are kept
-        logits = self._answer()
-        numbered = list(zip(self.layers, self.shapes, strict=True))
-        n = len(prefix) + len(scored)
-        self.queries = [fork.queries(self._ctx, layer).reshape(len(scored), -1, shape.d) for layer, shape in numbered]
-        self.rows = {
-            (i, name): np.stack(
-                [
-                    fork.read_rows(self._ctx, layer, name, h, n, shape.d if name == "k" else shape.e)
-                    for h in range(shape.heads)
-                ]
-            )
-            for i, (layer, shape) in enumerate(numbered)
-            for name in "kv"
-        }
-        logp = logits - _log_sum(logits)[:, None]
-        p = np.exp(logp)
-        self._expected = p, np.einsum("ij,ij->i", p, logp, dtype=np.float64)
+    def keys_and_values(self, tokens: Sequence[int]) -> Mapping[str, list[NDArray[np.float16]]]:
+        """What F16 stores of a text of at most one window: {"k", "v"}: [layer of the cache] [head][token][width]."""
+        with self._following(self._f16) as ctx:
+            for _ in self._logits(ctx, tokens, []):
+                pass
 
-    def kld(self, changed: Mapping[Where, Rows]) -> NDArray[np.float64]:
-        """KL divergences from F16 at the scored tokens, if the first tokens' keys and values were these."""
-        assert self._expected is not None
-        self._write(changed)
+            def rows(name: str, layer: int, shape: Shape) -> NDArray[np.float16]:
+                width = shape.d if name == "k" else shape.e
+                return np.stack([fork.rows(ctx, layer, name, h, len(tokens), width) for h in range(shape.heads)])
+
+            numbered = list(zip(self.layers, self.shapes, strict=True))
+            return {name: [rows(name, layer, shape) for layer, shape in numbered] for name in "kv"}
+
+    def listen(self, tokens: Sequence[int]) -> None:
+        """Takes the answer of the F16 cache to a text, window by window, as the one to compare with."""
+        self._windows = [list(tokens[i : i + self.n_ctx]) for i in range(0, len(tokens), self.n_ctx)]
+        self._expected = []
+        for window in self._windows:
+            with self._following(self._f16) as ctx:
+                for logits in self._logits(ctx, window, self._scored(window)):
+                    logp = logits - _log_sum(logits)[:, None]
+                    p = np.exp(logp)
+                    self._expected.append((p, np.einsum("ij,ij->i", p, logp, dtype=np.float64)))
+
+    def keys(self, plan: Plan, simulated: Sequence[tuple[int, str]] | None = None) -> dict[str, Key]:
+        """The keys of a plan; simulated: only these (layer of the cache, "k" or "v") are quantized, in place."""
+        keys = plan_keys(plan, self.layers, self.n_layers)
+        if simulated is not None:
+            flags = [0] * self.n_layers
+            for layer, name in simulated:
+                flags[self.layers[layer]] |= 1 if name == "k" else 2
+            keys["xquant.simulated"] = Key(GGUFValueType.ARRAY, flags, GGUFValueType.INT32)
+        return keys
+
+    def kld(self, keys: Mapping[str, Key]) -> NDArray[np.float64]:
+        """KL divergences from the F16 cache, one for each position that is scored, under the plan of these keys."""
+        out, expected = [], iter(self._expected)
+        for window in self._windows:
+            with self._following(keys) as ctx:
+                for logits in self._logits(ctx, window, self._scored(window)):
+                    p, entropy = next(expected)
+                    out.append(entropy - np.einsum("ij,ij->i", p, logits, dtype=np.float64) + _log_sum(logits))
+        return np.concatenate(out)
+
+    @property
+    def n_scored(self) -> int:
+        """Positions that are scored."""
+        return sum(len(self._scored(window)) for window in self._windows)
+
+    def _scored(self, window: Sequence[int]) -> list[int]:
+        return list(range(self.skip, len(window), self.stride))
+
+    @contextmanager
+    def _following(self, keys: Mapping[str, Key]) -> Iterator[Any]:
+        """A context of one window with the plan of keys."""
+        with plan_file(keys) as path:
+            fork.use_plan(self._model, path)
+        with self._context(self.n_ctx) as ctx:
+            yield ctx
+
+    @contextmanager
+    def _context(self, n_ctx: int) -> Iterator[Any]:
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, self.n_ubatch, self.n_ubatch
+        params.type_k = params.type_v = fork.GGML_TYPE_XQUANT
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        if self.n_threads:
+            params.n_threads = params.n_threads_batch = self.n_threads
+        ctx = llama_cpp.llama_init_from_model(self._model, params)
+        if not ctx:
+            raise ValueError(f"{self.model_path}: {fork.error() or 'llama.cpp cannot make a context'}")
         try:
-            logits = self._answer()
+            yield ctx
         finally:
-            self._write({where: self.rows[where][:, : rows.shape[1]] for where, rows in changed.items()})
-        p, entropy = self._expected
-        return entropy - np.einsum("ij,ij->i", p, logits, dtype=np.float64) + _log_sum(logits)
+            llama_cpp.llama_free(ctx)
 
-    def _write(self, changed: Mapping[Where, Rows]) -> None:
-        for (i, name), rows in changed.items():
-            for h, head in enumerate(rows):
-                fork.write_rows(self._ctx, self.layers[i], name, h, head)
-
-    def _answer(self) -> Floats:
-        """Logits [token][vocabulary] of the scored tokens."""
-        memory = llama_cpp.llama_get_memory(self._ctx)
-        llama_cpp.llama_memory_seq_rm(memory, 0, self.n_prefix, -1)
-        self._decode(self._scored, self.n_prefix, True)
-        pointer = ctypes.cast(llama_cpp.llama_get_logits(self._ctx), ctypes.POINTER(ctypes.c_float))
-        return np.ctypeslib.as_array(pointer, (len(self._scored), self.n_vocab))
-
-    def _decode(self, tokens: Sequence[int], first: int, logits: bool) -> None:
-        batch = self._batch
-        batch.n_tokens = len(tokens)
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i] = token, first + i
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-            batch.logits[i] = logits
-        if llama_cpp.llama_decode(self._ctx, batch) != 0:
-            raise ValueError(f"{self.model_path}: llama.cpp could not decode {len(tokens)} tokens")
+    def _logits(self, ctx: Any, tokens: Sequence[int], scored: Sequence[int]) -> Iterator[Floats]:
+        """Decodes tokens; logits [position][vocabulary] of those to be scored, micro-batch by micro-batch."""
+        wanted = set(scored)
+        batch = llama_cpp.llama_batch_init(self.n_ubatch, 0, 1)
+        try:
+            for first in range(0, len(tokens), self.n_ubatch):
+                chunk = tokens[first : first + self.n_ubatch]
+                batch.n_tokens = len(chunk)
+                for i, token in enumerate(chunk):
+                    batch.token[i], batch.pos[i] = token, first + i
+                    batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+                    batch.logits[i] = first + i in wanted
+                if llama_cpp.llama_decode(ctx, batch) != 0:
+                    raise ValueError(f"{self.model_path}: llama.cpp could not decode {len(chunk)} tokens")
+                n = sum(first + i in wanted for i in range(len(chunk)))
+                if n:
+                    pointer = ctypes.cast(llama_cpp.llama_get_logits(ctx), ctypes.POINTER(ctypes.c_float))
+                    yield np.ctypeslib.as_array(pointer, (n, self.n_vocab)).copy()
+        finally:
+            llama_cpp.llama_batch_free(batch)
 
 
 def _log_sum(logits: Floats) -> Floats:

@@ -27,7 +27,6 @@
 #include "xquant_llama.h"
 
 #include <atomic>
-#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -80,8 +79,6 @@ class cache {
     bool has_sequence(llama_seq_id id, const char *caller) const;
     bool may_add(llama_seq_id id, llama_pos shift) const;
     bool may_divide(llama_seq_id id, int divisor) const;
-    /* Whether shift() is possible: not for layers on a GPU. */
-    bool can_shift() const;
     /* Rotates the keys of all cells whose position was shifted; false: it failed, with a message in the log. */
     bool shift(llama_context *lctx);
 
@@ -89,6 +86,8 @@ class cache {
 
     ggml_tensor *build_input(ggml_context *ctx, int64_t n_tokens) const;
     void set_input(ggml_tensor *input, const slot_info &sinfo);
+    /* Fills the mask of a micro-batch of one token in each stream whose cells it sees all; false: some other case. */
+    bool set_mask(ggml_tensor *mask, const llama_ubatch &ubatch, bool causal) const;
     /* k_cur and v_cur may be null: a layer that reads the cache of an earlier one. */
     ggml_tensor *build_attention(const llm_graph_context &graph, ggml_tensor *input, ggml_tensor *q, ggml_tensor *k_cur,
                                  ggml_tensor *v_cur, ggml_tensor *kq_b, ggml_tensor *kq_mask, ggml_tensor *sinks,
@@ -102,10 +101,6 @@ class cache {
     void info(xquant_llama_info &out) const;
     /* F16 rows [cell][width] of the first cells of stream 0, which must all lie in open pages. */
     bool read_rows(int32_t il, bool is_value, int32_t head, int32_t n_cells, uint16_t *rows) const;
-    bool write_rows(int32_t il, bool is_value, int32_t head, int32_t n_cells, const uint16_t *rows) const;
-    /* Queries of the last micro-batch, kept from the first call on: scale * q [token][head][d].  null: no such layer.
-     */
-    const std::vector<float> *queries(int32_t il);
     void plan(xq_plan &out, int32_t *d, int32_t *e, int32_t *n_head_kv) const;
 
     static constexpr int32_t page_free = -2, page_sealed = -1; /* else: the slot of an open page */
@@ -127,8 +122,8 @@ class cache {
         xq_cuda_layer device = {}; /* the same for other backends, without pointers to data */
         std::vector<ggml_tensor *> blocks_stream, window_stream; /* views, one per stream */
         std::atomic<uint64_t> *n_nonfinite = nullptr;
-        uint64_t done = 0;          /* the last micro-batch whose update ran */
-        std::vector<float> queries; /* of the last micro-batch, if the cache keeps them: scale * q, [token][head][d] */
+        int32_t simulated = -1; /* negative: pages are sealed; else see metadata::simulated */
+        uint64_t done = 0;      /* the last micro-batch whose update ran */
 
         /* The map of a KV head, [e of the source][e]; null: not mapped. */
         const float *weight(int head) const { return map ? map->weight.data() + (int64_t)head * e * e : nullptr; }
@@ -150,12 +145,12 @@ class cache {
     input_layout layout_of(int64_t n_tokens) const { return {n_streams, n_pages, n_slots, n_tokens}; }
 
     const std::vector<std::unique_ptr<layer>> &layers() const { return layers_; }
-    bool keeps_queries() const { return keeps_queries_; }
 
   private:
     struct page {
         int32_t state = page_free;
-        uint64_t written = 0; /* clock of its newest token */
+        uint64_t written = 0;   /* clock of its newest token */
+        bool simulated = false; /* sealed and unsealed in place */
     };
     struct stream {
         std::vector<page> pages;
@@ -174,7 +169,6 @@ class cache {
     int32_t take_slot(uint32_t s, const std::vector<int32_t> &keep);
     bool open(uint32_t s, int32_t p, const std::vector<int32_t> &keep, int32_t n_new);
     void finish_interrupted();
-    bool check_can_shift(const char *caller) const;
     void fill_extra();
     uint64_t count_nonfinite() const;
     void run_pending(const layer &l) const;
@@ -186,9 +180,6 @@ class cache {
     std::vector<int32_t> find_pages(uint32_t s, const std::vector<saved_page> &saved, llama_seq_id dest) const;
     void place(uint32_t s, const std::vector<saved_page> &saved, const std::vector<int32_t> &at);
 
-    bool move_rows(int32_t il, bool is_value, int32_t head, int32_t n_cells,
-                   const std::function<void(ggml_tensor *window, size_t offset, size_t at, size_t bytes)> &move) const;
-
     llama_kv_cache &kv;
     xq_plan plan_ = {};
     std::vector<int32_t> d_, e_; /* [XQ_MAX_LAYERS] head widths, 0: no cache */
@@ -196,14 +187,16 @@ class cache {
     int32_t n_pages = 0, n_slots = 0;
     uint64_t window = 0; /* tokens */
     bool seals = true;   /* false: every page has a slot of its own */
-    bool keeps_queries_ = false;
+    bool simulates = false;
     std::vector<std::unique_ptr<layer>> layers_;
     std::vector<stream> streams;
     std::vector<seal_op> pending_seals;
     std::vector<unseal_op> pending_unseals;
     uint64_t epoch = 0; /* micro-batches so far */
     std::atomic<uint64_t> n_nonfinite{0};
-    bool warned = false;       /* about them */
+    bool warned = false; /* about them */
+    /* What ran the last graph: waited for before the host copies what a device may still be writing. */
+    mutable ggml_backend_sched_t sched = nullptr;
     bool extra_filled = false; /* the layers' extra tensors hold what the host has */
 };
 

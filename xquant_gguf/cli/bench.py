@@ -14,6 +14,7 @@ from tqdm import tqdm
 from xquant_gguf.bench import bench
 from xquant_gguf.cli.options import Commands, add_command, at_least, kv_types, threads_of
 from xquant_gguf.cli.text import table
+from xquant_gguf.gpu import describe_gpu
 from xquant_gguf.synthetic import SHAPES
 from xquant_gguf.synthetic import write as write_shape
 
@@ -37,21 +38,28 @@ def run_bench(args: argparse.Namespace) -> int:
         with tqdm(total=len(depths) * len(kv_types) * (args.rounds + 2), unit="step", file=sys.stderr) as bar:
             rows = bench(
                 str(model), kv_types, depths, rounds=args.rounds, n_prompt=args.n_prompt, n_decode=args.n_decode,
-                n_gpu_layers=args.n_gpu_layers, done=lambda _: bar.update(), **threads_of(args),
+                parallel=args.parallel, n_gpu_layers=args.n_gpu_layers, done=lambda _: bar.update(),
+                **threads_of(args),
             )  # fmt: skip
     base = {row.depth: row for row in rows if row.kv_type == kv_types[0]}
     first = f"/ {kv_types[0]}"
-    lines = [["depth", "KV cache", "prompt t/s", first, "decode t/s", first, "MiB"]]
+    gpu = describe_gpu() if args.n_gpu_layers else None
+    lines = [["depth", "KV cache", "prompt t/s", first, "decode t/s", first, "MiB", *(["GB/s"] if gpu else [])]]
     for r in rows:
         b = base[r.depth]
         speeds = [f"{r.prompt_tps:.1f}", f"{r.prompt_tps / b.prompt_tps:.2f}"]
         speeds += [f"{r.decode_tps:.1f}", f"{r.decode_tps / b.decode_tps:.2f}"]
-        lines.append([str(r.depth), r.kv_type, *speeds, f"{r.kv_bytes / 2**20:.1f}"])
+        step = [f"{r.step_bytes * r.decode_tps / args.parallel / 1e9:.0f}"] if gpu else []
+        lines.append([str(r.depth), r.kv_type, *speeds, f"{r.kv_bytes / 2**20:.1f}", *step])
+    if gpu:
+        print(f"{gpu[0]}, copies at {gpu[1] / 1e9:.0f} GB/s; GB/s: weights and cache that a decode step reads")
     print(table(lines))
     if args.json:
-        settings = {key: getattr(args, key) for key in ("rounds", "n_prompt", "n_decode", "n_gpu_layers", "layers")}
+        settings = {
+            key: getattr(args, key) for key in ("rounds", "n_prompt", "n_decode", "parallel", "n_gpu_layers", "layers")
+        }
         settings["model"] = args.shape or Path(args.model).name
-        out = {"results": [asdict(row) for row in rows], **settings}
+        out = {"results": [asdict(row) for row in rows], **settings, "gpu": gpu}
         Path(args.json).write_text(json.dumps(out, indent=2) + "\n")
     return 0
 
@@ -69,5 +77,6 @@ def add(commands: Commands) -> None:
     sub.add_argument("--rounds", type=at_least(1), default=3)
     sub.add_argument("--n-prompt", type=at_least(1), default=256, help="prompt tokens timed (default %(default)s)")
     sub.add_argument("--n-decode", type=at_least(1), default=16, help="decoded tokens timed (default %(default)s)")
+    sub.add_argument("--parallel", type=at_least(1), default=1, help="sequences decoded together (default %(default)s)")
     sub.add_argument("--n-gpu-layers", type=at_least(-1), default=0, help="-1: all (default %(default)s)")
     sub.add_argument("--json", help="file for the results")

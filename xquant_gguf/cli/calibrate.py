@@ -50,9 +50,6 @@ def plan_text(result: Calibration) -> str:
     ]
     if plan.expected_kld is not None:
         lines.append(f"expected KL divergence from F16: {plan.expected_kld:.4f}")
-    for side in result.short:
-        which = f"layer {result.layers[side.layer]} wants more bits than the budget gives: {side.name.upper()}"
-        lines.append(f"{which} at {side.bits} alone costs {side.harm:.3f}, {side.wanted} would do")
     sizes = [["tokens", "MiB", "F16 / this"]]
     for n_ctx in (4096, 32768, 131072):
         f16 = 2 * n_ctx * sum((s.d + s.e) * s.heads for s in shapes)
