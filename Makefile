@@ -1,6 +1,7 @@
 # make         virtual environment in .venv, package installed (one native build, of the fork)
 # make demo    continue a long prompt with an XQuant cache; MODEL=path.gguf for any model
 # make test    the whole test suite
+# make test-arm  the kernels for 64-bit ARM, cross-built and run under qemu
 # make asan    the tests of what takes input from outside, with AddressSanitizer and UndefinedBehaviorSanitizer (clang)
 # make fuzz    TARGET=metadata, state or codec for SECONDS=60 with libFuzzer and both sanitizers (clang)
 # make lint    formatting, lint and types, as pre-commit runs them
@@ -14,7 +15,7 @@ SOURCES := $(shell find native xquant_gguf tools -type f -not -path '*/lib/*' -n
            CMakeLists.txt pyproject.toml
 MODEL  ?=
 
-.PHONY: all demo test asan fuzz lint clean
+.PHONY: all demo test test-arm asan fuzz lint clean
 all: $(VENV)/installed
 
 $(VENV)/created:
@@ -37,6 +38,9 @@ demo: all
 
 test: all
 	$(BIN)/pytest
+
+test-arm: all
+	XQUANT_AARCH64=required $(BIN)/pytest tests/test_aarch64.py
 
 TARGET  ?= metadata
 SECONDS ?= 60

@@ -3,7 +3,7 @@
 usage: attention_cuda.py [--tokens 131072,32768] [--layers k4v2,k3v2,k2v1] [--rounds 7] [--json FILE]
 
 Llama-3-8B's shape (32 heads, 8 KV heads, width 128), one new token, window and pinned page open, all other pages
-sealed; merge included.  Medians of replays of a graph of 20 launches that rotate over three layers, so that nothing
+sealed.  Medians of replays of a graph of 20 launches that rotate over three layers, so that nothing
 comes from the cache.  The floor is the bytes of the sealed pages over the bandwidth of a device-to-device copy,
 measured in the same run.
 """
@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import gpu
 
-from xquant_gguf.cli import table
+from xquant_gguf.cli.text import table
 from xquant_gguf.plan import PAGE, Layer, Side
 
 HEADS, N_REP, WIDTH, PARTS, COPIES, LAUNCHES = 8, 4, 128, 16, 3, 20
@@ -84,6 +84,7 @@ def caller(layers: list[gpu.DeviceLayer], n_pages: int, rng: np.random.Generator
         gpu.Buffer(np.zeros(1, np.int32)),
         gpu.Buffer(PARTS * n_head * (2 * WIDTH + 2) * 4),
         gpu.Buffer(n_head * WIDTH * 4),
+        gpu.Buffer(np.zeros(HEADS, np.uint32)),
     ]
     a = ffi.new("xq_cuda_attend_args *")
     a.q, a.q_head_stride, a.q_token_stride = keep[0].pointer("float"), 4 * WIDTH, 4 * WIDTH * n_head
@@ -92,15 +93,15 @@ def caller(layers: list[gpu.DeviceLayer], n_pages: int, rng: np.random.Generator
         keep[2].pointer("uint16_t"),
         keep[3].pointer("int32_t"),
     )
-    a.n_head, a.n_tokens, a.n_streams, a.n_kv_pages, a.n_parts = n_head, 1, 1, n_pages, PARTS
-    a.scale, a.partial, out = WIDTH**-0.5, keep[4].pointer("float"), keep[5].pointer("float")
+    a.n_head, a.n_tokens, a.n_streams, a.n_kv_pages, a.n_parts = n_head, 1, 1, n_pages, min(PARTS, n_pages)
+    a.scale, a.partial, a.out = WIDTH**-0.5, keep[4].pointer("float"), keep[5].pointer("float")
+    a.arrivals = keep[6].pointer("uint32_t")
     keep_args: list[Any] = [keep, a]
 
     def run(i: int, stream: Any) -> None:
         layer = layers[i % len(layers)].c
         assert keep_args
         gpu.call("xq_cuda_attend", layer, a, stream)
-        gpu.call("xq_cuda_merge", layer, PARTS, n_head, n_head, a.partial, ffi.NULL, out, stream)
 
     return run
 

@@ -1,148 +1,269 @@
-"""Speed of attention over pages alone, one KV head on one thread, without llama.cpp.
+"""Speed of decode and prompt attention alone, one layer, beside llama.cpp's own operation on the same shape.
 
-usage: attention_op.py [--tokens 16384] [--layers k4v2,k2v1] [--kernels avx2] [--seconds 0.5] [--json FILE]
+usage: attention_op.py [--tokens 16384] [--shapes qwen,llama,small] [--layers k4v2,k3v2,k2v1] [--kernels avx2,avx512]
+                       [--threads 1,2] [--prompt 64] [--seconds 1] [--json FILE]
 
-Decode: the query heads that share one KV head, one new token; ns per cached token and KV head.  Prompt: 64 query rows
-a call; ns per (row, cached token).  "F16" reads open pages only.  Medians of interleaved runs; the pages of many KV
-heads are visited in turn, so that they do not all come from the cache.  The data are random: speed does not depend on
-them.
+f16, q8_0, q4_0: ggml_flash_attn_ext over a cache laid out as llama.cpp lays it out.  The others: pages of codes through
+xq_attend and xq_attention_merge, split as the fork splits them.  All are nodes of ggml graphs, timed in interleaved
+rounds over as many copies of the layer as outgrow the caches: the median, and the least, which a machine with other
+work still shows; both ratios.  ns: per cached token and KV head (prompt: and
+query row).  floor: the bytes that are read over the speed of a loop that only reads memory.  The data are random: speed
+does not depend on them.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from op_graph import F16, F32, Q4_0, Q8_0, Graph, load, read_speed, timed
 
 from xquant_gguf import codec, native
-from xquant_gguf.cli import table
+from xquant_gguf.cli.text import table
 from xquant_gguf.plan import PAGE, Side, side_to_c
 
-SHAPES = {"Qwen2.5-1.5B (12 heads, 2 KV, 128)": (6, 128), "Llama-3-8B (32, 8, 128)": (4, 128)} | {
-    "Qwen2.5-0.5B (14, 2, 64)": (7, 64)
+Shape = tuple[str, int, int, int]  # name, heads, KV heads, head width
+SHAPES: dict[str, Shape] = {
+    "qwen": ("Qwen2.5-1.5B", 12, 2, 128),
+    "llama": ("Llama-3-8B", 32, 8, 128),
+    "small": ("Qwen2.5-0.5B", 14, 2, 64),
+    "smol": ("SmolLM2-135M", 9, 3, 64),
+    "one": ("one KV head", 8, 1, 128),
 }
-PROMPT_ROWS = 64
-N_HEADS = 4  # KV heads visited in turn
+GGML_TYPES = {"f16": (F16, 1, 2), "q8_0": (Q8_0, 32, 34), "q4_0": (Q4_0, 32, 18)}  # type, values and bytes of a block
+CACHE = 48 << 20  # bytes of copies that outgrow the caches
+MAX_COPIES = 28  # as many layers as a model has
+PIECES_PER_THREAD = 4  # as in xquant-graph.cpp
+MAX_ROWS = 64
 
 
-def sides(layer: str) -> tuple[Side, Side]:
-    """Layer "k4v2" as the default presets store it; "f16": anything, no page is sealed."""
-    k_bits, v_bits = (4, 2) if layer == "f16" else (int(layer[1]), int(layer[3]))
-    return Side(k_bits, PAGE), Side(v_bits, 0, "lloyd", "log8", rotate=True)
+@dataclass(frozen=True)
+class Row:
+    """One cache on one shape: nanoseconds per cached token and KV head (and query row), and the bytes it reads."""
+
+    shape: str
+    cache: str
+    kernels: str
+    threads: int
+    n_queries: int
+    ns: float
+    best_ns: float
+    gb_per_s: float
+    floor_ns: float
 
 
-def caller(layer: str, n_rows: int, width: int, n_tokens: int) -> Callable[[], None]:
-    """A function that attends with n_rows query rows to n_tokens tokens of the next KV head."""
-    ffi, lib = native.load()
+def queries(graph: Graph, shape: Shape, n_queries: int) -> np.ndarray:
+    _, n_head, _, width = shape
+    return np.random.default_rng(1).standard_normal((n_head, n_queries, width), dtype=np.float32)
+
+
+def ggml_layer(kind: str, shape: Shape, n_tokens: int, n_queries: int) -> tuple[Graph, int]:
+    """One layer of llama.cpp's cache and its attention; the bytes of keys and values."""
+    _, n_head, n_kv, width = shape
+    number, values, size = GGML_TYPES[kind]
     rng = np.random.default_rng(0)
-    n_pages, is_open = n_tokens // PAGE, layer == "f16"
-    keep: list[Any] = []
-
-    def pointer(ctype: str, array: np.ndarray) -> Any:
-        keep.append(array)
-        keep.append(ffi.from_buffer(ctype, array))
-        return keep[-1]
-
-    def head() -> Any:
-        a = ffi.new("xq_attention *")
-        a.d = a.e = width
-        a.n_rows, a.page_end, a.scale = n_rows, n_pages, width**-0.5
-        k, v = sides(layer)
-        side_to_c(a.k, k, "k")
-        side_to_c(a.v, v, "v")
-        a.k_code_bits, a.v_code_bits = k.bits, v.bits
-        a.page_slot = pointer("int32_t[]", np.arange(n_pages, dtype="i4") if is_open else np.full(n_pages, -1, "i4"))
-        slots = n_pages if is_open else 1
-        for name in ("k_window", "v_window"):
-            rows = rng.standard_normal((slots, PAGE, width), dtype=np.float32)
-            setattr(a, name, pointer("uint16_t[]", rows.astype(np.float16)))
-        if not is_open:
-            k_param = (rng.random((n_pages, 2, width), dtype=np.float32) * 0.2).astype(np.float16)
-            v_param = np.stack([rng.integers(120, 140, (n_pages, PAGE)), rng.integers(-9, 9, (n_pages, PAGE))], 1)
-            k_bytes, v_bytes = (lib.xq_packed_bytes(*n) for n in ((k.bits, width, PAGE), (v.bits, PAGE, width)))
-            parts = [
-                rng.integers(0, 256, (n_pages, k_bytes), dtype=np.uint8),
-                k_param.view(np.uint8).reshape(n_pages, -1),
-                rng.integers(0, 256, (n_pages, v_bytes), dtype=np.uint8),
-                v_param.astype(np.uint8).reshape(n_pages, -1),
-            ]
-            sizes = [-(-part.shape[1] // 64) * 64 for part in parts]
-            block = np.zeros((n_pages, sum(sizes)), np.uint8)
-            start = pointer("uint8_t[]", block)
-            for i, name in enumerate(("k_codes", "k_param", "v_codes", "v_param")):
-                block[:, sum(sizes[:i]) : sum(sizes[:i]) + parts[i].shape[1]] = parts[i]
-                setattr(a, name, start + sum(sizes[:i]))
-                setattr(a, f"{name}_stride", block.shape[1])
-        q = rng.standard_normal((n_rows, width), dtype=np.float32)
-        partial = np.empty((n_rows, 2 * width + 2), np.float32)
-        mask = np.zeros(n_tokens, np.float16)
-        keep.append(ffi.new("const float *[]", [pointer("float[]", row) for row in q]))
-        a.q = keep[-1]
-        keep.append(ffi.new("float *[]", [pointer("float[]", row) for row in partial]))
-        a.partial = keep[-1]
-        keep.append(ffi.new("const uint16_t *[]", [pointer("uint16_t[]", mask)] * n_rows))
-        a.mask = keep[-1]
-        return a
-
-    heads = itertools.cycle([head() for _ in range(N_HEADS)])
-
-    def call() -> None:
-        if lib.xq_attend(next(heads)) != 0:
-            raise ValueError(native.error())
-        assert keep  # the arrays live as long as the function
-
-    return call
+    n_bytes = n_tokens * n_kv * width // values * size
+    graph = Graph(3 * n_bytes + (n_tokens * n_queries + n_head * n_queries * width * 2) * 4)
+    sides = []
+    for _ in range(2):
+        raw = rng.integers(0, 256, (n_bytes // size, size), dtype=np.uint8)
+        if number == F16:
+            raw = rng.standard_normal(n_bytes // 2, dtype=np.float32).astype(np.float16)
+        else:
+            raw[:, :2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+        rows = graph.tensor(number, width, n_kv, n_tokens, data=raw)
+        sides.append(graph.base.ggml_permute(graph.ctx, rows, 0, 2, 1, 3))
+    q = graph.tensor(F32, width, n_queries, n_head, data=queries(graph, shape, n_queries))
+    mask = graph.tensor(F16, n_tokens, n_queries)
+    args = (graph.ctx, q, *sides, mask, width**-0.5, 0.0, 0.0)
+    graph.finish(graph.base.ggml_flash_attn_ext(*args))
+    return graph, 2 * n_bytes
 
 
-def medians(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
-    """Median seconds of a call, in interleaved rounds of `seconds` in all for each."""
-    runs: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    while min(sum(times) for times in runs.values()) < seconds:
-        for name, call in calls.items():
-            for _ in range(N_HEADS):
-                start = time.perf_counter()
-                call()
-                runs[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in runs.items()}
+def sides_of(layer: str) -> tuple[Side, Side]:
+    """Layer "k4v2" as the default presets store it."""
+    return Side(int(layer[1]), PAGE), Side(int(layer[3]), 0, "lloyd", "log8", rotate=True)
+
+
+def pages(graph: Graph, a: Any, layer: str, width: int, n_pages: int, rng: np.random.Generator) -> int:
+    """Random sealed pages of one KV head, in blocks as the fork stores them; their bytes."""
+    _, lib = native.load()
+    k, v = sides_of(layer)
+    side_to_c(a.k, k, "k")
+    side_to_c(a.v, v, "v")
+    a.k_code_bits, a.v_code_bits = k.bits, v.bits
+    k_param = (rng.random((n_pages, 2, width), dtype=np.float32) * 0.02).astype(np.float16)
+    v_param = np.stack([rng.integers(120, 140, (n_pages, PAGE)), rng.integers(-9, 9, (n_pages, PAGE))], 1)
+    k_bytes, v_bytes = (lib.xq_packed_bytes(*n) for n in ((k.bits, width, PAGE), (v.bits, PAGE, width)))
+    parts = [
+        rng.integers(0, 256, (n_pages, k_bytes), dtype=np.uint8),
+        k_param.view(np.uint8).reshape(n_pages, -1),
+        rng.integers(0, 256, (n_pages, v_bytes), dtype=np.uint8),
+        v_param.astype(np.uint8).reshape(n_pages, -1),
+    ]
+    sizes = [-(-part.shape[1] // 64) * 64 for part in parts]
+    raw = np.zeros(n_pages * sum(sizes) + 64, np.uint8)
+    offset = -raw.ctypes.data % 64
+    block = raw[offset : offset + n_pages * sum(sizes)].reshape(n_pages, -1)
+    start = graph.pointer("uint8_t[]", block)
+    for i, name in enumerate(("k_codes", "k_param", "v_codes", "v_param")):
+        block[:, sum(sizes[:i]) : sum(sizes[:i]) + parts[i].shape[1]] = parts[i]
+        setattr(a, name, start + sum(sizes[:i]))
+        setattr(a, f"{name}_stride", block.shape[1])
+    return int(n_pages * sum(sizes))
+
+
+def xquant_layer(layer: str, shape: Shape, n_tokens: int, n_queries: int, n_threads: int) -> tuple[Graph, int]:
+    """One layer of sealed pages and its attention; the bytes of the pages."""
+    _, n_head, n_kv, width = shape
+    _, lib = native.load()
+    graph = Graph(0)
+    rng = np.random.default_rng(0)
+    n_rep, n_pages = n_head // n_kv, n_tokens // PAGE
+    n_rows = n_rep * n_queries
+    groups = [range(first, min(first + MAX_ROWS, n_rows)) for first in range(0, n_rows, MAX_ROWS)]
+    n_parts = min(max(-(-PIECES_PER_THREAD * n_threads // (n_kv * len(groups))), 1), n_pages)
+    pages_a_part = -(-n_pages // n_parts)
+    state = graph.pointer("float[]", np.empty(n_head * n_queries * n_parts * (2 * width + 2), np.float32))
+
+    def state_of(row: int, part: int) -> Any:
+        return state + (row * n_parts + part) * (2 * width + 2)
+
+    q = graph.pointer("float[]", queries(graph, shape, n_queries))
+    slots = graph.pointer("int32_t[]", np.full(n_pages, -1, np.int32))
+    window = graph.pointer("uint16_t[]", np.zeros(PAGE * width, np.uint16))
+    mask = graph.pointer("uint16_t[]", np.zeros(n_tokens, np.uint16))
+    tasks = graph.new("xq_attention[]", n_kv * len(groups) * n_parts)
+    n_bytes, at = 0, 0
+    heads = [graph.new("xq_attention *") for _ in range(n_kv)]
+    for head in heads:
+        head.d = head.e = width
+        head.scale = width**-0.5
+        head.page_slot, head.k_window, head.v_window = slots, window, window
+        n_bytes += pages(graph, head, layer, width, n_pages, rng)
+    for group in groups:
+        for part in range(n_parts):
+            for h, head in enumerate(heads):
+                a = tasks[at]
+                at += 1
+                graph.ffi.memmove(graph.ffi.addressof(a), head, graph.ffi.sizeof("xq_attention"))
+                rows = [h * n_rows + row for row in group]
+                a.n_rows = len(rows)
+                a.page_begin, a.page_end = (min(i * pages_a_part, n_pages) for i in (part, part + 1))
+                a.q = graph.new("const float *[]", [q + row * width for row in rows])
+                a.mask = graph.new("const uint16_t *[]", [mask] * len(rows))
+                a.partial = graph.new("float *[]", [state_of(row, part) for row in rows])
+    states = [state_of(row, part) for row in range(n_head * n_queries) for part in range(n_parts)]
+    job = {
+        "n_tasks": len(tasks), "n_rows": n_head * n_queries, "n_parts": n_parts, "e": width, "rotate": 1,
+        "tasks": tasks, "states": graph.new("const float *[]", states),
+        "out": graph.pointer("float[]", np.empty(n_head * n_queries * width, np.float32)),
+        "attend": graph.ffi.addressof(lib, "xq_attend"), "merge": graph.ffi.addressof(lib, "xq_attention_merge"),
+    }  # fmt: skip
+    pointer = graph.new("attention_job *", job)
+    graph.finish(graph.node("merge_node", pointer, graph.node("attend_node", pointer)))
+    graph.run(1)
+    if pointer.failed:
+        raise ValueError(native.error())
+    return graph, n_bytes
+
+
+def measure(
+    shape: Shape, layers: Sequence[str], sets: Sequence[str], threads: int, n_tokens: int, n_queries: int,
+    seconds: float, bytes_per_s: float, ggml: Sequence[str],
+) -> list[Row]:  # fmt: skip
+    """All caches on one shape, interleaved."""
+    runs: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
+    names: dict[str, tuple[str, str]] = {}
+    graphs = []
+
+    def add(key: str, made: tuple[Graph, int], force: str | None, again: Any) -> None:
+        copies = [made[0]]
+        while len(copies) * made[1] < CACHE and len(copies) < MAX_COPIES:
+            copies.append(again()[0])
+        graphs.extend(copies)
+        sizes[key] = made[1]
+
+        def call(graph: Graph) -> Any:
+            def run() -> None:
+                if force:
+                    native.load()[1].xq_kernels_force(force.encode())
+                graph.run(threads)
+
+            return run
+
+        runs[key] = [call(graph) for graph in copies]
+
+    for kind in ggml:
+        names[kind] = (kind, "ggml")
+        add(
+            kind,
+            ggml_layer(kind, shape, n_tokens, n_queries),
+            None,
+            lambda k=kind: ggml_layer(k, shape, n_tokens, n_queries),
+        )
+    for layer in layers:
+        for kernels in sets:
+            key = f"{layer} {kernels}"
+            names[key] = (layer, kernels)
+            args = (layer, shape, n_tokens, n_queries, threads)
+            add(key, xquant_layer(*args), kernels, lambda a=args: xquant_layer(*a))
+    found = timed(runs, seconds)
+    for graph in graphs:
+        graph.close()
+    unit = 1e9 / (n_tokens * shape[2] * (1 if n_queries == 1 else n_queries * shape[1] // shape[2]))
+    rows = []
+    for key, (median, best) in found.items():
+        speed, floor = sizes[key] / median / 1e9, sizes[key] / bytes_per_s * unit
+        rows.append(Row(shape[0], *names[key], threads, n_queries, median * unit, best * unit, speed, floor))
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=16384, help="a multiple of 128")
-    parser.add_argument("--layers", default="k4v2,k3v2,k2v1", help="bits of keys and values")
-    parser.add_argument("--kernels", default=codec.kernels())
-    parser.add_argument("--seconds", type=float, default=0.5)
+    parser.add_argument("--tokens", type=int, default=16384, help="a multiple of 128 (default %(default)s)")
+    parser.add_argument("--shapes", default="qwen,llama", help=f"of {','.join(SHAPES)} (default %(default)s)")
+    parser.add_argument("--layers", default="k4v2,k2v1", help="bits of keys and values (default %(default)s)")
+    parser.add_argument("--kernels", default=",".join(codec.kernel_sets()[:-1]), help="default: %(default)s")
+    parser.add_argument("--ggml", default="f16,q8_0,q4_0", help="llama.cpp's caches (default %(default)s)")
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--prompt", type=int, default=1, help="query rows of a head (default 1: decode)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each cache (default %(default)s)")
     parser.add_argument("--json")
     args = parser.parse_args()
     if args.tokens < PAGE or args.tokens % PAGE != 0:
         parser.error(f"--tokens is {args.tokens}, must be a multiple of {PAGE}")
-    layers = ["f16", *args.layers.split(",")]
-    rows, results = [["shape", "pages", "decode ns/token", "/ F16", "prompt ns/(row, token)", "/ F16"]], []
-    with codec.force_kernels(args.kernels):
-        for shape, (n_rows, width) in SHAPES.items():
-            times = []
-            for n in (n_rows, PROMPT_ROWS):
-                calls = {layer: caller(layer, n, width, args.tokens) for layer in layers}
-                times.append(medians(calls, args.seconds))
-            decode, prompt = times
-            for layer in layers:
-                ns = decode[layer] / args.tokens * 1e9, prompt[layer] / args.tokens / PROMPT_ROWS * 1e9
-                ratios = f"{decode[layer] / decode['f16']:.2f}", f"{prompt[layer] / prompt['f16']:.2f}"
-                rows.append([shape, layer, f"{ns[0]:.1f}", ratios[0], f"{ns[1]:.2f}", ratios[1]])
-                results.append({"shape": shape, "pages": layer, "decode_ns": ns[0], "prompt_ns": ns[1]})
-    print(table(rows))
+    load()
+    rows: list[Row] = []
+    heads = ["ns", "best ns", "GB/s", "floor ns", "f16 /", "best", "q4_0 /", "best"]
+    lines = [["shape", "threads", "cache", "kernels", *heads]]
+    for threads in map(int, args.threads.split(",")):
+        speed = read_speed(threads)
+        print(f"{threads} threads read {speed / 1e9:.1f} GB/s")
+        for name in args.shapes.split(","):
+            found = measure(
+                SHAPES[name], args.layers.split(","), args.kernels.split(","), threads, args.tokens, args.prompt,
+                args.seconds, speed, [kind for kind in args.ggml.split(",") if kind],
+            )  # fmt: skip
+            base = {row.cache: row for row in found}
+            for r in found:
+                numbers = [f"{x:.2f}" for x in (r.ns, r.best_ns, r.gb_per_s, r.floor_ns)]
+                for kind in ("f16", "q4_0"):
+                    b = base.get(kind)
+                    numbers += [f"{b.ns / r.ns:.1f}", f"{b.best_ns / r.best_ns:.1f}"] if b else ["", ""]
+                lines.append([r.shape, str(threads), r.cache, r.kernels, *numbers])
+            rows += found
+    print(table(lines))
     if args.json:
-        settings = {"tokens": args.tokens, "kernels": args.kernels}
-        Path(args.json).write_text(json.dumps({"results": results, **settings}, indent=2) + "\n")
+        Path(args.json).write_text(
+            json.dumps({"tokens": args.tokens, "results": [asdict(row) for row in rows]}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xquant_gguf.cli import table
+from xquant_gguf.cli.text import table
 from xquant_gguf.evaluate import load, log_probabilities
 from xquant_gguf.llama import Llama
 

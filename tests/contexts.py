@@ -30,9 +30,11 @@ class Context:
         n_ubatch: int = 128,
         n_seq: int = 1,
         unified: bool = True,
+        n_gpu_layers: int = 0,
         overrides: Mapping[str, int | str] | None = None,
     ) -> None:
         model = llama_cpp.llama_model_default_params()
+        model.n_gpu_layers = n_gpu_layers
         if kv_type not in TYPES:
             self.overrides = override_array({"xquant.preset": kv_type, **(overrides or {})})
             model.kv_overrides = self.overrides
@@ -72,12 +74,18 @@ class Context:
             for i in range(len(rows)):
                 batch.pos[i], batch.logits[i], batch.n_seq_id[i] = first + i, 1, 1
                 batch.seq_id[i][0] = 0
-            return self._logits(batch)
+            self._decode(batch)
         finally:
             llama_cpp.llama_batch_free(batch)
+        return self._logits(len(rows))
 
     def decode_mixed(self, rows: Sequence[tuple[int, int, Sequence[int]]]) -> Logits:
         """Logits of (token, position, sequences) rows in one batch; RuntimeError with llama_decode's code."""
+        self.feed(rows)
+        return self._logits(len(rows))
+
+    def feed(self, rows: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+        """The same without waiting for the logits."""
         batch = llama_cpp.llama_batch_init(len(rows), 0, max(len(s) for _, _, s in rows))
         try:
             batch.n_tokens = len(rows)
@@ -86,17 +94,19 @@ class Context:
                 batch.n_seq_id[i] = len(sequences)
                 for j, s in enumerate(sequences):
                     batch.seq_id[i][j] = s
-            return self._logits(batch)
+            self._decode(batch)
         finally:
             llama_cpp.llama_batch_free(batch)
 
-    def _logits(self, batch: Any) -> Logits:
+    def _decode(self, batch: Any) -> None:
         code = llama_cpp.llama_decode(self.ctx, batch)
         if code != 0:
             raise RuntimeError(f"llama_decode: {code}")
-        n = batch.n_tokens * self.n_vocab
+
+    def _logits(self, n_rows: int) -> Logits:
+        n = n_rows * self.n_vocab
         pointer = ctypes.cast(llama_cpp.llama_get_logits(self.ctx), ctypes.POINTER(ctypes.c_float * n))
-        return np.frombuffer(pointer.contents, np.float32).reshape(batch.n_tokens, -1).copy()
+        return np.frombuffer(pointer.contents, np.float32).reshape(n_rows, -1).copy()
 
     def save(self, sequence: int | None = None) -> bytes:
         """The state of everything, or of one sequence."""

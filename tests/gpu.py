@@ -46,6 +46,13 @@ def available() -> bool:
     return True
 
 
+def count() -> int:
+    """GPUs of this machine."""
+    n = ctypes.c_int()
+    check(driver().cuDeviceGetCount(ctypes.byref(n)))
+    return n.value
+
+
 @lru_cache(maxsize=1)
 def load() -> tuple[FFI, Any]:
     ffi = FFI()
@@ -244,29 +251,51 @@ class DeviceLayer:
         a.scale, a.softcap, a.n_parts = scale, softcap, n_parts
         width = (3 if self.c.mapped else 2) * self.e + 2
         partial, out = Buffer(n_parts * n_tokens * n_head * width * 4), Buffer(n_tokens * n_head * self.e * 4)
-        a.partial = partial.pointer("float")
-        keep.append(partial)
-        sink = ffi.NULL
+        n_tiles = (n_tokens * n_head // self.heads + 7) // 8
+        arrivals = Buffer(np.zeros(n_tiles * self.heads, np.uint32))
+        a.partial, a.arrivals, a.out = partial.pointer("float"), arrivals.pointer("uint32_t"), out.pointer("float")
         if sinks is not None:
             keep.append(Buffer(sinks))
-            sink = keep[-1].pointer("float")
+            a.sinks = keep[-1].pointer("float")
         call("xq_cuda_attend", self.c, a, ffi.NULL)
-        call(
-            "xq_cuda_merge", self.c, n_parts, n_tokens * n_head, n_head, a.partial, sink, out.pointer("float"), ffi.NULL
-        )
+        assert not arrivals.get(np.uint32, (n_tiles * self.heads,)).any()
         return out.get(np.float32, (n_tokens, n_head, self.e))
 
-    def unpack(self, table: list[int], is_k: bool) -> NDArray[np.float16]:
-        """[head][cell][width]."""
+    def unpack(self, table: list[int], is_k: bool, first: int = 0, n: int = 0) -> NDArray[np.float16]:
+        """[head][cell][width] of n heads from the first on (0: of all)."""
+        n = n or self.heads
         ffi, _ = load()
         width = self.d if is_k else self.e
         a = ffi.new("xq_cuda_unpack_args *")
         keep = [Buffer(np.array(table, np.int32)), Buffer(np.zeros(1, np.int32))]
-        out = Buffer(self.heads * len(table) * PAGE * width * 2)
+        out = Buffer(n * len(table) * PAGE * width * 2)
         a.table, a.first_stream = keep[0].pointer("int32_t"), keep[1].pointer("int32_t")
         a.n_streams, a.n_kv_pages, a.is_k, a.rows = 1, len(table), int(is_k), out.pointer("uint16_t")
+        a.first_head, a.n_heads = first, n
         call("xq_cuda_unpack", self.c, a, ffi.NULL)
-        return out.get(np.float16, (len(table) * PAGE, self.heads, width)).transpose(1, 0, 2)
+        return out.get(np.float16, (len(table) * PAGE, n, width)).transpose(1, 0, 2)
+
+    def read_keys(self, pages: list[tuple[int, int]]) -> NDArray[np.float32]:
+        """pages: page, slot or SEALED -> [page][token][head][d]."""
+        return self._shift("xq_cuda_read_keys", pages, np.full((len(pages), PAGE, self.heads, self.d), np.nan, "<f4"))
+
+    def write_keys(
+        self, pages: list[tuple[int, int]], keys: NDArray[np.float32], valid: NDArray[np.bool_] | None = None
+    ) -> None:
+        """keys [page][token][head][d] stored where read_keys finds them; valid [PAGE], of all pages alike."""
+        self._shift("xq_cuda_write_keys", pages, keys, valid)
+
+    def _shift(
+        self, name: str, pages: list[tuple[int, int]], keys: NDArray[np.float32], valid: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.float32]:
+        ffi, _ = load()
+        bits = np.packbits(np.ones(PAGE, bool) if valid is None else valid, bitorder="little").view("<i4").tolist()
+        words, data = Buffer(np.array([[0, *page, *bits] for page in pages], np.int32)), Buffer(keys)
+        a = ffi.new("xq_cuda_shift_args *")
+        a.pages, a.keys, a.n_pages = words.pointer("int32_t"), data.pointer("float"), len(pages)
+        a.head_stride, a.token_stride = 4 * self.d, 4 * self.d * self.heads
+        call(name, self.c, a, ffi.NULL)
+        return data.get(np.float32, keys.shape)
 
 
-__all__ = ["FREE", "SEALED", "Buffer", "DeviceLayer", "Layer", "Side", "available", "call", "driver", "load"]
+__all__ = ["FREE", "SEALED", "Buffer", "DeviceLayer", "Layer", "Side", "available", "call", "count", "driver", "load"]

@@ -105,6 +105,10 @@ def test_commands(model: str, prose: str, tmp_path: Path, capfd: pytest.CaptureF
     told = json.loads(capfd.readouterr().out)
     assert told["k_bits"] == [layer.k.bits for layer in found.layers]
     assert told["true_bits"] <= 2.75
+    assert told["file"]["xquant.k.bits"] == told["k_bits"]
+    assert told["file"]["xquant.calibration.tokens"] == whole["made_by"]["tokens"]
+    assert main(["inspect", str(out)]) == 0
+    assert f"xquant.k.bits = {' '.join(map(str, told['k_bits']))}" in capfd.readouterr().out
     assert main(["inspect", model, "--kv-plan", str(plan), "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["k_bits"] == told["k_bits"]
     assert main(["strip", str(out), str(plain)]) == 0

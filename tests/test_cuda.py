@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import gpu
 import numpy as np
 import pytest
+from contexts import Context
+from numpy.typing import NDArray
 from test_oracle import (
     CASES,
     Bounds,
@@ -20,7 +24,7 @@ from test_oracle import (
     tokens,
 )
 
-from xquant_gguf import Llama, native
+from xquant_gguf import Llama, native, synthetic
 from xquant_gguf.sizes import llama_cpp
 
 pytestmark = pytest.mark.cuda
@@ -104,13 +108,116 @@ def test_states_travel_between_gpu_and_cpu(fork: Fork) -> None:
     assert SEALED.hold(off)
 
 
-def test_positions_cannot_be_shifted(fork: Fork) -> None:
-    case = CASES["gqa-xquant"]
-    llama = Llama(str(fork.path(case.model)), kv_plan=case.kv_plan(), n_ctx=2048, n_gpu_layers=ALL, verbose=False)
+def shifted(path: str, case: Case, shift: bool, **options: Any) -> NDArray[np.float32]:
+    """Logits after 600 tokens of which some were dropped, and others moved down and together where `shift` says so."""
+    ids, n = tokens(), case.n_ubatch
+    llama = Llama(
+        path, kv_plan=case.kv_plan(), n_ctx=2048, n_batch=n, n_ubatch=n, logits_all=True, verbose=False, **options
+    )
+    llama.eval(ids[:600])
     memory = llama_cpp.llama_get_memory(llama._ctx.ctx)
-    assert not llama_cpp.llama_memory_can_shift(memory)
-    llama.eval(tokens()[:300])
-    llama_cpp.llama_memory_seq_add(memory, 0, 100, -1, -50)
-    llama_cpp.llama_memory_seq_div(memory, 0, 100, -1, 2)
-    assert llama_cpp.llama_memory_seq_pos_max(memory, 0) == 299
-    llama.eval(tokens()[300:310])
+    assert llama_cpp.llama_memory_can_shift(memory)
+    assert llama_cpp.llama_memory_seq_rm(memory, 0, 150, 250)
+    if shift:
+        llama_cpp.llama_memory_seq_add(memory, 0, 250, -1, -100)
+        llama_cpp.llama_memory_seq_div(memory, 0, 300, -1, 2)
+        llama.n_tokens = llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1
+        assert llama.n_tokens == 300
+    assert llama.kv_cache_info()["pages_sealed"] > 0
+    first = llama.n_tokens
+    llama.eval(ids[600:640])
+    found = np.array(llama.scores[first : first + 40])
+    llama.close()
+    return found
+
+
+@pytest.mark.parametrize("name", ["gqa-xquant", "mqa-tiny", "borrowed-keys-and-no-codes", "mapped"])
+def test_positions_are_shifted_as_on_the_cpu(fork: Fork, name: str) -> None:
+    case = CASES[name]
+    path = str(fork.path(case.model))
+    before = calls()
+    found = shifted(path, case, True, n_gpu_layers=ALL)
+    assert calls() == before, "the CPU's kernels ran"
+    want = shifted(path, case, True, n_gpu_layers=0)
+    off = np.abs(found - want).max(axis=1) / want.std()
+    print(f"{name}: {describe(off)}")
+    assert SEALED.hold(off), describe(off)
+    unshifted = shifted(path, case, False, n_gpu_layers=0)
+    assert np.median(np.abs(unshifted - want).max(axis=1) / want.std()) > 5 * SEALED.median
+
+
+def test_positions_are_shifted_on_both_sides(fork: Fork) -> None:
+    case = CASES["gqa-xquant"]
+    path = str(fork.path(case.model))
+    want = shifted(path, case, True, n_gpu_layers=0)
+    off = np.abs(shifted(path, case, True, n_gpu_layers=2) - want).max(axis=1) / want.std()
+    assert SEALED.hold(off), describe(off)
+
+
+def test_streams_are_copied_after_what_was_asked_before(fork: Fork) -> None:
+    """seq_cp right behind a decode that nobody waited for: the copy has its last tokens."""
+    path = fork.path("gqa")
+    ids = tokens()[:600]
+
+    def run(wait: bool) -> NDArray[np.float32]:
+        with Context(path, "xquant", n_ctx=4096, n_seq=2, unified=False, n_gpu_layers=ALL) as context:
+            context.feed([(t, i, [0]) for i, t in enumerate(ids)])
+            if wait:
+                llama_cpp.llama_synchronize(context.ctx)
+            llama_cpp.llama_memory_seq_cp(context.memory, 0, 1, -1, -1)
+            return context.decode(tokens()[600:620], 600, [1])
+
+    np.testing.assert_array_equal(run(False), run(True))
+
+
+def test_long_prompts_take_a_few_heads_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """66,000 tokens by 32 KV heads are too many rows to unpack at once: as single tokens see them."""
+    shape = synthetic.Shape(n_layer=2, n_embd=128, n_ff=64, n_head=32, n_head_kv=32, head_dim=64, n_vocab=300)
+    monkeypatch.setitem(synthetic.SHAPES, "many-heads", shape)
+    path, n = synthetic.write(tmp_path / "many.gguf", "many-heads"), 66000
+    ids = np.random.default_rng(5).integers(3, 300, n).tolist()
+    with Context(path, "xquant", n_ctx=66560, n_ubatch=512, n_gpu_layers=ALL) as context:
+        context.feed([(t, i, [0]) for i, t in enumerate(ids[: n - 64])])
+        together = context.decode(ids[n - 64 :], n - 64)
+        assert llama_cpp.llama_memory_seq_rm(context.memory, 0, n - 64, -1)
+        alone = np.concatenate([context.decode([ids[i]], i) for i in range(n - 64, n)])
+    off = np.abs(together - alone).max(axis=1) / alone.std()
+    print(describe(off))
+    assert SEALED.hold(off), describe(off)
+
+
+two_gpus = pytest.mark.skipif(gpu.available() and gpu.count() < 2, reason="needs two GPUs")
+SPLITS: dict[str, dict[str, Any]] = {
+    "layer": {"split_mode": llama_cpp.LLAMA_SPLIT_MODE_LAYER, "tensor_split": [1.0, 1.0]},
+    "layer-some": {"split_mode": llama_cpp.LLAMA_SPLIT_MODE_LAYER, "tensor_split": [1.0, 1.0], "n_gpu_layers": 3},
+    "second": {"split_mode": llama_cpp.LLAMA_SPLIT_MODE_NONE, "main_gpu": 1},
+}
+
+
+@two_gpus
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", ["gqa-xquant", "mqa-tiny"])
+def test_two_gpus(fork: Fork, name: str, split: str) -> None:
+    case = CASES[name]
+    before = calls()
+    found = deviation(fork.run(case, kv_plan=case.kv_plan(), **{"n_gpu_layers": ALL, **SPLITS[split]}), expected(case))
+    assert (calls() == before) == (split != "layer-some")
+    assert SEALED.hold(found[seeing_codes(case)]), describe(found[seeing_codes(case)])
+
+
+@two_gpus
+def test_two_gpus_shift(fork: Fork) -> None:
+    case = CASES["gqa-xquant"]
+    path = str(fork.path(case.model))
+    want = shifted(path, case, True, n_gpu_layers=0)
+    off = np.abs(shifted(path, case, True, n_gpu_layers=ALL, **SPLITS["layer"]) - want).max(axis=1) / want.std()
+    assert SEALED.hold(off), describe(off)
+
+
+@two_gpus
+def test_what_borrows_over_two_gpus_is_refused_or_kept_together(fork: Fork) -> None:
+    case = CASES["gqa-paper"]
+    with pytest.raises(ValueError, match="lies on another device"):
+        fork.run(case, kv_plan=case.kv_plan(), n_gpu_layers=ALL, **SPLITS["layer"])
+    found = deviation(fork.run(case, kv_plan=case.kv_plan(), n_gpu_layers=ALL, **SPLITS["second"]), expected(case))
+    assert SEALED.hold(found[seeing_codes(case)]), describe(found[seeing_codes(case)])

@@ -212,6 +212,48 @@ def test_unpacked_pages(layer: Layer, d: int) -> None:
             np.testing.assert_array_equal(rows[head, 3], want)
 
 
+@pytest.mark.parametrize("bits", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize(("d", "v"), [(16, V), (128, replace(V, bits=1)), (80, Side(3, 0, "clip", "f16", True)),
+                                      (512, Side(4, 0, "lloyd", "log8", True))], ids=str)  # fmt: skip
+def test_unpacked_pages_of_all_widths(bits: int, d: int, v: Side) -> None:
+    """Tiles of four tokens by eight channels, at the edges of what they cover."""
+    rng = np.random.default_rng(d + bits)
+    layer = Layer(Side(bits, (32, 64, 128)[bits % 3], param="f16" if bits % 2 == 0 else "log8"), v)
+    window = window_of(rng, d, d, 1)
+    device = gpu.DeviceLayer(layer, window, 2)
+    device.update([(1, 0, np.ones(PAGE, bool))])
+    for name in "kv":
+        want = exact_rows(device, [0, gpu.SEALED], name).astype(np.float16)
+        np.testing.assert_array_equal(device.unpack([0, gpu.SEALED], name == "k"), want)
+        np.testing.assert_array_equal(device.unpack([0, gpu.SEALED], name == "k", 1, 1), want[1:])
+
+
+@pytest.mark.parametrize("k", [Side(4, 128), Side(3, 32, "clip", "log8"), Side(0, 64)], ids=str)
+@pytest.mark.parametrize("d", [64, 80])
+def test_keys_are_read_and_written_again_for_a_shift(k: Side, d: int) -> None:
+    rng = np.random.default_rng(d)
+    device = gpu.DeviceLayer(Layer(k, V), window_of(rng, d, 64, 2), 4)
+    device.update([(3, 1, np.ones(PAGE, bool)), (2, 0, np.ones(PAGE, bool))])
+    pages = [(3, gpu.SEALED), (0, 1)]
+    rows = device.unpack([1, gpu.FREE, gpu.SEALED, gpu.SEALED], True).reshape(HEADS, 4, PAGE, d)
+    values = [device.block(h, 3)[device.layout.v_codes :].copy() for h in range(HEADS)]
+    keys = device.read_keys(pages)
+    np.testing.assert_array_equal(keys.transpose(2, 0, 1, 3), rows[:, [3, 0]].astype(np.float32))
+    keys, valid = (keys * 1.7 + 0.3).astype(np.float32), valid_tokens(rng, False)
+    device.write_keys(pages, keys, valid)
+    as_f16 = keys.astype(np.float16)
+    np.testing.assert_array_equal(device.rows()[0][:, 1], as_f16[1].transpose(1, 0, 2))
+    for head in range(HEADS):
+        codes, param, _ = reference.seal_k(k, as_f16[0, :, head], valid)
+        block, at = device.block(head, 3), device.layout
+        assert k.bits == 0 or block[at.k_codes : at.k_codes + len(codes)].tobytes() == codes
+        assert block[at.k_param : at.k_param + len(param)].tobytes() == param
+        np.testing.assert_array_equal(block[at.v_codes :], values[head])
+        np.testing.assert_array_equal(
+            device.unpack([gpu.FREE, gpu.FREE, gpu.SEALED], True).reshape(HEADS, 3, PAGE, d)[:, 2], rows[:, 2]
+        )
+
+
 @dataclass(frozen=True)
 class Case:
     k: Side
@@ -317,6 +359,21 @@ def test_attention_is_that_of_float64(case: Case) -> None:
     assert ffi.string(lib.xq_cuda_attend_kernel(device.c)).decode() == case.kernel
     error = check_attention(device, q, table, mask, keys, values, case, sinks)
     print(f"{case.kernel} error {error:.1e}")
+
+
+@pytest.mark.parametrize("bits", [(4, 2), (2, 1)])
+def test_many_pages(bits: tuple[int, int]) -> None:
+    """More than a block lists at a time, and than it has room for: buffers are filled again and again."""
+    rng = np.random.default_rng(11)
+    n_pages, layer = 600, Layer(Side(bits[0], 128), replace(V, bits=bits[1]))
+    device = gpu.DeviceLayer(layer, window_of(rng, 64, 64, 3), n_pages)
+    device.update([(p, p % 3, np.ones(PAGE, bool)) for p in range(n_pages)])
+    table = [gpu.SEALED] * n_pages
+    q = rng.standard_normal((2, HEADS * N_REP, 64), dtype=np.float32)
+    mask = np.zeros((2, n_pages * PAGE), np.float16)
+    mask[0, 7 * PAGE : 590 * PAGE] = -np.inf
+    keys, values = (np.tile(exact_rows(device, table[:3], name), (1, n_pages // 3, 1)) for name in "kv")
+    check_attention(device, q, table, mask, keys, values)
 
 
 def test_rows_that_see_nothing_are_zero() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,23 @@ def test_copies_of_split_models(model: Path, tmp_path: Path) -> None:
     copy_with_keys(source[0], tmp_path / "n-00001-of-00002.gguf", keys)
     assert (tmp_path / "n-00002-of-00002.gguf").read_bytes() == model.read_bytes()
     assert read_plan(tmp_path / "n-00001-of-00002.gguf") is not None
+
+
+def test_a_split_model_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written in parts by gguf, copied with a plan, loaded by the fork."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_gguf.gguf, "GGUFWriter", partial(GGUFWriter, split_max_tensors=16))
+        tiny_gguf.write(tmp_path / "m.gguf", SHAPE, tiny_gguf.random_weights(SHAPE))
+    parts = sorted(tmp_path.glob("m-*.gguf"))
+    assert len(parts) > 2
+    out = tmp_path / f"out-00001-of-{len(parts):05d}.gguf"
+    copy_with_keys(parts[0], out, plan_keys(Plan.from_preset("xquant-tiny", 4), [0, 1, 2, 3], SHAPE.n_layer))
+    for part, copy in zip(parts, sorted(tmp_path.glob("out-*.gguf")), strict=True):
+        assert tensors(copy) == tensors(part)
+    for kv_plan, bits in ((None, 1), ({"preset": "xquant-small"}, 2)):
+        llm = Llama(str(out), kv_type=None if kv_plan else "xquant", kv_plan=kv_plan, n_ctx=512, verbose=False)
+        assert llm.kv_cache_info()["v_bits"] == [bits] * 4  # a kv_plan goes before the file's plan
+        llm.close()
 
 
 def test_copies_that_fail_leave_nothing(model: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -11,55 +12,108 @@ from typing import Any
 import numpy as np
 
 from xquant_gguf.evaluate import load
+from xquant_gguf.gguf_file import GGUFFile
 from xquant_gguf.sizes import llama_cpp
+
+from llama_cpp._internals import LlamaContext  # isort: skip  (after sizes, which chooses the library)
+
+UNTIMED = 4
+"""Tokens decoded between a prompt and the clock: on a GPU the first ones record the graph that the others replay."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Medians over rounds for one KV type at one depth: tokens/s, and the bytes of the whole cache."""
+    """Medians over rounds for one KV type at one depth: tokens/s of all sequences together, bytes of the whole cache,
+    and the bytes that one decode step must read: weights, and what the cache holds at that depth."""
 
     kv_type: str
     depth: int
     prompt_tps: float
     decode_tps: float
     kv_bytes: int
+    step_bytes: int
+
+
+def weight_bytes(model: str) -> int:
+    """Bytes of the weights that every token reads: all but an embedding that is not the output's."""
+    tensors = GGUFFile(model).tensor_bytes()
+    unread = tensors.get("token_embd.weight", 0) if "output.weight" in tensors else 0
+    return sum(tensors.values()) - unread
 
 
 class Runner:
-    """One model with one KV type; its cache holds the first tokens of an endless random text."""
+    """One model with one KV type; the cache of each sequence holds the first tokens of an endless random text."""
 
-    def __init__(self, model: str, kv_type: str, n_ctx: int, **options: Any) -> None:
-        self.llm = load(model, kv_type, {"n_ctx": n_ctx, "verbose": False, **options})
+    def __init__(self, model: str, kv_type: str, n_ctx: int, parallel: int = 1, **options: Any) -> None:
+        self.parallel = parallel
+        alone = n_ctx if parallel == 1 else min(n_ctx, 512)
+        self.llm = load(model, kv_type, {"n_ctx": alone, "verbose": False, **options})
+        if parallel > 1:  # Llama makes contexts of one sequence only
+            params = self.llm.context_params
+            params.n_ctx, params.n_seq_max, params.kv_unified = n_ctx * parallel, parallel, False
+            params.n_batch = max(params.n_batch, parallel)
+            context = LlamaContext(model=self.llm._model, params=params, verbose=False)
+            self.llm._ctx = self.llm._stack.enter_context(contextlib.closing(context))
+        self.ctx = self.llm._ctx.ctx
         self.tokens = np.random.default_rng(0).integers(3, self.llm.n_vocab(), n_ctx).tolist()
         self.filled = 0
 
-    def decode(self, first: int, end: int) -> None:
-        """Tokens first .. end - 1, in batches."""
-        for i in range(first, end, self.llm.n_batch):
-            self.llm._batch.set_batch(self.tokens[i : min(i + self.llm.n_batch, end)], i, logits_all=False)
-            self.llm._ctx.decode(self.llm._batch)
+    def _decode(self, rows: Sequence[tuple[int, int]]) -> None:
+        """One batch of (sequence, position)."""
+        batch = llama_cpp.llama_batch_init(len(rows), 0, 1)
+        try:
+            batch.n_tokens = len(rows)
+            for i, (sequence, position) in enumerate(rows):
+                batch.token[i], batch.pos[i] = self.tokens[position], position
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+                batch.logits[i] = i == len(rows) - 1 or self.parallel == len(rows)
+            if code := llama_cpp.llama_decode(self.ctx, batch):
+                raise RuntimeError(f"llama_decode returned {code}")
+        finally:
+            llama_cpp.llama_batch_free(batch)
+
+    def prompt(self, first: int, end: int) -> None:
+        """Tokens first .. end - 1 of every sequence, in batches."""
+        for s in range(self.parallel):
+            for i in range(first, end, self.llm.n_batch):
+                self._decode([(s, position) for position in range(i, min(i + self.llm.n_batch, end))])
+
+    def step(self, position: int) -> None:
+        """One token of every sequence."""
+        self._decode([(s, position) for s in range(self.parallel)])
 
     def fill(self, depth: int) -> None:
-        self.decode(self.filled, depth)
+        self.prompt(self.filled, depth)
         self.filled = depth
         self.wait()
 
     def wait(self) -> None:
-        llama_cpp.llama_synchronize(self.llm._ctx.ctx)
+        llama_cpp.llama_synchronize(self.ctx)
 
     def measure(self, n_prompt: int, n_decode: int) -> tuple[float, float]:
         """Prompt and decode tokens/s at the depth that is filled; the cache is left as it was."""
-        depth = self.filled
+        depth, decoded = self.filled, self.filled + n_prompt + UNTIMED
         start = time.perf_counter()
-        self.decode(depth, depth + n_prompt)
+        self.prompt(depth, depth + n_prompt)
         self.wait()
         middle = time.perf_counter()
-        for i in range(depth + n_prompt, depth + n_prompt + n_decode):
-            self.decode(i, i + 1)
+        for i in range(depth + n_prompt, decoded):
+            self.step(i)
+            self.wait()
+        begin = time.perf_counter()
+        for i in range(decoded, decoded + n_decode):
+            self.step(i)
             self.wait()
         end = time.perf_counter()
-        self.llm._ctx.kv_cache_seq_rm(0, depth, -1)
-        return n_prompt / (middle - start), n_decode / (end - middle)
+        for s in range(self.parallel):
+            llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.ctx), s, depth, -1)
+        return self.parallel * n_prompt / (middle - start), self.parallel * n_decode / (end - begin)
+
+    def cache_bytes(self, n_ctx: int) -> tuple[int, int]:
+        """Bytes of the cache, and those that tokens take."""
+        info = self.llm.kv_cache_info()
+        allocated = int(info["bytes_allocated"])
+        return allocated, int(info["bytes_used"]) if self.llm.is_xquant else allocated * self.filled // n_ctx
 
 
 def bench(
@@ -70,22 +124,31 @@ def bench(
     rounds: int = 3,
     n_prompt: int = 256,
     n_decode: int = 16,
-    done: Callable[[str], None] = lambda what: None,
+    parallel: int = 1,
+    done: Callable[[str], object] = lambda what: None,
     **options: Any,
 ) -> list[Row]:
     """Speed of every KV type at every depth; the caches of all types are held at once.
 
-    depths: tokens in the cache beforehand.  n_prompt, n_decode: tokens that are timed; an untimed round of them comes
-    first.  done: called after each step, len(depths) * (rounds + 2) of them for each KV type.  options: of Llama.
+    depths: tokens in the cache beforehand, of each sequence.  n_prompt, n_decode: tokens that are timed, likewise; an
+    untimed round of them comes first.  parallel: sequences, decoded together.  done: called after each step,
+    len(depths) * (rounds + 2) of them for each KV type.  options: of Llama.
     Raises ValueError if a number is out of range.
     """
-    for name, value, low in (("rounds", rounds, 1), ("n_prompt", n_prompt, 1), ("n_decode", n_decode, 1)):
+    for name, value, low in (
+        ("rounds", rounds, 1),
+        ("n_prompt", n_prompt, 1),
+        ("n_decode", n_decode, 1),
+        ("parallel", parallel, 1),
+    ):
         if value < low:
             raise ValueError(f"{name} is {value}, must be at least {low}")
     if not depths or min(depths) < 0:
         raise ValueError(f"depths are {list(depths)}, must be 0 or more")
-    n_ctx = max(depths) + n_prompt + n_decode
-    runners = [Runner(model, kv_type, n_ctx + -n_ctx % 256, **options) for kv_type in kv_types]
+    n_ctx = max(depths) + n_prompt + UNTIMED + n_decode
+    n_ctx += -n_ctx % 256
+    weights = weight_bytes(model)
+    runners = [Runner(model, kv_type, n_ctx, parallel, **options) for kv_type in kv_types]
     rows = []
     for depth in sorted(depths):
         for runner in runners:
@@ -100,8 +163,8 @@ def bench(
                 done("measure")
         for kv_type, runner, found in zip(kv_types, runners, runs, strict=True):
             prompt, decode = (statistics.median(run[i] for run in found) for i in (0, 1))
-            n_bytes = int(runner.llm.kv_cache_info()["bytes_allocated"])
-            rows.append(Row(kv_type, depth, prompt, decode, n_bytes))
+            allocated, used = runner.cache_bytes(n_ctx)
+            rows.append(Row(kv_type, depth, prompt, decode, allocated, weights + used))
     for runner in runners:
         runner.llm.close()
     return rows

@@ -6,6 +6,7 @@ here every length is compared with the file's before it is used, and nothing is 
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFValueType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -73,8 +74,7 @@ class GGUFFile:
         for _ in range(self._bounded(n_keys, 13, "keys")):
             self._read_key()
         start = self._at
-        for _ in range(self._bounded(self.n_tensors, 24, "tensors")):
-            self._skip_tensor()
+        self._tensors = [self._skip_tensor() for _ in range(self._bounded(self.n_tensors, 24, "tensors"))]
         self.tensors = (start, self._at)
         self.alignment = DEFAULT_ALIGNMENT
         if "general.alignment" in self.keys:
@@ -151,8 +151,22 @@ class GGUFFile:
             raise self._bad(f"has the key {name} twice")
         self.keys[name] = Entry(kind, sub, count, start, at, self._at)
 
-    def _skip_tensor(self) -> None:
-        self._text()
-        n_dims = self._number("<I")
-        self._at += 8 * self._bounded(n_dims, 8, "dimensions of a tensor")
-        self._take(4 + 8)
+    def _skip_tensor(self) -> tuple[str, int, int]:
+        """Name, number of values, type."""
+        name = self._text()
+        n_dims = self._bounded(self._number("<I"), 8, "dimensions of a tensor")
+        n_values = math.prod(self._number("<Q") for _ in range(n_dims))
+        kind = self._number("<I")
+        self._take(8)
+        return name, n_values, kind
+
+    def tensor_bytes(self) -> dict[str, int]:
+        """Bytes of every tensor; ValueError if one is of a type that gguf does not know."""
+        out = {}
+        for name, n_values, kind in self._tensors:
+            try:
+                block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            except ValueError as error:
+                raise self._bad(f"has the tensor {name} of the unknown type {kind}") from error
+            out[name] = n_values // block * size
+        return out

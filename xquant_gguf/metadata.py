@@ -6,8 +6,8 @@ layer without keys and values in the cache has a K group of 0.
 
 from __future__ import annotations
 
-import os
 import re
+import secrets
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -188,27 +188,36 @@ def read_plan(path: str | Path) -> tuple[Plan, list[int], int, Provenance] | Non
     return plan, held, n_layers, made_by
 
 
+def carried_keys(path: str | Path) -> dict[str, Any]:
+    """The xquant.* keys of a GGUF file, arrays as lists, but the numbers of maps only counted; nothing is checked."""
+    file = GGUFFile(path)
+    out: dict[str, Any] = {}
+    for name, entry in file.keys.items():
+        if name.startswith(PREFIX):
+            if name.endswith(".weight"):
+                out[name] = f"{entry.count} numbers"
+            else:
+                value = file.value(name)
+                out[name] = value.tolist() if isinstance(value, np.ndarray) else value
+    return out
+
+
 # ---- copying ----
 
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A name to write to; it becomes `path` when all went well, and nothing is left behind otherwise."""
-    handle, name = tempfile.mkstemp(prefix=path.name + ".", suffix=".part", dir=path.parent)
-    os.close(handle)
-    part = Path(name)
+    """A name to write to; it becomes `path` when all went well, and nothing is left behind otherwise.
+
+    The name is known before there is such a file, so that Ctrl-C at any moment finds it.
+    """
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
+        part.touch(exist_ok=False)
         yield part
-        part.chmod(0o666 & ~_umask())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")

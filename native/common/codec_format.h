@@ -4,6 +4,10 @@
  */
 #pragma once
 
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "xquant: sealed pages are little-endian bytes; big-endian machines are not supported"
+#endif
+
 #include "xquant.h"
 
 #if defined(__CUDACC__)

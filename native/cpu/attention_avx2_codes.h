@@ -12,12 +12,6 @@
 #include <algorithm>
 #include <utility>
 
-#if defined(__GNUC__)
-#define XQ_INLINE inline __attribute__((always_inline))
-#else
-#define XQ_INLINE inline
-#endif
-
 namespace xq {
 namespace avx2_attention {
 
@@ -96,7 +90,8 @@ XQ_INLINE static void add_unit(accumulators<R> &sums, const unit<B> &u, const in
 
 /* B bits, R vectors f [R]: n_j columns into y[r] [n_j]. */
 template <int B, int R>
-static void multiply_vectors(int n_i, int n_j, const uint8_t *codes, const folded *f, float *const *y, bool overwrite) {
+static void multiply_vectors(int n_i, int n_j, const uint8_t *codes, lookahead ahead, const folded *f, float *const *y,
+                             bool overwrite) {
     using unit_t = unit<B>;
     // the sum of two products is at most 2 * 127 * (2^B - 1): so many units fit into 16 bits
     constexpr int units_a_flush = 32767 / (2 * 127 * ((1 << B) - 1)) / unit_t::groups;
@@ -111,6 +106,7 @@ static void multiply_vectors(int n_i, int n_j, const uint8_t *codes, const folde
         for (int u = 0; u < units;) {
             accumulators<R> sums;
             for (const int end = std::min(u + units_a_flush, units); u < end; ++u) {
+                ahead.lines(1);
                 add_unit<B>(sums, unit_t(codes, u, units), a, u * unit_t::rows,
                             std::make_integer_sequence<int, unit_t::groups>());
             }
@@ -136,13 +132,18 @@ template <int B> static multiply_function multiply_for(int n_vectors) {
 }
 
 /* y[row][j] (+)= sum_i x[row][i] (zero_i + scale_i c[i][j]) for n rows and n_j columns, j from j0.  bits 0: no codes.
- */
-static inline void multiply(int bits, const parameters &p, int n_j, const uint8_t *codes, int n, const float *const *x,
-                            int j0, float *const *y, bool overwrite) {
+ * The same codes of the next page lie `ahead` bytes on. */
+static inline void multiply(int bits, const parameters &p, int n_j, const uint8_t *codes, int64_t ahead, int n,
+                            const float *const *x, int j0, float *const *y, bool overwrite) {
     folded f[max_vectors];
     float *out[max_vectors];
-    for (int row = 0; row < n; row += max_vectors) {
-        const int n_vectors = std::min(max_vectors, n - row);
+    lookahead next = {codes + ahead, codes + ahead + n_j / 16 * column_bytes(bits, p.n)};
+    const int passes = (n + max_vectors - 1) / max_vectors;
+    for (int pass = 0, row = 0, n_vectors; pass < passes; ++pass, row += n_vectors) {
+        n_vectors = (n - row + passes - pass - 1) / (passes - pass); // six rows are 3 + 3, not 4 + 2
+        for (int r = 0; r < n_vectors; ++r) {
+            fold_range(p, x[row + r], f[r]);
+        }
         for (int r = 0; r < n_vectors; ++r) {
             fold(p, x[row + r], f[r]);
             out[r] = y[row + r] + j0;
@@ -151,7 +152,9 @@ static inline void multiply(int bits, const parameters &p, int n_j, const uint8_
                                            : bits == 2 ? multiply_for<2>(n_vectors)
                                            : bits == 3 ? multiply_for<3>(n_vectors)
                                                        : multiply_for<4>(n_vectors);
-        function(bits == 0 ? 0 : p.n, n_j, codes, f, out, overwrite); // 0 bits: the offsets alone
+        // 0 bits: the offsets alone
+        function(bits == 0 ? 0 : p.n, n_j, codes, next, f, out, overwrite);
+        next.at = next.end;
     }
 }
 

@@ -26,8 +26,13 @@ struct parameters {
     int n;
     float middle; /* of the codes */
 
-    parameters(const xq_side &side, int count, const uint8_t *param)
+    /* The same parameters of the next page lie `ahead` bytes on. */
+    parameters(const xq_side &side, int count, const uint8_t *param, int64_t ahead)
         : n(count), middle((float)((1 << side.bits) - 1) * 0.5f) {
+        const int bytes = side.bits == 0 || side.param != XQ_PARAM_F16 ? 2 * n : 4 * n;
+        for (int i = 0; i < bytes; i += 64) {
+            prefetch(param + ahead + i);
+        }
         for (int i = 0; i < n; i += 8) {
             __m256 s = _mm256_setzero_ps(), c;
             if (side.bits == 0) {
@@ -66,30 +71,37 @@ struct folded {
     float step, offset;
 };
 
-/* Folds the scales into x [n]. */
-static inline void fold(const parameters &p, const float *x, folded &out) {
-    alignas(32) float a[max_i];
+/* Folds the scales into x [n]: the largest a of a row and its constant; then, so that rows do not wait for each other,
+ * the numbers themselves. */
+static inline void fold_range(const parameters &p, const float *x, folded &out) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
-    __m256 constant = _mm256_setzero_ps(), top = _mm256_setzero_ps();
-    for (int i = 0; i < p.n; i += 8) {
-        const __m256 v = _mm256_loadu_ps(x + i), product = _mm256_mul_ps(v, _mm256_load_ps(p.scale + i));
-        constant = _mm256_fmadd_ps(v, _mm256_load_ps(p.centre + i), constant);
-        top = _mm256_max_ps(top, _mm256_andnot_ps(sign, product));
-        _mm256_store_ps(a + i, product);
+    __m256 constant[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()}, top[2] = {constant[0], constant[0]};
+    for (int i = 0; i < p.n; i += 16) {
+        for (int h = 0; h < 2; ++h) {
+            const __m256 v = _mm256_loadu_ps(x + i + 8 * h);
+            const __m256 a = _mm256_mul_ps(v, _mm256_load_ps(p.scale + i + 8 * h));
+            constant[h] = _mm256_fmadd_ps(v, _mm256_load_ps(p.centre + i + 8 * h), constant[h]);
+            top[h] = _mm256_max_ps(top[h], _mm256_andnot_ps(sign, a));
+        }
     }
-    out.offset = horizontal_sum(constant);
-    const float largest = horizontal_max(top);
-    if (!(largest > 1e-30f)) { // nothing but centres, also with 0 bits
+    out.offset = horizontal_sum(_mm256_add_ps(constant[0], constant[1]));
+    out.step = horizontal_max(_mm256_max_ps(top[0], top[1])) / 127.0f;
+}
+
+static inline void fold(const parameters &p, const float *x, folded &out) {
+    if (!(out.step > 1e-32f)) { // nothing but centres, also with 0 bits
         memset(out.a, 0, (size_t)(p.n + 31) / 32 * 32);
         out.step = 0.0f;
         return;
     }
-    out.step = largest / 127.0f;
-    const __m256 inverse = _mm256_set1_ps(127.0f / largest);
+    const __m256 inverse = _mm256_set1_ps(1.0f / out.step);
+    const auto whole = [&](int i) {
+        const __m256 a = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_load_ps(p.scale + i));
+        return _mm256_cvtps_epi32(_mm256_mul_ps(a, inverse));
+    };
     __m256i sum = _mm256_setzero_si256();
     for (int i = 0; i < p.n; i += 16) {
-        const __m256i a0 = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(a + i), inverse));
-        const __m256i a1 = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(a + i + 8), inverse));
+        const __m256i a0 = whole(i), a1 = whole(i + 8);
         sum = _mm256_add_epi32(sum, _mm256_add_epi32(a0, a1));
         const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a0, a1), 0xd8);
         const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));

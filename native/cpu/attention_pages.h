@@ -33,11 +33,11 @@ struct row_state {
         : max(partial), sum(partial + 1), sealed(partial + 2), open(sealed + e), source(open + e) {}
 };
 /* Numbers of the sums of a row: sealed, open and, if mapped, source. */
-inline int n_sums(const xq_attention &a) {
+static inline int n_sums(const xq_attention &a) {
     return (a.mapped ? 3 : 2) * a.e;
 }
 /* The same pages with the values of the layer that a map reads. */
-inline xq_attention source_of(const xq_attention &a) {
+static inline xq_attention source_of(const xq_attention &a) {
     xq_attention b = a;
     b.v = a.source;
     b.v_code_bits = a.source.bits;
@@ -50,7 +50,7 @@ inline xq_attention source_of(const xq_attention &a) {
 
 enum mask_kind { mask_none, mask_zero, mask_mixed }; /* nothing visible; all visible, nothing to add; else */
 
-inline mask_kind kind_of(const uint16_t *mask /* [XQ_PAGE] */) {
+static inline mask_kind kind_of(const uint16_t *mask /* [XQ_PAGE] */) {
     uint64_t first, any_other = 0;
     memcpy(&first, mask, 8);
     for (int t = 0; t < XQ_PAGE; t += 4) {
@@ -65,10 +65,10 @@ inline mask_kind kind_of(const uint16_t *mask /* [XQ_PAGE] */) {
 }
 
 /* How many groups a side has in a page, and how long they are: K tiles of tokens, V groups of channels. */
-inline int group_length(const xq_side &side, int n) {
+static inline int group_length(const xq_side &side, int n) {
     return side.group == 0 || side.group > n ? n : side.group;
 }
-inline int64_t group_param_bytes(const xq_side &side, int n) {
+static inline int64_t group_param_bytes(const xq_side &side, int n) {
     return side.bits == 0 ? 2 * n : side.param == XQ_PARAM_F16 ? 4 * n : 2 * n;
 }
 
@@ -87,7 +87,11 @@ template <typename Set> void attend_block(const xq_attention &a, int first, int 
         mask_kind kinds[block_rows];
         int n = 0; // rows that see something of this page
         for (int row = first; row < first + n_rows; ++row) {
-            const mask_kind kind = a.mask ? kind_of(a.mask[row] + (int64_t)page * XQ_PAGE) : mask_zero;
+            // the rows of one token share its mask
+            const bool same = n > 0 && a.mask && a.mask[row] == a.mask[rows[n - 1]];
+            const mask_kind kind = same     ? kinds[n - 1]
+                                   : a.mask ? kind_of(a.mask[row] + (int64_t)page * XQ_PAGE)
+                                            : mask_zero;
             if (kind == mask_none) {
                 continue;
             }

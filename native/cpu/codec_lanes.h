@@ -19,6 +19,8 @@
 #include <cstring>
 #if defined(XQ_SET_AVX2)
 #include <immintrin.h>
+#elif defined(XQ_SET_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace xq {
@@ -69,6 +71,8 @@ static inline void store(float *p /* [n_lanes] */, lanes x) {
 static inline lanes load_half(const uint16_t *p /* [n_lanes] */) {
 #if defined(XQ_SET_AVX2)
     return (lanes)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#elif defined(XQ_SET_NEON)
+    return (lanes)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
 #else
     lanes x;
     for (int i = 0; i < n_lanes; ++i) {
@@ -83,6 +87,8 @@ static inline void store_half(uint16_t *p /* [n_lanes] */, lanes x) {
     x = low(high(x, splat(-65504.0f)), splat(65504.0f));
 #if defined(XQ_SET_AVX2)
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(XQ_SET_NEON)
+    vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
 #else
     for (int i = 0; i < n_lanes; ++i) {
         p[i] = float_to_half(x[i]);
@@ -97,6 +103,10 @@ static inline void store_bytes(uint8_t *p /* [n_lanes] */, int_lanes x) {
     const __m256i bytes = _mm256_shuffle_epi8((__m256i)x, order);
     const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
     _mm_storel_epi64((__m128i *)p, both);
+#elif defined(XQ_SET_NEON)
+    const int16x4_t words = vmovn_s32((int32x4_t)x);
+    const int8x8_t bytes = vmovn_s16(vcombine_s16(words, words));
+    memcpy(p, &bytes, n_lanes);
 #else
     for (int i = 0; i < n_lanes; ++i) {
         p[i] = (uint8_t)x[i];
@@ -107,6 +117,10 @@ static inline void store_bytes(uint8_t *p /* [n_lanes] */, int_lanes x) {
 static inline int_lanes load_bytes(const uint8_t *p /* [n_lanes] */) {
 #if defined(XQ_SET_AVX2)
     return (int_lanes)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+#elif defined(XQ_SET_NEON)
+    uint32_t four;
+    memcpy(&four, p, sizeof(four));
+    return (int_lanes)vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four))));
 #else
     int_lanes x;
     for (int i = 0; i < n_lanes; ++i) {

@@ -169,6 +169,16 @@ static inline void transpose(const lanes in[n_lanes], lanes out[n_lanes]) {
         out[c] = (lanes)_mm256_permute2f128_ps(b[c], b[c + 4], 0x20);
         out[c + 4] = (lanes)_mm256_permute2f128_ps(b[c], b[c + 4], 0x31);
     }
+#elif defined(XQ_SET_NEON)
+    float64x2_t a[4]; // pairs of rows, then fours
+    for (int r = 0; r < 4; r += 2) {
+        a[r] = (float64x2_t)vtrn1q_f32((float32x4_t)in[r], (float32x4_t)in[r + 1]);
+        a[r + 1] = (float64x2_t)vtrn2q_f32((float32x4_t)in[r], (float32x4_t)in[r + 1]);
+    }
+    for (int c = 0; c < 2; ++c) {
+        out[c] = (lanes)vtrn1q_f64(a[c], a[c + 2]);
+        out[c + 2] = (lanes)vtrn2q_f64(a[c], a[c + 2]);
+    }
 #else
     for (int r = 0; r < n_lanes; ++r) {
         for (int c = 0; c < n_lanes; ++c) {

@@ -1,7 +1,7 @@
 /* dispatch.cpp: which kernel set is in force, and the error message of a thread.
  *
- * A set may run if the CPU has its instructions and the operating system saves their registers (XGETBV).  The best such
- * set is taken, unless XQUANT_KERNELS or xq_kernels_force names one.
+ * A set may run if the CPU has its instructions and the operating system saves their registers (XGETBV; on ARM it says
+ * so itself).  The best such set is taken, unless XQUANT_KERNELS or xq_kernels_force names one.
  */
 #include "cpu_features.h"
 #include "kernels.h"
@@ -13,6 +13,10 @@
 #include <string>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace xq {
@@ -30,7 +34,7 @@ int fail(int status, const char *format, ...) {
 /* ---- features ---- */
 
 #if defined(__x86_64__)
-/* Bits of XCR0 that the operating system saves: 1 << 1 SSE, 1 << 2 AVX. */
+/* Bits of XCR0 that the operating system saves: 1 << 1 SSE, 1 << 2 AVX, 7 << 5 the registers of AVX-512. */
 static uint64_t saved_state() {
     uint32_t eax, edx;
     __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
@@ -49,13 +53,57 @@ bool has_avx2() {
     }
     return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (ebx & 1u << 5);
 }
+
+bool has_avx512() {
+    uint32_t eax, ebx, ecx, edx;
+    if (!has_avx2() || (saved_state() & 0xe6) != 0xe6 || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) {
+        return false;
+    }
+    const uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31, vnni = 1u << 11;
+    const uint32_t needed = f | dq | bw | vl;
+    return (ebx & needed) == needed && (ecx & vnni);
+}
+#elif defined(__aarch64__)
+/* The kernel of the operating system says what it found and lets programs use. */
+#if defined(__linux__)
+bool has_dotprod() {
+    return getauxval(AT_HWCAP) & 1ul << 20; // HWCAP_ASIMDDP, which old headers lack
+}
+bool has_i8mm() {
+    return has_dotprod() && (getauxval(AT_HWCAP2) & 1ul << 13); // HWCAP2_I8MM
+}
+#elif defined(__APPLE__)
+static bool has_feature(const char *name) {
+    int value = 0;
+    size_t size = sizeof(value);
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+bool has_dotprod() {
+    return has_feature("hw.optional.arm.FEAT_DotProd");
+}
+bool has_i8mm() {
+    return has_dotprod() && has_feature("hw.optional.arm.FEAT_I8MM");
+}
+#else
+bool has_dotprod() {
+    return false;
+}
+bool has_i8mm() {
+    return false;
+}
+#endif
 #endif
 
 /* ---- sets ---- */
 
 static const kernel_set *const sets[] = {
 #if defined(__x86_64__)
+    &kernels_avx512,
     &kernels_avx2,
+#elif defined(__aarch64__)
+    &kernels_neon_i8mm,
+    &kernels_neon_dotprod,
+    &kernels_neon,
 #endif
     &kernels_scalar,
 };

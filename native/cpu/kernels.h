@@ -39,7 +39,9 @@ struct kernel_set {
 
 extern const kernel_set kernels_scalar;
 #if defined(__x86_64__) || defined(_M_X64)
-extern const kernel_set kernels_avx2;
+extern const kernel_set kernels_avx512, kernels_avx2;
+#elif defined(__aarch64__)
+extern const kernel_set kernels_neon_i8mm, kernels_neon_dotprod, kernels_neon;
 #endif
 
 /* The set in force, or null when XQUANT_KERNELS names one that cannot run (xq_error() says so). */

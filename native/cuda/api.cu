@@ -43,6 +43,20 @@ static bool width_ok(int32_t n) {
     return n >= 16 && n <= XQ_MAX_HEAD_DIM && n % 16 == 0;
 }
 
+bool can_launch_early() {
+    static std::atomic<int> majors[max_devices];
+    int device = 0, major = 0;
+    cudaGetDevice(&device);
+    if (device < max_devices && majors[device] > 0) {
+        return majors[device] >= 9;
+    }
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (device < max_devices) {
+        majors[device] = major;
+    }
+    return major >= 9;
+}
+
 static int check(const xq_cuda_layer *l) {
     if (!l || !width_ok(l->d) || !width_ok(l->e) || l->n_head_kv < 1 || l->n_pages < 1 || l->n_slots < 1) {
         return fail_cuda(XQ_ERR_ARGUMENT, "layer: head widths must be multiples of 16 from 16 to %d", XQ_MAX_HEAD_DIM);
@@ -80,24 +94,16 @@ int xq_cuda_attend(const xq_cuda_layer *layer, const xq_cuda_attend_args *args, 
     if (const int status = check(layer); status != XQ_OK) {
         return status;
     }
-    if (!args || !args->q || !args->table || !args->first_stream || !args->partial || args->n_head < 1 ||
-        args->n_head % layer->n_head_kv != 0 || args->n_tokens < 1 || args->n_streams < 1 || args->n_parts < 1 ||
-        args->n_kv_pages < 0 || args->n_kv_pages > layer->n_pages) {
+    if (!args || !args->q || !args->table || !args->first_stream || !args->partial || !args->out || !args->arrivals ||
+        args->n_head < 1 || args->n_head % layer->n_head_kv != 0 || args->n_tokens < 1 || args->n_streams < 1 ||
+        args->n_parts < 1 || args->n_kv_pages < 0 || args->scale <= 0.0f || args->n_kv_pages > layer->n_pages) {
         return fail_cuda(XQ_ERR_ARGUMENT, "attend: a pointer is null or a count is out of range");
     }
-    return decode_covers(*layer) ? launch_decode(*layer, *args, (cudaStream_t)stream)
-                                 : launch_general(*layer, *args, (cudaStream_t)stream);
-}
-
-int xq_cuda_merge(const xq_cuda_layer *layer, int32_t n_parts, int32_t n_rows, int32_t n_head, const float *partial,
-                  const float *sinks, float *out, void *stream) {
-    if (const int status = check(layer); status != XQ_OK) {
-        return status;
+    if (decode_covers(*layer)) {
+        return launch_decode(*layer, *args, (cudaStream_t)stream);
     }
-    if (n_parts < 1 || n_rows < 1 || n_head < 1 || !partial || !out) {
-        return fail_cuda(XQ_ERR_ARGUMENT, "merge: a pointer is null or a count is out of range");
-    }
-    return launch_merge(*layer, n_parts, n_rows, n_head, partial, sinks, out, (cudaStream_t)stream);
+    const int status = launch_general(*layer, *args, (cudaStream_t)stream);
+    return status != XQ_OK ? status : launch_merge(*layer, *args, (cudaStream_t)stream);
 }
 
 int xq_cuda_unpack(const xq_cuda_layer *layer, const xq_cuda_unpack_args *args, void *stream) {
@@ -105,8 +111,28 @@ int xq_cuda_unpack(const xq_cuda_layer *layer, const xq_cuda_unpack_args *args, 
         return status;
     }
     if (!args || !args->table || !args->first_stream || !args->rows || args->n_streams < 1 || args->n_kv_pages < 1 ||
-        args->n_kv_pages > layer->n_pages) {
+        args->n_kv_pages > layer->n_pages || args->first_head < 0 || args->n_heads < 1 ||
+        args->n_heads > layer->n_head_kv - args->first_head) {
         return fail_cuda(XQ_ERR_ARGUMENT, "unpack: a pointer is null or a count is out of range");
     }
     return launch_unpack(*layer, *args, (cudaStream_t)stream);
+}
+
+static int check_shift(const xq_cuda_layer *layer, const xq_cuda_shift_args *args) {
+    if (const int status = check(layer); status != XQ_OK) {
+        return status;
+    }
+    return args && args->pages && args->keys && args->n_pages >= 1
+               ? XQ_OK
+               : fail_cuda(XQ_ERR_ARGUMENT, "shift: a pointer is null or there are no pages");
+}
+
+int xq_cuda_read_keys(const xq_cuda_layer *layer, const xq_cuda_shift_args *args, void *stream) {
+    const int status = check_shift(layer, args);
+    return status == XQ_OK ? launch_read_keys(*layer, *args, (cudaStream_t)stream) : status;
+}
+
+int xq_cuda_write_keys(const xq_cuda_layer *layer, const xq_cuda_shift_args *args, void *stream) {
+    const int status = check_shift(layer, args);
+    return status == XQ_OK ? launch_write_keys(*layer, *args, (cudaStream_t)stream) : status;
 }

@@ -1,8 +1,8 @@
-/* attend_page.cuh: one warp's online softmax over a sealed page, or over 32 tokens of an open one, for eight query
+/* attend_page.cuh: one warp's online softmax over a sealed page, or over 16 tokens of an open one, for eight query
  * rows.
  *
- * q lies in B's order of codes_mma.cuh, scaled by a power of two to below 1; p s is scaled by the largest scale so far
- * before it is rounded to F16: nothing overflows, no page vanishes.
+ * q lies in the order of the codes (codes_mma.cuh), scaled by a power of two to below 1; p s is scaled by the largest
+ * scale so far before it is rounded to F16: nothing overflows, no page vanishes.
  */
 #pragma once
 
@@ -13,26 +13,20 @@ namespace xq {
 
 namespace {
 
-constexpr int n_rows = 8;             /* query rows */
-constexpr int n_warps = 8;            /* of a block */
-constexpr int p_stride = XQ_PAGE + 8; /* halves of one row of p in shared memory */
-constexpr int p_bytes = n_warps * n_rows * p_stride * (int)sizeof(__half);
+constexpr int n_rows = 8; /* query rows */
 
-/* The least shared memory of a block: p and one stage for each warp. */
-inline int decode_shared_bytes(const xq_cuda_layer &l) {
-    return p_bytes + n_warps * staging(l).bytes;
-}
+/* Tokens of an open page that a warp takes at a time. */
+constexpr int piece = 16;
 
-/* B operands of the sum over tokens. */
-template <int PRODUCTS, typename F>
-__device__ void load_p(uint32_t (*b)[2], const __half *p /* [n_rows][p_stride] */, int lane, const F &row) {
-#pragma unroll
-    for (int k = 0; k < PRODUCTS; ++k) {
-        const uint2 x = *(const uint2 *)(p + lane / 4 * p_stride + row(k, lane % 4));
-        b[k][0] = even(x);
-        b[k][1] = odd(x);
-    }
-}
+/* p in shared memory: [n_rows][stride] halves. */
+template <int TOKENS> struct p_buffer {
+    static constexpr int stride = TOKENS + 8, bytes = n_rows * stride * (int)sizeof(__half);
+    __half *at;
+
+    __device__ __half *row(int r) const { return at + r * stride; }
+};
+using page_p = p_buffer<XQ_PAGE>; /* of four tokens in the order 0, 2, 1, 3: B's */
+using piece_p = p_buffer<piece>;
 
 /* ---- a sealed page ---- */
 
@@ -55,7 +49,7 @@ __device__ void load_four(const xq_side &side, const uint8_t *at, int n, int i, 
     }
 }
 
-/* Scale (or 0 where there is no row) and zero point, code 0, of four channels, as halves. */
+/* Scale and zero point, code 0, of four channels, as halves. */
 template <bool F16>
 __device__ void load_four(const xq_side &side, const uint8_t *at, int n, int i, uint2 &scale, uint2 &zero) {
     if (F16 || side.param == XQ_PARAM_F16) {
@@ -86,10 +80,12 @@ __device__ void fold_keys(uint32_t (*b)[2], float constant[2], const uint32_t (*
         if (wk::has(n, t)) {
             load_four<PLAIN>(side, param, D, wk::row(n, t), scale, z);
         }
-        b[n][0] = as_bits(__hmul2(as_half2(qb[n][0]), as_half2(even(scale))));
-        b[n][1] = as_bits(__hmul2(as_half2(qb[n][1]), as_half2(odd(scale))));
+        const uint2 x = make_uint2(as_bits(__hmul2(as_half2(qb[n][0]), as_half2(scale.x))),
+                                   as_bits(__hmul2(as_half2(qb[n][1]), as_half2(scale.y))));
+        b[n][0] = even(x);
+        b[n][1] = odd(x);
         if (n < wk::low::products) {
-            multiply(zero[n % planes], even(z), even(z), odd(z), odd(z), qb[n][0], qb[n][1]);
+            multiply(zero[n % planes], z.x, z.x, z.y, z.y, qb[n][0], qb[n][1]);
         }
     }
     constant[0] = constant[1] = 0.0f;
@@ -100,82 +96,176 @@ __device__ void fold_keys(uint32_t (*b)[2], float constant[2], const uint32_t (*
     }
 }
 
-/* shared: the page's parts as `at` says. */
+/* Raises the unit of the sums to 2^exponent. */
+template <int E> __device__ void raise_exponent(state<E> &st, int exponent) {
+    if (exponent > st.exponent) { // the same on all lanes
+        const float back = power_of_two(max(st.exponent - exponent, -126));
+        st.scale(back, back);
+        st.exponent = exponent;
+    }
+}
+
+/* p times scale of tokens 4 k .. 4 k + 3, rows 2 t and 2 t + 1, to shared memory. */
+__device__ void store_p(const page_p &to, const float (&p)[2][16], const float scale[4], int c, int lane) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float *x = p[r] + 4 * c;
+        *(uint2 *)(to.row(2 * t + r) + 32 * c + 4 * g) =
+            make_uint2(halves(x[0] * scale[0], x[2] * scale[2]), halves(x[1] * scale[1], x[3] * scale[3]));
+    }
+}
+
+/* p [row][16] times the values' LOG8 scales, to shared memory. */
+template <int E>
+__device__ void scale_p_log8(state<E> &st, const float (&p)[2][16], const uint8_t *param, const page_p &to, int lane) {
+    const int g = lane / 4;
+    const uint32_t mine = *(const uint32_t *)(param + 4 * lane);
+    const uint32_t top = max(max(mine & 0xffu, mine >> 8 & 0xffu), max(mine >> 16 & 0xffu, mine >> 24));
+    raise_exponent(st, ((int)warp_max(top) - log8_zero) >> 3);
+    // 2^((e - 161) / 8 + 13 - exponent), products stay below 2^14; 0x4b0000ee is 2^23 + e
+    const float constant = (float)(13 - st.exponent) - log8_zero * 0.125f - 1048576.0f;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+        const uint32_t e = *(const uint32_t *)(param + 32 * c + 4 * g);
+        float scale[4];
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            scale[w] = quick_exp2(__uint_as_float(__byte_perm(e, 0x4b000000u, 0x7440 + w)) * 0.125f + constant);
+        }
+        store_p(to, p, scale, c, lane);
+    }
+}
+
+/* The same for any parameters; sums p times zero points. */
+template <int E>
+__device__ void scale_p(state<E> &st, const float (&p)[2][16], const xq_side &v, const uint8_t *param, const page_p &to,
+                        int lane) {
+    const int g = lane / 4;
+    float scale[4][4], zeros[4][4], top = 0.0f;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+        load_four(v, param, XQ_PAGE, 32 * c + 4 * g, scale[c], zeros[c]);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            top = fmaxf(top, fabsf(scale[c][w]));
+        }
+    }
+    raise_exponent(st, (int)(__float_as_uint(over_tokens(top)) >> 23) - 127);
+    const float unit = power_of_two(13 - st.exponent); // products stay below 2^14
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            st.zero[0] += p[0][4 * c + w] * zeros[c][w];
+            st.zero[1] += p[1][4 * c + w] * zeros[c][w];
+            scale[c][w] *= unit;
+        }
+        store_p(to, p, scale[c], c, lane);
+    }
+}
+
+/* The masks of a page, of rows 2 t and 2 t + 1 and tokens 32 c + 4 g .. + 3, which are read ahead. */
+struct masks {
+    uint2 at[4][2];
+
+    /* false: all are 0. */
+    __device__ bool load(const rows &q, int page, int g) {
+        uint32_t any = 0;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            for (int r = 0; r < 2; ++r) {
+                at[c][r] = q.mask[r] ? *(const uint2 *)(q.mask[r] + page * XQ_PAGE + 32 * c + 4 * g) : uint2{};
+                any |= at[c][r].x | at[c][r].y;
+            }
+        }
+        return __any_sync(~0u, any != 0);
+    }
+};
+
+/* shared: the page's parts as `at` says; p takes the place of the keys.  PLAIN: values have LOG8 parameters. */
 template <int D, int E, int KB, int VB, bool PLAIN>
 __device__ void sealed_page(state<E> &st, const rows &q, const uint32_t (*qb)[2], const xq_side &k, const xq_side &v,
-                            const uint8_t *shared, const staged &at, const masks &mask, __half *p, int lane) {
+                            uint8_t *shared, const staged &at, masks &mask, bool is_masked, int lane) {
     using wk = walk<KB, D>;
     using wv = walk<VB, XQ_PAGE>;
     const int g = lane / 4, t = lane % 4;
     const uint8_t *k_param = shared + at.k_param, *v_param = shared + at.v_param;
 
     uint32_t b[wk::products][2];
-    float constant[2];
-    float s[4][2][4];
+    float s[2][16];
+    affine to;
     const int chunks_a_tile = PLAIN ? 4 : k.group / 32;
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) { // a loop: code that is fetched once is no small part of a launch
+        float now[2][8];
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-        if (c % chunks_a_tile == 0) {
-            fold_keys<D, KB, PLAIN>(b, constant, qb, k, k_param + c / chunks_a_tile * parameter_bytes(k, D), t);
-            for (int r = 0; r < 2; ++r) {
-                constant[r] = constant[r] * q.factor[r] + q.absent[r];
+        for (int n = 0; n < 2; ++n) {
+            const int c = 2 * half + n;
+            if ((!PLAIN || n == 0) && c % chunks_a_tile == 0) {
+                fold_keys<D, KB, PLAIN>(b, to.constant, qb, k, k_param + c / chunks_a_tile * parameter_bytes(k, D), t);
+                for (int r = 0; r < 2; ++r) {
+                    to.constant[r] = to.constant[r] * q.factor[r] + q.absent[r];
+                    to.factor[r] = q.factor[r] * code_unit;
+                }
+            }
+            uint4 words[wk::steps];
+            wk::load(words, shared, c, lane);
+            float y[2][4] = {};
+            wk::add(y, words, b);
+#pragma unroll
+            for (int k = 0; k < 8; ++k) {
+                const float x = y[k / 4][k % 4];
+                now[k % 2][4 * n + k / 2] = PLAIN ? x : x * to.factor[k % 2] + to.constant[k % 2]; // of each tile
             }
         }
-        uint4 words[wk::steps];
-        wk::load(words, shared, c, lane);
-        float y[2][4] = {};
-        wk::add(y, words, b);
+        if (!PLAIN || is_masked) {
+            uint32_t m[2][4];
 #pragma unroll
-        for (int k = 0; k < 8; ++k) {
-            s[c][k % 2][k / 2] = y[k / 4][k % 4] * (q.factor[k % 2] * code_unit) + constant[k % 2];
+            for (int n = 0; n < 2; ++n) {
+                for (int r = 0; r < 2; ++r) {
+                    m[r][2 * n] = mask.at[n][r].x;
+                    m[r][2 * n + 1] = mask.at[n][r].y;
+                    mask.at[n][r] = mask.at[2 + n][r];
+                }
+            }
+            finish_scores<8, PLAIN>(now, PLAIN ? to : affine{{1.0f, 1.0f}, {0.0f, 0.0f}}, q, m);
+        }
+#pragma unroll
+        for (int k = 0; k < 16; ++k) {
+            s[k / 8][k % 8] = s[k / 8][8 + k % 8];
+            s[k / 8][8 + k % 8] = now[k / 8][k % 8];
         }
     }
-    finish_scores<4, PLAIN>(s, q, mask.at);
-    if (!softmax<4>(st, s)) {
-        return;
+    if (!PLAIN || is_masked) {
+        to = {{1.0f, 1.0f}, {0.0f, 0.0f}};
     }
+    softmax(st, s, to);
 
-    // p times the values' scales, in units of the largest scale so far
-    float scale[4][4], zeros[4][4], top = 0.0f;
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-        load_four(v, v_param, XQ_PAGE, 32 * c + 4 * g, scale[c], zeros[c]);
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-            top = fmaxf(top, fabsf(scale[c][w]));
-        }
-    }
-    const int exponent = (int)(__float_as_uint(over_tokens(top)) >> 23) - 127;
-    if (exponent > st.exponent) { // the same on all lanes
-        const float back = power_of_two(max(st.exponent - exponent, -126));
-        st.scale(back, back);
-        st.exponent = exponent;
-    }
-    const float unit = power_of_two(13 - st.exponent); // products stay below 2^14
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-        float x[2][4];
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-            const float factor = scale[c][w] * unit;
-            for (int r = 0; r < 2; ++r) {
-                st.zero[r] += s[c][r][w] * zeros[c][w];
-                x[r][w] = s[c][r][w] * factor;
-            }
-        }
-        for (int r = 0; r < 2; ++r) {
-            *(uint2 *)(p + (2 * t + r) * p_stride + 32 * c + 4 * g) =
-                make_uint2(halves(x[r][0], x[r][1]), halves(x[r][2], x[r][3]));
-        }
+    __syncwarp();
+    const page_p p = {(__half *)shared};
+    if (PLAIN) {
+        scale_p_log8(st, s, v_param, p, lane);
+    } else {
+        scale_p(st, s, v, v_param, p, lane);
     }
     __syncwarp();
     uint32_t pb[wv::products][2];
-    load_p<wv::products>(pb, p, lane, wv::row);
+    float offset[4] = {}; // of this page alone: the tensor cores cut off what falls below their sum
 #pragma unroll
     for (int n = 0; n < wv::products; ++n) {
+        const uint2 x = *(const uint2 *)(p.row(g) + wv::row(n, t));
+        if (PLAIN) { // rows g: q + 128 of the centres, rows g + 8: 1
+            const uint32_t q = *(const uint32_t *)(v_param + XQ_PAGE + wv::row(n, t)) ^ 0x80808080u;
+            const uint32_t one = 0x3c003c00u; // no subnormal: of a small one, sums keep only 14 bits
+            multiply(offset, q & 0x00ff00ffu, one, q >> 8 & 0x00ff00ffu, one, x.x, x.y);
+        }
         const __half2 weight = __float2half2_rn(wv::weight(n));
-        pb[n][0] = as_bits(__hmul2(as_half2(pb[n][0]), weight));
-        pb[n][1] = as_bits(__hmul2(as_half2(pb[n][1]), weight));
+        pb[n][0] = as_bits(__hmul2(as_half2(x.x), weight));
+        pb[n][1] = as_bits(__hmul2(as_half2(x.y), weight));
+    }
+    for (int r = 0; PLAIN && r < 2; ++r) {
+        st.offset[r] += offset[r] * 0.125f - offset[2 + r] * ((16.0f + (float)((1 << VB) - 1) * 0.5f) / code_unit);
     }
 #pragma unroll
     for (int c = 0; c < E / 32; ++c) {
@@ -183,65 +273,111 @@ __device__ void sealed_page(state<E> &st, const rows &q, const uint32_t (*qb)[2]
         wv::load(words, shared + at.v_codes, c, lane);
         wv::add(st.out[c], words, pb);
     }
-    __syncwarp();
 }
 
-/* ---- a quarter of an open page ---- */
+/* Sums over sealed pages to their unit, zero points included; lanes keep their share of the sum of p. */
+template <int E, bool PLAIN> __device__ void finish_sums(state<E> &st) {
+    const float unit = power_of_two(st.exponent - 13 + 24);
+    float zero[2];
+    for (int r = 0; r < 2; ++r) {
+        for (int step = 4; !PLAIN && step < 32; step *= 2) {
+            st.zero[r] += __shfl_xor_sync(~0u, st.zero[r], step);
+        }
+        zero[r] = PLAIN ? st.offset[r] * unit : st.zero[r];
+    }
+#pragma unroll
+    for (int c = 0; c < E / 32; ++c) {
+        for (int k = 0; k < 8; ++k) {
+            float &x = st.out[c][k / 4][k % 4];
+            x = x * unit + zero[k % 2];
+        }
+    }
+}
 
+/* ---- a piece of an open page ---- */
+
+/* Sums of open pages to the space and the unit of sealed ones: out [channel] *= normalised Hadamard matrix. */
+template <int E> __device__ void open_to_sealed(state<E> &st, bool rotate, int lane) {
+    const float unit = power_of_two(13 - 24 - least_exponent) * (rotate ? rsqrtf((float)E) : 1.0f);
+    st.scale(unit, unit);
+    if (!rotate) {
+        return;
+    }
+    // channel 32 c + 4 g + w lies in out[c][w / 2][w % 2 * 2 + r]
+    float (&x)[E / 4] = *(float (*)[E / 4]) st.out;
+#pragma unroll
+    for (int bit = 2; bit < E / 4; bit *= 2) { // in registers: w, then c
+#pragma unroll
+        for (int k = 0; k < E / 4; ++k) {
+            if ((k & bit) == 0) {
+                const float a = x[k], b = x[k | bit];
+                x[k] = a + b;
+                x[k | bit] = a - b;
+            }
+        }
+    }
+#pragma unroll 1
+    for (int step = 4; step < 32; step *= 2) {
+        const float sign = lane & step ? -1.0f : 1.0f;
+#pragma unroll
+        for (int k = 0; k < E / 4; ++k) {
+            x[k] = x[k] * sign + __shfl_xor_sync(~0u, x[k], step);
+        }
+    }
+}
+
+/* Tokens 2 g and 2 g + 1 of the piece are rows g and g + 8 of operand A; k_rows, v_rows: of its first token. */
 template <int D, int E, int KB, bool PLAIN>
-__device__ void open_quarter(state<E> &st, const rows &q, const uint32_t (*qb)[2], const __half *k_rows,
-                             const __half *v_rows, const uint2 (*mask)[2] /* [1] */, __half *p, int lane) {
+__device__ void open_piece(state<E> &st, const rows &q, const uint32_t (*qb)[2], const __half *k_rows,
+                           const __half *v_rows, int first_cell, const piece_p &p, int lane) {
     using wk = walk<KB, D>; // q lies in the order of the codes
     constexpr int planes = wk::low::planes, bits = 8 / planes;
     const int g = lane / 4, t = lane % 4;
-    float s[1][2][4];
-    float y[2][planes][4] = {};
+    uint2 x[wk::low::products][2], v[E / 32][4]; // v: [][token 4 t ..] channels 32 c + 4 g .. + 3
 #pragma unroll
     for (int n = 0; n < wk::low::products; ++n) {
-        uint2 x[4] = {};
-        for (int w = 0; w < 4 && wk::has(n, t); ++w) {
-            x[w] = *(const uint2 *)(k_rows + (4 * g + w) * D + wk::row(n, t));
-        }
-        for (int h = 0; h < 2; ++h) {
-            multiply(y[h][n % planes], even(x[2 * h]), even(x[2 * h + 1]), odd(x[2 * h]), odd(x[2 * h + 1]), qb[n][0],
-                     qb[n][1]);
+        for (int w = 0; w < 2; ++w) {
+            x[n][w] = wk::has(n, t) ? *(const uint2 *)(k_rows + (2 * g + w) * D + wk::row(n, t)) : uint2{};
         }
     }
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-        float sum = 0.0f;
-        for (int n = 0; n < planes; ++n) {
-            sum += y[k / 4][n][k % 4] * (float)(1 << (bits * n));
-        }
-        s[0][k % 2][k / 2] = sum * q.factor[k % 2] + q.absent[k % 2];
-    }
-    finish_scores<1, PLAIN>(s, q, mask);
-    if (!softmax<1>(st, s)) {
-        return;
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        *(uint2 *)(p + (2 * t + r) * p_stride + 4 * g) =
-            make_uint2(halves(s[0][r][0], s[0][r][1]), halves(s[0][r][2], s[0][r][3]));
-    }
-    __syncwarp();
-    uint32_t pb[2][2];
-    const auto row = [](int n, int lane_t) { return 16 * n + 4 * lane_t; };
-    load_p<2>(pb, p, lane, row);
 #pragma unroll
     for (int c = 0; c < E / 32; ++c) {
-        float (&out)[2][4] = st.out[c];
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-            uint2 x[4]; // [token] channels 4 g .. 4 g + 3
-            for (int w = 0; w < 4; ++w) {
-                x[w] = *(const uint2 *)(v_rows + (row(n, t) + w) * E + 32 * c + 4 * g);
-            }
-            multiply(out[0], __byte_perm(x[0].x, x[2].x, 0x5410), __byte_perm(x[0].x, x[2].x, 0x7632),
-                     __byte_perm(x[1].x, x[3].x, 0x5410), __byte_perm(x[1].x, x[3].x, 0x7632), pb[n][0], pb[n][1]);
-            multiply(out[1], __byte_perm(x[0].y, x[2].y, 0x5410), __byte_perm(x[0].y, x[2].y, 0x7632),
-                     __byte_perm(x[1].y, x[3].y, 0x5410), __byte_perm(x[1].y, x[3].y, 0x7632), pb[n][0], pb[n][1]);
+        for (int w = 0; w < 4; ++w) {
+            v[c][w] = *(const uint2 *)(v_rows + (4 * t + w) * E + 32 * c + 4 * g);
         }
+    }
+    uint32_t mask[2][1];
+    for (int r = 0; r < 2; ++r) {
+        mask[r][0] = q.mask[r] ? *(const uint32_t *)(q.mask[r] + first_cell + 2 * g) : 0;
+    }
+    float y[planes][4] = {};
+#pragma unroll
+    for (int n = 0; n < wk::low::products; ++n) {
+        multiply(y[n % planes], x[n][0].x, x[n][1].x, x[n][0].y, x[n][1].y, qb[n][0], qb[n][1]);
+    }
+    float s[2][2];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        float sum = 0.0f;
+        for (int n = 0; n < planes; ++n) {
+            sum += y[n][k] * (float)(1 << (bits * n));
+        }
+        s[k % 2][k / 2] = sum;
+    }
+    finish_scores<2, PLAIN>(s, {{q.factor[0], q.factor[1]}, {q.absent[0], q.absent[1]}}, q, mask);
+    softmax(st, s, {{1.0f, 1.0f}, {0.0f, 0.0f}});
+    for (int r = 0; r < 2; ++r) {
+        *(uint32_t *)(p.row(2 * t + r) + 2 * g) = halves(s[r][0], s[r][1]);
+    }
+    __syncwarp();
+    const uint2 pb = *(const uint2 *)(p.row(g) + 4 * t);
+#pragma unroll
+    for (int c = 0; c < E / 32; ++c) {
+        const uint2(&x)[4] = v[c];
+        multiply(st.out[c][0], __byte_perm(x[0].x, x[1].x, 0x5410), __byte_perm(x[0].x, x[1].x, 0x7632),
+                 __byte_perm(x[2].x, x[3].x, 0x5410), __byte_perm(x[2].x, x[3].x, 0x7632), pb.x, pb.y);
+        multiply(st.out[c][1], __byte_perm(x[0].y, x[1].y, 0x5410), __byte_perm(x[0].y, x[1].y, 0x7632),
+                 __byte_perm(x[2].y, x[3].y, 0x5410), __byte_perm(x[2].y, x[3].y, 0x7632), pb.x, pb.y);
     }
     __syncwarp();
 }

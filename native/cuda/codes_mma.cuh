@@ -58,6 +58,17 @@ __device__ inline uint32_t even(uint2 x) {
 __device__ inline uint32_t odd(uint2 x) {
     return __byte_perm(x.x, x.y, 0x7632);
 }
+/* Maximum over the warp. */
+__device__ inline uint32_t warp_max(uint32_t x) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(~0u, x);
+#else
+    for (int step = 1; step < 32; step *= 2) {
+        x = max(x, __shfl_xor_sync(~0u, x, step));
+    }
+    return x;
+#endif
+}
 __device__ inline float power_of_two(int n) {
     return __uint_as_float((uint32_t)(n + 127) << 23);
 }

@@ -1,4 +1,4 @@
-/* fit.cuh: what one lane stores: parameters, and codes in place of its values. */
+/* fit.cuh: what one lane stores: parameters, and codes in place of its values; and how a slab's codes are packed. */
 #pragma once
 
 #include "lanes.cuh"
@@ -43,6 +43,45 @@ __device__ inline void seal_lane(const matrix &m, column x, int i, const uint8_t
             x[j] = encode(x[j], grid, inv, g.top);
         }
     }
+}
+
+/* The words of one part (1, 2 or 4 bits) of the slab's units, from the codes in x; shift: of the part in a code. */
+__device__ inline void pack_part(const matrix &m, const float *x, int i0, int bits, int shift, uint8_t *codes,
+                                 int offset) {
+    const int rows = 32 / bits, n_units = units_of(bits, min(slab, m.n_i - i0));
+    for (int k = threadIdx.x % slab; k < m.n_j * n_units; k += slab) {
+        const int j = k % m.n_j, unit = k / m.n_j;
+        uint32_t word = 0;
+        for (int r = 0; r < rows; ++r) {
+            const int i = unit * rows + r; // of the slab
+            const uint32_t code = i0 + i < m.n_i ? (uint32_t)x[j * slab + (i ^ (j & 31))] >> shift : 0;
+            word |= (code & ((1u << bits) - 1)) << (8 * (r % 4) + bits * (r / 4));
+        }
+        uint8_t *at = codes + (int64_t)(j / 16) * column_bytes(m.side.bits, m.n_i) + offset;
+        *(uint32_t *)(at + 64 * (i0 / rows + unit) + 4 * (j % 16)) = word;
+    }
+}
+
+/* The slab's codes, [n_j][slab] in x, as the block stores them. */
+__device__ inline void pack_codes(const matrix &m, const float *x, int i0, uint8_t *codes) {
+    if (m.side.bits == 3) {
+        pack_part(m, x, i0, 2, 0, codes, 0);
+        pack_part(m, x, i0, 1, 2, codes, 64 * units_of(2, m.n_i));
+    } else if (m.side.bits > 0) {
+        pack_part(m, x, i0, m.side.bits, 0, codes, 0);
+    }
+}
+
+/* The token whose value token t has: itself, or the first valid one. */
+__device__ inline int source_of(const int32_t *valid /* [4] */, int t) {
+    if ((uint32_t)valid[t / 32] >> (t % 32) & 1u) {
+        return t;
+    }
+    int word = 0;
+    while (word < 3 && valid[word] == 0) {
+        word++;
+    }
+    return valid[word] == 0 ? XQ_PAGE - 1 : 32 * word + __ffs(valid[word]) - 1;
 }
 
 } // namespace xq

@@ -10,8 +10,50 @@ namespace xq {
 /* XQ_OK, or XQ_ERR_KERNELS with a message if the last launch failed. */
 int launched(const char *what);
 
+/* Whether this device can begin a launch before the one before it has ended. */
+bool can_launch_early();
+
 /* Shared memory that a block of this device may have. */
 int shared_limit();
+
+/* Lets a kernel have more dynamic shared memory than the usual; false: CUDA refuses. */
+template <typename K> bool allow_shared(K kernel, size_t bytes) {
+    return bytes <= 48 * 1024 ||
+           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) == cudaSuccess;
+}
+
+/* Launches a kernel that may begin before the launch before it has ended, and calls wait_for_previous() before it
+ * touches anything that one reads or writes; where the GPU cannot, it begins afterwards. */
+template <typename... Params, typename... Args>
+void launch_early(void (*kernel)(Params...), dim3 grid, unsigned threads, size_t shared, cudaStream_t stream,
+                  Args... args) {
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = can_launch_early() ? 1 : 0;
+    cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+#ifdef __CUDACC__
+/* Waits for the launch before this one to end. */
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+/* Lets the launch after this one begin. */
+__device__ inline void launch_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+#endif
 
 int launch_update(const xq_cuda_layer &l, const xq_cuda_update_args &a, cudaStream_t stream);
 
@@ -20,8 +62,9 @@ bool decode_covers(const xq_cuda_layer &l);
 int launch_decode(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream);
 int launch_general(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream);
 
-int launch_merge(const xq_cuda_layer &l, int n_parts, int n_rows, int n_head, const float *partial, const float *sinks,
-                 float *out, cudaStream_t stream);
+int launch_merge(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream);
 int launch_unpack(const xq_cuda_layer &l, const xq_cuda_unpack_args &a, cudaStream_t stream);
+int launch_read_keys(const xq_cuda_layer &l, const xq_cuda_shift_args &a, cudaStream_t stream);
+int launch_write_keys(const xq_cuda_layer &l, const xq_cuda_shift_args &a, cudaStream_t stream);
 
 } // namespace xq

@@ -1,4 +1,4 @@
-/* merge.cu: the states of the parts of one row to the row's output.
+/* merge.cu: the states of the parts of one row to the row's output, after the general kernel.
  *
  *     out = (H (sum_i w_i sealed_i + W^T sum_i w_i source_i) + sum_i w_i open_i) / (sum_i w_i sum_i + exp(sink - m))
  *
@@ -15,11 +15,13 @@ namespace xq {
 
 namespace {
 
-__global__ void merge_kernel(const xq_cuda_layer l, int n_parts, int n_rows, int n_head, const float *partial,
-                             const float *sinks, float *out) {
+__global__ void merge_kernel(const xq_cuda_layer l, const xq_cuda_attend_args a) {
     __shared__ float x[XQ_MAX_HEAD_DIM];
-    const int row = blockIdx.x, j = threadIdx.x, e = l.e, size = state_width(l);
-    const float sink = sinks ? sinks[row % n_head] : -INFINITY;
+    const int row = blockIdx.x, j = threadIdx.x, e = l.e, size = state_width(l), n_rows = gridDim.x;
+    const int n_parts = a.n_parts, n_head = a.n_head;
+    const float *partial = a.partial;
+    float *out = a.out;
+    const float sink = a.sinks ? a.sinks[row % n_head] : -INFINITY;
     float max = sink;
     for (int i = 0; i < n_parts; ++i) {
         max = fmaxf(max, partial[((int64_t)i * n_rows + row) * size]);
@@ -65,9 +67,8 @@ __global__ void merge_kernel(const xq_cuda_layer l, int n_parts, int n_rows, int
 
 } // namespace
 
-int launch_merge(const xq_cuda_layer &l, int n_parts, int n_rows, int n_head, const float *partial, const float *sinks,
-                 float *out, cudaStream_t stream) {
-    merge_kernel<<<n_rows, l.e, 0, stream>>>(l, n_parts, n_rows, n_head, partial, sinks, out);
+int launch_merge(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream) {
+    merge_kernel<<<a.n_streams * a.n_tokens * a.n_head, l.e, 0, stream>>>(l, a);
     return launched("merge");
 }
 

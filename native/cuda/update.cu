@@ -1,7 +1,7 @@
 /* update.cu: what a micro-batch does to a layer before attention: seal pages, then unseal pages and write new rows.
  *
- * Two launches: a slot that a seal frees may be written at once.  Within a launch slabs share nothing, but for what a
- * seal reads of a page's first valid token.
+ * A slot that a seal frees may be written at once.  Many tokens: two launches.  A few, as in decoding: one, whose
+ * blocks take all slabs of one side of one KV head and of every gridDim.y-th stream, and share nothing.
  */
 #include "fit.cuh"
 #include "launch.h"
@@ -10,95 +10,89 @@ namespace xq {
 
 namespace {
 
-/* The words of one part (1, 2 or 4 bits) of the slab's units, from the codes in x; shift: of the part in a code. */
-__device__ void pack_part(const matrix &m, const float *x, int i0, int bits, int shift, uint8_t *codes, int offset) {
-    const int rows = 32 / bits, n_units = units_of(bits, min(slab, m.n_i - i0));
-    for (int k = threadIdx.x; k < m.n_j * n_units; k += slab) {
-        const int j = k % m.n_j, unit = k / m.n_j;
-        uint32_t word = 0;
-        for (int r = 0; r < rows; ++r) {
-            const int i = unit * rows + r; // of the slab
-            const uint32_t code = i0 + i < m.n_i ? (uint32_t)x[j * slab + (i ^ (j & 31))] >> shift : 0;
-            word |= (code & ((1u << bits) - 1)) << (8 * (r % 4) + bits * (r / 4));
-        }
-        uint8_t *at = codes + (int64_t)(j / 16) * column_bytes(m.side.bits, m.n_i) + offset;
-        *(uint32_t *)(at + 64 * (i0 / rows + unit) + 4 * (j % 16)) = word;
+/* One slab of a page: rows i0 .. i0 + 31 of the code matrix, by one warp. */
+__device__ void seal_slab(const xq_cuda_layer &l, const int32_t *op, bool is_k, int head, int i0, float *shared,
+                          unsigned long long *n_nonfinite) {
+    const int lane = threadIdx.x % slab;
+    const column x = {shared, lane};
+    const side_view v = view_of(l, is_k, op[0], head);
+    const matrix m = matrix_of(v, is_k);
+    if (i0 >= m.n_i) {
+        return;
     }
+    const bool active = i0 + lane < m.n_i;
+    const __half *rows = v.window + (int64_t)op[2] * XQ_PAGE * v.width;
+    uint8_t *codes = v.codes + op[1] * v.codes_stride, *param = v.param + op[1] * v.param_stride;
+    int bad = 0;
+    if (is_k) {
+        for (int t = 0; t < XQ_PAGE; ++t) {
+            x[t] = active ? finite(__half2float(rows[source_of(op + 3, t) * v.width + i0 + lane]), bad) : 0.0f;
+        }
+    } else {
+        for (int t = 0; t < slab; ++t) {
+            const __half *row = rows + source_of(op + 3, i0 + t) * v.width;
+            for (int j = lane; j < m.n_j; j += slab) {
+                shared[j * slab + (t ^ (j & 31))] = finite(__half2float(row[j]), bad);
+            }
+        }
+    }
+    if (bad > 0) {
+        atomicAdd(n_nonfinite, (unsigned long long)bad);
+    }
+    __syncwarp();
+    if (active) {
+        if (m.side.rotate) {
+            transform(x, m.n_j);
+        }
+        if (!is_k && l.mapped) {
+            add_predicted(l, op[0], head, op[1], i0 + lane, x, {shared + m.n_j * slab, lane}, -1.0f);
+        }
+        seal_lane(m, x, i0 + lane, v.own ? nullptr : codes, param);
+    }
+    __syncwarp();
+    if (v.own) {
+        pack_codes(m, shared, i0, codes);
+    }
+    __syncwarp();
 }
 
-/* The token whose value token t has: itself, or the first valid one. */
-__device__ int source_of(const int32_t *valid /* [4] */, int t) {
-    if ((uint32_t)valid[t / 32] >> (t % 32) & 1u) {
-        return t;
+/* Row t of the micro-batch, elements first .. end - 1 of one side of one KV head, to the window: a warp. */
+__device__ void store_row(const xq_cuda_layer &l, const xq_cuda_update_args &a, bool is_k, int head, int t, int row,
+                          int first, int end) {
+    const int rows_a_stream = l.n_slots * XQ_PAGE, lane = threadIdx.x % slab;
+    const side_view v = view_of(l, is_k, row / rows_a_stream, head);
+    const char *cur = (const char *)(is_k ? a.k_cur : a.v_cur);
+    const float *src = (const float *)(cur + t * (is_k ? a.k_token_stride : a.v_token_stride) +
+                                       head * (is_k ? a.k_head_stride : a.v_head_stride));
+    __half *dst = v.window + (int64_t)(row % rows_a_stream) * v.width;
+    int bad = 0; // a masked infinity would spoil the sums of the tensor cores: 0 * inf
+    for (int j = first + lane; j < end; j += slab) {
+        dst[j] = __float2half_rn(finite(src[j], bad));
     }
-    int word = 0;
-    while (word < 3 && valid[word] == 0) {
-        word++;
+    if (bad > 0) {
+        atomicAdd(a.n_nonfinite, (unsigned long long)bad);
     }
-    return valid[word] == 0 ? XQ_PAGE - 1 : 32 * word + __ffs(valid[word]) - 1;
 }
 
 /* grid (slab, 2 * KV head + side, operation), one warp each */
 __global__ void __launch_bounds__(slab) seal_kernel(const xq_cuda_layer l, const xq_cuda_update_args a) {
     extern __shared__ float shared[];
-    const bool is_k = blockIdx.y % 2 == 0;
-    const int lane = threadIdx.x, i0 = blockIdx.x * slab, head = blockIdx.y / 2;
-    const column x = {shared, lane};
     for (int number = blockIdx.z; number < *a.n_seal; number += gridDim.z) {
-        const int32_t *op = a.seals + 7 * number;
-        const side_view v = view_of(l, is_k, op[0], head);
-        const matrix m = matrix_of(v, is_k);
-        if (i0 >= m.n_i) {
-            return;
-        }
-        const bool active = i0 + lane < m.n_i;
-        const __half *rows = v.window + (int64_t)op[2] * XQ_PAGE * v.width;
-        uint8_t *codes = v.codes + op[1] * v.codes_stride, *param = v.param + op[1] * v.param_stride;
-        int bad = 0;
-        if (is_k) {
-            for (int t = 0; t < XQ_PAGE; ++t) {
-                x[t] = active ? finite(__half2float(rows[source_of(op + 3, t) * v.width + i0 + lane]), bad) : 0.0f;
-            }
-        } else {
-            for (int t = 0; t < slab; ++t) {
-                const __half *row = rows + source_of(op + 3, i0 + t) * v.width;
-                for (int j = lane; j < m.n_j; j += slab) {
-                    shared[j * slab + (t ^ (j & 31))] = finite(__half2float(row[j]), bad);
-                }
-            }
-        }
-        if (bad > 0) {
-            atomicAdd(a.n_nonfinite, (unsigned long long)bad);
-        }
-        __syncwarp();
-        if (active) {
-            if (m.side.rotate) {
-                transform(x, m.n_j);
-            }
-            if (!is_k && l.mapped) {
-                add_predicted(l, op[0], head, op[1], i0 + lane, x, {shared + m.n_j * slab, lane}, -1.0f);
-            }
-            seal_lane(m, x, i0 + lane, v.own ? nullptr : codes, param);
-        }
-        __syncwarp();
-        if (v.own && m.side.bits == 3) {
-            pack_part(m, shared, i0, 2, 0, codes, 0);
-            pack_part(m, shared, i0, 1, 2, codes, 64 * units_of(2, m.n_i));
-        } else if (v.own && m.side.bits > 0) {
-            pack_part(m, shared, i0, m.side.bits, 0, codes, 0);
-        }
-        __syncwarp();
+        seal_slab(l, a.seals + 7 * number, blockIdx.y % 2 == 0, blockIdx.y / 2, blockIdx.x * slab, shared,
+                  a.n_nonfinite);
     }
 }
 
 constexpr int store_warps = 4;
 
-/* Unseals, then writes the new rows that fall into this slab.  grid (slab, 2 * KV head + side) */
+/* Unseals, then writes the new rows that fall into this slab.  grid (slab, 2 * KV head + side, share of the rows):
+ * where a page is unsealed, the first block writes all rows, for they may go into it. */
 __global__ void __launch_bounds__(store_warps * 32) store_kernel(const xq_cuda_layer l, const xq_cuda_update_args a) {
     extern __shared__ float shared[];
     const bool is_k = blockIdx.y % 2 == 0;
-    const int i0 = blockIdx.x * slab, head = blockIdx.y / 2, lane = threadIdx.x % slab, warp = threadIdx.x / slab;
-    if (i0 >= (is_k ? l.d : XQ_PAGE)) {
+    const int i0 = blockIdx.x * slab, head = blockIdx.y / 2, warp = threadIdx.x / slab;
+    const bool alone = *a.n_unseal > 0;
+    if (i0 >= (is_k ? l.d : XQ_PAGE) || (alone && blockIdx.z > 0)) {
         return;
     }
     for (int number = 0; number < *a.n_unseal; ++number) {
@@ -110,24 +104,52 @@ __global__ void __launch_bounds__(store_warps * 32) store_kernel(const xq_cuda_l
         }
         __syncthreads();
     }
-    const int rows_a_stream = l.n_slots * XQ_PAGE;
-    for (int t = warp; t < a.n_tokens; t += store_warps) {
+    for (int t = blockIdx.z * store_warps + warp; t < a.n_tokens; t += alone ? store_warps : gridDim.z * store_warps) {
         const int row = a.rows[t];
-        if (!is_k && row % XQ_PAGE / slab != blockIdx.x) {
-            continue;
+        if (is_k) {
+            store_row(l, a, true, head, t, row, i0, min(i0 + slab, l.d));
+        } else if (row % XQ_PAGE / slab == blockIdx.x) {
+            store_row(l, a, false, head, t, row, 0, l.e);
         }
-        const side_view v = view_of(l, is_k, row / rows_a_stream, head);
-        const char *cur = (const char *)(is_k ? a.k_cur : a.v_cur);
-        const float *src = (const float *)(cur + t * (is_k ? a.k_token_stride : a.v_token_stride) +
-                                           head * (is_k ? a.k_head_stride : a.v_head_stride));
-        __half *dst = v.window + (int64_t)(row % rows_a_stream) * v.width;
-        int bad = 0; // a masked infinity would spoil the sums of the tensor cores: 0 * inf
-        const int first = is_k ? i0 : 0, end = is_k ? min(i0 + slab, v.width) : v.width;
-        for (int j = first + lane; j < end; j += slab) {
-            dst[j] = __float2half_rn(finite(src[j], bad));
+    }
+}
+
+constexpr int max_streams = 8; /* that blocks share */
+
+/* All of it.  grid (2 * KV head + side, streams), a warp each slab */
+__global__ void few_tokens_kernel(const xq_cuda_layer l, const xq_cuda_update_args a, int shared_of_slab /* floats */) {
+    extern __shared__ float shared[];
+    const bool is_k = blockIdx.x % 2 == 0;
+    const int head = blockIdx.x / 2, warp = threadIdx.x / slab, i0 = warp * slab;
+    float *mine = shared + warp * shared_of_slab;
+    wait_for_previous();
+    launch_next();
+    const auto is_mine = [](int stream) { return stream % gridDim.y == blockIdx.y; };
+    const int n_seal = *a.n_seal, n_unseal = *a.n_unseal;
+    for (int number = 0; number < n_seal; ++number) {
+        if (is_mine(a.seals[7 * number])) {
+            seal_slab(l, a.seals + 7 * number, is_k, head, i0, mine, a.n_nonfinite);
         }
-        if (bad > 0) {
-            atomicAdd(a.n_nonfinite, (unsigned long long)bad);
+    }
+    if (n_seal > 0) {
+        __syncthreads();
+    }
+    for (int number = 0; number < n_unseal; ++number) {
+        const int32_t *op = a.unseals + 3 * number;
+        if (is_mine(op[0]) && i0 < (is_k ? l.d : XQ_PAGE)) {
+            const side_view v = view_of(l, is_k, op[0], head);
+            unseal_slab(l, is_k, op[0], head, i0, op[1], v.window + (int64_t)op[2] * XQ_PAGE * v.width, v.width, mine);
+        }
+    }
+    if (n_unseal > 0) {
+        __syncthreads();
+    }
+    const int width = is_k ? l.d : l.e;
+#pragma unroll 4
+    for (int t = 0; t < a.n_tokens; ++t) {
+        const int row = a.rows[t];
+        for (int j = i0; j < width && is_mine(row / (l.n_slots * XQ_PAGE)); j += blockDim.x) {
+            store_row(l, a, is_k, head, t, row, j, min(j + slab, width));
         }
     }
 }
@@ -136,17 +158,22 @@ __global__ void __launch_bounds__(store_warps * 32) store_kernel(const xq_cuda_l
 
 int launch_update(const xq_cuda_layer &l, const xq_cuda_update_args &a, cudaStream_t stream) {
     const size_t shared = slab_bytes(l);
-    if (shared > 48 * 1024) {
-        for (const auto kernel : {seal_kernel, store_kernel}) {
-            if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared) != cudaSuccess) {
-                return launched("update");
-            }
+    const unsigned n_slabs = slabs_of(l), n_sides = 2 * (unsigned)l.n_head_kv;
+    if (a.n_tokens < XQ_PAGE && n_slabs * slab <= 1024 && (int)(n_slabs * shared) <= shared_limit()) {
+        if (allow_shared(few_tokens_kernel, n_slabs * shared)) {
+            const unsigned n_streams = a.n_tokens < 1 ? 1 : a.n_tokens < max_streams ? a.n_tokens : max_streams;
+            launch_early(few_tokens_kernel, dim3(n_sides, n_streams), n_slabs * slab, n_slabs * shared, stream, l, a,
+                         (int)(shared / sizeof(float)));
         }
+        return launched("update");
     }
-    // a page leaves the window about every XQ_PAGE tokens
-    const unsigned n_operations = 1 + (unsigned)a.n_tokens / XQ_PAGE;
-    seal_kernel<<<dim3(slabs_of(l), 2 * l.n_head_kv, n_operations), slab, shared, stream>>>(l, a);
-    store_kernel<<<dim3(slabs_of(l), 2 * l.n_head_kv), store_warps * 32, shared, stream>>>(l, a);
+    if (allow_shared(seal_kernel, shared) && allow_shared(store_kernel, shared)) {
+        // a page leaves the window about every XQ_PAGE tokens
+        const unsigned n_operations = 1 + (unsigned)a.n_tokens / XQ_PAGE;
+        seal_kernel<<<dim3(n_slabs, n_sides, n_operations), slab, shared, stream>>>(l, a);
+        const unsigned n_shares = 1 + (unsigned)a.n_tokens / 64;
+        store_kernel<<<dim3(n_slabs, n_sides, n_shares), store_warps * 32, shared, stream>>>(l, a);
+    }
     return launched("update");
 }
 

@@ -59,17 +59,31 @@ typedef struct xq_cuda_attend_args {
     int32_t n_head, n_tokens, n_streams; /* n_tokens: of each stream */
     int32_t n_kv_pages;                  /* pages that are looked at */
     float scale, softcap, max_bias;      /* as xq_attention; max_bias > 0: ALiBi */
-    int32_t n_parts;
-    float *partial; /* [part][stream * token][head][2 e + 2, mapped: 3 e + 2]: the states of xq_attend */
+    const float *sinks;                  /* [head] scores that take part in the sum, or null */
+    int32_t n_parts;                     /* blocks that share the pages of a KV head */
+    /* [1] each, or null: counts of the update that was launched just before on the stream.  Given, attention overtakes
+     * it as far as its operations allow; q and mask must then have been written before it. */
+    const int32_t *n_seal, *n_unseal;
+    float *partial;     /* room for [part][stream][token][head][2 e + 2, mapped: 3 e + 2] */
+    uint32_t *arrivals; /* [stream][(rows of a KV head + 7) / 8][KV head]: 0, and 0 again afterwards */
+    float *out;         /* [stream][token][head][e] */
 } xq_cuda_attend_args;
 
 /* Pages as F16 rows again, for attention over many query rows at once. */
 typedef struct xq_cuda_unpack_args {
     const int32_t *table, *first_stream; /* as above */
     int32_t n_streams, n_kv_pages;
-    int32_t is_k;
-    uint16_t *rows; /* F16 [stream][n_kv_pages * XQ_PAGE][KV head][d or e]; pages without cells: 0 */
+    int32_t is_k, first_head, n_heads; /* KV heads that are wanted */
+    uint16_t *rows;                    /* F16 [stream][n_kv_pages * XQ_PAGE][n_heads][d or e]; pages without cells: 0 */
 } xq_cuda_unpack_args;
+
+/* Keys of a few pages as F32 and back, for a context shift between the two. */
+typedef struct xq_cuda_shift_args {
+    const int32_t *pages;              /* [n_pages][7]: stream, page, slot or -1 (sealed), valid[4] as for seals */
+    float *keys;                       /* F32 [page][token of the page][KV head][d] */
+    int64_t head_stride, token_stride; /* bytes */
+    int32_t n_pages;
+} xq_cuda_shift_args;
 
 /* Status: XQ_OK, XQ_ERR_ARGUMENT, or XQ_ERR_KERNELS if CUDA refuses; xq_cuda_error() says why. */
 XQ_API const char *xq_cuda_error(void);
@@ -77,10 +91,10 @@ XQ_API int xq_cuda_update(const xq_cuda_layer *layer, const xq_cuda_update_args 
 XQ_API int xq_cuda_attend(const xq_cuda_layer *layer, const xq_cuda_attend_args *args, void *stream);
 /* Which kernel xq_cuda_attend takes: "decode" (tensor cores) or "general". */
 XQ_API const char *xq_cuda_attend_kernel(const xq_cuda_layer *layer);
-/* partial: n_parts states of n_rows rows; row = token * n_head + head.  sinks [n_head] or null.  out [n_rows][e]. */
-XQ_API int xq_cuda_merge(const xq_cuda_layer *layer, int32_t n_parts, int32_t n_rows, int32_t n_head,
-                         const float *partial, const float *sinks, float *out, void *stream);
 XQ_API int xq_cuda_unpack(const xq_cuda_layer *layer, const xq_cuda_unpack_args *args, void *stream);
+/* Keys as they are stored, sealed or open; and stored again, sealed or open. */
+XQ_API int xq_cuda_read_keys(const xq_cuda_layer *layer, const xq_cuda_shift_args *args, void *stream);
+XQ_API int xq_cuda_write_keys(const xq_cuda_layer *layer, const xq_cuda_shift_args *args, void *stream);
 
 /* cdef: end */
 

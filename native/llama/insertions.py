@@ -204,12 +204,6 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "after",
     ),
     (
-        "src/llama-kv-cache.cpp",
-        "bool llama_kv_cache::get_can_shift() const {\n",
-        "    if (xq && !xq->can_shift()) {\n        return false;\n    }\n",
-        "after",
-    ),
-    (
         "src/llama-kv-cache-iswa.cpp",
         "    // TODO: if we fail again, we should attempt different splitting strategies\n",
         "    if (kv_base->xq && n_ubatch > 1) {\n        return init_batch(balloc, n_ubatch/2, embd_all);\n    }\n\n",
@@ -263,6 +257,13 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "    if (xq) {\n        xq->set_input(dst, sinfo);\n        return;\n    }\n",
         "after",
     ),
+    (
+        "src/llama-kv-cache.cpp",
+        "void llama_kv_cache::set_input_kq_mask(ggml_tensor * dst, const llama_ubatch * ubatch,"
+        " bool causal_attn) const {\n",
+        "    if (xq && xq->set_mask(dst, *ubatch, causal_attn)) {\n        return;\n    }\n",
+        "after",
+    ),
     ("src/llama-graph.cpp", '#include "llama-kv-cache.h"\n', '#include "xquant-cache.h"\n', "after"),
     (
         "src/llama-graph.cpp",
@@ -292,6 +293,13 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "src/llama-kv-cache-iswa.cpp",
         "    kv_swa = std::make_unique<llama_kv_cache>(\n",
         "    if (type_k == GGML_TYPE_XQUANT) {\n        type_k = type_v = GGML_TYPE_F16;\n    }\n\n",
+        "before",
+    ),
+    # -- graph: long caches are unpacked in up to eight pieces a layer, of eleven nodes each (xquant-graph.cpp)
+    (
+        "src/llama-context.cpp",
+        "    if (cparams.training) {\n        res *= 4;\n    }\n",
+        "    res += 8u*12u*model.hparams.n_layer_all;\n\n",
         "before",
     ),
     # -- state

@@ -124,7 +124,7 @@ std::pair<ggml_tensor *, ggml_tensor *> cache::add_layer(ggml_context *ctx, ggml
     }
     if (!ggml_backend_buft_is_host(buft)) {
         const int64_t map_bytes = l->map ? (int64_t)(l->map->weight.size() * sizeof(float)) : 0;
-        l->extra = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, extra_map(l->n_head_kv) + map_bytes);
+        l->extra = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, extra_map(l->n_head_kv, n_streams) + map_bytes);
         ggml_format_name(l->extra, "cache_xq_extra_l%d", (int)il);
     }
     layers_.push_back(std::move(l));
@@ -146,7 +146,7 @@ void cache::fill_extra() {
         if (l->extra && l->map) {
             const auto &[heads, weight] = *l->map;
             ggml_backend_tensor_set(l->extra, heads.data(), extra_heads, heads.size() * sizeof(int32_t));
-            ggml_backend_tensor_set(l->extra, weight.data(), (size_t)extra_map(l->n_head_kv),
+            ggml_backend_tensor_set(l->extra, weight.data(), (size_t)extra_map(l->n_head_kv, n_streams),
                                     weight.size() * sizeof(float));
         }
     }

@@ -79,8 +79,6 @@ class cache {
     bool has_sequence(llama_seq_id id, const char *caller) const;
     bool may_add(llama_seq_id id, llama_pos shift) const;
     bool may_divide(llama_seq_id id, int divisor) const;
-    /* Whether shift() is possible: not for layers on a GPU. */
-    bool can_shift() const;
     /* Rotates the keys of all cells whose position was shifted; false: it failed, with a message in the log. */
     bool shift(llama_context *lctx);
 
@@ -88,6 +86,8 @@ class cache {
 
     ggml_tensor *build_input(ggml_context *ctx, int64_t n_tokens) const;
     void set_input(ggml_tensor *input, const slot_info &sinfo);
+    /* Fills the mask of a micro-batch of one token in each stream whose cells it sees all; false: some other case. */
+    bool set_mask(ggml_tensor *mask, const llama_ubatch &ubatch, bool causal) const;
     /* k_cur and v_cur may be null: a layer that reads the cache of an earlier one. */
     ggml_tensor *build_attention(const llm_graph_context &graph, ggml_tensor *input, ggml_tensor *q, ggml_tensor *k_cur,
                                  ggml_tensor *v_cur, ggml_tensor *kq_b, ggml_tensor *kq_mask, ggml_tensor *sinks,
@@ -169,7 +169,6 @@ class cache {
     int32_t take_slot(uint32_t s, const std::vector<int32_t> &keep);
     bool open(uint32_t s, int32_t p, const std::vector<int32_t> &keep, int32_t n_new);
     void finish_interrupted();
-    bool check_can_shift(const char *caller) const;
     void fill_extra();
     uint64_t count_nonfinite() const;
     void run_pending(const layer &l) const;
@@ -195,7 +194,9 @@ class cache {
     std::vector<unseal_op> pending_unseals;
     uint64_t epoch = 0; /* micro-batches so far */
     std::atomic<uint64_t> n_nonfinite{0};
-    bool warned = false;       /* about them */
+    bool warned = false; /* about them */
+    /* What ran the last graph: waited for before the host copies what a device may still be writing. */
+    mutable ggml_backend_sched_t sched = nullptr;
     bool extra_filled = false; /* the layers' extra tensors hold what the host has */
 };
 

@@ -28,7 +28,7 @@ static xq_cuda_layer layer_of(const node_params &params, const ggml_tensor *bloc
         l.source_stream = (int64_t)others[2]->nb[1];
         const char *extra = (const char *)others[3]->data;
         l.map_heads = (const int32_t *)(extra + extra_heads);
-        l.map = (const float *)(extra + extra_map(l.n_head_kv));
+        l.map = (const float *)(extra + extra_map(l.n_head_kv, blocks->ne[1]));
     }
     return l;
 }
@@ -69,8 +69,8 @@ static void announce_kernel(const xq_cuda_layer &l) {
 
 static int attend(const node_params &params, const ggml_tensor *node, void *stream) {
     ggml_tensor *const *src = node->src;
-    const ggml_tensor *q = src[0], *mask = src[2];
-    const xq_cuda_layer l = layer_of(params, src[3], src[4], src + 5);
+    const ggml_tensor *q = src[0], *mask = src[2], *window = src[4], *extra = src[8], *sinks = src[9];
+    const xq_cuda_layer l = layer_of(params, src[3], window, src + 5);
     announce_kernel(l);
     const auto *input = (const int32_t *)src[1]->data;
     xq_cuda_attend_args a = {};
@@ -89,18 +89,16 @@ static int attend(const node_params &params, const ggml_tensor *node, void *stre
     a.scale = params.scale;
     a.softcap = params.softcap;
     a.max_bias = params.max_bias;
+    a.sinks = sinks ? (const float *)sinks->data : nullptr;
     a.n_parts = params.n_parts;
-    a.partial = (float *)node->data;
+    if (window->op == GGML_OP_CUSTOM) { // the update, the node before this one
+        a.n_seal = input + in_n_seal;
+        a.n_unseal = input + in_n_unseal;
+    }
+    a.out = (float *)node->data;
+    a.partial = a.out + q->ne[2] * q->ne[1] * l.e;
+    a.arrivals = (uint32_t *)((char *)extra->data + extra_arrivals(l.n_head_kv));
     return xq_cuda_attend(&l, &a, stream);
-}
-
-static int merge(const node_params &params, const ggml_tensor *node, void *stream) {
-    const ggml_tensor *states = node->src[0], *sinks = node->src[1], *blocks = node->src[2];
-    ggml_tensor *const others[] = {node->src[2], node->src[2], node->src[2], node->src[3]};
-    const xq_cuda_layer l = layer_of(params, blocks, blocks, others);
-    return xq_cuda_merge(&l, params.n_parts, (int32_t)(node->ne[1] * node->ne[2]), (int32_t)node->ne[1],
-                         (const float *)states->data, sinks == states ? nullptr : (const float *)sinks->data,
-                         (float *)node->data, stream);
 }
 
 static int unpack(const node_params &params, const ggml_tensor *node, void *stream) {
@@ -113,8 +111,26 @@ static int unpack(const node_params &params, const ggml_tensor *node, void *stre
     a.n_streams = (int32_t)node->ne[3];
     a.n_kv_pages = (int32_t)(node->ne[2] / XQ_PAGE);
     a.is_k = params.kind == node_kind::unpack_k;
+    a.first_head = params.first_head;
+    a.n_heads = (int32_t)node->ne[1];
     a.rows = (uint16_t *)node->data;
     return xq_cuda_unpack(&l, &a, stream);
+}
+
+/* Both ends of a context shift; the first source: pages. */
+static int shift(node_params params, ggml_tensor *const *src, const ggml_tensor *keys, void *stream) {
+    xq_cuda_layer plain = *params.layer;
+    plain.mapped = 0; // values are not looked at
+    params.layer = &plain;
+    ggml_tensor *const others[] = {src[3], src[3], nullptr, nullptr};
+    const xq_cuda_layer l = layer_of(params, src[1], src[2], others);
+    xq_cuda_shift_args a = {};
+    a.pages = (const int32_t *)src[0]->data;
+    a.n_pages = (int32_t)(ggml_nbytes(src[0]) / sizeof(shift_op));
+    a.keys = (float *)keys->data;
+    a.head_stride = (int64_t)keys->nb[1];
+    a.token_stride = (int64_t)keys->nb[2];
+    return params.kind == node_kind::read_keys ? xq_cuda_read_keys(&l, &a, stream) : xq_cuda_write_keys(&l, &a, stream);
 }
 
 } // namespace xquant
@@ -137,12 +153,17 @@ bool xquant_cuda_compute(const ggml_tensor *node, void *stream) {
     case node_kind::attend:
         status = attend(params, node, stream);
         break;
-    case node_kind::merge:
-        status = merge(params, node, stream);
-        break;
+    case node_kind::merge: // on the CPU alone
+        return false;
     case node_kind::unpack_k:
     case node_kind::unpack_v:
         status = unpack(params, node, stream);
+        break;
+    case node_kind::read_keys:
+        status = shift(params, node->src, node, stream);
+        break;
+    case node_kind::write_keys:
+        status = shift(params, node->src + 1, node->src[0], stream);
         break;
     }
     if (status != XQ_OK) {

@@ -69,6 +69,35 @@ void cache::set_input(ggml_tensor *tensor, const slot_info &sinfo) {
     }
 }
 
+/* llama.cpp looks at every cell for every token, which takes longer than the attention of a layer on a GPU. */
+bool cache::set_mask(ggml_tensor *mask, const llama_ubatch &ubatch, bool causal) const {
+    const int64_t n_kv = mask->ne[0];
+    if (!causal || mask->type != GGML_TYPE_F16 || ubatch.n_tokens != mask->ne[3] || kv.hparams.use_alibi ||
+        kv.swa_type != LLAMA_SWA_TYPE_NONE || ubatch.is_pos_2d()) {
+        return false;
+    }
+    const auto stream_of = [&](uint32_t i) { return kv.seq_to_stream[ubatch.seq_id[i][0]]; };
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const auto &c = cells(stream_of(i));
+        const uint32_t n_used = c.get_used();
+        if (n_used == 0 || n_used > n_kv || c.used_min() != 0 || c.used_max_p1() != n_used) {
+            return false;
+        }
+        for (llama_seq_id id = 0; id < (llama_seq_id)kv.n_seq_max; ++id) {
+            if (c.seq_pos_max(id) > (id == ubatch.seq_id[i][0] ? ubatch.pos[i] : -1)) {
+                return false;
+            }
+        }
+    }
+    ggml_fp16_t *row = (ggml_fp16_t *)mask->data;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i, row += n_kv) {
+        const uint32_t n_used = cells(stream_of(i)).get_used();
+        std::fill(row, row + n_used, ggml_fp32_to_fp16(0.0f));
+        std::fill(row + n_used, row + n_kv, ggml_fp32_to_fp16(-INFINITY));
+    }
+    return true;
+}
+
 /* ---- attend ---- */
 
 static void attend(ggml_tensor *dst, int ith, int nth, void *userdata) {
@@ -167,9 +196,9 @@ static void merge(ggml_tensor *dst, int ith, int nth, void *userdata) {
 
 /* ---- graph ---- */
 
-/* Query rows of one KV head from which on pages are unpacked for llama.cpp's own attention, on devices that have it:
- * each pass over the codes serves eight rows, a pass over F16 rows many more. */
-static constexpr int64_t rows_to_unpack = 64;
+/* Rows of KV heads that are unpacked at a time: bounds the F16 copy, 1 GiB for keys and values of width 128.  Pieces
+ * cost nodes, for which the insertions make room. */
+static constexpr int64_t rows_at_once = 1 << 21, max_pieces = 8;
 /* Blocks of threads that fill a large GPU. */
 static constexpr int64_t device_blocks = 132;
 
@@ -193,6 +222,7 @@ ggml_tensor *cache::build_attention(const llm_graph_context &graph, ggml_tensor 
         refuse("this model's attention has a bias on the scores or a latent projection; use the cache type f16");
     }
     ggml_context *ctx = graph.ctx0;
+    sched = graph.sched;
     // layers without keys and values of their own read an earlier layer's cache
     layer *l = layers_[kv.map_layer_ids.at(il)].get();
     ggml_tensor *k_codes = l->k_owner->blocks, *v_codes = l->v_owner->blocks, *source = l->v_source->blocks;
@@ -203,6 +233,9 @@ ggml_tensor *cache::build_attention(const llm_graph_context &graph, ggml_tensor 
     if (k_cur && v_cur) {
         k_cur = k_cur->type == GGML_TYPE_F32 ? k_cur : ggml_cast(ctx, k_cur, GGML_TYPE_F32);
         v_cur = v_cur->type == GGML_TYPE_F32 ? v_cur : ggml_cast(ctx, v_cur, GGML_TYPE_F32);
+        // attention may begin before the update has ended: all else that it reads comes first
+        ggml_build_forward_expand(graph.gf, q);
+        ggml_build_forward_expand(graph.gf, kq_mask);
         // a view of the window: it runs where the layer lies
         ggml_tensor *args[] = {input, k_cur, v_cur, l->blocks, k_codes, v_codes, source, l->extra};
         stored = ggml_custom_inplace(ctx, l->window, args, 8, update_pages, GGML_N_TASKS_MAX, l);
@@ -214,17 +247,34 @@ ggml_tensor *cache::build_attention(const llm_graph_context &graph, ggml_tensor 
     const int64_t n_head = q->ne[1], n_tokens = q->ne[2], n_streams_q = kq_mask->ne[3], n_kv = kq_mask->ne[0];
     const int64_t n_rows = n_tokens / n_streams_q * (n_head / l->n_head_kv); // of one KV head and stream
     if (l->extra && n_rows >= rows_to_unpack) {
-        ggml_tensor *rows[2];
-        for (const auto kind : {node_kind::unpack_k, node_kind::unpack_v}) {
-            const bool is_k = kind == node_kind::unpack_k;
-            params.kind = kind;
-            const int64_t ne[] = {is_k ? l->d : l->e, l->n_head_kv, n_kv, n_streams_q};
-            rows[is_k ? 0 : 1] =
-                new_node(ctx, GGML_TYPE_F16, ne,
-                         {input, l->blocks, l->window, k_codes, v_codes, source, l->extra, stored}, nullptr, l, params);
-            graph.cb(rows[is_k ? 0 : 1], is_k ? "xquant_k" : "xquant_v", il);
+        // ALiBi's slopes belong to the number of a head among all
+        const int64_t all = l->n_head_kv, wanted = (all * n_kv * n_streams_q + rows_at_once - 1) / rows_at_once;
+        const int64_t pieces = params.max_bias > 0.0f ? 1 : std::min(wanted, max_pieces);
+        const int64_t n_heads_kv = (all + pieces - 1) / pieces, n_rep = n_head / all;
+        ggml_tensor *out = nullptr;
+        for (int64_t first = 0; first < l->n_head_kv; first += n_heads_kv) {
+            const int64_t n = std::min(n_heads_kv, l->n_head_kv - first);
+            ggml_tensor *rows[2];
+            for (const auto kind : {node_kind::unpack_k, node_kind::unpack_v}) {
+                const bool is_k = kind == node_kind::unpack_k;
+                params.kind = kind;
+                params.first_head = (int32_t)first;
+                const int64_t ne[] = {is_k ? l->d : l->e, n, n_kv, n_streams_q};
+                rows[is_k ? 0 : 1] = new_node(ctx, GGML_TYPE_F16, ne,
+                                              {input, l->blocks, l->window, k_codes, v_codes, source, l->extra, stored},
+                                              nullptr, l, params);
+                graph.cb(rows[is_k ? 0 : 1], is_k ? "xquant_k" : "xquant_v", il);
+            }
+            ggml_tensor *heads = ggml_view_3d(ctx, q, q->ne[0], n * n_rep, n_tokens, q->nb[1], q->nb[2],
+                                              (size_t)(first * n_rep) * q->nb[1]);
+            ggml_tensor *sink =
+                sinks ? ggml_view_1d(ctx, sinks, n * n_rep, (size_t)(first * n_rep) * sinks->nb[0]) : nullptr;
+            ggml_tensor *part = graph.build_attn_mha(heads, rows[0], rows[1], nullptr, kq_mask, sink, nullptr,
+                                                     kv.get_size(), kq_scale, il);
+            out = out ? ggml_concat(ctx, out, part, 0) : part;
         }
-        return graph.build_attn_mha(q, rows[0], rows[1], nullptr, kq_mask, sinks, nullptr, kv.get_size(), kq_scale, il);
+        ggml_build_forward_expand(graph.gf, out);
+        return out;
     }
 
     const int64_t n_threads = n_tokens == 1 ? graph.cparams.n_threads : graph.cparams.n_threads_batch;
@@ -235,22 +285,28 @@ ggml_tensor *cache::build_attention(const llm_graph_context &graph, ggml_tensor 
     params.n_parts = (int32_t)std::clamp<int64_t>(wanted, 1, n_kv / XQ_PAGE);
 
     params.kind = node_kind::attend;
-    const int64_t state_ne[] = {l->state_width(), n_head, n_tokens, params.n_parts};
-    ggml_tensor *states = new_node(
-        ctx, GGML_TYPE_F32, state_ne,
-        {q, input, kq_mask, l->blocks, l->window, k_codes, v_codes, source, l->extra, stored}, attend, l, params);
+    const int64_t n_out = l->e * n_head * n_tokens, n_states = l->state_width() * n_head * n_tokens * params.n_parts;
+    const int64_t device_ne[] = {n_out + n_states, 1, 1, 1};
+    const int64_t host_ne[] = {l->state_width(), n_head, n_tokens, params.n_parts};
+    ggml_tensor *states =
+        new_node(ctx, GGML_TYPE_F32, l->extra ? device_ne : host_ne,
+                 {q, input, kq_mask, l->blocks, stored ? stored : l->window, k_codes, v_codes, source, l->extra, sinks},
+                 attend, l, params);
     graph.cb(states, "xquant_attend", il);
-
-    params.kind = node_kind::merge;
-    const int64_t out_ne[] = {l->e, n_head, n_tokens, 1};
-    ggml_tensor *out =
-        new_node(ctx, GGML_TYPE_F32, out_ne, {states, sinks ? sinks : states, l->blocks, l->extra}, merge, l, params);
-    graph.cb(out, "xquant_merge", il);
-    if (!l->extra) { // the layer lies in the CPU's memory: nothing of it shall be copied to a device
+    ggml_tensor *out;
+    if (l->extra) {
+        out = ggml_view_2d(ctx, states, l->e * n_head, n_tokens, l->e * n_head * sizeof(float), 0);
+    } else {
+        params.kind = node_kind::merge;
+        const int64_t out_ne[] = {l->e, n_head, n_tokens, 1};
+        out = new_node(ctx, GGML_TYPE_F32, out_ne, {states, sinks ? sinks : states, l->blocks, l->extra}, merge, l,
+                       params);
+        graph.cb(out, "xquant_merge", il);
+        // the layer lies in the CPU's memory: nothing of it shall be copied to a device
         ggml_backend_sched_set_tensor_backend(graph.sched, states, graph.backend_cpu);
         ggml_backend_sched_set_tensor_backend(graph.sched, out, graph.backend_cpu);
+        out = ggml_reshape_2d(ctx, out, l->e * n_head, n_tokens);
     }
-    out = ggml_reshape_2d(ctx, out, l->e * n_head, n_tokens);
     ggml_build_forward_expand(graph.gf, out);
     return out;
 }

@@ -178,6 +178,9 @@ bool cache::begin(const slot_info &sinfo) {
 
 void cache::copy_stream(uint32_t from, uint32_t to) {
     finish_interrupted();
+    if (sched) {
+        ggml_backend_sched_synchronize(sched);
+    }
     streams[to] = streams[from];
     for (const auto &l : layers_) {
         ggml_backend_tensor_copy(l->blocks_stream[from], l->blocks_stream[to]);
@@ -193,17 +196,8 @@ bool cache::has_sequence(llama_seq_id id, const char *caller) const {
     return true;
 }
 
-/* llama.cpp would take the positions, and stop the process when the keys were to follow. */
-bool cache::check_can_shift(const char *caller) const {
-    if (!can_shift()) {
-        LLAMA_LOG_ERROR("%s: xquant: positions of a cache on a GPU cannot be shifted yet\n", caller);
-        return false;
-    }
-    return true;
-}
-
 bool cache::may_add(llama_seq_id id, llama_pos shift) const {
-    if (!has_sequence(id, "seq_add") || !check_can_shift("seq_add")) {
+    if (!has_sequence(id, "seq_add")) {
         return false;
     }
     const int64_t newest = cells(kv.seq_to_stream[id]).seq_pos_max(id);
@@ -220,7 +214,7 @@ bool cache::may_divide(llama_seq_id id, int divisor) const {
         LLAMA_LOG_ERROR("seq_div: xquant: divisor is %d, must be at least 1\n", divisor);
         return false;
     }
-    return has_sequence(id, "seq_div") && check_can_shift("seq_div");
+    return has_sequence(id, "seq_div");
 }
 
 } // namespace xquant

@@ -1,0 +1,152 @@
+"""Single operations of llama.cpp's CPU backend, and ours beside them, as ggml graphs that are run again and again.
+
+ggml comes from our own build of it, as every front end of the fork uses it; its kernels are those that the build chose
+(AVX2, FMA and F16C on x86-64).  Our operations are nodes of graph_nodes.c, which needs a C compiler.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cffi import FFI
+
+from xquant_gguf import native
+
+NODES = Path(__file__).parent / "graph_nodes.c"
+F32, F16, Q4_0, Q8_0 = 0, 1, 2, 8  # of enum ggml_type
+GGML = """
+struct ggml_init_params { size_t mem_size; void *mem_buffer; bool no_alloc; };
+struct ggml_cplan {
+    size_t work_size; uint8_t *work_data; int n_threads; void *threadpool; void *abort; void *abort_data; bool use_ref;
+};
+void *ggml_init(struct ggml_init_params);
+void ggml_free(void *);
+void *ggml_new_tensor_4d(void *, int, int64_t, int64_t, int64_t, int64_t);
+void *ggml_permute(void *, void *, int, int, int, int);
+void *ggml_get_data(const void *);
+size_t ggml_nbytes(const void *);
+void *ggml_flash_attn_ext(void *, void *, void *, void *, void *, float, float, float);
+void *ggml_custom_4d(void *, int, int64_t, int64_t, int64_t, int64_t, void **, int, void *, int, void *);
+void *ggml_new_graph(void *);
+void ggml_build_forward_expand(void *, void *);
+struct ggml_cplan ggml_graph_plan(const void *, int, void *);
+int ggml_graph_compute(void *, struct ggml_cplan *);
+int ggml_cpu_has_avx2(void);
+int ggml_cpu_has_avx512(void);
+"""
+NODE_FUNCTIONS = """
+void attend_node(void *, int, int, void *);
+void merge_node(void *, int, int, void *);
+void read_node(void *, int, int, void *);
+"""
+
+
+@lru_cache(maxsize=1)
+def load() -> tuple[FFI, Any, Any, Any]:
+    """The cffi instance of libxquant with ggml's declarations added; libggml-base, libggml-cpu, our nodes."""
+    ffi, _ = native.load()
+    ffi.cdef(GGML + native.declarations(NODES) + NODE_FUNCTIONS)
+    base = ffi.dlopen(str(native.library_path("ggml-base")), ffi.RTLD_GLOBAL)
+    cpu = ffi.dlopen(str(native.library_path("ggml-cpu")))
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "nodes.so"
+        command = [os.environ.get("CC", "cc"), "-O3", "-shared", "-fPIC", "-I", str(native.LIBRARY_DIR)]
+        subprocess.run([*command, "-o", str(library), str(NODES)], check=True)
+        nodes = ffi.dlopen(str(library))
+    return ffi, base, cpu, nodes
+
+
+class Graph:
+    """A ggml graph with its tensors.  keep: what must live as long as it does."""
+
+    def __init__(self, tensor_bytes: int) -> None:
+        self.ffi, self.base, self.cpu, self.nodes = load()
+        params = self.ffi.new("struct ggml_init_params *", {"mem_size": tensor_bytes + (8 << 20), "no_alloc": False})
+        self.ctx = self.base.ggml_init(params[0])
+        self.keep: list[Any] = []
+        self.plans: dict[int, Any] = {}
+        self.graph = self.ffi.NULL
+
+    def pointer(self, ctype: str, array: np.ndarray) -> Any:
+        """Of an array that lives as long as the graph."""
+        self.keep.append(array)
+        self.keep.append(self.ffi.from_buffer(ctype, array))
+        return self.keep[-1]
+
+    def new(self, ctype: str, value: Any = None) -> Any:
+        self.keep.append(self.ffi.new(ctype, value))
+        return self.keep[-1]
+
+    def tensor(self, kind: int, *ne: int, data: np.ndarray | None = None) -> Any:
+        """A tensor that holds data, byte for byte; 0 else."""
+        tensor = self.base.ggml_new_tensor_4d(self.ctx, kind, *ne, *[1] * (4 - len(ne)))
+        n = self.base.ggml_nbytes(tensor)
+        raw = bytes(n) if data is None else np.ascontiguousarray(data).view(np.uint8).reshape(-1)
+        if len(raw) != n:
+            raise ValueError(f"{len(raw)} bytes for a tensor of {n}")
+        self.ffi.memmove(self.base.ggml_get_data(tensor), raw, n)
+        return tensor
+
+    def node(self, name: str, job: Any, *sources: Any) -> Any:
+        """A node of graph_nodes.c, run by all threads."""
+        function = self.ffi.cast("void *", getattr(self.nodes, name))
+        args = self.ffi.new("void *[]", sources or (self.tensor(F32, 16),))
+        return self.base.ggml_custom_4d(self.ctx, F32, 16, 1, 1, 1, args, len(args), function, -1, job)
+
+    def finish(self, result: Any) -> None:
+        self.graph = self.base.ggml_new_graph(self.ctx)
+        self.base.ggml_build_forward_expand(self.graph, result)
+        self.result = result
+
+    def run(self, n_threads: int) -> None:
+        if n_threads not in self.plans:
+            plan = self.ffi.new("struct ggml_cplan *", self.cpu.ggml_graph_plan(self.graph, n_threads, self.ffi.NULL))
+            plan.work_data = self.new("uint8_t[]", plan.work_size + 64)
+            self.plans[n_threads] = plan
+        if self.cpu.ggml_graph_compute(self.graph, self.plans[n_threads]) != 0:
+            raise ValueError("the graph failed")
+
+    def close(self) -> None:
+        self.base.ggml_free(self.ctx)
+
+
+def timed(runs: Mapping[str, Sequence[Callable[[], None]]], seconds: float) -> dict[str, tuple[float, float]]:
+    """Median and least seconds of a call, in interleaved rounds of `seconds` in all for each; the calls of a name go in
+    turn.  The least is what a machine with other work still shows."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for calls in runs.values():
+        for call in calls:
+            call()
+    while min(sum(found) for found in times.values()) < seconds:
+        for name, calls in runs.items():
+            if sum(times[name]) > 4 * seconds:  # slow ones need not be seen as often
+                continue
+            for call in calls:
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
+    return {name: (statistics.median(found), min(found)) for name, found in times.items()}
+
+
+def read_speed(n_threads: int, size: int = 1 << 28, rounds: int = 7) -> float:
+    """Bytes/s of a loop that only reads memory, much more of it than caches hold."""
+    graph = Graph(0)
+    data = np.ones(size // 8, np.uint64)
+    job = graph.new("read_job *", {"data": graph.pointer("uint64_t[]", data), "n": len(data)})
+    graph.finish(graph.node("read_node", job))
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        graph.run(n_threads)
+        times.append(time.perf_counter() - start)
+    graph.close()
+    return size / statistics.median(times)

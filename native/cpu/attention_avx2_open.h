@@ -1,0 +1,138 @@
+/* attention_avx2_open.h: attention over open (F16) pages for AVX2 with FMA and F16C, exact in single precision.  A few
+ * tokens at a time are converted to F32 on the stack, for all rows.  The AVX-512 set uses it as well.
+ *
+ * Everything has internal linkage: files that are compiled for different instructions share nothing.
+ */
+#pragma once
+
+#include "vec_avx2.h"
+#include "xquant.h"
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+namespace xq {
+namespace {
+
+/* Sums of eight vectors, as one vector. */
+inline __m256 sums(const __m256 v[8]) {
+    const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+
+inline void to_float(const uint16_t *half, int n /* multiple of 8 */, float *out) {
+    for (int i = 0; i < n; i += 8) {
+        _mm256_store_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(half + i))));
+    }
+}
+
+/* scores[row][t0 .. t0 + n_k - 1] of R rows against n_k keys, a multiple of 8 / R rounded up to pairs. */
+template <int R>
+inline void dot_rows(int d, const float *const *q, const float *k, int t0, int n_k, float *const *scores) {
+    constexpr int K = 8 / R; // keys at a time: 8 accumulators
+    for (int t = 0; t < n_k; t += K) {
+        __m256 acc[8];
+        for (auto &x : acc) {
+            x = _mm256_setzero_ps();
+        }
+        for (int i = 0; i < d; i += 8) {
+            __m256 key[K];
+            for (int c = 0; c < K; ++c) {
+                key[c] = _mm256_load_ps(k + (t + c) * d + i);
+            }
+            for (int r = 0; r < R; ++r) {
+                const __m256 x = _mm256_loadu_ps(q[r] + i);
+                for (int c = 0; c < K; ++c) {
+                    acc[r * K + c] = _mm256_fmadd_ps(x, key[c], acc[r * K + c]);
+                }
+            }
+        }
+        alignas(32) float out[8];
+        _mm256_store_ps(out, sums(acc));
+        for (int r = 0; r < R; ++r) {
+            memcpy(scores[r] + t0 + t, out + r * K, K * sizeof(float));
+        }
+    }
+}
+
+/* out[row][j] += sum of p[row][t] v[t][j] for R rows and n_v values. */
+template <int R>
+inline void add_rows(int e, const float *const *p, const float *v, int t0, int n_v, float *const *out) {
+    for (int j = 0; j < e; j += 16) {
+        __m256 acc[R][2];
+        for (int r = 0; r < R; ++r) {
+            acc[r][0] = _mm256_loadu_ps(out[r] + j);
+            acc[r][1] = _mm256_loadu_ps(out[r] + j + 8);
+        }
+        for (int t = 0; t < n_v; ++t) {
+            const __m256 a = _mm256_load_ps(v + t * e + j), b = _mm256_load_ps(v + t * e + j + 8);
+            for (int r = 0; r < R; ++r) {
+                const __m256 x = _mm256_broadcast_ss(p[r] + t0 + t);
+                acc[r][0] = _mm256_fmadd_ps(x, a, acc[r][0]);
+                acc[r][1] = _mm256_fmadd_ps(x, b, acc[r][1]);
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            _mm256_storeu_ps(out[r] + j, acc[r][0]);
+            _mm256_storeu_ps(out[r] + j + 8, acc[r][1]);
+        }
+    }
+}
+
+/* Calls f<R>(first row) over n rows, four at a time while there are four. */
+template <typename F> inline void by_rows(int n, const F &f) {
+    int row = 0;
+    for (; row + 4 <= n; row += 4) {
+        f(std::integral_constant<int, 4>(), row);
+    }
+    if (n - row >= 2) {
+        f(std::integral_constant<int, 2>(), row);
+        row += 2;
+    }
+    if (n - row >= 1) {
+        f(std::integral_constant<int, 1>(), row);
+    }
+}
+
+/* The part of a kernel set (attention_pages.h) that open pages need. */
+struct avx2_open_pages {
+    static void open_scores(int d, int n, const float *const *q, const uint16_t *k, float *const *scores) {
+        constexpr int tokens = 16;
+        alignas(32) float keys[tokens * XQ_MAX_HEAD_DIM];
+        for (int t0 = 0; t0 < XQ_PAGE; t0 += tokens) {
+            to_float(k + t0 * d, tokens * d, keys);
+            by_rows(n, [&](auto rows, int row) { dot_rows<rows>(d, q + row, keys, t0, tokens, scores + row); });
+        }
+    }
+
+    static void open_values(int e, int n, const float *const *p, const uint16_t *v, float *const *out) {
+        constexpr int tokens = 16;
+        alignas(32) float values[tokens * XQ_MAX_HEAD_DIM];
+        for (int t0 = 0; t0 < XQ_PAGE; t0 += tokens) {
+            // tokens that no row sees may hold anything: 0 times a not-a-number must not happen
+            __m256 seen[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+            for (int row = 0; row < n; ++row) {
+                seen[0] = _mm256_or_ps(seen[0], _mm256_load_ps(p[row] + t0));
+                seen[1] = _mm256_or_ps(seen[1], _mm256_load_ps(p[row] + t0 + 8));
+            }
+            const __m256 zero = _mm256_setzero_ps();
+            const int none = _mm256_movemask_ps(_mm256_cmp_ps(seen[0], zero, _CMP_EQ_OQ)) |
+                             _mm256_movemask_ps(_mm256_cmp_ps(seen[1], zero, _CMP_EQ_OQ)) << 8;
+            if (none == 0xffff) {
+                continue;
+            }
+            to_float(v + t0 * e, tokens * e, values);
+            for (int t = 0; t < tokens; ++t) {
+                if (none >> t & 1) {
+                    std::fill(values + t * e, values + (t + 1) * e, 0.0f);
+                }
+            }
+            by_rows(n, [&](auto rows, int row) { add_rows<rows>(e, p + row, values, t0, tokens, out + row); });
+        }
+    }
+};
+
+} // namespace
+} // namespace xq

@@ -1,0 +1,164 @@
+/* attention_neon.h: attention for NEON, compiled once per kernel set: neon, neon_dotprod, neon_i8mm (XQ_SET).  See
+ * attention_pages.h for the equations.
+ *
+ * Open pages: exact in single precision; F16 is converted in registers.
+ *
+ * Sealed pages: a[i] = q_i s_i (or p_i s_i) is rounded to 8 bits with one scale a row and group, and multiplied with
+ * the codes in whole numbers: the three sets differ in the instruction for that alone and give the same bits.  What
+ * the rounding costs is measured in tests/test_attention.py; the codes are centred first, which keeps it small:
+ *
+ *     sum_i a_i c_ij = step * (sum_i a8_i c_ij - middle * sum_i a8_i) + middle * sum_i a_i
+ */
+#include "attention_neon_codes.h"
+#include "attention_pages.h"
+
+namespace xq {
+namespace XQ_SET {
+
+/* ---- open pages ---- */
+
+/* scores[row][t] of R rows against all keys of a page, four keys at a time. */
+template <int R> static inline void dot_rows(int d, const float *const *q, const uint16_t *k, float *const *scores) {
+    for (int t = 0; t < XQ_PAGE; t += 4, k += 4 * d) {
+        float32x4_t sum[R][4];
+        for (auto &row : sum) {
+            row[0] = row[1] = row[2] = row[3] = vdupq_n_f32(0.0f);
+        }
+        for (int i = 0; i < d; i += 4) {
+            const float32x4_t key[4] = {load_half(k + i), load_half(k + d + i), load_half(k + 2 * d + i),
+                                        load_half(k + 3 * d + i)};
+            for (int r = 0; r < R; ++r) {
+                const float32x4_t x = vld1q_f32(q[r] + i);
+                for (int c = 0; c < 4; ++c) {
+                    sum[r][c] = vfmaq_f32(sum[r][c], x, key[c]);
+                }
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            const float32x4_t left = vpaddq_f32(sum[r][0], sum[r][1]), right = vpaddq_f32(sum[r][2], sum[r][3]);
+            vst1q_f32(scores[r] + t, vpaddq_f32(left, right));
+        }
+    }
+}
+
+/* out[row][j] += sum of p[row][t] v[t][j] for R rows and the n tokens t that are named. */
+template <int R>
+static inline void add_rows(int e, const float *const *p, const uint16_t *v, const uint8_t *tokens, int n,
+                            float *const *out) {
+    for (int j = 0; j < e; j += 16) {
+        float32x4_t sum[R][4];
+        for (int r = 0; r < R; ++r) {
+            for (int c = 0; c < 4; ++c) {
+                sum[r][c] = vld1q_f32(out[r] + j + 4 * c);
+            }
+        }
+        for (int i = 0; i < n; ++i) {
+            const int t = tokens[i];
+            const uint16_t *at = v + t * e + j;
+            const float32x4_t value[4] = {load_half(at), load_half(at + 4), load_half(at + 8), load_half(at + 12)};
+            for (int r = 0; r < R; ++r) {
+                const float32x4_t x = vdupq_n_f32(p[r][t]);
+                for (int c = 0; c < 4; ++c) {
+                    sum[r][c] = vfmaq_f32(sum[r][c], x, value[c]);
+                }
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            for (int c = 0; c < 4; ++c) {
+                vst1q_f32(out[r] + j + 4 * c, sum[r][c]);
+            }
+        }
+    }
+}
+
+/* Calls f<R>(first row) over n rows, four at a time while there are four. */
+template <typename F> static inline void by_rows(int n, const F &f) {
+    int row = 0;
+    for (; row + 4 <= n; row += 4) {
+        f(std::integral_constant<int, 4>(), row);
+    }
+    if (n - row >= 2) {
+        f(std::integral_constant<int, 2>(), row);
+        row += 2;
+    }
+    if (n - row >= 1) {
+        f(std::integral_constant<int, 1>(), row);
+    }
+}
+
+struct neon_set {
+    static void open_scores(int d, int n, const float *const *q, const uint16_t *k, float *const *scores) {
+        by_rows(n, [&](auto rows, int row) { dot_rows<rows>(d, q + row, k, scores + row); });
+    }
+
+    static void open_values(int e, int n, const float *const *p, const uint16_t *v, float *const *out) {
+        // tokens that no row sees may hold anything: 0 times a not-a-number must not happen
+        uint8_t seen[XQ_PAGE];
+        int n_seen = 0;
+        for (int t0 = 0; t0 < XQ_PAGE; t0 += 4) {
+            uint32x4_t any = vdupq_n_u32(0);
+            for (int row = 0; row < n; ++row) {
+                any = vorrq_u32(any, vreinterpretq_u32_f32(vld1q_f32(p[row] + t0)));
+            }
+            uint32_t bits[4];
+            vst1q_u32(bits, any);
+            for (int t = 0; t < 4; ++t) {
+                seen[n_seen] = (uint8_t)(t0 + t);
+                n_seen += bits[t] != 0;
+            }
+        }
+        by_rows(n, [&](auto rows, int row) { add_rows<rows>(e, p + row, v, seen, n_seen, out + row); });
+    }
+
+    static void sealed_scores(const xq_attention &a, int page, int n, const float *const *q, float *const *scores) {
+        const uint8_t *param = a.k_param + page * a.k_param_stride, *block = a.k_codes + page * a.k_codes_stride;
+        const int64_t column = column_bytes(a.k_code_bits, a.d);
+        for (int t0 = 0; t0 < XQ_PAGE; t0 += a.k.group, param += group_param_bytes(a.k, a.d)) {
+            multiply(a.k.bits, parameters(a.k, a.d, param), a.k.group, block + t0 / 16 * column, n, q, t0, scores,
+                     true);
+        }
+    }
+
+    static void sealed_values(const xq_attention &a, int page, int n, const float *const *p, float *const *out) {
+        const uint8_t *param = a.v_param + page * a.v_param_stride, *block = a.v_codes + page * a.v_codes_stride;
+        const int group = group_length(a.v, a.e);
+        const int64_t column = column_bytes(a.v_code_bits, XQ_PAGE);
+        for (int j0 = 0; j0 < a.e; j0 += group, param += group_param_bytes(a.v, XQ_PAGE)) {
+            multiply(a.v.bits, parameters(a.v, XQ_PAGE, param), group, block + j0 / 16 * column, n, p, j0, out, false);
+        }
+    }
+
+    static bool softmax(float *s, float scale, float softcap, const uint16_t *mask, float slope, float *max,
+                        float *sum) {
+        const float32x4_t infinite = vdupq_n_f32(-INFINITY);
+        float32x4_t top = vdupq_n_f32(*max);
+        for (int t = 0; t < XQ_PAGE; t += 4) {
+            float32x4_t x = vmulq_n_f32(vld1q_f32(s + t), scale);
+            if (softcap > 0.0f) {
+                x = vmulq_n_f32(tanh(vdivq_f32(x, vdupq_n_f32(softcap))), softcap);
+            }
+            if (mask) {
+                const float32x4_t m = load_half(mask + t);
+                x = vbslq_f32(vceqq_f32(m, infinite), infinite, vfmaq_n_f32(x, m, slope));
+            }
+            vst1q_f32(s + t, x);
+            top = vmaxnmq_f32(top, x);
+        }
+        const float highest = vmaxvq_f32(top);
+        if (highest == -INFINITY) {
+            return false;
+        }
+        float32x4_t total = vdupq_n_f32(0.0f);
+        for (int t = 0; t < XQ_PAGE; t += 4) {
+            const float32x4_t p = exp_non_positive(vsubq_f32(vld1q_f32(s + t), vdupq_n_f32(highest)));
+            vst1q_f32(s + t, p);
+            total = vaddq_f32(total, p);
+        }
+        *sum = (highest > *max ? *sum * std::exp(*max - highest) : *sum) + vaddvq_f32(total);
+        *max = highest;
+        return true;
+    }
+};
+
+} // namespace XQ_SET
+} // namespace xq

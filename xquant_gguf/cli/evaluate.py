@@ -1,0 +1,104 @@
+"""The commands evaluate and plot."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from xquant_gguf.cli.options import UBATCH, Commands, add_command, at_least, kv_types, list_of
+from xquant_gguf.cli.text import table, write_json
+from xquant_gguf.evaluate import evaluate
+from xquant_gguf.plot import plot
+from xquant_gguf.tasks import TASKS, run, task_of
+
+TASK_TEXT = "quality of KV cache types: perplexity and KL divergence from F16 on a text, or answers to a task"
+PLOT_TEXT = "draw KL divergence against bits (of evaluate), and sensitivity by layer (of calibrate), as PNG"
+TASK_OPTIONS = ("data", "limit", "max_tokens", "lengths", "depths", "repeats", "seed")
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    if args.task:
+        return run_task(args)
+    if not args.text:
+        raise ValueError("name a text with --text FILE, or a task with --task")
+    text = Path(args.text).read_text(errors="replace")
+    kv_types = args.kv_types.split(",")
+    out = evaluate(
+        args.model, text, kv_types, n_tokens=args.tokens, n_ctx=args.n_ctx, skip=args.skip, n_ubatch=args.n_ubatch,
+        n_threads=args.threads,
+    )  # fmt: skip
+    rows = [["KV cache", "true bits", "equivalent", "MiB", "PPL", "KLD", "KLD 99%", "top-1 %"]]
+    for r in out["results"]:
+        numbers = [f"{r['true_bits']:.2f}", f"{r['equivalent_bits']:.2f}", f"{r['kv_bytes'] / 2**20:.1f}"]
+        numbers += [f"{r['ppl']:.3f}", f"{r['kld']:.4f}", f"{r['kld_p99']:.3f}", f"{100 * r['top1']:.1f}"]
+        rows.append([r["kv_type"], *numbers])
+    print(table(rows))
+    if args.json:
+        write_json(args.json, out)
+    return 0
+
+
+def run_task(args: argparse.Namespace) -> int:
+    if args.text:
+        raise ValueError("--text is no option of a task: --data FILE names its questions")
+    task = task_of(args.task, {name: getattr(args, name) for name in TASK_OPTIONS})
+    beside = Path(args.json).with_suffix(".items.jsonl") if args.json else None
+    out = run(
+        args.model, task, args.kv_types.split(","), n_ctx=args.n_ctx, n_ubatch=args.n_ubatch, n_threads=args.threads,
+        answers_path=beside,
+    )  # fmt: skip
+    near = [name for name in out["results"][0] if name.endswith("_to_f16")]
+    rows = [["KV cache", "true bits", "items", *task.metrics, "+-", "same as f16 %", *near, "tokens", "in codes"]]
+    for r in out["results"]:
+        numbers = [f"{r['true_bits']:.2f}", str(r["n"]), *(f"{r[m]:.3f}" for m in task.metrics)]
+        numbers += [f"{r[task.metrics[0] + '_stderr']:.3f}"]
+        numbers += [f"{100 * r['same_as_f16']:.1f}" if "same_as_f16" in r else "-"]
+        numbers += [f"{r[name]:.3f}" for name in near]
+        rows.append([r["kv_type"], *numbers, f"{r['tokens']:.0f}", f"{r['tokens_in_codes']:.0f}"])
+    print(table(rows))
+    if "table" in out:
+        depths = sorted({r["depth"] for r in out["table"]})
+        cells = {(r["kv_type"], r["length"], r["depth"]): r for r in out["table"]}
+        rows = [["found, by depth", "tokens", *(f"{d:g}" for d in depths)]]
+        for kv, length in dict.fromkeys((r["kv_type"], r["length"]) for r in out["table"]):
+            found = [cells[kv, length, d] for d in depths]
+            rows.append([kv, str(length), *(f"{r['found'] * r['n']:.0f}/{r['n']}" for r in found)])
+        print(f"\n{table(rows)}")
+    if args.json:
+        write_json(args.json, out)
+    return 0
+
+
+def run_plot(args: argparse.Namespace) -> int:
+    plot(args.results, args.out)
+    return 0
+
+
+def _task_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--task", choices=list(TASKS), help="answers to questions instead of a text")
+    sub.add_argument("--data", help="truthfulqa: its CSV; longbench: the JSON lines of multi_news")
+    sub.add_argument("--limit", type=at_least(1), help="truthfulqa, longbench: ask the first items only")
+    sub.add_argument("--max-tokens", type=at_least(1), help="longbench: tokens of a summary (default 512)")
+    text = "passkey: tokens of prompt and answer, with commas (default 1024,2048,4096)"
+    sub.add_argument("--lengths", type=list_of(at_least(1)), help=text)
+    text = "passkey: where the key stands, 0 first to 1 last, with commas (default 0,0.25,0.5,0.75,1)"
+    sub.add_argument("--depths", type=list_of(float), help=text)
+    sub.add_argument("--repeats", type=at_least(1), help="passkey: keys for each length and depth (default 1)")
+    sub.add_argument("--seed", type=at_least(0), help="passkey: another seed gives other texts (default 0)")
+
+
+def add(commands: Commands) -> None:
+    """Declares both."""
+    sub = add_command(commands, "evaluate", run_evaluate, TASK_TEXT, n_ctx=4096)
+    sub.add_argument("--text", help="text file")
+    sub.add_argument("--kv-types", default="f16,q8_0,q4_0,xquant,xquant-small,xquant-tiny", help=f"any of {kv_types()}")
+    sub.add_argument("--tokens", type=at_least(2), default=4096, help="tokens of the text (default %(default)s)")
+    sub.add_argument("--skip", type=at_least(0), default=512, help="first positions of a window that are not scored")
+    sub.add_argument("--n-ubatch", type=at_least(1), default=512, help=UBATCH)
+    text = "file for the results; a task's answers are kept beside it, and a run that was stopped continues there"
+    sub.add_argument("--json", help=text)
+    _task_options(sub)
+    sub = commands.add_parser("plot", help=PLOT_TEXT, description=PLOT_TEXT)
+    sub.set_defaults(function=run_plot)
+    sub.add_argument("results", nargs="+", help="JSON files of evaluate --text or calibrate --json")
+    sub.add_argument("--out", required=True, metavar="FILE.png", help="picture to write")
