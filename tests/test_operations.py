@@ -29,7 +29,7 @@ N_SEQ = 3
 FINE = "k=4,32,minmax,f16,0,-1 v=4,32,minmax,f16,0,-1,rot"
 PLANS = {"open": {"xquant.window": -1}, "sealing": {"xquant.window": 0, "xquant.pinned": 0, "xquant.layer.0": FINE}}
 # Largest error of a logit over the standard deviation of all logits of a batch: F16 rows, rounded again by each shift;
-# codes, made again by each shift.  Measured in 2,000 examples: PLACEHOLDER.
+# codes, made again by each shift.  Measured in 60 random examples: 3.8e-4, 0.097.
 BOUNDS = {"open": 2e-3, "sealing": 0.2}
 
 SEQUENCES = st.integers(0, N_SEQ - 1)

@@ -147,6 +147,29 @@ def test_every_field_of_a_state_is_checked(paths: dict[str, Path], field: str, v
         assert context.save() == before
 
 
+@pytest.mark.parametrize("sequences", [(), (0, 0), (1, 0), (0, 1, 1)])
+def test_sequences_of_a_cell_are_ascending(paths: dict[str, Path], sequences: tuple[int, ...]) -> None:
+    with Context(paths["plain"], "xquant", n_seq=2) as context:
+        context.decode(TOKENS[:700], 0)
+        state = context.save()
+        at = field_offsets(state[1:])["sequences"] + 1  # the name of the architecture is a byte longer than a header
+        assert state[at : at + 8] == struct.pack("<Ii", 1, 0)
+        forged = struct.pack(f"<I{len(sequences)}i", len(sequences), *sequences)
+        assert context.load(state[:at] + forged + state[at + 8 :]) == 0
+        assert context.save() == state
+
+
+def test_pages_are_ascending(paths: dict[str, Path]) -> None:
+    with Context(paths["plain"], "xquant") as context:
+        context.decode(TOKENS[:700], 0)
+        state = context.save(0)
+        at = field_offsets(state)["position"] + 128 * 28  # the first page's cells
+        assert state[at : at + 4] == struct.pack("<I", 1)
+        before = context.save()
+        assert context.load(state[:at] + struct.pack("<I", 0) + state[at + 4 :], 0) == 0
+        assert context.save() == before
+
+
 @pytest.mark.parametrize(
     "cell",
     [(-1, 1, 0), (2**31 - 1, 1, 0), (5, 0), (5, 2**32 - 1, 0), (5, 3, 0, 1, 1), (5, 2, 0, 0), (5, 1, 2), (5, 1, -1)],
