@@ -3,8 +3,9 @@
 usage: largest_context.py [MODEL] [--shape llama-8b] [--kv-types f16,xquant] [--n-ubatch 512] [--folder /dev/shm]
 
 Writes a random model of the shape (F16 weights; llama-8b: 16 GB) into the folder, unless one is named, loads all of it
-onto the first GPU, and makes contexts until the largest one is found, to within half a percent; one micro-batch is
-decoded in it.  "others" is what is neither weights nor cache: llama.cpp's buffers for the graph, and CUDA's own.
+onto the first GPU, and makes contexts until the largest one is found that leaves 1 GiB free, to within half a percent;
+one micro-batch is decoded in it.  (llama.cpp stops the process where CUDA finds no memory while it computes.)  "others"
+is what is neither weights nor cache: llama.cpp's buffers for the graph, and CUDA's own.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from xquant_gguf.cli.text import table
 from xquant_gguf.sizes import LLAMA_TYPES, DryModel, llama_cpp, override_array
 from xquant_gguf.synthetic import write
 
-STEP = 256
+STEP, KEEP_FREE = 256, 1 << 30
 
 
 def free_bytes() -> tuple[int, int]:
@@ -68,9 +69,10 @@ class Model:
         return llama_cpp.llama_init_from_model(self.model, params)
 
     def fits(self, n_ctx: int) -> bool:
-        """Whether a context can be made and decodes a micro-batch."""
+        """Whether a context can be made, leaves enough free and decodes a micro-batch."""
         ctx = self.context(n_ctx)
-        if not ctx:
+        if not ctx or free_bytes()[0] < KEEP_FREE:
+            llama_cpp.llama_free(ctx)
             return False
         tokens = (ctypes.c_int32 * self.n_ubatch)(*[5] * self.n_ubatch)
         done = llama_cpp.llama_decode(ctx, llama_cpp.llama_batch_get_one(tokens, self.n_ubatch)) == 0

@@ -109,12 +109,12 @@ def test_states_travel_between_gpu_and_cpu(fork: Fork) -> None:
 
 
 def shifted(path: str, case: Case, shift: bool, **options: Any) -> NDArray[np.float32]:
-    """Logits after 600 tokens of which some were dropped, and others moved down and together where `shift` says so."""
+    """Logits after 680 tokens of which some were dropped, and others moved down and together where `shift` says so."""
     ids, n = tokens(), case.n_ubatch
     llama = Llama(
         path, kv_plan=case.kv_plan(), n_ctx=2048, n_batch=n, n_ubatch=n, logits_all=True, verbose=False, **options
     )
-    llama.eval(ids[:600])
+    llama.eval(ids[:680])
     memory = llama_cpp.llama_get_memory(llama._ctx.ctx)
     assert llama_cpp.llama_memory_can_shift(memory)
     assert llama_cpp.llama_memory_seq_rm(memory, 0, 150, 250)
@@ -125,7 +125,7 @@ def shifted(path: str, case: Case, shift: bool, **options: Any) -> NDArray[np.fl
         assert llama.n_tokens == 300
     assert llama.kv_cache_info()["pages_sealed"] > 0
     first = llama.n_tokens
-    llama.eval(ids[600:640])
+    llama.eval(ids[680:720])
     found = np.array(llama.scores[first : first + 40])
     llama.close()
     return found
