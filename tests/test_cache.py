@@ -158,6 +158,18 @@ def test_a_loaded_state_goes_on_bit_for_bit(path: Path, kv_type: str) -> None:
         assert saved.info() == loaded.info()
 
 
+def test_a_loaded_state_writes_into_the_same_cells(path: Path) -> None:
+    """Behind a hole: the next cells are those that were freed, not those behind the last one."""
+    with Context(path, "xquant") as saved, Context(path, "xquant") as loaded:
+        saved.decode(TOKENS[:900], 0)
+        llama_cpp.llama_memory_seq_rm(saved.memory, 0, 200, 300)
+        state = saved.save()
+        assert loaded.load(state) == len(state)
+        for context in (saved, loaded):
+            context.decode(TOKENS[900:1000], 900)
+        assert loaded.save() == saved.save()
+
+
 def test_a_state_is_about_as_small_as_the_cache(path: Path) -> None:
     sizes = {}
     for kv_type in ("f16", "xquant"):
