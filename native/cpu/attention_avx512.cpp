@@ -25,26 +25,9 @@ XQ_INLINE __m512 exp_non_positive(__m512 x) {
     return _mm512_maskz_scalef_ps(seen, y, n);
 }
 
-struct avx512_set : avx2_open_pages {
-    static void sealed_scores(const xq_attention &a, int page, int n, const float *const *q, float *const *scores) {
-        const uint8_t *param = a.k_param + page * a.k_param_stride, *codes = a.k_codes + page * a.k_codes_stride;
-        const int64_t column = column_bytes(a.k_code_bits, a.d);
-        for (int t0 = 0; t0 < XQ_PAGE; t0 += a.k.group, param += group_param_bytes(a.k, a.d)) {
-            multiply(a.k.bits, parameters(a.k, a.d, param, a.k_param_stride), a.k.group, codes + t0 / 16 * column,
-                     a.k_codes_stride, n, q, t0, scores, true);
-        }
-    }
+#include "attention_x86_sealed.h"
 
-    static void sealed_values(const xq_attention &a, int page, int n, const float *const *p, float *const *out) {
-        const uint8_t *param = a.v_param + page * a.v_param_stride, *codes = a.v_codes + page * a.v_codes_stride;
-        const int group = group_length(a.v, a.e);
-        const int64_t column = column_bytes(a.v_code_bits, XQ_PAGE);
-        for (int j0 = 0; j0 < a.e; j0 += group, param += group_param_bytes(a.v, XQ_PAGE)) {
-            multiply(a.v.bits, parameters(a.v, XQ_PAGE, param, a.v_param_stride), group, codes + j0 / 16 * column,
-                     a.v_codes_stride, n, p, j0, out, false);
-        }
-    }
-
+struct avx512_set : avx2_open_pages, sealed_pages {
     static bool softmax(float *s, float scale, float softcap, const uint16_t *mask, float slope, float *max,
                         float *sum) {
         constexpr int n = XQ_PAGE / 16;
