@@ -8,6 +8,7 @@
 #pragma once
 
 #include "attention_avx2_fold.h"
+#include "codec_format.h"
 
 #include <algorithm>
 #include <utility>
@@ -17,11 +18,6 @@ namespace avx2_attention {
 
 /* Vectors a that share one pass over the codes: what the registers hold. */
 constexpr int max_vectors = 4;
-
-static inline int64_t column_bytes(int bits, int n_i) { // of 16 columns
-    const auto units = [n_i](int b) { return (n_i * b + 31) / 32; };
-    return bits == 0 ? 0 : 64 * (int64_t)(bits == 3 ? units(2) + units(1) : units(bits));
-}
 
 /* Unit u of a column block with B-bit codes: groups of four rows, one at a time. */
 template <int B> struct unit {

@@ -5,12 +5,12 @@
  */
 #pragma once
 
+#include "attention_pages.h"
 #include "vec_avx2.h"
 #include "xquant.h"
 
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
 
 namespace xq {
 namespace {
@@ -78,21 +78,6 @@ inline void add_rows(int e, const float *const *p, const float *v, int t0, int n
             _mm256_storeu_ps(out[r] + j, acc[r][0]);
             _mm256_storeu_ps(out[r] + j + 8, acc[r][1]);
         }
-    }
-}
-
-/* Calls f<R>(first row) over n rows, four at a time while there are four. */
-template <typename F> inline void by_rows(int n, const F &f) {
-    int row = 0;
-    for (; row + 4 <= n; row += 4) {
-        f(std::integral_constant<int, 4>(), row);
-    }
-    if (n - row >= 2) {
-        f(std::integral_constant<int, 2>(), row);
-        row += 2;
-    }
-    if (n - row >= 1) {
-        f(std::integral_constant<int, 1>(), row);
     }
 }
 

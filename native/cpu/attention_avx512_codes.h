@@ -7,6 +7,7 @@
  */
 #pragma once
 
+#include "codec_format.h"
 #include "vec_avx2.h"
 #include "xquant.h"
 
@@ -21,11 +22,6 @@ namespace {
 
 constexpr int max_i = XQ_MAX_HEAD_DIM; // numbers i: channels of a key or tokens of a page
 constexpr int max_vectors = 8;         // rows that share one pass over the codes
-
-inline int64_t column_bytes(int bits, int n_i) { // of 16 columns
-    const auto units = [n_i](int b) { return (n_i * b + 31) / 32; };
-    return bits == 0 ? 0 : 64 * (int64_t)(bits == 3 ? units(2) + units(1) : units(bits));
-}
 
 /* ---- folding ---- */
 

@@ -71,21 +71,6 @@ static inline void add_rows(int e, const float *const *p, const uint16_t *v, con
     }
 }
 
-/* Calls f<R>(first row) over n rows, four at a time while there are four. */
-template <typename F> static inline void by_rows(int n, const F &f) {
-    int row = 0;
-    for (; row + 4 <= n; row += 4) {
-        f(std::integral_constant<int, 4>(), row);
-    }
-    if (n - row >= 2) {
-        f(std::integral_constant<int, 2>(), row);
-        row += 2;
-    }
-    if (n - row >= 1) {
-        f(std::integral_constant<int, 1>(), row);
-    }
-}
-
 struct neon_set {
     static void open_scores(int d, int n, const float *const *q, const uint16_t *k, float *const *scores) {
         by_rows(n, [&](auto rows, int row) { dot_rows<rows>(d, q + row, k, scores + row); });
@@ -113,7 +98,7 @@ struct neon_set {
     static void sealed_scores(const xq_attention &a, int page, int n, const float *const *q, float *const *scores) {
         const uint8_t *param = a.k_param + page * a.k_param_stride, *block = a.k_codes + page * a.k_codes_stride;
         const int64_t column = column_bytes(a.k_code_bits, a.d);
-        for (int t0 = 0; t0 < XQ_PAGE; t0 += a.k.group, param += group_param_bytes(a.k, a.d)) {
+        for (int t0 = 0; t0 < XQ_PAGE; t0 += a.k.group, param += parameter_bytes(a.k, a.d)) {
             multiply(a.k.bits, parameters(a.k, a.d, param), a.k.group, block + t0 / 16 * column, n, q, t0, scores,
                      true);
         }
@@ -123,7 +108,7 @@ struct neon_set {
         const uint8_t *param = a.v_param + page * a.v_param_stride, *block = a.v_codes + page * a.v_codes_stride;
         const int group = group_length(a.v, a.e);
         const int64_t column = column_bytes(a.v_code_bits, XQ_PAGE);
-        for (int j0 = 0; j0 < a.e; j0 += group, param += group_param_bytes(a.v, XQ_PAGE)) {
+        for (int j0 = 0; j0 < a.e; j0 += group, param += parameter_bytes(a.v, XQ_PAGE)) {
             multiply(a.v.bits, parameters(a.v, XQ_PAGE, param), group, block + j0 / 16 * column, n, p, j0, out, false);
         }
     }

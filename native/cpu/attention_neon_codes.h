@@ -8,16 +8,12 @@
 
 #include "attention_neon_dot.h"
 #include "attention_neon_fold.h"
+#include "codec_format.h"
 
 #include <algorithm>
 
 namespace xq {
 namespace XQ_SET {
-
-static inline int64_t column_bytes(int bits, int n_i) { // of 16 columns
-    const auto units = [n_i](int b) { return (n_i * b + 31) / 32; };
-    return bits == 0 ? 0 : 64 * (int64_t)(bits == 3 ? units(2) + units(1) : units(bits));
-}
 
 /* Rows of a step, in sixteens: as many as one unit of the narrowest part holds, or two units of four bits.  The last
  * step may read past the rows into the part that follows in the same 16 columns; a is 0 there. */

@@ -11,13 +11,9 @@
  */
 #pragma once
 
-#include <arm_neon.h>
+#include "inline.h"
 
-#if defined(__GNUC__)
-#define XQ_INLINE inline __attribute__((always_inline))
-#else
-#define XQ_INLINE inline
-#endif
+#include <arm_neon.h>
 
 namespace xq {
 namespace XQ_SET {

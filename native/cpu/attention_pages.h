@@ -14,12 +14,14 @@
  */
 #pragma once
 
+#include "codec_format.h"
 #include "half.h"
 #include "kernels.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 namespace xq {
 
@@ -64,12 +66,19 @@ static inline mask_kind kind_of(const uint16_t *mask /* [XQ_PAGE] */) {
     return first == 0 ? mask_zero : first == 0xfc00fc00fc00fc00u ? mask_none : mask_mixed;
 }
 
-/* How many groups a side has in a page, and how long they are: K tiles of tokens, V groups of channels. */
-static inline int group_length(const xq_side &side, int n) {
-    return side.group == 0 || side.group > n ? n : side.group;
-}
-static inline int64_t group_param_bytes(const xq_side &side, int n) {
-    return side.bits == 0 ? 2 * n : side.param == XQ_PARAM_F16 ? 4 * n : 2 * n;
+/* Calls f<R>(first row) over n rows, four at a time while there are four. */
+template <typename F> static inline void by_rows(int n, const F &f) {
+    int row = 0;
+    for (; row + 4 <= n; row += 4) {
+        f(std::integral_constant<int, 4>(), row);
+    }
+    if (n - row >= 2) {
+        f(std::integral_constant<int, 2>(), row);
+        row += 2;
+    }
+    if (n - row >= 1) {
+        f(std::integral_constant<int, 1>(), row);
+    }
 }
 
 template <typename Set> void attend_block(const xq_attention &a, int first, int n_rows) {

@@ -41,10 +41,6 @@ void multiply_codes(int bits, int n_i, const uint8_t *block, const float *a /* [
     }
 }
 
-int64_t column_bytes(int bits, int n_i) {
-    return xq_packed_bytes(bits, (n_i + 15) / 16 * 16, 16);
-}
-
 struct scalar_set {
     static void open_scores(int d, int n, const float *const *q, const uint16_t *k, float *const *scores) {
         for (int t = 0; t < XQ_PAGE; ++t) {
@@ -79,7 +75,7 @@ struct scalar_set {
     static void sealed_scores(const xq_attention &a, int page, int n, const float *const *q, float *const *scores) {
         const uint8_t *param = a.k_param + page * a.k_param_stride, *codes = a.k_codes + page * a.k_codes_stride;
         float scale[XQ_MAX_HEAD_DIM], zero[XQ_MAX_HEAD_DIM], folded[XQ_MAX_HEAD_DIM];
-        for (int t0 = 0; t0 < XQ_PAGE; t0 += a.k.group, param += group_param_bytes(a.k, a.d)) {
+        for (int t0 = 0; t0 < XQ_PAGE; t0 += a.k.group, param += parameter_bytes(a.k, a.d)) {
             load_parameters(a.k, a.d, param, scale, zero);
             for (int row = 0; row < n; ++row) {
                 float constant = 0.0f;
@@ -100,7 +96,7 @@ struct scalar_set {
         const uint8_t *param = a.v_param + page * a.v_param_stride, *codes = a.v_codes + page * a.v_codes_stride;
         const int group = group_length(a.v, a.e);
         float scale[XQ_PAGE], zero[XQ_PAGE], folded[XQ_PAGE];
-        for (int j0 = 0; j0 < a.e; j0 += group, param += group_param_bytes(a.v, XQ_PAGE)) {
+        for (int j0 = 0; j0 < a.e; j0 += group, param += parameter_bytes(a.v, XQ_PAGE)) {
             load_parameters(a.v, XQ_PAGE, param, scale, zero);
             for (int row = 0; row < n; ++row) {
                 float constant = 0.0f;

@@ -1,15 +1,11 @@
 /* vec_avx2.h: exp, tanh and sums of AVX2 vectors; what x86 kernels share. */
 #pragma once
 
+#include "inline.h"
+
 #include <cstdint>
 #include <immintrin.h>
 #include <initializer_list>
-
-#if defined(__GNUC__)
-#define XQ_INLINE inline __attribute__((always_inline))
-#else
-#define XQ_INLINE inline
-#endif
 
 namespace xq {
 
