@@ -136,12 +136,16 @@ def exact_rows(device: gpu.DeviceLayer, table: list[int], name: str) -> NDArray[
     return out.reshape(device.heads, -1, width)
 
 
-def mapped(rng: np.random.Generator, e: int, bits: int) -> tuple[gpu.DeviceLayer, gpu.DeviceLayer, list[Window]]:
-    """A layer whose values another predicts; page 1 of both sealed from slot 0."""
+def mapped(
+    rng: np.random.Generator, e: int, bits: int, large: float = 0.0
+) -> tuple[gpu.DeviceLayer, gpu.DeviceLayer, list[Window]]:
+    """A layer whose values another predicts; page 1 of both sealed from slot 0.  large: a tenth of its map."""
     source_side = Side(2, 0, "lloyd", "log8", True, eta=0.09)
     side = Side(bits, 0, "lloyd" if bits else "minmax", "log8" if bits else "f16", True, source=0, eta=0.1)
     heads = np.array([1, 0], np.int32)
     map_ = (rng.standard_normal((HEADS, e, e)) / e**0.5).astype(np.float32)
+    if large:
+        map_[rng.random(map_.shape) < 0.1] = large
     windows = [window_of(rng, e, e, 1) for _ in range(2)]
     source = gpu.DeviceLayer(Layer(Side(4, 128), source_side), windows[0], 2)
     reader = gpu.DeviceLayer(Layer(Side(4, 128), side), windows[1], 2, source=source, map_=(heads, map_))
@@ -150,21 +154,38 @@ def mapped(rng: np.random.Generator, e: int, bits: int) -> tuple[gpu.DeviceLayer
     return source, reader, windows
 
 
+def check_mapped(source: gpu.DeviceLayer, reader: gpu.DeviceLayer, windows: list[Window]) -> float:
+    """Page 1 of the reader is the reference's byte for byte; returns the largest prediction."""
+    assert reader.map is not None
+    heads, map_ = reader.map
+    valid, largest = np.ones(PAGE, bool), 0.0
+    for head in range(HEADS):
+        codes, param, _ = reference.seal_v(source.layer.v, windows[0][1][heads[head], 0], valid)
+        predicted = reference.predict_v(source.layer.v, source.e, codes, param, map_[head])
+        codes, param, _ = reference.seal_v(reader.layer.v, windows[1][1][head, 0], valid, None, predicted)
+        block, at = reader.block(head, 1), reader.layout
+        assert reader.layer.v.bits == 0 or block[at.v_codes : at.v_codes + len(codes)].tobytes() == codes
+        assert block[at.v_param : at.v_param + len(param)].tobytes() == param
+        largest = max(largest, float(np.abs(predicted).max()))
+    return largest
+
+
+@pytest.mark.parametrize("bits", [0, 2])
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
+def test_predictions_that_are_not_finite_are_clamped(bits: int) -> None:
+    """Products overflow, and infinities of both signs make not-a-numbers."""
+    source, reader, windows = mapped(np.random.default_rng(bits), 64, bits, 3e38)
+    assert check_mapped(source, reader, windows) == 65504
+    want = np.clip(exact_rows(reader, [gpu.FREE, gpu.SEALED], "v"), -65504, 65504).astype(np.float16)
+    np.testing.assert_array_equal(reader.unpack([gpu.FREE, gpu.SEALED], False), want)
+
+
 @pytest.mark.parametrize("bits", [0, 1, 2])
 @pytest.mark.parametrize("e", [64, 128])
 def test_mapped_values(bits: int, e: int) -> None:
     rng = np.random.default_rng(bits)
     source, reader, windows = mapped(rng, e, bits)
-    assert reader.map is not None
-    heads, map_ = reader.map
-    valid = np.ones(PAGE, bool)
-    for head in range(HEADS):
-        codes, param, _ = reference.seal_v(source.layer.v, windows[0][1][heads[head], 0], valid)
-        predicted = reference.predict_v(source.layer.v, e, codes, param, map_[head])
-        codes, param, _ = reference.seal_v(reader.layer.v, windows[1][1][head, 0], valid, None, predicted)
-        block, at = reader.block(head, 1), reader.layout
-        assert bits == 0 or block[at.v_codes : at.v_codes + len(codes)].tobytes() == codes
-        assert block[at.v_param : at.v_param + len(param)].tobytes() == param
+    check_mapped(source, reader, windows)
     rows = [exact_rows(reader, [0, gpu.SEALED], name) for name in "kv"]
     q = rng.standard_normal((2, HEADS * N_REP, e), dtype=np.float32)
     check_attention(reader, q, [0, gpu.SEALED], None, rows[0], rows[1])

@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # Builds the fork with CUDA for the GPU at hand, runs the tests marked cuda, prints the benchmarks and, last, a table of
-# what passed and how long it took: under ten minutes with 16 cores and an H100.
-# usage: tools/gpu.sh BUILD_FOLDER    (in a Python environment with the test requirements; needs nvcc, cmake, ninja)
+# what passed and how long it took: under ten minutes with 16 cores and an H100.  A step that fails does not stop the
+# others; without a library that loads there are none.
+# usage: tools/gpu.sh BUILD_FOLDER [CMAKE_ARGUMENTS]
+#        (in a Python environment with the test requirements; needs nvcc, cmake, ninja)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 build=$1
+shift
+arguments=("$@")
 mkdir -p "$build" xquant_gguf/lib
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} OMP_WAIT_POLICY=passive
 summary=() failed=0
@@ -27,19 +31,20 @@ finish() {
 
 configure() {
   cmake -G Ninja -S . -B "$build" -DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native -DXQUANT_CUDA_ARCHITECTURES=native \
-    > "$build/cmake.log" 2>&1 || { tail -n 40 "$build/cmake.log"; return 1; }
+    "${arguments[@]}" > "$build/cmake.log" 2>&1 || { tail -n 40 "$build/cmake.log"; return 1; }
 }
 compile() {
   ninja -C "$build" fork > "$build/ninja.log" 2>&1 || { tail -n 40 "$build/ninja.log"; return 1; }
   cp "$build"/bin/*.so "$build"/native/*.so native/include/xquant.h native/llama/xquant_llama.h xquant_gguf/lib/
 }
 
-step configure configure && step build compile || finish
+step configure configure && step build compile && step load python3 -c 'from xquant_gguf import Llama' || finish
 step kernels python3 -m pytest -q -m cuda tests/test_cuda_kernels.py
 step fork python3 -m pytest -q -m cuda tests/test_cuda.py
 step attention python3 benchmarks/attention_cuda.py
+step unpack python3 benchmarks/unpack_cuda.py
 step bench python3 -m xquant_gguf bench --shape llama-8b --layers 8 --depths 0,32768,131072 \
-  --kv-types f16,q4_0,xquant,xquant-tiny --n-prompt 512 --n-decode 32 --n-gpu-layers -1
+  --kv-types f16,q4_0,xquant,xquant-tiny --n-prompt 512 --n-decode 64 --n-gpu-layers -1
 step parallel python3 -m xquant_gguf bench --shape llama-8b --layers 8 --depths 16384 --parallel 8 \
   --kv-types f16,q4_0,xquant,xquant-tiny --n-prompt 512 --n-decode 32 --n-gpu-layers -1
 finish

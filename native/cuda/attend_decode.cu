@@ -5,8 +5,11 @@
 
 namespace xq {
 
-template <int D, bool PLAIN>
-int launch_decode_of(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream);
+// each has a file of its own: they compile side by side
+extern template int launch_decode_of<128, true>(const xq_cuda_layer &, const xq_cuda_attend_args &, cudaStream_t);
+extern template int launch_decode_of<128, false>(const xq_cuda_layer &, const xq_cuda_attend_args &, cudaStream_t);
+extern template int launch_decode_of<64, true>(const xq_cuda_layer &, const xq_cuda_attend_args &, cudaStream_t);
+extern template int launch_decode_of<64, false>(const xq_cuda_layer &, const xq_cuda_attend_args &, cudaStream_t);
 
 decode_shape decode_shape_of(const xq_cuda_layer &l) {
     decode_shape shape = {staging(l, page_p::bytes)};

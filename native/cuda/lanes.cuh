@@ -117,7 +117,7 @@ __device__ inline void unseal_lane(const matrix &m, column x, int i, const uint8
     }
 }
 
-/* x [j] += sign * what the map says of token i; sums in the order of the source's channels, as on the CPU.
+/* x [j] += sign * what the map says of token i; sums in the order of the source's channels, and finite, as on the CPU.
  * u: the second half of the shared memory. */
 __device__ inline void add_predicted(const xq_cuda_layer &l, int stream, int head, int page, int i, column x, column u,
                                      float sign) {
@@ -125,12 +125,13 @@ __device__ inline void add_predicted(const xq_cuda_layer &l, int stream, int hea
     unseal_lane(matrix_of(from, false), u, i, from.codes + page * from.codes_stride,
                 from.param + page * from.param_stride);
     const float *map = l.map + (int64_t)head * l.e * l.e;
+    int bad = 0; // not of the input: codes and parameters of a loaded state may be anything
     for (int j = 0; j < l.e; ++j) {
         float sum = 0.0f;
         for (int k = 0; k < l.e; ++k) {
             sum = sum + u[k] * map[(int64_t)k * l.e + j];
         }
-        x[j] = x[j] + sign * sum;
+        x[j] = x[j] + sign * finite(sum, bad);
     }
 }
 
