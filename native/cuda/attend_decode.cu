@@ -11,21 +11,34 @@ extern template int launch_decode_of<128, false>(const xq_cuda_layer &, const xq
 extern template int launch_decode_of<64, true>(const xq_cuda_layer &, const xq_cuda_attend_args &, cudaStream_t);
 extern template int launch_decode_of<64, false>(const xq_cuda_layer &, const xq_cuda_attend_args &, cudaStream_t);
 
-decode_shape decode_shape_of(const xq_cuda_layer &l) {
-    decode_shape shape = {staging(l, page_p::bytes)};
-    const int page = shape.at.bytes, limit = shared_limit() - (int)sizeof(page_list) - 1024;
-    shape.n_warps = std::min(max_warps, limit / (page + piece_p::bytes));
-    const int p = shape.n_warps * piece_p::bytes, fit = std::min((limit - p) / page, max_buffers);
-    shape.n_buffers = can_launch_early() || shape.n_warps == 0 ? fit : std::min(fit / shape.n_warps, 2) * shape.n_warps;
-    const int states = l.e == 128 ? joined_bytes<128>(shape.n_warps) : joined_bytes<64>(shape.n_warps);
-    shape.shared = std::max(shape.n_buffers * page + p, states);
+template <int E> static decode_shape shape_of(const xq_cuda_layer &l) {
+    decode_shape shape = {staging(l)};
+    constexpr int size = team_warp<E>::size;
+    const int page = shape.at.bytes, limit = shared_limit() - (int)sizeof(page_list) - 6144;
+    for (int n = max_warps / size; n > 0 && shape.n_teams == 0; --n) {
+        const int n_open = std::min(max_open, n * size);
+        const int before = (n_open * (int)sizeof(open_sums<E>) + n * page_p::bytes + 127) / 128 * 128;
+        // cp.async is waited for as far as the last page but one
+        const int depth = std::min((limit - before) / (n * page), can_launch_early() ? max_buffers / n : 3);
+        if (depth >= 2) {
+            shape.n_teams = n;
+            shape.depth = depth;
+            shape.n_open = n_open;
+            shape.buffers = before;
+            shape.shared = before + std::max(n * depth * page, joined_bytes<E>(n));
+        }
+    }
     return shape;
+}
+
+decode_shape decode_shape_of(const xq_cuda_layer &l) {
+    return l.e == 128 ? shape_of<128>(l) : shape_of<64>(l);
 }
 
 bool decode_covers(const xq_cuda_layer &l) {
     const xq_side &k = l.plan.k, &v = l.plan.v;
     return (l.d == 64 || l.d == 128) && l.e == l.d && k.bits >= 1 && k.bits <= 4 && (v.bits == 2 || v.bits == 1) &&
-           (v.group == 0 || v.group >= l.e) && !l.mapped && decode_shape_of(l).n_warps > 0;
+           (v.group == 0 || v.group >= l.e) && !l.mapped && decode_shape_of(l).n_teams > 0;
 }
 
 int launch_decode(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream) {

@@ -1,8 +1,9 @@
 /* attend_decode.cuh: attention of up to eight query rows per KV head over codes, on the tensor cores (codes_mma.cuh).
  *
- * A block is up to 12 warps that share a part of the pages of one KV head: every n_parts-th page.  A warp takes whole
- * sealed pages, copied to shared memory in the background, and pieces of open ones, which come first: what they sum up
- * is transformed to the space of sealed values, so that one state of a row is left (join.cuh).
+ * A block is up to 16 warps that share a part of the pages of one KV head: every n_parts-th page.  Teams of E / 32
+ * warps take sealed pages, copied to shared memory in the background: a page is soon done with, and a warp holds the
+ * sums of 32 channels only.  Before that, the last warps take pieces of open pages.  join.cuh puts together what all of
+ * them sum up.
  *
  * The launch may overtake the update before it (programmatic dependent launch): while there is nothing to seal or
  * unseal, only open pages wait for it.
@@ -68,10 +69,11 @@ __device__ void list_pages(page_list &list, const xq_cuda_attend_args &a, const 
     __syncthreads();
 }
 
-/* Reads a tile's rows of q: rounded, scaled to below 1, in the order of the codes; what takes the scale back, in q. */
+/* Reads a tile's rows of q: rounded, scaled to below 1, in the order of the codes, to shared memory by one warp, for it
+ * is the same for all; what takes the scale back, in q. */
 template <int D, int KB>
-__device__ void load_rows(uint32_t (*qb)[2], rows &q, const xq_cuda_attend_args &a, const decode_call &c, int first,
-                          int nth_stream, int lane) {
+__device__ void load_rows(uint2 (*shared)[32], bool stores, rows &q, const xq_cuda_attend_args &a, const decode_call &c,
+                          int first, int nth_stream, int lane) {
     using wk = walk<KB, D>;
     const int g = lane / 4, t = lane % 4, row = min(first + g, c.rows_of_head - 1);
     const auto *x = (const float *)((const char *)a.q + (blockIdx.y * c.n_rep + c.rest_of(row)) * a.q_head_stride +
@@ -94,24 +96,74 @@ __device__ void load_rows(uint32_t (*qb)[2], rows &q, const xq_cuda_attend_args 
 #pragma unroll
     for (int n = 0; n < wk::products; ++n) {
         const float weight = wk::weight(n) * factor;
-        qb[n][0] = halves(channels[n].x * weight, channels[n].y * weight);
-        qb[n][1] = halves(channels[n].z * weight, channels[n].w * weight);
+        if (stores) {
+            shared[n][lane] = {halves(channels[n].x * weight, channels[n].y * weight),
+                               halves(channels[n].z * weight, channels[n].w * weight)};
+        }
     }
     for (int r = 0; r < 2; ++r) { // row 2 t + r lies with lane 4 (2 t + r)
         q.factor[r] = power_of_two(__shfl_sync(~0u, exponent, 4 * (2 * t + r))) * a.scale * log2e;
     }
 }
 
-/* grid (part, KV head, tile of rows and stream).  Shared memory: pages, then p of open ones; at last `joined`. */
+/* Attention of a warp over its pieces of the part's open pages, left in shared memory; nth: of the warps that take
+ * some, from the last on, for they may have fewer sealed pages.  Returns whether there are open pages, to all warps. */
+template <int D, int E, int KB, bool PLAIN>
+__device__ bool open_pages(open_sums<E> *open, const rows &q, const folded_rows &qb, const side_view &k,
+                           const side_view &v, const xq_cuda_attend_args &a, const decode_call &c, const int32_t *table,
+                           int n_pages, int nth, bool &waited, int lane) {
+    constexpr int pieces = XQ_PAGE / piece;
+    bool any = false;
+    int item = nth; // of the page
+    state<E / 32> st;
+    st.clear();
+#pragma unroll 1
+    for (int base = 0; base < n_pages; base += 32) {
+        const int page = blockIdx.x + (base + lane) * a.n_parts, slot = base + lane < n_pages ? table[page] : page_free;
+#pragma unroll 1
+        for (uint32_t found = __ballot_sync(~0u, slot >= 0); found != 0; found &= found - 1) {
+            any = true;
+            if (nth >= c.n_open) {
+                break;
+            }
+            const int bit = __ffs(found) - 1, open_page = __shfl_sync(~0u, page, bit);
+            const int64_t row = (int64_t)__shfl_sync(~0u, slot, bit) * XQ_PAGE;
+#pragma unroll 1
+            for (; item < pieces; item += c.n_open) {
+                if (!waited) {
+                    wait_for_previous();
+                    waited = true;
+                }
+                open_piece<D, E, KB, PLAIN>(st, q, qb, k.window + (row + piece * item) * D,
+                                            v.window + (row + piece * item) * E, open_page * XQ_PAGE + piece * item,
+                                            {(__half *)open[nth].out}, lane);
+            }
+            item -= pieces;
+        }
+    }
+    if (any && nth < c.n_open) {
+        __syncwarp();
+        store(open[nth], st, lane);
+    }
+    return any;
+}
+
+/* grid (part, KV head, tile of rows and stream).  Shared memory: sums of open pages, p of the teams, sealed pages; in
+ * their place, at last, `joined`. */
 template <int D, int E, int KB, int VB, bool PLAIN>
 __global__ void __launch_bounds__(32 * max_warps, 1)
     decode_kernel(const __grid_constant__ xq_cuda_layer l, const __grid_constant__ xq_cuda_attend_args a,
                   const __grid_constant__ decode_call c) {
     extern __shared__ __align__(128) uint8_t shared[];
-    __shared__ page_ring::marks marks;
+    using of_team = team_warp<E>;
+    using ring_of_team = page_ring<of_team::size>;
+    __shared__ typename ring_of_team::marks marks;
     __shared__ page_list list;
+    __shared__ uint2 shared_q[walk<KB, D>::products][32];
+    __shared__ __align__(8) float tops[max_warps][n_rows];
     const staged &at = c.at;
     const int n_warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const of_team mine = {warp / of_team::size, warp % of_team::size};
     const int nth_stream = blockIdx.z / (unsigned)c.n_tiles, first_row = (blockIdx.z - nth_stream * c.n_tiles) * n_rows;
 
     const int stream = *a.first_stream + nth_stream;
@@ -121,9 +173,9 @@ __global__ void __launch_bounds__(32 * max_warps, 1)
     }
     const int32_t *table = a.table + (int64_t)stream * l.n_pages;
     const char *mask = a.mask ? (const char *)a.mask + nth_stream * a.mask_stream_stride : nullptr;
-    uint32_t qb[walk<KB, D>::products][2];
     rows q = {};
-    load_rows<D, KB>(qb, q, a, c, first_row, nth_stream, lane);
+    load_rows<D, KB>(shared_q, warp == 0, q, a, c, first_row, nth_stream, lane);
+    const folded_rows qb = {shared_q, lane};
     q.softcap = a.softcap * log2e;
     for (int r = 0; r < 2; ++r) {
         const int row = first_row + 2 * t + r;
@@ -136,89 +188,70 @@ __global__ void __launch_bounds__(32 * max_warps, 1)
     // of the part: one less for the last ones
     const int n_pages = c.n_pages - ((c.n_pages - 1) * a.n_parts + (int)blockIdx.x >= a.n_kv_pages);
     const int first_token = c.token_of(first_row), last_token = c.token_of(min(first_row + n_rows, c.rows_of_head) - 1);
-    page_ring ring(shared, marks, c.n_buffers, at, warp, n_warps, lane);
-    state<E> st;
+    ring_of_team ring(shared + c.buffers, marks, c.depth, at, mine.number, mine.member, lane);
+    auto *open = (open_sums<E> *)shared;
+    const page_p p = {(__half *)(shared + c.buffers - (c.n_teams - mine.number) * page_p::bytes)};
+    bool any_open = false; // of the block
+    state<1> st;
     st.clear();
     for (int first = 0; first < n_pages; first += list_size) { // once, as a rule
-        if (warp == n_warps - 1) {
-            ring.begin();
+        ring.begin();
+        if (threadIdx.x == 0) {
+            ring_of_team::prepare(marks, k, v);
         }
         list_pages(list, a, table, mask ? mask + first_token * a.mask_token_stride : nullptr,
                    last_token - first_token + 1, first, min(n_pages - first, list_size), warp, n_warps, lane);
         const auto page_at = [&](int j) { return j < list.n ? list.pages[j] : -1; };
 #pragma unroll 1
-        for (int j = warp, steps = 0; j < c.n_buffers; j += n_warps, ++steps) {
-            ring.fill_first(k, v, page_at(j), steps);
+        for (int n = 0; n < c.depth; ++n) {
+            ring.fill_first(page_at(mine.number + n * c.n_teams), n);
         }
-
-        // open pages of the whole part, before any sealed one; the last warps first: they may have fewer sealed pages
-        constexpr int pieces = XQ_PAGE / piece;
-        const piece_p p = {(__half *)(shared + c.n_buffers * at.bytes + warp * piece_p::bytes)};
-        int item = n_warps - 1 - warp;
-        bool any_open = false;
-#pragma unroll 1
-        for (int base = 0; base < n_pages && first == 0; base += 32) {
-            const int page = blockIdx.x + (base + lane) * a.n_parts,
-                      slot = base + lane < n_pages ? table[page] : page_free;
-#pragma unroll 1
-            for (uint32_t found = __ballot_sync(~0u, slot >= 0); found != 0; found &= found - 1) {
-                const int bit = __ffs(found) - 1, open_page = __shfl_sync(~0u, page, bit);
-                const int64_t row = (int64_t)__shfl_sync(~0u, slot, bit) * XQ_PAGE;
-#pragma unroll 1
-                for (; item < pieces; item += n_warps) {
-                    if (!waited) {
-                        wait_for_previous();
-                        waited = true;
-                    }
-                    open_piece<D, E, KB, PLAIN>(st, q, qb, k.window + (row + piece * item) * D,
-                                                v.window + (row + piece * item) * E, open_page * XQ_PAGE + piece * item,
-                                                p, lane);
-                    any_open = true;
-                }
-                item -= pieces;
-            }
-        }
-        if (any_open) {
-            open_to_sealed(st, v.plan.rotate, lane);
+        if (first == 0) {
+            any_open =
+                open_pages<D, E, KB, PLAIN>(open, q, qb, k, v, a, c, table, n_pages, n_warps - 1 - warp, waited, lane);
         }
 
         const int n_listed = list.n;
 #pragma unroll 1
-        for (int j = warp; j < n_listed; j += n_warps) {
-            masks mask;
-            const bool is_masked = mask.load(q, list.pages[j], g);
-            sealed_page<D, E, KB, VB, PLAIN>(st, q, qb, k.plan, v.plan, ring.wait(), at, mask, is_masked, lane);
-            ring.refill(k, v, page_at(j + c.n_buffers));
+        for (int j = mine.number; j < n_listed; j += c.n_teams) {
+            masks<E> mask;
+            const bool is_masked = mask.load(q, list.pages[j], mine, g);
+            const uint8_t *page = ring.wait([&] { mine.meet(); });
+            sealed_page<D, E, KB, VB, PLAIN>(st, q, qb, k.plan, v.plan, page, at, mask, is_masked, p, tops, mine, lane,
+                                             [&] {
+                                                 if (j >= c.n_teams) {
+                                                     ring.refill(page_at(j + (c.depth - 1) * c.n_teams));
+                                                 }
+                                             });
             ring.next();
         }
         if (first + list_size < n_pages) {
             __syncthreads();
-            if (warp == n_warps - 1) {
-                ring.end();
-            }
-            ring.restart(warp);
+            ring.end();
         }
     }
-    finish_sums<E, PLAIN>(st);
+    float zero[2];
+    finish_sums<PLAIN>(st, zero);
     if (!waited) {
         wait_for_previous(); // it may still read what lies where this launch writes
     }
     launch_next();
-    finish_rows(*(joined<E> *)shared, st, l, a, c, first_row, nth_stream, n_warps, warp, lane);
+    finish_rows(*(joined<E> *)(shared + c.buffers), any_open ? open : nullptr, st, zero, l, a, c, first_row, nth_stream,
+                mine, lane);
 }
 
 template <int D, int KB, int VB, bool PLAIN>
 int launch(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream) {
     const decode_shape shape = decode_shape_of(l);
     const auto kernel = decode_kernel<D, D, KB, VB, PLAIN>;
-    decode_call c = {shape.at, shape.n_buffers, a.n_head / l.n_head_kv};
+    decode_call c = {shape.at, shape.n_teams, shape.depth, shape.n_open, shape.buffers, a.n_head / l.n_head_kv};
     c.rows_of_head = a.n_tokens * c.n_rep;
     c.n_tiles = (c.rows_of_head + n_rows - 1) / n_rows;
     c.n_pages = (a.n_kv_pages + a.n_parts - 1) / a.n_parts;
     c.inverse = ((1u << 20) + c.n_rep - 1) / c.n_rep;
     const dim3 grid(a.n_parts, l.n_head_kv, c.n_tiles * a.n_streams);
     if (allow_shared(kernel, shape.shared)) {
-        launch_early(kernel, grid, 32 * shape.n_warps, shape.shared, stream, l, a, c);
+        launch_early(kernel, grid, shape.n_teams * D, shape.shared, stream, l, a, c);
     }
     return launched("decode attention");
 }

@@ -1,5 +1,8 @@
-/* attend_page.cuh: one warp's online softmax over a sealed page, or over 16 tokens of an open one, for eight query
- * rows.
+/* attend_page.cuh: online softmax of a team of warps over a sealed page, or of one warp over 16 tokens of an open one,
+ * for eight query rows.
+ *
+ * Of a sealed page, each warp of a team takes an equal share of the tokens to their scores, and, when all p are there,
+ * an equal share of the channels to their sums: 32.  The team meets twice a page: for the maximum, and for p.
  *
  * q lies in the order of the codes (codes_mma.cuh), scaled by a power of two to below 1; p s is scaled by the largest
  * scale so far before it is rounded to F16: nothing overflows, no page vanishes.
@@ -28,7 +31,26 @@ template <int TOKENS> struct p_buffer {
 using page_p = p_buffer<XQ_PAGE>; /* of four tokens in the order 0, 2, 1, 3: B's */
 using piece_p = p_buffer<piece>;
 
+/* q of a lane for each product, in shared memory: registers are scarce. */
+struct folded_rows {
+    const uint2 (*at)[32];
+    int lane;
+
+    __device__ uint2 operator[](int product) const { return at[product][lane]; }
+};
+
 /* ---- a sealed page ---- */
+
+/* One warp of a team of E / 32, the member-th. */
+template <int E> struct team_warp {
+    static constexpr int size = E / 32, chunks = XQ_PAGE / 32 / size; /* of 32 tokens each */
+    int number, member;
+
+    __device__ int first() const { return number * size; } /* warp of the block */
+    __device__ int chunk(int n) const { return member * chunks + n; }
+    /* Waits for the others. */
+    __device__ void meet() const { asm volatile("bar.sync %0, %1;" ::"r"(number + 1), "n"(32 * size) : "memory"); }
+};
 
 /* Scale and zero point (code 0) of four rows i .. i + 3. */
 __device__ void load_four(const xq_side &side, const uint8_t *at, int n, int i, float scale[4], float zero[4]) {
@@ -68,7 +90,7 @@ __device__ void load_four(const xq_side &side, const uint8_t *at, int n, int i, 
 
 /* b = q s, constant = sum of q times zero, for one tile of the page. */
 template <int D, int KB, bool PLAIN>
-__device__ void fold_keys(uint32_t (*b)[2], float constant[2], const uint32_t (*qb)[2], const xq_side &side,
+__device__ void fold_keys(uint32_t (*b)[2], float constant[2], const folded_rows &qb, const xq_side &side,
                           const uint8_t *param, int t) {
     using wk = walk<KB, D>;
     // the products of the low part cover every channel once; q carries 2^-(B p), a sum for each plane takes it back
@@ -80,12 +102,13 @@ __device__ void fold_keys(uint32_t (*b)[2], float constant[2], const uint32_t (*
         if (wk::has(n, t)) {
             load_four<PLAIN>(side, param, D, wk::row(n, t), scale, z);
         }
-        const uint2 x = make_uint2(as_bits(__hmul2(as_half2(qb[n][0]), as_half2(scale.x))),
-                                   as_bits(__hmul2(as_half2(qb[n][1]), as_half2(scale.y))));
+        const uint2 row = qb[n];
+        const uint2 x = make_uint2(as_bits(__hmul2(as_half2(row.x), as_half2(scale.x))),
+                                   as_bits(__hmul2(as_half2(row.y), as_half2(scale.y))));
         b[n][0] = even(x);
         b[n][1] = odd(x);
         if (n < wk::low::products) {
-            multiply(zero[n % planes], z.x, z.x, z.y, z.y, qb[n][0], qb[n][1]);
+            multiply(zero[n % planes], z.x, z.x, z.y, z.y, row.x, row.y);
         }
     }
     constant[0] = constant[1] = 0.0f;
@@ -97,28 +120,30 @@ __device__ void fold_keys(uint32_t (*b)[2], float constant[2], const uint32_t (*
 }
 
 /* Raises the unit of the sums to 2^exponent. */
-template <int E> __device__ void raise_exponent(state<E> &st, int exponent) {
-    if (exponent > st.exponent) { // the same on all lanes
+template <int CHUNKS> __device__ void raise_exponent(state<CHUNKS> &st, int exponent) {
+    if (exponent > st.exponent) { // the same on all lanes of a team
         const float back = power_of_two(max(st.exponent - exponent, -126));
         st.scale(back, back);
         st.exponent = exponent;
     }
 }
 
-/* p times scale of tokens 4 k .. 4 k + 3, rows 2 t and 2 t + 1, to shared memory. */
-__device__ void store_p(const page_p &to, const float (&p)[2][16], const float scale[4], int c, int lane) {
+/* p times scale of tokens 32 c + 4 g .. + 3, rows 2 t and 2 t + 1, to shared memory. */
+template <int N>
+__device__ void store_p(const page_p &to, const float (&p)[2][N], const float scale[4], int n, int c, int lane) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const float *x = p[r] + 4 * c;
+        const float *x = p[r] + 4 * n;
         *(uint2 *)(to.row(2 * t + r) + 32 * c + 4 * g) =
             make_uint2(halves(x[0] * scale[0], x[2] * scale[2]), halves(x[1] * scale[1], x[3] * scale[3]));
     }
 }
 
-/* p [row][16] times the values' LOG8 scales, to shared memory. */
-template <int E>
-__device__ void scale_p_log8(state<E> &st, const float (&p)[2][16], const uint8_t *param, const page_p &to, int lane) {
+/* p [row][tokens of this warp] times the values' LOG8 scales, to shared memory. */
+template <int E, int N>
+__device__ void scale_p_log8(state<1> &st, const float (&p)[2][N], const uint8_t *param, const page_p &to,
+                             const team_warp<E> &warp, int lane) {
     const int g = lane / 4;
     const uint32_t mine = *(const uint32_t *)(param + 4 * lane);
     const uint32_t top = max(max(mine & 0xffu, mine >> 8 & 0xffu), max(mine >> 16 & 0xffu, mine >> 24));
@@ -126,214 +151,176 @@ __device__ void scale_p_log8(state<E> &st, const float (&p)[2][16], const uint8_
     // 2^((e - 161) / 8 + 13 - exponent), products stay below 2^14; 0x4b0000ee is 2^23 + e
     const float constant = (float)(13 - st.exponent) - log8_zero * 0.125f - 1048576.0f;
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-        const uint32_t e = *(const uint32_t *)(param + 32 * c + 4 * g);
+    for (int n = 0; n < warp.chunks; ++n) {
+        const uint32_t e = *(const uint32_t *)(param + 32 * warp.chunk(n) + 4 * g);
         float scale[4];
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
             scale[w] = quick_exp2(__uint_as_float(__byte_perm(e, 0x4b000000u, 0x7440 + w)) * 0.125f + constant);
         }
-        store_p(to, p, scale, c, lane);
+        store_p(to, p, scale, n, warp.chunk(n), lane);
     }
 }
 
 /* The same for any parameters; sums p times zero points. */
-template <int E>
-__device__ void scale_p(state<E> &st, const float (&p)[2][16], const xq_side &v, const uint8_t *param, const page_p &to,
-                        int lane) {
+template <int E, int N>
+__device__ void scale_p(state<1> &st, const float (&p)[2][N], const xq_side &v, const uint8_t *param, const page_p &to,
+                        const team_warp<E> &warp, int lane) {
     const int g = lane / 4;
-    float scale[4][4], zeros[4][4], top = 0.0f;
+    float scale[4], zero[4], top = 0.0f;
+    load_four(v, param, XQ_PAGE, 4 * lane, scale, zero);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-        load_four(v, param, XQ_PAGE, 32 * c + 4 * g, scale[c], zeros[c]);
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-            top = fmaxf(top, fabsf(scale[c][w]));
-        }
+    for (int w = 0; w < 4; ++w) {
+        top = fmaxf(top, fabsf(scale[w]));
     }
-    raise_exponent(st, (int)(__float_as_uint(over_tokens(top)) >> 23) - 127);
+    raise_exponent(st, (int)(warp_max(__float_as_uint(top)) >> 23) - 127);
     const float unit = power_of_two(13 - st.exponent); // products stay below 2^14
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
+    for (int n = 0; n < warp.chunks; ++n) {
+        load_four(v, param, XQ_PAGE, 32 * warp.chunk(n) + 4 * g, scale, zero);
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-            st.zero[0] += p[0][4 * c + w] * zeros[c][w];
-            st.zero[1] += p[1][4 * c + w] * zeros[c][w];
-            scale[c][w] *= unit;
+            st.zero[0] += p[0][4 * n + w] * zero[w];
+            st.zero[1] += p[1][4 * n + w] * zero[w];
+            scale[w] *= unit;
         }
-        store_p(to, p, scale[c], c, lane);
+        store_p(to, p, scale, n, warp.chunk(n), lane);
     }
 }
 
-/* The masks of a page, of rows 2 t and 2 t + 1 and tokens 32 c + 4 g .. + 3, which are read ahead. */
-struct masks {
-    uint2 at[4][2];
+/* The masks of a warp's share of a page, of rows 2 t and 2 t + 1 and tokens 32 c + 4 g .. + 3, which are read ahead. */
+template <int E> struct masks {
+    static constexpr int chunks = team_warp<E>::chunks;
+    uint32_t at[2][2 * chunks];
 
     /* false: all are 0. */
-    __device__ bool load(const rows &q, int page, int g) {
+    __device__ bool load(const rows &q, int page, const team_warp<E> &warp, int g) {
         uint32_t any = 0;
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
+        for (int n = 0; n < chunks; ++n) {
             for (int r = 0; r < 2; ++r) {
-                at[c][r] = q.mask[r] ? *(const uint2 *)(q.mask[r] + page * XQ_PAGE + 32 * c + 4 * g) : uint2{};
-                any |= at[c][r].x | at[c][r].y;
+                const uint2 x =
+                    q.mask[r] ? *(const uint2 *)(q.mask[r] + page * XQ_PAGE + 32 * warp.chunk(n) + 4 * g) : uint2{};
+                at[r][2 * n] = x.x, at[r][2 * n + 1] = x.y;
+                any |= x.x | x.y;
             }
         }
         return __any_sync(~0u, any != 0);
     }
 };
 
-/* shared: the page's parts as `at` says; p takes the place of the keys.  PLAIN: values have LOG8 parameters. */
-template <int D, int E, int KB, int VB, bool PLAIN>
-__device__ void sealed_page(state<E> &st, const rows &q, const uint32_t (*qb)[2], const xq_side &k, const xq_side &v,
-                            uint8_t *shared, const staged &at, masks &mask, bool is_masked, int lane) {
+/* shared: the page's parts as `at` says.  p: room of the team.  tops: room for maxima of the block's warps. PLAIN:
+ * values have LOG8 parameters.  met(): called when the whole team has done with the page before. */
+template <int D, int E, int KB, int VB, bool PLAIN, typename F>
+__device__ void sealed_page(state<1> &st, const rows &q, const folded_rows &qb, const xq_side &k, const xq_side &v,
+                            const uint8_t *shared, const staged &at, const masks<E> &mask, bool is_masked,
+                            const page_p &p, float (*tops)[n_rows], const team_warp<E> &warp, int lane, const F &met) {
     using wk = walk<KB, D>;
     using wv = walk<VB, XQ_PAGE>;
+    using team = team_warp<E>;
     const int g = lane / 4, t = lane % 4;
     const uint8_t *k_param = shared + at.k_param, *v_param = shared + at.v_param;
 
     uint32_t b[wk::products][2];
-    float s[2][16];
+    float s[2][4 * team::chunks];
     affine to;
     const int chunks_a_tile = PLAIN ? 4 : k.group / 32;
-#pragma unroll 1
-    for (int half = 0; half < 2; ++half) { // a loop: code that is fetched once is no small part of a launch
-        float now[2][8];
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
-            const int c = 2 * half + n;
-            if ((!PLAIN || n == 0) && c % chunks_a_tile == 0) {
-                fold_keys<D, KB, PLAIN>(b, to.constant, qb, k, k_param + c / chunks_a_tile * parameter_bytes(k, D), t);
-                for (int r = 0; r < 2; ++r) {
-                    to.constant[r] = to.constant[r] * q.factor[r] + q.absent[r];
-                    to.factor[r] = q.factor[r] * code_unit;
-                }
-            }
-            uint4 words[wk::steps];
-            wk::load(words, shared, c, lane);
-            float y[2][4] = {};
-            wk::add(y, words, b);
-#pragma unroll
-            for (int k = 0; k < 8; ++k) {
-                const float x = y[k / 4][k % 4];
-                now[k % 2][4 * n + k / 2] = PLAIN ? x : x * to.factor[k % 2] + to.constant[k % 2]; // of each tile
+    for (int n = 0; n < team::chunks; ++n) {
+        const int c = warp.chunk(n);
+        if (n == 0 || (!PLAIN && c % chunks_a_tile == 0)) {
+            fold_keys<D, KB, PLAIN>(b, to.constant, qb, k, k_param + c / chunks_a_tile * parameter_bytes(k, D), t);
+            for (int r = 0; r < 2; ++r) {
+                to.constant[r] = to.constant[r] * q.factor[r] + q.absent[r];
+                to.factor[r] = q.factor[r] * code_unit;
             }
         }
-        if (!PLAIN || is_masked) {
-            uint32_t m[2][4];
+        uint4 words[wk::steps];
+        wk::load(words, shared, c, lane);
+        float y[2][4] = {};
+        wk::add(y, words, b);
 #pragma unroll
-            for (int n = 0; n < 2; ++n) {
-                for (int r = 0; r < 2; ++r) {
-                    m[r][2 * n] = mask.at[n][r].x;
-                    m[r][2 * n + 1] = mask.at[n][r].y;
-                    mask.at[n][r] = mask.at[2 + n][r];
-                }
-            }
-            finish_scores<8, PLAIN>(now, PLAIN ? to : affine{{1.0f, 1.0f}, {0.0f, 0.0f}}, q, m);
-        }
-#pragma unroll
-        for (int k = 0; k < 16; ++k) {
-            s[k / 8][k % 8] = s[k / 8][8 + k % 8];
-            s[k / 8][8 + k % 8] = now[k / 8][k % 8];
+        for (int k = 0; k < 8; ++k) {
+            const float x = y[k / 4][k % 4];
+            s[k % 2][4 * n + k / 2] = PLAIN ? x : x * to.factor[k % 2] + to.constant[k % 2]; // of each tile
         }
     }
     if (!PLAIN || is_masked) {
+        finish_scores<4 * team::chunks, PLAIN>(s, PLAIN ? to : affine{{1.0f, 1.0f}, {0.0f, 0.0f}}, q, mask.at);
         to = {{1.0f, 1.0f}, {0.0f, 0.0f}};
     }
-    softmax(st, s, to);
-
-    __syncwarp();
-    const page_p p = {(__half *)shared};
-    if (PLAIN) {
-        scale_p_log8(st, s, v_param, p, lane);
-    } else {
-        scale_p(st, s, v, v_param, p, lane);
+    float max[2];
+    score_max(max, s, to);
+    if (g == 0) {
+        *(float2 *)&tops[warp.first() + warp.member][2 * t] = make_float2(max[0], max[1]);
     }
-    __syncwarp();
-    uint32_t pb[wv::products][2];
-    float offset[4] = {}; // of this page alone: the tensor cores cut off what falls below their sum
+    warp.meet();
+    met();
 #pragma unroll
-    for (int n = 0; n < wv::products; ++n) {
-        const uint2 x = *(const uint2 *)(p.row(g) + wv::row(n, t));
-        if (PLAIN) { // rows g: q + 128 of the centres, rows g + 8: 1
-            const uint32_t q = *(const uint32_t *)(v_param + XQ_PAGE + wv::row(n, t)) ^ 0x80808080u;
+    for (int n = 0; n < team::size; ++n) {
+        const float2 other = *(const float2 *)&tops[warp.first() + n][2 * t];
+        max[0] = fmaxf(max[0], other.x);
+        max[1] = fmaxf(max[1], other.y);
+    }
+    exponentiate(st, s, to, max);
+    if (PLAIN) {
+        scale_p_log8<E>(st, s, v_param, p, warp, lane);
+    } else {
+        scale_p<E>(st, s, v, v_param, p, warp, lane);
+    }
+    warp.meet();
+    if (PLAIN) {
+        float offset[4] = {}; // of this page alone: the tensor cores cut off what
+                              // falls below their sum
+#pragma unroll
+        for (int k = 0; k < wv::products / team::size; ++k) {
+            // rows g: q + 128 of the centres, rows g + 8: 1
+            const int row = wv::row(k * team::size + warp.member, t);
+            const uint2 x = *(const uint2 *)(p.row(g) + row);
+            const uint32_t q = *(const uint32_t *)(v_param + XQ_PAGE + row) ^ 0x80808080u;
             const uint32_t one = 0x3c003c00u; // no subnormal: of a small one, sums keep only 14 bits
             multiply(offset, q & 0x00ff00ffu, one, q >> 8 & 0x00ff00ffu, one, x.x, x.y);
         }
+        for (int r = 0; r < 2; ++r) {
+            st.offset[r] += offset[r] * 0.125f - offset[2 + r] * ((16.0f + (float)((1 << VB) - 1) * 0.5f) / code_unit);
+        }
+    }
+    uint32_t pb[wv::products][2];
+#pragma unroll
+    for (int n = 0; n < wv::products; ++n) {
+        const uint2 x = *(const uint2 *)(p.row(g) + wv::row(n, t));
         const __half2 weight = __float2half2_rn(wv::weight(n));
         pb[n][0] = as_bits(__hmul2(as_half2(x.x), weight));
         pb[n][1] = as_bits(__hmul2(as_half2(x.y), weight));
     }
-    for (int r = 0; PLAIN && r < 2; ++r) {
-        st.offset[r] += offset[r] * 0.125f - offset[2 + r] * ((16.0f + (float)((1 << VB) - 1) * 0.5f) / code_unit);
-    }
-#pragma unroll
-    for (int c = 0; c < E / 32; ++c) {
-        uint4 words[wv::steps];
-        wv::load(words, shared + at.v_codes, c, lane);
-        wv::add(st.out[c], words, pb);
-    }
+    uint4 words[wv::steps];
+    wv::load(words, shared + at.v_codes, warp.member, lane);
+    wv::add(st.out[0], words, pb);
 }
 
-/* Sums over sealed pages to their unit, zero points included; lanes keep their share of the sum of p. */
-template <int E, bool PLAIN> __device__ void finish_sums(state<E> &st) {
+/* Sums over sealed pages to their unit; zero: what is to be added to every channel, this warp's share. */
+template <bool PLAIN> __device__ void finish_sums(state<1> &st, float (&zero)[2]) {
     const float unit = power_of_two(st.exponent - 13 + 24);
-    float zero[2];
     for (int r = 0; r < 2; ++r) {
         for (int step = 4; !PLAIN && step < 32; step *= 2) {
             st.zero[r] += __shfl_xor_sync(~0u, st.zero[r], step);
         }
         zero[r] = PLAIN ? st.offset[r] * unit : st.zero[r];
     }
-#pragma unroll
-    for (int c = 0; c < E / 32; ++c) {
-        for (int k = 0; k < 8; ++k) {
-            float &x = st.out[c][k / 4][k % 4];
-            x = x * unit + zero[k % 2];
-        }
-    }
+    st.scale(unit, unit);
 }
 
 /* ---- a piece of an open page ---- */
 
-/* Sums of open pages to the space and the unit of sealed ones: out [channel] *= normalised Hadamard matrix. */
-template <int E> __device__ void open_to_sealed(state<E> &st, bool rotate, int lane) {
-    const float unit = power_of_two(13 - 24 - least_exponent) * (rotate ? rsqrtf((float)E) : 1.0f);
-    st.scale(unit, unit);
-    if (!rotate) {
-        return;
-    }
-    // channel 32 c + 4 g + w lies in out[c][w / 2][w % 2 * 2 + r]
-    float (&x)[E / 4] = *(float (*)[E / 4]) st.out;
-#pragma unroll
-    for (int bit = 2; bit < E / 4; bit *= 2) { // in registers: w, then c
-#pragma unroll
-        for (int k = 0; k < E / 4; ++k) {
-            if ((k & bit) == 0) {
-                const float a = x[k], b = x[k | bit];
-                x[k] = a + b;
-                x[k | bit] = a - b;
-            }
-        }
-    }
-#pragma unroll 1
-    for (int step = 4; step < 32; step *= 2) {
-        const float sign = lane & step ? -1.0f : 1.0f;
-#pragma unroll
-        for (int k = 0; k < E / 4; ++k) {
-            x[k] = x[k] * sign + __shfl_xor_sync(~0u, x[k], step);
-        }
-    }
-}
-
 /* Tokens 2 g and 2 g + 1 of the piece are rows g and g + 8 of operand A; k_rows, v_rows: of its first token. */
 template <int D, int E, int KB, bool PLAIN>
-__device__ void open_piece(state<E> &st, const rows &q, const uint32_t (*qb)[2], const __half *k_rows,
+__device__ void open_piece(state<E / 32> &st, const rows &q, const folded_rows &qb, const __half *k_rows,
                            const __half *v_rows, int first_cell, const piece_p &p, int lane) {
     using wk = walk<KB, D>; // q lies in the order of the codes
     constexpr int planes = wk::low::planes, bits = 8 / planes;
     const int g = lane / 4, t = lane % 4;
-    uint2 x[wk::low::products][2], v[E / 32][4]; // v: [][token 4 t ..] channels 32 c + 4 g .. + 3
+    uint2 x[wk::low::products][2],
+        v[E / 32][4]; // v: [][token 4 t ..] channels 32 c + 4 g .. + 3
 #pragma unroll
     for (int n = 0; n < wk::low::products; ++n) {
         for (int w = 0; w < 2; ++w) {
@@ -353,7 +340,8 @@ __device__ void open_piece(state<E> &st, const rows &q, const uint32_t (*qb)[2],
     float y[planes][4] = {};
 #pragma unroll
     for (int n = 0; n < wk::low::products; ++n) {
-        multiply(y[n % planes], x[n][0].x, x[n][1].x, x[n][0].y, x[n][1].y, qb[n][0], qb[n][1]);
+        const uint2 row = qb[n];
+        multiply(y[n % planes], x[n][0].x, x[n][1].x, x[n][0].y, x[n][1].y, row.x, row.y);
     }
     float s[2][2];
 #pragma unroll
@@ -365,7 +353,10 @@ __device__ void open_piece(state<E> &st, const rows &q, const uint32_t (*qb)[2],
         s[k % 2][k / 2] = sum;
     }
     finish_scores<2, PLAIN>(s, {{q.factor[0], q.factor[1]}, {q.absent[0], q.absent[1]}}, q, mask);
-    softmax(st, s, {{1.0f, 1.0f}, {0.0f, 0.0f}});
+    const affine same = {{1.0f, 1.0f}, {0.0f, 0.0f}};
+    float max[2];
+    score_max(max, s, same);
+    exponentiate(st, s, same, max);
     for (int r = 0; r < 2; ++r) {
         *(uint32_t *)(p.row(2 * t + r) + 2 * g) = halves(s[r][0], s[r][1]);
     }

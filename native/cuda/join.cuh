@@ -1,11 +1,11 @@
-/* join.cuh: the end of decode attention: the states of a block's warps, then those of the parts of a row, to its
- * output.
+/* join.cuh: the end of decode attention: the states of a block's teams, and of its warps over open pages, then those of
+ * the parts of a row, to its output.
  *
  *     out = H sum_i w_i out_i / (sum_i w_i sum_i + 2^(sink - m))        w_i = 2^(max_i - m)
  *
- * H: the normalised Hadamard matrix if values were rotated.  Each block writes its rows' states; the last block of a
- * group (KV head, tile of rows, stream) finishes them, a warp each row.  `arrivals` counts blocks of each group and is
- * 0 again afterwards.
+ * H: the normalised Hadamard matrix if values were rotated; sums over open pages are brought to the space of sealed
+ * ones by it.  Each block writes its rows' states; the last block of a group (KV head, tile of rows, stream) finishes
+ * them, a warp each row.  `arrivals` counts blocks of each group and is 0 again afterwards.
  *
  * States in memory: out [part][token][head][E], then (max, sum) [part][token][head].
  */
@@ -19,31 +19,55 @@ namespace xq {
 
 namespace {
 
-constexpr int max_warps = 12; /* of a block */
+constexpr int max_warps = 16, max_open = 8; /* of a block; of them, over open pages */
 
+/* Over sealed pages; zero: to be added to every channel. */
 template <int E> struct joined {
-    float max[max_warps][n_rows], sum[max_warps][n_rows];
-    float out[1 /* n_warps */][n_rows][E + 4];
+    float max[max_warps][n_rows]; /* of teams */
+    float sum[max_warps][n_rows], zero[max_warps][n_rows];
+    float out[1 /* n_teams */][n_rows][E + 4];
+};
+/* Of one warp, over open pages; at first, its p. */
+template <int E> struct open_sums {
+    float max[n_rows], sum[n_rows];
+    float out[n_rows][E + 4];
 };
 
-template <int E> constexpr int joined_bytes(int n_warps) {
-    return (int)sizeof(joined<E>) + (n_warps - 1) * (int)sizeof(joined<E>::out);
+template <int E> constexpr int joined_bytes(int n_teams) {
+    return (int)sizeof(joined<E>) + (n_teams - 1) * (int)sizeof(joined<E>::out);
+}
+
+__device__ inline float4 channels_of(const float (&x)[2][4], int r) {
+    return make_float4(x[0][r], x[0][2 + r], x[1][r], x[1][2 + r]);
 }
 
 /* A warp's state to shared memory. */
-template <int E> __device__ void store(joined<E> &all, state<E> &st, int warp, int lane) {
+template <int E>
+__device__ void store(joined<E> &all, state<1> &st, const float (&zero)[2], const team_warp<E> &warp, int lane) {
+    const int g = lane / 4, t = lane % 4, nth = warp.first() + warp.member;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        for (int step = 4; step < 32; step *= 2) {
+            st.sum[r] += __shfl_xor_sync(~0u, st.sum[r], step);
+        }
+        all.max[warp.number][2 * t + r] = st.max[r];
+        all.sum[nth][2 * t + r] = st.sum[r];
+        all.zero[nth][2 * t + r] = zero[r];
+        *(float4 *)&all.out[warp.number][2 * t + r][32 * warp.member + 4 * g] = channels_of(st.out[0], r);
+    }
+}
+template <int E> __device__ void store(open_sums<E> &all, state<E / 32> &st, int lane) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         for (int step = 4; step < 32; step *= 2) {
             st.sum[r] += __shfl_xor_sync(~0u, st.sum[r], step);
         }
-        all.max[warp][2 * t + r] = st.max[r];
-        all.sum[warp][2 * t + r] = st.sum[r];
+        all.max[2 * t + r] = st.max[r];
+        all.sum[2 * t + r] = st.sum[r];
 #pragma unroll
         for (int c = 0; c < E / 32; ++c) {
-            const float4 x = {st.out[c][0][r], st.out[c][0][2 + r], st.out[c][1][r], st.out[c][1][2 + r]};
-            *(float4 *)&all.out[warp][2 * t + r][32 * c + 4 * g] = x;
+            *(float4 *)&all.out[2 * t + r][32 * c + 4 * g] = channels_of(st.out[c], r);
         }
     }
 }
@@ -158,11 +182,58 @@ __device__ void finish_row(float (&x)[E / 32], float sum, float top, const xq_cu
     store(a.out + row * E + width * lane, x);
 }
 
+/* Row r of a block: what its teams summed up, and what its warps did over open pages, null: none. */
+template <int E>
+__device__ void join_block(float (&x)[E / 32], float &sum, float &top, const joined<E> &all, const open_sums<E> *open,
+                           const decode_call &c, bool rotate, int r, int lane) {
+    constexpr int width = E / 32, size = team_warp<E>::size;
+    join_states<E, max_warps / size>(
+        x, sum, top, c.n_teams, lane,
+        [&](float (&y)[width], int i) {
+            load_shared(y, &all.out[i][r][width * lane]);
+            float add = 0.0f;
+            for (int k = 0; k < size; ++k) {
+                add += all.zero[i * size + k][r];
+            }
+            for (int k = 0; k < width; ++k) {
+                y[k] += add;
+            }
+        },
+        [&](int i) {
+            float of_team = 0.0f;
+            for (int k = 0; k < size; ++k) {
+                of_team += all.sum[i * size + k][r];
+            }
+            return make_float2(all.max[i][r], of_team);
+        });
+    if (!open) {
+        return;
+    }
+    float y[width], open_sum, open_top;
+    join_states<E, max_open>(
+        y, open_sum, open_top, c.n_open, lane,
+        [&](float (&z)[width], int i) { load_shared(z, &open[i].out[r][width * lane]); },
+        [&](int i) { return make_float2(open[i].max[r], open[i].sum[r]); });
+    if (rotate) {
+        transform_row<E>(y, lane);
+    }
+    const float max = fmaxf(top, open_top), safe = max == -INFINITY ? 0.0f : max;
+    const float weight = quick_exp2(top - safe), other = quick_exp2(open_top - safe);
+    const float scaled = other * (rotate ? rsqrtf((float)E) : 1.0f);
+    for (int k = 0; k < width; ++k) {
+        x[k] = x[k] * weight + y[k] * scaled;
+    }
+    sum = sum * weight + open_sum * other;
+    top = max;
+}
+
 /* Called by all threads of a block at its end.  first: the tile's first row of the KV head. */
 template <int E>
-__device__ void finish_rows(joined<E> &all, state<E> &st, const xq_cuda_layer &l, const xq_cuda_attend_args &a,
-                            const decode_call &c, int first, int nth_stream, int n_warps, int warp, int lane) {
+__device__ void finish_rows(joined<E> &all, const open_sums<E> *open, state<1> &st, const float (&zero)[2],
+                            const xq_cuda_layer &l, const xq_cuda_attend_args &a, const decode_call &c, int first,
+                            int nth_stream, const team_warp<E> &of_team, int lane) {
     constexpr int width = E / 32;
+    const int n_warps = blockDim.x / 32, warp = threadIdx.x / 32;
     const int64_t n_all = (int64_t)a.n_streams * a.n_tokens * a.n_head; // rows of a part
     float *sums = a.partial, *heads = sums + a.n_parts * n_all * E;
     const auto row_of = [&](int r) {
@@ -170,14 +241,12 @@ __device__ void finish_rows(joined<E> &all, state<E> &st, const xq_cuda_layer &l
                c.rest_of(first + r);
     };
     __syncthreads();
-    store(all, st, warp, lane);
+    store(all, st, zero, of_team, lane);
     __syncthreads();
     float x[width], sum, top;
     const int n = min(n_rows, c.rows_of_head - first);
     for (int r = warp; r < n; r += n_warps) {
-        join_states<E, max_warps>(
-            x, sum, top, n_warps, lane, [&](float (&y)[width], int i) { load_shared(y, &all.out[i][r][width * lane]); },
-            [&](int i) { return make_float2(all.max[i][r], all.sum[i][r]); });
+        join_block(x, sum, top, all, open, c, l.plan.v.rotate, r, lane);
         const int64_t row = row_of(r), nth = blockIdx.x * n_all + row;
         if (a.n_parts == 1) {
             finish_row<E>(x, sum, top, l, a, row, blockIdx.y * c.n_rep + c.rest_of(first + r), lane);

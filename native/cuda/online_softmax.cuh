@@ -1,7 +1,8 @@
-/* online_softmax.cuh: scores of one warp's pages to probabilities, in registers, in the layout of codes_mma.cuh's sums:
- * a lane holds query rows r = 2 t and 2 t + 1, and of every chunk of 32 tokens its tokens 4 g .. 4 g + 3.
+/* online_softmax.cuh: scores of pages to probabilities, in registers, in the layout of codes_mma.cuh's sums: a lane
+ * holds query rows r = 2 t and 2 t + 1, and of every chunk of 32 tokens its tokens 4 g .. 4 g + 3.
  *
- *     m' = max(m, scores)     p = 2^(score - m')     sum, zero, out *= 2^(m - m')
+ *     m' = max(m, scores)     p = 2^(score - m')     sum, zero, out *= 2^(m -
+ * m')
  *
  * Scores use base 2.  PLAIN: no cap on the scores and no slope (ALiBi).
  */
@@ -24,10 +25,10 @@ __device__ inline float quick_exp2(float x) {
     return y;
 }
 
-/* Running softmax of one warp over its pages; a lane holds query rows 2 t and 2 t + 1. */
-template <int E> struct state {
+/* Running softmax over pages and CHUNKS times 32 channels; a lane holds query rows 2 t and 2 t + 1. */
+template <int CHUNKS> struct state {
     float max[2], sum[2], zero[2]; /* sum, zero: this lane's share */
-    float out[E / 32][2][4];       /* in units of 2^-24 2^-13 2^exponent where codes are summed */
+    float out[CHUNKS][2][4];       /* in units of 2^-24 2^-13 2^exponent where codes are summed */
     float offset[2];               /* LOG8, in these units: sum of p times zero points */
     int exponent;
 
@@ -38,7 +39,7 @@ template <int E> struct state {
             sum[r] = zero[r] = offset[r] = 0.0f;
         }
 #pragma unroll
-        for (int c = 0; c < E / 32; ++c) {
+        for (int c = 0; c < CHUNKS; ++c) {
             for (int k = 0; k < 8; ++k) {
                 out[c][k / 4][k % 4] = 0.0f;
             }
@@ -48,7 +49,7 @@ template <int E> struct state {
         offset[0] *= row0;
         offset[1] *= row1;
 #pragma unroll
-        for (int c = 0; c < E / 32; ++c) {
+        for (int c = 0; c < CHUNKS; ++c) {
             for (int k = 0; k < 8; ++k) { // out[.][.][0], [2]: query row 2 t; [1], [3]: 2 t + 1
                 out[c][k / 4][k % 4] *= k % 2 == 0 ? row0 : row1;
             }
@@ -61,7 +62,8 @@ struct rows {
     const __half *mask[2]; /* of rows 2 t and 2 t + 1; null: none */
     float slope[2];        /* times log2 e */
     float softcap;         /* times log2 e */
-    float factor[2];       /* of a product with the rounded q to a score of base 2; above 0 */
+    float factor[2];       /* of a product with the rounded q to a score of base 2;
+                              above 0 */
     float absent[2];       /* 0, or -inf for a row that does not exist */
 };
 
@@ -97,9 +99,8 @@ __device__ inline float over_tokens(float x) {
     return x;
 }
 
-/* s [row][N]: scores become 2^(score - maximum so far). */
-template <int N, int E> __device__ inline void softmax(state<E> &st, float (&s)[2][N], const affine &to) {
-    float max[2];
+/* Maximum of N scores of each row, over the warp. */
+template <int N> __device__ inline void score_max(float (&max)[2], const float (&s)[2][N], const affine &to) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         max[r] = s[r][0];
@@ -107,13 +108,19 @@ template <int N, int E> __device__ inline void softmax(state<E> &st, float (&s)[
         for (int k = 1; k < N; ++k) {
             max[r] = fmaxf(max[r], s[r][k]);
         }
-        max[r] = fmaxf(st.max[r], over_tokens(max[r]) * to.factor[r] + to.constant[r]);
+        max[r] = over_tokens(max[r]) * to.factor[r] + to.constant[r];
     }
+}
+
+/* s [row][N]: scores become 2^(score - maximum so far); max: of these scores, at least. */
+template <int N, int CHUNKS>
+__device__ inline void exponentiate(state<CHUNKS> &st, float (&s)[2][N], const affine &to, const float (&max)[2]) {
     if (__any_sync(~0u, max[0] > st.max[0] || max[1] > st.max[1])) {
         float alpha[2];
         for (int r = 0; r < 2; ++r) {
-            alpha[r] = max[r] == -INFINITY ? 1.0f : quick_exp2(st.max[r] - max[r]);
-            st.max[r] = max[r];
+            const float top = fmaxf(st.max[r], max[r]);
+            alpha[r] = top == -INFINITY ? 1.0f : quick_exp2(st.max[r] - top);
+            st.max[r] = top;
             st.sum[r] *= alpha[r];
             st.zero[r] *= alpha[r];
         }
@@ -121,7 +128,7 @@ template <int N, int E> __device__ inline void softmax(state<E> &st, float (&s)[
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const float shift = to.constant[r] - (max[r] == -INFINITY ? 0.0f : max[r]);
+        const float shift = to.constant[r] - (st.max[r] == -INFINITY ? 0.0f : st.max[r]);
         float sum[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int k = 0; k < N; ++k) {

@@ -1,4 +1,5 @@
-/* stage.cuh: the four parts of a sealed page copied to shared memory by one warp, in the background where the GPU can.
+/* stage.cuh: the four parts of a sealed page copied to shared memory by a team of warps, in the background where the
+ * GPU can.
  *
  * Compute capability 9.0: bulk copies that an mbarrier counts.  8.0: cp.async.  7.5: plain loads and stores.
  */
@@ -10,16 +11,14 @@ namespace xq {
 
 /* Where the parts of a page lie in shared memory; K codes come first. */
 struct staged {
-    int k_param, v_codes, v_param, bytes, keys; /* keys: bytes of the keys' parts */
-    bool whole;                                 /* in memory they follow each other as here */
+    int k_param, v_codes, v_param, bytes;
+    bool whole; /* in memory they follow each other as here */
 };
 
-/* p takes the place of the keys: room of at least p_bytes. */
-__host__ __device__ inline staged staging(const xq_cuda_layer &l, int p_bytes) {
+__host__ __device__ inline staged staging(const xq_cuda_layer &l) {
     staged at;
     at.k_param = XQ_PAGE / 16 * column_bytes(l.plan.k.bits, l.d);
-    at.keys = at.k_param + XQ_PAGE / l.plan.k.group * parameter_bytes(l.plan.k, l.d);
-    at.v_codes = at.keys > p_bytes ? at.keys : p_bytes;
+    at.v_codes = at.k_param + XQ_PAGE / l.plan.k.group * parameter_bytes(l.plan.k, l.d);
     at.v_param = at.v_codes + l.e / 16 * column_bytes(l.plan.v.bits, XQ_PAGE);
     at.bytes = at.v_param + parameter_bytes(l.plan.v, XQ_PAGE);
     at.whole = l.plan.k.owner < 0 && l.plan.v.owner < 0 && l.own.k_codes == 0 && l.own.k_param == at.k_param &&
@@ -27,124 +26,109 @@ __host__ __device__ inline staged staging(const xq_cuda_layer &l, int p_bytes) {
     return at;
 }
 
-/* Pages j = warp, warp + n_warps, .. of a list in n buffers of a block: page j lies in buffer j % n.  The warp that has
- * done with page j fills its buffer with page j + n, which may be another's; where there are no bulk copies, n is a
- * multiple of n_warps, so that it is its own. */
-constexpr int max_buffers = 32;
+constexpr int max_buffers = 32; /* of a block */
 
-class page_ring {
+/* A team's pages, one after the other, in `depth` buffers: page n lies in buffer n % depth.  A buffer is filled again
+ * when the whole team has done with it, which the team knows as soon as it has met over the next page. */
+template <int TEAM> class page_ring {
   public:
-    /* In shared memory. */
+    /* In shared memory: an mbarrier for each buffer, which says that a page is there, and where pages come from. */
     struct marks {
-        uint64_t arrived[max_buffers]; /* mbarrier: a page is there */
-        int filled[max_buffers];       /* how often the buffer was filled: a barrier alone cannot tell a page that is
-                                          two uses away from one that is there */
+        uint64_t arrived[max_buffers];
+        const uint8_t *from[4];
+        int64_t stride[4]; /* bytes from page to page */
     };
 
-    __device__ page_ring(uint8_t *buffers, marks &of, int n, const staged &at, int warp, int n_warps, int lane)
-        : buffers(buffers), of(of), n(n), at(at), step(n_warps), lane(lane), buffer(warp) {}
+    /* By one thread, before a barrier of the block. */
+    static __device__ void prepare(marks &of, const side_view &k, const side_view &v) {
+        of.from[0] = k.codes, of.from[1] = k.param, of.from[2] = v.codes, of.from[3] = v.param;
+        of.stride[0] = k.codes_stride, of.stride[1] = k.param_stride;
+        of.stride[2] = v.codes_stride, of.stride[3] = v.param_stride;
+    }
 
-    /* By one warp, before a barrier of the block. */
+    __device__ page_ring(uint8_t *buffers, marks &of, int depth, const staged &at, int team, int member, int lane)
+        : buffers(buffers + team * depth * at.bytes), of(of), first(team * depth), depth(depth), at(at), member(member),
+          lane(lane) {}
+
+    /* By a whole team, before a barrier of the block. */
     __device__ void begin() {
 #if __CUDA_ARCH__ >= 900
-        if (lane < n) {
-            of.filled[lane] = 0;
-            asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_of(of.arrived + lane)));
+        if (member == 0 && lane < depth) {
+            asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_of(of.arrived + first + lane)));
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
+        buffer = phase = 0;
     }
     /* Likewise, after all pages were used, and before begin() is called again. */
     __device__ void end() {
 #if __CUDA_ARCH__ >= 900
-        if (lane < n) {
-            asm volatile("mbarrier.inval.shared.b64 [%0];" ::"r"(shared_of(of.arrived + lane)));
+        if (member == 0 && lane < depth) {
+            asm volatile("mbarrier.inval.shared.b64 [%0];" ::"r"(shared_of(of.arrived + first + lane)));
         }
 #endif
     }
 
-    /* Starts to copy a page into the buffer of this warp's current page, with which it has done, or, at first, into the
-     * one `steps` of its steps on.  -1: there is none. */
-    __device__ void refill(const side_view &k, const side_view &v, int page) { fill(k, v, page, buffer, uses + 2); }
-    __device__ void fill_first(const side_view &k, const side_view &v, int page, int steps) {
-        fill(k, v, page, buffer + steps * step, 1);
-    }
-    /* This warp's next page; it stays until next(). */
-    __device__ uint8_t *wait() {
+    /* Starts to copy a page, by the whole team; -1: there is none.  Into the n-th buffer at first, then into that of
+     * the page before the current one. */
+    __device__ void fill_first(int page, int n) { fill(page, n); }
+    __device__ void refill(int page) { fill(page, buffer == 0 ? depth - 1 : buffer - 1); }
+    /* The team's current page; it stays until the team has met over the next one.  meet(): the team's barrier. */
+    template <typename M> __device__ uint8_t *wait(const M &meet) {
 #if __CUDA_ARCH__ >= 900
-        for (int filled = 0; lane == 0 && filled <= uses;) {
-            asm volatile("atom.acquire.cta.shared.or.b32 %0, [%1], 0;"
-                         : "=r"(filled)
-                         : "r"(shared_of(of.filled + buffer))
-                         : "memory");
-        }
-        __syncwarp();
-        const uint32_t barrier = shared_of(of.arrived + buffer);
         asm volatile("{\n.reg .pred done;\nagain:\n"
-                     "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
-                     "r"(uses & 1)
+                     "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done "
+                     "bra again;\n}" ::"r"(shared_of(of.arrived + first + buffer)),
+                     "r"(phase)
                      : "memory");
-#elif __CUDA_ARCH__ >= 800
-        if (n == step) {
-            asm volatile("cp.async.wait_group 0;" ::: "memory");
-        } else {
+        __syncwarp();
+#else
+#if __CUDA_ARCH__ >= 800
+        if (depth > 2) { // the pages behind this one may be on their way
             asm volatile("cp.async.wait_group 1;" ::: "memory");
+        } else {
+            asm volatile("cp.async.wait_group 0;" ::: "memory");
         }
 #endif
-        __syncwarp();
+        meet();
+#endif
         return buffers + buffer * at.bytes;
     }
     __device__ void next() {
-        buffer += step;
-        if (buffer >= n) {
-            buffer -= n;
-            uses++;
+        if (++buffer == depth) {
+            buffer = 0;
+            phase ^= 1;
         }
-    }
-    /* Back to the first page. */
-    __device__ void restart(int warp) {
-        buffer = warp;
-        uses = 0;
     }
 
   private:
-    /* times: how often the buffer is filled, this time included. */
-    __device__ void fill(const side_view &k, const side_view &v, int page, int to_buffer, int times) {
+    __device__ void fill(int page, int to_buffer) {
         if (page < 0) {
             commit();
             return;
         }
         uint8_t *to = buffers + to_buffer * at.bytes;
-        const uint8_t *from[] = {k.codes + page * k.codes_stride, k.param + page * k.param_stride,
-                                 v.codes + page * v.codes_stride, v.param + page * v.param_stride};
         const int start[] = {0, at.k_param, at.v_codes, at.v_param};
-        const int size[] = {at.k_param, at.keys - at.k_param, at.v_param - at.v_codes, at.bytes - at.v_param};
+        const int size[] = {at.k_param, at.v_codes - at.k_param, at.v_param - at.v_codes, at.bytes - at.v_param};
 #if __CUDA_ARCH__ >= 900
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); // p was written there
-        __syncwarp();
-        if (lane == 0) {
-            const uint32_t barrier = shared_of(of.arrived + to_buffer);
-            const int bytes = at.keys + at.bytes - at.v_codes;
-            asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+        if (member == 0 && lane == 0) {
+            const uint32_t barrier = shared_of(of.arrived + first + to_buffer);
+            asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(at.bytes) : "memory");
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 if (i == 0 || !at.whole) {
-                    asm volatile(
-                        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                            shared_of(to + start[i])),
-                        "l"(from[i]), "r"(at.whole ? bytes : size[i]), "r"(barrier)
-                        : "memory");
+                    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::"
+                                 "bytes [%0], [%1], %2, [%3];" ::"r"(shared_of(to + start[i])),
+                                 "l"(of.from[i] + page * of.stride[i]), "r"(at.whole ? at.bytes : size[i]), "r"(barrier)
+                                 : "memory");
                 }
             }
-            asm volatile("red.release.cta.shared.max.s32 [%0], %1;" ::"r"(shared_of(of.filled + to_buffer)), "r"(times)
-                         : "memory");
         }
 #else
-        __syncwarp();
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            for (int k = 16 * lane; k < size[i]; k += 16 * 32) {
-                copy16(to + start[i] + k, from[i] + k);
+            for (int b = 16 * (32 * member + lane); b < size[i]; b += 16 * 32 * TEAM) {
+                copy16(to + start[i] + b, of.from[i] + page * of.stride[i] + b);
             }
         }
         commit();
@@ -168,10 +152,9 @@ class page_ring {
 
     uint8_t *buffers;
     marks &of;
-    int n;
+    int first, depth;
     const staged &at;
-    int step, lane, buffer;
-    int uses = 0; /* of `buffer` before this page */
+    int member, lane, buffer = 0, phase = 0;
 };
 
 } // namespace xq
