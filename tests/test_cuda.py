@@ -25,6 +25,7 @@ from test_oracle import (
 )
 
 from xquant_gguf import Llama, native, synthetic
+from xquant_gguf.evaluate import evaluate
 from xquant_gguf.sizes import llama_cpp
 
 pytestmark = pytest.mark.cuda
@@ -106,6 +107,17 @@ def test_states_travel_between_gpu_and_cpu(fork: Fork) -> None:
     off = np.abs(found[2] - found[0]).max(axis=1) / found[0].std()
     print(describe(off))
     assert SEALED.hold(off)
+
+
+def test_evaluate_gives_the_figures_of_the_cpu(fork: Fork) -> None:
+    path = str(fork.path(CASES["gqa-xquant"].model))
+    text = "".join(map(chr, np.random.default_rng(9).integers(97, 123, 2000)))
+    kv_types, options = ["xquant", "xquant-tiny"], {"n_tokens": 1536, "n_ctx": 1536, "n_ubatch": 128}
+    gpu_, cpu = (evaluate(path, text, kv_types, progress=False, n_gpu_layers=n, **options)["results"] for n in (ALL, 0))
+    for a, b in zip(gpu_, cpu, strict=True):
+        print(a["kv_type"], a["kld"], b["kld"], a["ppl"], b["ppl"])
+        assert a["kld"] == pytest.approx(b["kld"], rel=0.05)
+        assert a["ppl"] == pytest.approx(b["ppl"], rel=0.002)
 
 
 def shifted(path: str, case: Case, shift: bool, **options: Any) -> NDArray[np.float32]:

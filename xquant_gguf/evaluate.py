@@ -71,6 +71,7 @@ def evaluate(
     skip: int = 512,
     n_ubatch: int = 512,
     n_threads: int | None = None,
+    n_gpu_layers: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Scores every cache type on the first n_tokens of a text, all types in step with an F16 one.
@@ -81,7 +82,7 @@ def evaluate(
     Returns {"results": [one dictionary a type], settings...}.  Raises ValueError if the text is too short.
     """
     common: dict[str, Any] = {"n_ctx": n_ctx, "n_batch": n_ubatch, "n_ubatch": n_ubatch, "verbose": False}
-    common.update(n_threads=n_threads, n_threads_batch=n_threads)
+    common.update(n_threads=n_threads, n_threads_batch=n_threads, n_gpu_layers=n_gpu_layers)
     reference = load(model_path, "f16", common)
     models = {kv: reference if kv == "f16" else load(model_path, kv, common) for kv in kv_types}
     n_ctx = n_ctx or reference.n_ctx()

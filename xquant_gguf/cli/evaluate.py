@@ -25,7 +25,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     kv_types = args.kv_types.split(",")
     out = evaluate(
         args.model, text, kv_types, n_tokens=args.tokens, n_ctx=args.n_ctx, skip=args.skip, n_ubatch=args.n_ubatch,
-        n_threads=args.threads,
+        n_threads=args.threads, n_gpu_layers=args.n_gpu_layers,
     )  # fmt: skip
     rows = [["KV cache", "true bits", "equivalent", "MiB", "PPL", "KLD", "KLD 99%", "top-1 %"]]
     for r in out["results"]:
@@ -95,6 +95,8 @@ def add(commands: Commands) -> None:
     sub.add_argument("--tokens", type=at_least(2), default=4096, help="tokens of the text (default %(default)s)")
     sub.add_argument("--skip", type=at_least(0), default=512, help="first positions of a window that are not scored")
     sub.add_argument("--n-ubatch", type=at_least(1), default=512, help=UBATCH)
+    text = "layers on the GPU, with --text; -1: all (default %(default)s)"
+    sub.add_argument("--n-gpu-layers", type=at_least(-1), default=0, help=text)
     text = "file for the results; a task's answers are kept beside it, and a run that was stopped continues there"
     sub.add_argument("--json", help=text)
     _task_options(sub)
