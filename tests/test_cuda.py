@@ -31,6 +31,7 @@ from xquant_gguf.sizes import llama_cpp
 pytestmark = pytest.mark.cuda
 
 ALL = 99
+ONE_GPU: dict[str, Any] = {"n_gpu_layers": ALL, "split_mode": llama_cpp.LLAMA_SPLIT_MODE_NONE}
 # cuBLAS multiplies F32 matrices in TF32, so that codes flip more often than on the CPU.  Measured on an H100: 1.1e-3,
 # 4.6e-3 where nothing is sealed; 4.8e-3, 2.9e-2 where pages are.
 OPEN = Bounds(median=2e-3, worst=2e-2)
@@ -52,7 +53,7 @@ def calls() -> int:
 def test_all_layers_on_the_gpu(fork: Fork, name: str) -> None:
     case = CASES[name]
     before = calls()
-    found = deviation(fork.run(case, kv_plan=case.kv_plan(), n_gpu_layers=ALL), expected(case))
+    found = deviation(fork.run(case, kv_plan=case.kv_plan(), **ONE_GPU), expected(case))
     assert calls() == before, "the CPU's kernels ran"
     early = found[: (case.pinned + 1) * 128 + case.window]
     print(f"{name}: open {describe(early)}; sealed {describe(found[seeing_codes(case)])}")
@@ -148,7 +149,7 @@ def test_positions_are_shifted_as_on_the_cpu(fork: Fork, name: str) -> None:
     case = CASES[name]
     path = str(fork.path(case.model))
     before = calls()
-    found = shifted(path, case, True, n_gpu_layers=ALL)
+    found = shifted(path, case, True, **ONE_GPU)
     assert calls() == before, "the CPU's kernels ran"
     want = shifted(path, case, True, n_gpu_layers=0)
     off = np.abs(found - want).max(axis=1) / want.std()

@@ -94,9 +94,9 @@ int xq_cuda_attend(const xq_cuda_layer *layer, const xq_cuda_attend_args *args, 
     if (const int status = check(layer); status != XQ_OK) {
         return status;
     }
-    if (!args || !args->q || !args->table || !args->first_stream || !args->partial || !args->out || !args->arrivals ||
-        args->n_head < 1 || args->n_head % layer->n_head_kv != 0 || args->n_tokens < 1 || args->n_streams < 1 ||
-        args->n_parts < 1 || args->n_kv_pages < 0 || args->scale <= 0.0f || args->n_kv_pages > layer->n_pages) {
+    if (!args || !args->q || !args->table || !args->partial || !args->out || !args->arrivals || args->n_head < 1 ||
+        args->n_head % layer->n_head_kv != 0 || args->n_tokens < 1 || args->n_streams < 1 || args->n_parts < 1 ||
+        args->n_kv_pages < 0 || args->scale <= 0.0f || args->n_kv_pages > layer->n_pages) {
         return fail_cuda(XQ_ERR_ARGUMENT, "attend: a pointer is null or a count is out of range");
     }
     if (decode_covers(*layer)) {

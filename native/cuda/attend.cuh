@@ -16,6 +16,11 @@ __device__ inline range pages_of_part(const xq_cuda_attend_args &a, int part) {
     return {begin, min(begin + length, a.n_kv_pages)};
 }
 
+/* Stream of the cache that the nth of q is. */
+__device__ inline int stream_of(const xq_cuda_attend_args &a, int nth) {
+    return (a.first_stream ? *a.first_stream : 0) + nth;
+}
+
 __host__ __device__ inline int state_width(const xq_cuda_layer &l) {
     return (l.mapped ? 3 : 2) * l.e + 2;
 }

@@ -1,8 +1,8 @@
 /* attend_decode.cuh: attention of up to eight query rows per KV head over codes, on the tensor cores (codes_mma.cuh).
  *
- * A block is up to 16 warps that share a part of the pages of one KV head: every n_parts-th page.  Teams of E / 32
+ * A block is up to 12 warps that share a part of the pages of one KV head: every n_parts-th page.  Teams of E / 64
  * warps take sealed pages, copied to shared memory in the background: a page is soon done with, and a warp holds the
- * sums of 32 channels only.  Before that, the last warps take pieces of open pages.  join.cuh puts together what all of
+ * sums of 64 channels only.  Before that, the last warps take pieces of open pages.  join.cuh puts together what all of
  * them sum up.
  *
  * The launch may overtake the update before it (programmatic dependent launch): while there is nothing to seal or
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(32 * max_warps, 1)
     const of_team mine = {warp / of_team::size, warp % of_team::size};
     const int nth_stream = blockIdx.z / (unsigned)c.n_tiles, first_row = (blockIdx.z - nth_stream * c.n_tiles) * n_rows;
 
-    const int stream = *a.first_stream + nth_stream;
+    const int stream = stream_of(a, nth_stream);
     bool waited = !a.n_seal || *a.n_seal + *a.n_unseal > 0;
     if (waited) {
         wait_for_previous();
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(32 * max_warps, 1)
     auto *open = (open_sums<E> *)shared;
     const page_p p = {(__half *)(shared + c.buffers - (c.n_teams - mine.number) * page_p::bytes)};
     bool any_open = false; // of the block
-    state<1> st;
+    sealed_state<E> st;
     st.clear();
     for (int first = 0; first < n_pages; first += list_size) { // once, as a rule
         ring.begin();
@@ -251,7 +251,7 @@ int launch(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t st
     c.inverse = ((1u << 20) + c.n_rep - 1) / c.n_rep;
     const dim3 grid(a.n_parts, l.n_head_kv, c.n_tiles * a.n_streams);
     if (allow_shared(kernel, shape.shared)) {
-        launch_early(kernel, grid, shape.n_teams * D, shape.shared, stream, l, a, c);
+        launch_early(kernel, grid, shape.n_teams * team_warp<D>::size * 32, shape.shared, stream, l, a, c);
     }
     return launched("decode attention");
 }

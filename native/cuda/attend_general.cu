@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(threads) general_kernel(const xq_cuda_layer l,
     __shared__ scratch s;
     const int head = blockIdx.x, token = blockIdx.y, tid = threadIdx.x;
     const int n_rep = a.n_head / l.n_head_kv, of_stream = token % a.n_tokens, nth_stream = token / a.n_tokens;
-    const int stream = *a.first_stream + nth_stream;
+    const int stream = stream_of(a, nth_stream);
     const side_view k = key_view(l, stream, head / n_rep), v = value_view(l, stream, head / n_rep);
     const float *q = (const float *)((const char *)a.q + head * a.q_head_stride + token * a.q_token_stride);
     const auto *mask = a.mask ? (const __half *)((const char *)a.mask + of_stream * a.mask_token_stride +

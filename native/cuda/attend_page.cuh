@@ -2,7 +2,7 @@
  * for eight query rows.
  *
  * Of a sealed page, each warp of a team takes an equal share of the tokens to their scores, and, when all p are there,
- * an equal share of the channels to their sums: 32.  The team meets twice a page: for the maximum, and for p.
+ * an equal share of the channels to their sums: 64.  The team meets twice a page: for the maximum, and for p.
  *
  * q lies in the order of the codes (codes_mma.cuh), scaled by a power of two to below 1; p s is scaled by the largest
  * scale so far before it is rounded to F16: nothing overflows, no page vanishes.
@@ -41,16 +41,26 @@ struct folded_rows {
 
 /* ---- a sealed page ---- */
 
-/* One warp of a team of E / 32, the member-th. */
+/* One warp of a team of E / 64, the member-th. */
 template <int E> struct team_warp {
-    static constexpr int size = E / 32, chunks = XQ_PAGE / 32 / size; /* of 32 tokens each */
+    static constexpr int size = E / 64, chunks = XQ_PAGE / 32 / size; /* of 32 tokens each */
+    static constexpr int channel_chunks = E / 32 / size;
     int number, member;
 
     __device__ int first() const { return number * size; } /* warp of the block */
     __device__ int chunk(int n) const { return member * chunks + n; }
+    __device__ int channel_chunk(int n) const { return member * channel_chunks + n; }
     /* Waits for the others. */
-    __device__ void meet() const { asm volatile("bar.sync %0, %1;" ::"r"(number + 1), "n"(32 * size) : "memory"); }
+    __device__ void meet() const {
+        if (size == 1) {
+            __syncwarp();
+        } else {
+            asm volatile("bar.sync %0, %1;" ::"r"(number + 1), "n"(32 * size) : "memory");
+        }
+    }
 };
+/* Of a warp, over sealed pages. */
+template <int E> using sealed_state = state<team_warp<E>::channel_chunks>;
 
 /* Scale and zero point (code 0) of four rows i .. i + 3. */
 __device__ void load_four(const xq_side &side, const uint8_t *at, int n, int i, float scale[4], float zero[4]) {
@@ -140,16 +150,21 @@ __device__ void store_p(const page_p &to, const float (&p)[2][N], const float sc
     }
 }
 
-/* p [row][tokens of this warp] times the values' LOG8 scales, to shared memory. */
-template <int E, int N>
-__device__ void scale_p_log8(state<1> &st, const float (&p)[2][N], const uint8_t *param, const page_p &to,
+/* Bits that the codes of V of a lane's tokens, 32 c + 4 g .. + 3, are shifted by (codes_mma.cuh). */
+template <int VB> __device__ int shift_of(int g) {
+    return VB * (g % (8 / VB));
+}
+
+/* p [row][tokens of this warp] times the values' LOG8 scales and what takes the codes' shift back, to shared memory. */
+template <int E, int VB, int N>
+__device__ void scale_p_log8(sealed_state<E> &st, const float (&p)[2][N], const uint8_t *param, const page_p &to,
                              const team_warp<E> &warp, int lane) {
     const int g = lane / 4;
     const uint32_t mine = *(const uint32_t *)(param + 4 * lane);
     const uint32_t top = max(max(mine & 0xffu, mine >> 8 & 0xffu), max(mine >> 16 & 0xffu, mine >> 24));
     raise_exponent(st, ((int)warp_max(top) - log8_zero) >> 3);
     // 2^((e - 161) / 8 + 13 - exponent), products stay below 2^14; 0x4b0000ee is 2^23 + e
-    const float constant = (float)(13 - st.exponent) - log8_zero * 0.125f - 1048576.0f;
+    const float constant = (float)(13 - st.exponent - shift_of<VB>(g)) - log8_zero * 0.125f - 1048576.0f;
 #pragma unroll
     for (int n = 0; n < warp.chunks; ++n) {
         const uint32_t e = *(const uint32_t *)(param + 32 * warp.chunk(n) + 4 * g);
@@ -163,9 +178,9 @@ __device__ void scale_p_log8(state<1> &st, const float (&p)[2][N], const uint8_t
 }
 
 /* The same for any parameters; sums p times zero points. */
-template <int E, int N>
-__device__ void scale_p(state<1> &st, const float (&p)[2][N], const xq_side &v, const uint8_t *param, const page_p &to,
-                        const team_warp<E> &warp, int lane) {
+template <int E, int VB, int N>
+__device__ void scale_p(sealed_state<E> &st, const float (&p)[2][N], const xq_side &v, const uint8_t *param,
+                        const page_p &to, const team_warp<E> &warp, int lane) {
     const int g = lane / 4;
     float scale[4], zero[4], top = 0.0f;
     load_four(v, param, XQ_PAGE, 4 * lane, scale, zero);
@@ -174,7 +189,7 @@ __device__ void scale_p(state<1> &st, const float (&p)[2][N], const xq_side &v, 
         top = fmaxf(top, fabsf(scale[w]));
     }
     raise_exponent(st, (int)(warp_max(__float_as_uint(top)) >> 23) - 127);
-    const float unit = power_of_two(13 - st.exponent); // products stay below 2^14
+    const float unit = power_of_two(13 - st.exponent - shift_of<VB>(g)); // products stay below 2^14
 #pragma unroll
     for (int n = 0; n < warp.chunks; ++n) {
         load_four(v, param, XQ_PAGE, 32 * warp.chunk(n) + 4 * g, scale, zero);
@@ -212,9 +227,10 @@ template <int E> struct masks {
 /* shared: the page's parts as `at` says.  p: room of the team.  tops: room for maxima of the block's warps. PLAIN:
  * values have LOG8 parameters.  met(): called when the whole team has done with the page before. */
 template <int D, int E, int KB, int VB, bool PLAIN, typename F>
-__device__ void sealed_page(state<1> &st, const rows &q, const folded_rows &qb, const xq_side &k, const xq_side &v,
-                            const uint8_t *shared, const staged &at, const masks<E> &mask, bool is_masked,
-                            const page_p &p, float (*tops)[n_rows], const team_warp<E> &warp, int lane, const F &met) {
+__device__ void sealed_page(sealed_state<E> &st, const rows &q, const folded_rows &qb, const xq_side &k,
+                            const xq_side &v, const uint8_t *shared, const staged &at, const masks<E> &mask,
+                            bool is_masked, const page_p &p, float (*tops)[n_rows], const team_warp<E> &warp, int lane,
+                            const F &met) {
     using wk = walk<KB, D>;
     using wv = walk<VB, XQ_PAGE>;
     using team = team_warp<E>;
@@ -264,42 +280,45 @@ __device__ void sealed_page(state<1> &st, const rows &q, const folded_rows &qb, 
     }
     exponentiate(st, s, to, max);
     if (PLAIN) {
-        scale_p_log8<E>(st, s, v_param, p, warp, lane);
+        scale_p_log8<E, VB>(st, s, v_param, p, warp, lane);
     } else {
-        scale_p<E>(st, s, v, v_param, p, warp, lane);
+        scale_p<E, VB>(st, s, v, v_param, p, warp, lane);
     }
     warp.meet();
     if (PLAIN) {
-        float offset[4] = {}; // of this page alone: the tensor cores cut off what
-                              // falls below their sum
 #pragma unroll
         for (int k = 0; k < wv::products / team::size; ++k) {
             // rows g: q + 128 of the centres, rows g + 8: 1
-            const int row = wv::row(k * team::size + warp.member, t);
+            const int product = k * team::size + warp.member, row = wv::row(product, t);
             const uint2 x = *(const uint2 *)(p.row(g) + row);
             const uint32_t q = *(const uint32_t *)(v_param + XQ_PAGE + row) ^ 0x80808080u;
             const uint32_t one = 0x3c003c00u; // no subnormal: of a small one, sums keep only 14 bits
+            float offset[4] = {};             // alone: the tensor cores cut off what falls below their sum
             multiply(offset, q & 0x00ff00ffu, one, q >> 8 & 0x00ff00ffu, one, x.x, x.y);
-        }
-        for (int r = 0; r < 2; ++r) {
-            st.offset[r] += offset[r] * 0.125f - offset[2 + r] * ((16.0f + (float)((1 << VB) - 1) * 0.5f) / code_unit);
+            const float shift = power_of_two(VB * (product % (8 / VB)));
+            for (int r = 0; r < 2; ++r) {
+                const float zero = (16.0f + (float)((1 << VB) - 1) * 0.5f) / code_unit;
+                st.offset[r] += shift * (offset[r] * 0.125f - offset[2 + r] * zero);
+            }
         }
     }
     uint32_t pb[wv::products][2];
 #pragma unroll
     for (int n = 0; n < wv::products; ++n) {
         const uint2 x = *(const uint2 *)(p.row(g) + wv::row(n, t));
-        const __half2 weight = __float2half2_rn(wv::weight(n));
-        pb[n][0] = as_bits(__hmul2(as_half2(x.x), weight));
-        pb[n][1] = as_bits(__hmul2(as_half2(x.y), weight));
+        pb[n][0] = x.x;
+        pb[n][1] = x.y;
     }
-    uint4 words[wv::steps];
-    wv::load(words, shared + at.v_codes, warp.member, lane);
-    wv::add(st.out[0], words, pb);
+#pragma unroll
+    for (int n = 0; n < team::channel_chunks; ++n) {
+        uint4 words[wv::steps];
+        wv::load(words, shared + at.v_codes, warp.channel_chunk(n), lane);
+        wv::add(st.out[n], words, pb);
+    }
 }
 
 /* Sums over sealed pages to their unit; zero: what is to be added to every channel, this warp's share. */
-template <bool PLAIN> __device__ void finish_sums(state<1> &st, float (&zero)[2]) {
+template <bool PLAIN, int CHUNKS> __device__ void finish_sums(state<CHUNKS> &st, float (&zero)[2]) {
     const float unit = power_of_two(st.exponent - 13 + 24);
     for (int r = 0; r < 2; ++r) {
         for (int step = 4; !PLAIN && step < 32; step *= 2) {

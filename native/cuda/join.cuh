@@ -19,7 +19,7 @@ namespace xq {
 
 namespace {
 
-constexpr int max_warps = 16, max_open = 8; /* of a block; of them, over open pages */
+constexpr int max_warps = 12, max_open = 8; /* of a block; of them, over open pages */
 
 /* Over sealed pages; zero: to be added to every channel. */
 template <int E> struct joined {
@@ -43,7 +43,7 @@ __device__ inline float4 channels_of(const float (&x)[2][4], int r) {
 
 /* A warp's state to shared memory. */
 template <int E>
-__device__ void store(joined<E> &all, state<1> &st, const float (&zero)[2], const team_warp<E> &warp, int lane) {
+__device__ void store(joined<E> &all, sealed_state<E> &st, const float (&zero)[2], const team_warp<E> &warp, int lane) {
     const int g = lane / 4, t = lane % 4, nth = warp.first() + warp.member;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -53,7 +53,10 @@ __device__ void store(joined<E> &all, state<1> &st, const float (&zero)[2], cons
         all.max[warp.number][2 * t + r] = st.max[r];
         all.sum[nth][2 * t + r] = st.sum[r];
         all.zero[nth][2 * t + r] = zero[r];
-        *(float4 *)&all.out[warp.number][2 * t + r][32 * warp.member + 4 * g] = channels_of(st.out[0], r);
+#pragma unroll
+        for (int n = 0; n < warp.channel_chunks; ++n) {
+            *(float4 *)&all.out[warp.number][2 * t + r][32 * warp.channel_chunk(n) + 4 * g] = channels_of(st.out[n], r);
+        }
     }
 }
 template <int E> __device__ void store(open_sums<E> &all, state<E / 32> &st, int lane) {
@@ -229,7 +232,7 @@ __device__ void join_block(float (&x)[E / 32], float &sum, float &top, const joi
 
 /* Called by all threads of a block at its end.  first: the tile's first row of the KV head. */
 template <int E>
-__device__ void finish_rows(joined<E> &all, const open_sums<E> *open, state<1> &st, const float (&zero)[2],
+__device__ void finish_rows(joined<E> &all, const open_sums<E> *open, sealed_state<E> &st, const float (&zero)[2],
                             const xq_cuda_layer &l, const xq_cuda_attend_args &a, const decode_call &c, int first,
                             int nth_stream, const team_warp<E> &of_team, int lane) {
     constexpr int width = E / 32;

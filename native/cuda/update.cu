@@ -124,8 +124,9 @@ __global__ void few_tokens_kernel(const xq_cuda_layer l, const xq_cuda_update_ar
     float *mine = shared + warp * shared_of_slab;
     wait_for_previous();
     launch_next();
-    const auto is_mine = [](int stream) { return stream % gridDim.y == blockIdx.y; };
+    const auto is_mine = [](int stream) { return gridDim.y == 1 || stream % gridDim.y == blockIdx.y; };
     const int n_seal = *a.n_seal, n_unseal = *a.n_unseal;
+    const int first_row = a.n_tokens > 0 ? a.rows[0] : 0; // read together with the counts
     for (int number = 0; number < n_seal; ++number) {
         if (is_mine(a.seals[7 * number])) {
             seal_slab(l, a.seals + 7 * number, is_k, head, i0, mine, a.n_nonfinite);
@@ -147,7 +148,7 @@ __global__ void few_tokens_kernel(const xq_cuda_layer l, const xq_cuda_update_ar
     const int width = is_k ? l.d : l.e;
 #pragma unroll 4
     for (int t = 0; t < a.n_tokens; ++t) {
-        const int row = a.rows[t];
+        const int row = t == 0 ? first_row : a.rows[t];
         for (int j = i0; j < width && is_mine(row / (l.n_slots * XQ_PAGE)); j += blockDim.x) {
             store_row(l, a, is_k, head, t, row, j, min(j + slab, width));
         }

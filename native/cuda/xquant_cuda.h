@@ -55,14 +55,14 @@ typedef struct xq_cuda_attend_args {
     const uint16_t *mask;                          /* F16 [stream][token][n_kv_pages * XQ_PAGE] */
     int64_t mask_token_stride, mask_stream_stride; /* bytes */
     const int32_t *table;                /* [stream of the cache][layer.n_pages]: slot, -1 sealed, -2 no cells */
-    const int32_t *first_stream;         /* [1]: stream of the cache that stream 0 of q is */
+    const int32_t *first_stream;         /* [1]: stream of the cache that stream 0 of q is; null: 0 */
     int32_t n_head, n_tokens, n_streams; /* n_tokens: of each stream */
     int32_t n_kv_pages;                  /* pages that are looked at */
     float scale, softcap, max_bias;      /* as xq_attention; max_bias > 0: ALiBi */
     const float *sinks;                  /* [head] scores that take part in the sum, or null */
     int32_t n_parts;                     /* blocks that share the pages of a KV head */
     /* [1] each, or null: counts of the update that was launched just before on the stream.  Given, attention overtakes
-     * it as far as its operations allow; q and mask must then have been written before it. */
+     * it as far as its operations allow; all else that it reads must then have been written before it. */
     const int32_t *n_seal, *n_unseal;
     float *partial;     /* room for [part][stream][token][head][2 e + 2, mapped: 3 e + 2] */
     uint32_t *arrivals; /* [stream][(rows of a KV head + 7) / 8][KV head]: 0, and 0 again afterwards */

@@ -81,7 +81,7 @@ static int attend(const node_params &params, const ggml_tensor *node, void *stre
     a.mask_token_stride = (int64_t)mask->nb[1];
     a.mask_stream_stride = (int64_t)mask->nb[3];
     a.table = input + in_header;
-    a.first_stream = input + in_first_stream;
+    a.first_stream = src[3]->ne[1] > 1 ? input + in_first_stream : nullptr;
     a.n_head = (int32_t)q->ne[1];
     a.n_streams = (int32_t)mask->ne[3];
     a.n_tokens = (int32_t)(q->ne[2] / mask->ne[3]);
