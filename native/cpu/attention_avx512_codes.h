@@ -9,6 +9,7 @@
 
 #include "codec_format.h"
 #include "vec_avx2.h"
+#include "vec_avx512.h"
 #include "xquant.h"
 
 #include <algorithm>
@@ -17,8 +18,6 @@
 
 namespace xq {
 namespace {
-
-#define XQ_UNROLL _Pragma("GCC unroll 8")
 
 constexpr int max_i = XQ_MAX_HEAD_DIM; // numbers i: channels of a key or tokens of a page
 constexpr int max_vectors = 8;         // rows that share one pass over the codes
@@ -54,8 +53,6 @@ struct parameters {
     }
 
   private:
-    static __m512 load_half(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
-
     /* 2^((e - 161) / 8), and q / 8 times that, of 16 numbers. */
     static void load_log8(const uint8_t *e, const uint8_t *q, __m512 &s, __m512 &c) {
         const __m512i k =
