@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -55,6 +57,30 @@ def test_part_of_a_sequence_is_copied_between_streams(paths: dict[str, Path]) ->
         assert np.array_equal(alone.decode(TOKENS[500:520], 500), got)
 
 
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
+def test_other_caches_stop_where_ours_copies_a_part(paths: dict[str, Path], kv_type: str) -> None:
+    """As the README's table says of them."""
+    program = """
+import sys
+from pathlib import Path
+from contexts import Context, llama_cpp
+with Context(Path(sys.argv[1]), sys.argv[2], n_ctx=4096, n_seq=2, unified=False) as context:
+    context.decode([5] * 600, 0, [0])
+    print("copies", flush=True)
+    llama_cpp.llama_memory_seq_cp(context.memory, 0, 1, 0, 500)
+    print("goes on")
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", program, str(paths["plain"]), kv_type],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=paths["plain"].parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GGML_NO_BACKTRACE": "1"},
+    )
+    assert (out.stdout, out.returncode) == ("copies\n", -signal.SIGABRT)
+
+
 WRONG: dict[str, Callable[[Context], object]] = {
     "remove": lambda c: llama_cpp.llama_memory_seq_rm(c.memory, 300, -1, -1),
     "copy": lambda c: llama_cpp.llama_memory_seq_cp(c.memory, 0, 9999, -1, -1),
@@ -62,6 +88,7 @@ WRONG: dict[str, Callable[[Context], object]] = {
     "shift another": lambda c: llama_cpp.llama_memory_seq_add(c.memory, 5000, 0, -1, 1),
     "shift beyond 31 bits": lambda c: llama_cpp.llama_memory_seq_add(c.memory, 0, 0, -1, 2**31 - 1),
     "shift below": lambda c: llama_cpp.llama_memory_seq_add(c.memory, 0, 0, -1, -(2**31)),
+    "shift all to below 0": lambda c: llama_cpp.llama_memory_seq_add(c.memory, 0, -5, -9, -(2**31)),
     "divide by 0": lambda c: llama_cpp.llama_memory_seq_div(c.memory, 0, 0, -1, 0),
     "divide by -1": lambda c: llama_cpp.llama_memory_seq_div(c.memory, 0, 0, -1, -1),
     "positions": lambda c: llama_cpp.llama_memory_seq_pos_max(c.memory, 400),

@@ -100,6 +100,20 @@ def test_lengths_that_no_state_has_are_refused_at_once(paths: dict[str, Path]) -
         assert time.monotonic() - start < 0.5
 
 
+@pytest.mark.parametrize("offset", [1, 2, 4, 7])
+def test_a_state_may_lie_at_any_address(paths: dict[str, Path], offset: int) -> None:
+    with Context(paths["plain"], "xquant") as saved, Context(paths["plain"], "xquant") as loaded:
+        saved.decode(TOKENS[:700], 0)
+        size = llama_cpp.llama_state_get_size(saved.ctx)
+        memory = (ctypes.c_uint8 * (size + 64))()
+        start = -ctypes.addressof(memory) % 16 + offset
+        data = (ctypes.c_uint8 * size).from_buffer(memory, start)
+        n = llama_cpp.llama_state_get_data(saved.ctx, data, size)
+        assert bytes(data[:n]) == saved.save()
+        assert llama_cpp.llama_state_set_data(loaded.ctx, data, n) == n
+        assert loaded.save() == saved.save()
+
+
 def field_offsets(state: bytes) -> dict[str, int]:
     """Offsets in the state of one sequence of the plain model (xquant-state.cpp), behind llama.cpp's 8 bytes."""
     at = 8
