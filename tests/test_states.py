@@ -103,6 +103,15 @@ def test_lengths_that_no_state_has_are_refused_at_once(paths: dict[str, Path]) -
         assert time.monotonic() - start < 0.5
 
 
+def test_a_state_of_no_architecture_is_refused(paths: dict[str, Path]) -> None:
+    """Its name has no bytes: nothing is copied to a null pointer (found by the fuzzer; `make asan` sees it)."""
+    with Context(paths["plain"], "xquant") as context:
+        context.decode(TOKENS[:200], 0)
+        before = context.save()
+        assert context.load(bytes(4) + before[9:]) == 0
+        assert context.save() == before
+
+
 @pytest.mark.parametrize("offset", [1, 2, 4, 7])
 def test_a_state_may_lie_at_any_address(paths: dict[str, Path], offset: int) -> None:
     with Context(paths["plain"], "xquant") as saved, Context(paths["plain"], "xquant") as loaded:

@@ -347,7 +347,8 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "src/llama-io.cpp",
         "    std::vector<char> buf(str_size);\n",
         "    if (str_size > n_left()) {\n"
-        '        throw std::runtime_error("a string is longer than what is left of the state");\n    }\n\n',
+        '        throw std::runtime_error("a string is longer than what is left of the state");\n    }\n'
+        "    if (str_size == 0) { // no bytes, and no place for them\n        str.clear();\n        return;\n    }\n\n",
         "before",
     ),
     ("src/llama-io.cpp", '#include "llama-io.h"\n', "\n#include <stdexcept>\n", "after"),
