@@ -15,6 +15,8 @@ from xquant_gguf.plan import PAGE, Plan
 from xquant_gguf.plan import Shape as KvShape
 
 SHAPE = tiny_gguf.Shape()
+# KL divergence of a cache that nothing was done to.  Measured after operations: 0.7e-4 to 1.5e-4.
+CLOSE = 3e-4
 TOKENS = np.random.default_rng(11).integers(3, tiny_gguf.N_VOCAB, 1400).tolist()
 
 
@@ -78,7 +80,7 @@ def test_cutting_the_tail_inside_a_sealed_page(path: Path, xquant: Context) -> N
     for cut in (700, 300, 130):
         assert llama_cpp.llama_memory_seq_rm(xquant.memory, 0, cut, -1)
         got = xquant.decode(TOKENS[cut:1000], cut)
-        assert kld(reference(path, TOKENS[:1000])[cut:], got) < 0.01
+        assert kld(reference(path, TOKENS[:1000])[cut:], got) < CLOSE
     assert llama_cpp.llama_memory_seq_pos_max(xquant.memory, 0) == 999
 
 
@@ -143,7 +145,7 @@ def test_removing_the_middle_hides_it(path: Path) -> None:
             context.decode(TOKENS[:900], 0)
             assert llama_cpp.llama_memory_seq_rm(context.memory, 0, 200, 700)
             runs.append(context.decode(TOKENS[900:1300], 900))
-    assert kld(*runs) < 0.01
+    assert kld(*runs) < CLOSE
 
 
 def test_a_full_cache_is_an_error_and_the_context_goes_on(path: Path) -> None:
@@ -171,7 +173,7 @@ def test_several_sequences(path: Path, unified: bool) -> None:
         order = [i for start in range(0, 200, 40) for i in range(start, start + 40)]
         got = got[order]
     for s, tail in enumerate((one, two)):
-        assert kld(reference(path, common + tail)[600:], got[s::2]) < 0.01
+        assert kld(reference(path, common + tail)[600:], got[s::2]) < CLOSE
 
 
 def test_keep_and_positions(xquant: Context) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from xquant_gguf import Llama, Plan, fork
+from xquant_gguf import Llama, Plan, fork, native
 from xquant_gguf.llama import LLAMA_TYPES, llama_cpp
 from xquant_gguf.plan import Shape, preset_names
 
@@ -245,3 +245,13 @@ def test_every_preset_generates(smollm2: str, prose: str) -> None:
         assert 0 <= llm.sample(temp=0) < llm.n_vocab()
         assert llm.kv_cache_info()["pages_sealed"] > 0
         llm.close()
+
+
+def test_image_handlers_load_libmtmd_from_the_package(llm: Llama, smollm2: str) -> None:
+    """And it says no to a model that is not a projector."""
+    from llama_cpp import mtmd_cpp
+
+    assert Path(mtmd_cpp._libmtmd._name).parent == native.LIBRARY_DIR
+    assert mtmd_cpp.mtmd_default_marker() == b"<__media__>"
+    params = mtmd_cpp.mtmd_context_params_default()
+    assert mtmd_cpp.mtmd_init_from_file(smollm2.encode(), llm._model.model, params) is None

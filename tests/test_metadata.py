@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -251,6 +252,43 @@ def test_reader_of_heads_takes_every_type(tmp_path: Path) -> None:
         assert head.value(f"one.{t.name}") == 1
         assert list(head.value(f"two.{t.name}")) == [1, 0]
     assert head.value("two.STRING") == ["a", ""]
+
+
+def head(n_tensors: int = 0, n_keys: int = 0, rest: bytes = b"") -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, n_tensors, n_keys) + rest + bytes(64)
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def alignment(value: int) -> bytes:
+    return head(n_keys=1, rest=text(b"general.alignment") + struct.pack("<II", GGUFValueType.UINT32, value))
+
+
+LIES = {
+    "keys": (head(n_keys=2**64 - 1), "keys, more than fit"),
+    "tensors": (head(n_tensors=2**63), "tensors, more than fit"),
+    "length of a string": (head(n_keys=1, rest=struct.pack("<Q", 2**64 - 1)), "bytes in a string, more than fit"),
+    "length of an array": (
+        head(n_keys=1, rest=text(b"a") + struct.pack("<IIQ", GGUFValueType.ARRAY, GGUFValueType.UINT64, 2**61)),
+        "numbers in a, more than fit",
+    ),
+    "dimensions": (head(n_tensors=1, rest=text(b"t") + struct.pack("<I", 2**32 - 1)), "dimensions of a tensor, more"),
+    "alignment 0": (alignment(0), "general.alignment 0, must be a power of two"),
+    "alignment 3": (alignment(3), "general.alignment 3, must be a power of two"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_counts_sizes_and_alignments_that_lie_are_errors(model: Path, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "lies.gguf"
+    raw, message = LIES[name]
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=message):
+        GGUFFile(path)
+    with pytest.raises(ValueError, match=r"lies\.gguf"):
+        fork_reads(model, path)
 
 
 def answer(path: Path) -> str:

@@ -16,7 +16,7 @@ import tiny_gguf
 from contexts import Context, Logits, llama_cpp
 from tiny_gguf import MODELS
 
-from xquant_gguf import Llama
+from xquant_gguf import Llama, fork
 
 TOKENS = np.random.default_rng(12).integers(3, tiny_gguf.N_VOCAB, 1400).tolist()
 
@@ -106,6 +106,16 @@ def test_wrong_arguments_do_nothing(paths: dict[str, Path], name: str) -> None:
         assert np.array_equal(context.decode(TOKENS[600:610], 600), twin.decode(TOKENS[600:610], 600))
 
 
+@pytest.mark.parametrize("where", [(-1, 0, 1), (4, 0, 1), (2**31 - 1, 0, 1), (0, -1, 1), (0, 2, 1), (0, 0, 2049)])
+def test_layers_heads_and_cells_out_of_range_have_no_rows(paths: dict[str, Path], where: tuple[int, int, int]) -> None:
+    with Context(paths["plain"], "xquant") as context:
+        context.decode(TOKENS[:100], 0)
+        layer, head, n_cells = where
+        with pytest.raises(ValueError, match="open cells"):
+            fork.rows(context.ctx, layer, "k", head, n_cells, 64)
+        assert np.isfinite(fork.rows(context.ctx, 3, "k", 1, 100, 64)).all()
+
+
 BATCHES = {
     "a sequence that there is not": [(5, 600, [1])],
     "a negative sequence": [(5, 600, [-1])],
@@ -185,7 +195,7 @@ def test_cells_free_all_over_the_cache(paths: dict[str, Path], model: str) -> No
 def test_memory_that_cannot_be_had_is_an_error(paths: dict[str, Path]) -> None:
     program = """
 import resource, sys
-from xquant_gguf import Llama
+from xquant_gguf import Llama, fork
 resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
 for n_ctx in (1 << 23, 1 << 30):
     try:

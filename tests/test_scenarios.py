@@ -275,37 +275,39 @@ def nothing(memory: Any) -> int:
     return 900
 
 
-# Each beside what it is compared with (a cut alone changes what the next tokens see), and how much more harm there may
-# be: without its tail, XQuant reads the newest tokens from codes until there are new ones; measured: 1.36.
-OPERATIONS: dict[str, tuple[Callable[[Any], int], Callable[[Any], int], float]] = {
-    "remove the head": (remove(0, 200), nothing, 1.3),
-    "remove the middle": (remove(200, 700), nothing, 1.3),
-    "remove the tail": (remove(650, -1), nothing, 1.6),
-    "copy and keep": (copy_and_keep, nothing, 1.3),
-    "shift": (shift, remove(64, 400), 1.3),
-    "divide": (divide, nothing, 1.3),
+# Each beside what it is compared with, after how many tokens: a cut alone changes what the next tokens see.
+OPERATIONS: dict[str, tuple[Callable[[Any], int], Callable[[Any], int], int]] = {
+    "remove the head": (remove(0, 200), nothing, 900),
+    "remove the middle": (remove(200, 700), nothing, 900),
+    "remove the tail": (remove(650, -1), remove(650, -1), 650),
+    "copy and keep": (copy_and_keep, nothing, 900),
+    "shift": (shift, remove(64, 400), 900),
+    "divide": (divide, nothing, 900),
 }
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_on_a_sequence(folder: Path, kv_type: str, name: str) -> None:
-    """The cache does no more harm to logits after an operation than before it, and tells the same positions as F16."""
+    """The cache does no more harm to logits after an operation than before it, and tells the same positions as F16.
 
-    def run(kv: str, operation: Callable[[Any], int]) -> tuple[NDArray[np.float32], tuple[int, int]]:
-        with Context(folder / "plain.gguf", kv, n_seq=2) as context:
-            context.decode(TOKENS[:900], 0)
+    XQuant has no window here: without a tail, it would read the newest tokens from codes where it otherwise does not.
+    """
+
+    def run(kv: str, operation: Callable[[Any], int], n: int) -> tuple[NDArray[np.float32], tuple[int, int]]:
+        with Context(folder / "plain.gguf", kv, n_seq=2, overrides={"xquant.window": 0}) as context:
+            context.decode(TOKENS[:n], 0)
             end = operation(context.memory)
             ends = (llama_cpp.llama_memory_seq_pos_min, llama_cpp.llama_memory_seq_pos_max)
             positions = tuple(f(context.memory, 0) for f in ends)
             return context.decode(TOKENS[900:950], end), (positions[0], positions[1])
 
-    def harm(operation: Callable[[Any], int]) -> float:
-        (got, positions), (want, expected) = run(kv_type, operation), run("f16", operation)
+    def harm(operation: Callable[[Any], int], n: int) -> float:
+        (got, positions), (want, expected) = run(kv_type, operation, n), run("f16", operation, n)
         assert positions == expected
         return float(np.abs(got - want).mean())
 
-    operation, other, factor = OPERATIONS[name]
-    assert harm(operation) <= factor * harm(other)
+    operation, other, n = OPERATIONS[name]
+    assert harm(operation, 900) <= 1.3 * harm(other, n)  # measured: at most 1.23, q4_0; XQuant 1.18
 
 
 def test_embeddings_as_input(folder: Path, kv_type: str) -> None:

@@ -21,22 +21,37 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_memory_and_quality_stay_flat(model: str, prose: str) -> None:
     turns = soak.soak(model, prose, kv_type="xquant", minutes=0, turns=60, n_ctx=1024, n_ubatch=64, n_threads=1)
-    thirds = turns[15:35], turns[40:]
-    first, last = ({name: float(np.mean([turn[name] for turn in part])) for name in turns[0]} for part in thirds)
-    assert last["kept"] > 0.2 * last["prompt"]
-    assert last["sealed"] > 1
-    assert last["mib"] - first["mib"] < 4
-    assert 0 < last["kld"] < 1.5 * first["kld"]
+    first, last = turns[15:35], turns[40:]
+    assert sum(turn.kept for turn in last) > 0.2 * sum(turn.length for turn in last)
+    assert max(turn.sealed for turn in last) > 1
+    assert max(turn.shifts for turn in turns) > 0
+    assert last[-1].mib - first[-1].mib < 4
+    # each against a fresh cache with the same text: what was cut off and written again left nothing behind
+    pairs = np.array([(turn.kld, turn.fresh) for turn in turns if turn.fresh == turn.fresh])
+    assert len(pairs) > 10
+    aged, fresh = pairs.sum(axis=0)
+    assert 0 < aged < 1.15 * fresh
+    assert "aged - fresh" in soak.report(turns)
 
 
 def test_shifts_are_compared(model: str, prose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one shift changes is small beside what the cache changes; eight add up (measured: 2.3 times)."""
-    text, out = tmp_path / "text", tmp_path / "out.json"
+    """A shift codes the keys once more, which adds about as much noise as the first coding did.
+
+    With fine values, keys do all of the harm that there is.  Measured on five models, in units of it: 0 to 0.6 for one
+    shift; 10.5 to 15.3 for eight, since noise widens the range by a twentieth each time (the codec alone: 11).  As many
+    tokens are scored as the window holds: with fewer, the first score would find pages open that the next finds sealed.
+    """
+    text, fine, out = tmp_path / "text", tmp_path / "fine.json", tmp_path / "out.json"
     text.write_text(prose)
-    options = ["--tokens", "700", "--scored", "20", "--kv-types", "xquant", "--threads", "1", "--json", str(out)]
-    monkeypatch.setattr(sys, "argv", ["shift.py", model, "--text", str(text), *options])
+    values = {"bits": 4, "group": 32, "fit": "minmax", "param": "f16", "eta": 0.0}
+    fine.write_text(json.dumps({"layers": {"0-3": {"v": values}}}))
+    options = ["--tokens", "700", "--scored", "128", "--kv-types", f"xquant,{fine}", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["shift.py", model, "--text", str(text), *options, "--json", str(out)])
     assert shift.main() == 0
     kld = {(row["kv_type"], row["shifts"]): row["kld"] for row in json.loads(out.read_text())}
-    assert kld["f16", 8] < 0.1 * kld["xquant", 0]
-    assert kld["xquant", 1] < 1.5 * kld["xquant", 0]
-    assert kld["xquant", 0] < kld["xquant", 8] < 3 * kld["xquant", 0]
+    keys = kld[str(fine), 0]
+
+    assert 0 < keys < 0.25 * kld["xquant", 0]
+    assert abs(kld["f16", 8]) < 1e-2 * keys
+    assert kld["xquant", 1] - kld["xquant", 0] < keys
+    assert keys < kld["xquant", 8] - kld["xquant", 0] < 20 * keys

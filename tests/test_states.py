@@ -6,6 +6,7 @@ import ctypes
 import resource
 import struct
 import time
+from base64 import b64encode
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import pytest
 import tiny_gguf
 from contexts import Context, llama_cpp
 from tiny_gguf import MODELS
+
+from xquant_gguf import Llama
 
 # llama.cpp restores the F16 cells of sliding layers elsewhere, where they are summed up in another order (2e-4).
 MOVED = {"plain": 0.0, "sliding": 1e-3}
@@ -303,3 +306,19 @@ def test_refused_states_say_why_and_change_nothing(paths: dict[str, Path]) -> No
         plain.decode(TOKENS[:100], 0)
         state = states["another plan"][0]
         assert plain.load(state) == 0
+
+
+def test_a_state_with_another_map_is_refused(paths: dict[str, Path]) -> None:
+    def mapped(seed: int) -> Llama:
+        weight = np.random.default_rng(seed).standard_normal((2, 64, 64)).astype("<f2")
+        maps = {"1": {"heads": [0, 1], "weight": b64encode(weight.tobytes()).decode()}}
+        plan = {"layers": {"1": {"v": {"source": 0}}}, "maps": maps}
+        return Llama(str(paths["plain"]), kv_plan=plan, n_ctx=1024, n_ubatch=128, verbose=False)
+
+    saved, same, other = (mapped(seed) for seed in (0, 0, 1))
+    saved.eval(TOKENS[:700])
+    same.load_state(saved.save_state())
+    with pytest.raises(RuntimeError, match="Failed to set llama state data"):
+        other.load_state(saved.save_state())
+    for llm in (saved, same, other):
+        llm.close()
