@@ -70,10 +70,6 @@ void cache::seal(uint32_t s, int32_t p) {
     seal_op op = {(int32_t)s, p, pg.state, {}};
     valid_cells(s, p, op.valid);
     pending_seals.push_back(op);
-    if (simulates) {
-        pg.simulated = true;
-        return;
-    }
     streams[s].free_slots.push_back(pg.state);
     pg.state = page_sealed;
 }
@@ -158,7 +154,7 @@ bool cache::begin(const slot_info &sinfo) {
             if (count_cells(s, p) == 0) {
                 st.free_slots.push_back(pg.state);
                 pg.state = page_free;
-            } else if (seals && !pg.simulated && st.age(p) >= window && !is_pinned(s, p)) {
+            } else if (seals && st.age(p) >= window && !is_pinned(s, p)) {
                 seal(s, p);
             }
         }
