@@ -183,21 +183,26 @@ class Reading:
 
 
 class Expected:
-    """What the F16 cache answers, logits [token][vocabulary]."""
+    """What the F16 cache answers, logits [token][vocabulary]; token by token, since vocabularies are large."""
 
     def __init__(self, logits: Floats) -> None:
-        logp = logits - _log_sum(logits)[:, None]
-        self._p = np.exp(logp)
-        self._entropy = np.einsum("ij,ij->i", self._p, logp, dtype=np.float64)
+        self._p = np.empty_like(logits)
+        self._entropy = np.empty(len(logits))
+        for i, x in enumerate(logits):
+            logp = x - _log_sum(x)
+            np.exp(logp, out=self._p[i])
+            self._entropy[i] = _dot(self._p[i], logp)
 
     def kld(self, logits: Floats) -> NDArray[np.float64]:
         """KL divergence of other logits, token by token."""
-        cross = np.einsum("ij,ij->i", self._p, logits, dtype=np.float64)
-        out: NDArray[np.float64] = self._entropy - cross + _log_sum(logits)
-        return out
+        cross = [_dot(p, x) - _log_sum(x) for p, x in zip(self._p, logits, strict=True)]
+        return self._entropy - np.array(cross)
 
 
-def _log_sum(logits: Floats) -> Floats:
-    top = logits.max(1)
-    out: Floats = top + np.log(np.exp(logits - top[:, None]).sum(1))
-    return out
+def _dot(x: Floats, y: Floats) -> float:
+    return float(np.einsum("i,i->", x, y, dtype=np.float64))
+
+
+def _log_sum(x: Floats) -> float:
+    top = x.max()
+    return float(top) + float(np.log(np.exp(x - top).sum(dtype=np.float64)))
