@@ -4,8 +4,12 @@ usage: soak.py MODEL --text FILE [--minutes 60 | --turns N] [--kv-type xquant] [
 
 A turn is a message from the text and an answer that is sampled from the XQuant cache.  As llama_cpp's generate does,
 the longest common beginning of the last prompt and of this one is kept and the rest is cut off.  Chats start anew now
-and then with the same system message, a last message is asked again in other words, and when the context is full the
-oldest turns are dropped.  The F16 cache is given the same tokens.
+and then with the same system message, and a last message is asked again in other words.  When the context is full, the
+oldest turns are dropped until it is half full: in some chats the rest is decoded again, in others it is shifted.  The
+F16 cache is given the same tokens and the same operations.
+
+Longer contexts and harder texts raise the KL divergence too.  So turns are compared at equal length, and some are
+decoded once more in an empty XQuant cache: "aged - fresh" is what all that was done to the cache adds.
 """
 
 from __future__ import annotations
@@ -15,19 +19,21 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xquant_gguf.cli.text import table
 from xquant_gguf.evaluate import load, log_probabilities
 from xquant_gguf.llama import Llama
 
 SYSTEM = "<|im_start|>system\nYou are a patient librarian who knows every word of hacker slang.<|im_end|>\n"
 BEFORE, AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 ANSWER = 24  # tokens
+FRESH_EVERY = 3  # turns
 
 
 def resident() -> float:
@@ -58,64 +64,129 @@ class Session:
         self.tokens += tokens
         return out
 
+    def drop(self, first: int, end: int) -> None:
+        """Removes tokens and moves those behind them up."""
+        self.llm._ctx.kv_cache_seq_rm(0, first, end)
+        self.llm._ctx.kv_cache_seq_shift(0, end, -1, first - end)
+        del self.tokens[first:end]
 
-def chats(llm: Llama, text: str, rng: np.random.Generator, n_ctx: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Prompts, one a turn; whoever takes them appends the answer to the list that comes with each."""
+
+@dataclass
+class Turn:
+    """A prompt; dropped: the tokens to be shifted away first; shifts: how often that was done in this chat."""
+
+    prompt: list[int]
+    shifts: int
+    dropped: tuple[int, int] | None
+    answer: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Measured:
+    """KL divergence from F16 (mean over the answer), and that of a fresh cache (nan: not measured); MiB resident."""
+
+    kld: float
+    fresh: float
+    mib: float
+    length: int
+    kept: int
+    sealed: int
+    shifts: int
+
+
+def chats(llm: Llama, text: str, rng: np.random.Generator, n_ctx: int) -> Iterator[Turn]:
+    """Turns, one by one; whoever takes them fills in the answer."""
     system, before, after = (llm.tokenize(s.encode(), add_bos=False, special=True) for s in (SYSTEM, BEFORE, AFTER))
     words = llm.tokenize(text.encode(), add_bos=False)
     turns: list[list[int]] = []
+    shifts, shifting = 0, False
     while True:
-        if rng.random() < 0.08:
-            turns = []
-        elif turns and rng.random() < 0.15:
+        if not turns or rng.random() < 0.04:
+            turns, shifts, shifting = [], 0, bool(rng.random() < 0.5)
+        elif rng.random() < 0.15:
             turns.pop()
         at = int(rng.integers(0, len(words) - 200))
         message = before + words[at : at + int(rng.integers(20, 160))] + after
-        while len(system) + sum(map(len, turns)) + len(message) + ANSWER > n_ctx:
-            turns.pop(0)
-        prompt = system + [t for turn in turns for t in turn] + message
-        answer: list[int] = []
-        yield prompt, answer
-        turns.append(message + answer)
+        lengths = np.array([len(turn) for turn in turns], int)
+        # what is left of the prompt if the first turns are dropped, by how many
+        left = len(system) + len(message) + ANSWER + np.append(lengths[::-1].cumsum()[::-1], 0)
+        first = int(np.argmax(left <= (n_ctx if left[0] <= n_ctx else n_ctx // 2)))
+        dropped = (len(system), len(system) + int(lengths[:first].sum())) if first and shifting else None
+        shifts += dropped is not None
+        turns = turns[first:]
+        turn = Turn(system + [token for told in turns for token in told] + message, shifts, dropped)
+        yield turn
+        turns.append(message + turn.answer)
 
 
 def soak(
     model: str, text: str, *, kv_type: str, minutes: float, turns: int, n_ctx: int, n_ubatch: int, n_threads: int
-) -> list[dict[str, float]]:
-    """One dictionary a turn: kld (mean over the answer), mib (resident), prompt and kept (tokens), pages_sealed."""
+) -> list[Measured]:
+    """What every turn gave."""
     common: dict[str, Any] = {"n_ctx": n_ctx, "n_batch": n_ubatch, "n_ubatch": n_ubatch, "verbose": False}
     common.update(n_threads=n_threads, n_threads_batch=n_threads)
-    ours, reference = (Session(load(model, kv, common)) for kv in (kv_type, "f16"))
+    ours, fresh, reference = (Session(load(model, kv, common)) for kv in (kv_type, kv_type, "f16"))
     rng = np.random.default_rng(1)
     start, out = time.monotonic(), []
-    for prompt, answer in chats(ours.llm, text, rng, n_ctx):
-        logp, kept = ours.feed(prompt)
+    for turn in chats(ours.llm, text, rng, n_ctx):
+        if turn.dropped:
+            ours.drop(*turn.dropped)
+            reference.drop(*turn.dropped)
+        logp, kept = ours.feed(turn.prompt)
         rows = [logp]
         for _ in range(ANSWER):
-            answer.append(int(np.argmax(rows[-1] + rng.gumbel(size=len(logp)))))
-            rows.append(ours.more(answer[-1:])[0])
-        first, _ = reference.feed(prompt)
-        expected = np.vstack([first[None], reference.more(answer)])
-        kld = np.einsum("ij,ij->i", np.exp(expected), expected - np.vstack(rows), dtype=np.float64)
-        sealed = ours.llm.kv_cache_info()["pages_sealed"]
-        out.append({"kld": float(kld.mean()), "mib": resident(), "prompt": len(prompt), "kept": kept, "sealed": sealed})
+            turn.answer.append(int(np.argmax(rows[-1] + rng.gumbel(size=len(logp)))))
+            rows.append(ours.more(turn.answer[-1:])[0])
+        first, _ = reference.feed(turn.prompt)
+        expected = np.vstack([first[None], reference.more(turn.answer)])
+        by_fresh = np.nan
+        # keys and values that came before a shift saw tokens that are gone: nothing else has them
+        if turn.shifts == 0 and len(out) % FRESH_EVERY == 0:
+            fresh.tokens = []
+            first, _ = fresh.feed(turn.prompt)
+            by_fresh = kld(expected, np.vstack([first[None], fresh.more(turn.answer)]))
+        sealed = int(ours.llm.kv_cache_info()["pages_sealed"])
+        by_ours = kld(expected, np.vstack(rows))
+        out.append(Measured(by_ours, by_fresh, resident(), len(turn.prompt), kept, sealed, turn.shifts))
         if len(out) % 50 == 0:
-            tell(f"turn {len(out)}, {(time.monotonic() - start) / 60:.1f} minutes", out[-50:])
+            told = f"turn {len(out)}, {(time.monotonic() - start) / 60:.1f} minutes: KLD {mean(out[-50:], 'kld')}"
+            print(f"{told}, {out[-1].mib:.1f} MiB", flush=True)
         if (len(out) >= turns) if turns else (time.monotonic() - start > 60 * minutes):
             break
-    for session in (ours, reference):
+    for session in (ours, fresh, reference):
         session.llm.close()
     return out
 
 
-def tell(name: str, part: Sequence[dict[str, float]]) -> None:
-    kld = np.array([turn["kld"] for turn in part])
-    mib, prompt, kept, sealed = (np.mean([turn[key] for turn in part]) for key in ("mib", "prompt", "kept", "sealed"))
-    print(
-        f"{name}: KLD {kld.mean():.4f} ± {kld.std() / len(kld) ** 0.5:.4f}, {mib:.1f} MiB, "
-        f"prompts of {prompt:.0f} tokens, {kept:.0f} of them kept, {sealed:.1f} pages sealed",
-        flush=True,
-    )
+def kld(expected: NDArray[np.float32], got: NDArray[np.float32]) -> float:
+    return float(np.einsum("ij,ij->i", np.exp(expected), expected - got, dtype=np.float64).mean())
+
+
+def mean(turns: Sequence[Measured], name: str) -> str:
+    """Mean and standard error of a field, or of "aged - fresh"."""
+    x = np.array([t.kld - t.fresh if name == "aged - fresh" else getattr(t, name) for t in turns])
+    x = x[~np.isnan(x)]
+    return f"{x.mean():.4f} ± {x.std() / len(x) ** 0.5:.4f} ({len(x)})" if len(x) else "-"
+
+
+def report(turns: Sequence[Measured]) -> str:
+    """Tables: by fifths of the run, by length in each half of it, and by shifts."""
+    fifths = [[turns[j] for j in part] for part in np.array_split(np.arange(len(turns)), min(5, len(turns)))]
+    halves = turns[: len(turns) // 2], turns[len(turns) // 2 :]
+    by_fifth = [["fifth", "KLD (turns)", "fresh", "aged - fresh", "MiB at the end", "tokens", "kept", "sealed pages"]]
+    for i, part in enumerate(fifths):
+        plain = (f"{np.mean([getattr(t, name) for t in part]):.0f}" for name in ("length", "kept", "sealed"))
+        klds = (mean(part, name) for name in ("kld", "fresh", "aged - fresh"))
+        by_fifth.append([str(i + 1), *klds, f"{part[-1].mib:.1f}", *plain])
+    step = 512
+    by_length = [["tokens", "KLD in the first half", "in the second half"]]
+    for first in range(0, max(t.length for t in turns) + 1, step):
+        cells = (mean([t for t in half if first <= t.length < first + step], "kld") for half in halves)
+        by_length.append([f"{first} to {first + step - 1}", *cells])
+    by_shifts = [["shifts", "KLD"]]
+    for n in sorted({t.shifts for t in turns}):
+        by_shifts.append([str(n), mean([t for t in turns if t.shifts == n and t.length >= step], "kld")])
+    return "\n\n".join(table(rows) for rows in (by_fifth, by_length, by_shifts))
 
 
 def main() -> int:
@@ -134,10 +205,9 @@ def main() -> int:
         args.model, args.text.read_text(errors="replace"), kv_type=args.kv_type, minutes=args.minutes,
         turns=args.turns, n_ctx=args.n_ctx, n_ubatch=args.n_ubatch, n_threads=args.threads,
     )  # fmt: skip
-    for i, part in enumerate(np.array_split(np.arange(len(turns)), min(5, len(turns)))):
-        tell(f"fifth {i + 1}", [turns[j] for j in part])
+    print(report(turns))
     if args.json:
-        args.json.write_text(json.dumps(turns))
+        args.json.write_text(json.dumps([asdict(turn) for turn in turns]))
     return 0
 
 

@@ -11,6 +11,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import fetch_model
 import gpu
 import pytest
+import tiny_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,6 +26,18 @@ def smollm2() -> str:
 def prose() -> str:
     """A text of a few thousand tokens: our own documentation."""
     return "\n".join((ROOT / name).read_text() for name in ("README.md", "native/include/xquant.h", "LICENSE"))
+
+
+@pytest.fixture(scope="session")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny models of tiny_gguf.MODELS as files."""
+    folder = tmp_path_factory.mktemp("models")
+    out = {}
+    for name, shape in tiny_gguf.MODELS.items():
+        weights = tiny_gguf.random_weights(shape)
+        weights[f"blk.{shape.n_layer - 1}.attn_output.weight"] = weights["blk.0.attn_output.weight"]  # 0 if it slides
+        out[name] = tiny_gguf.write(folder / f"{name}.gguf", shape, weights)
+    return out
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,15 @@ from xquant_gguf.sizes import override_array
 
 Logits = NDArray[np.float32]
 TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of a cache: open or sealed, how many tokens were written since its newest one, and what it holds."""
+
+    is_open: bool
+    age: int
+    n_cells: int
 
 
 class Context:
@@ -123,6 +134,18 @@ class Context:
         if sequence is None:
             return int(llama_cpp.llama_state_set_data(self.ctx, data, len(state)))
         return int(llama_cpp.llama_state_seq_set_data(self.ctx, data, len(state), sequence))
+
+    def pages(self) -> dict[int, Page]:
+        """The pages of an XQuant cache with one sequence, by number, as its state tells them (xquant-state.cpp)."""
+        state = self.save(0)
+        at = 8 + 24  # behind the headers of llama.cpp and of ours
+        (n,), at = struct.unpack_from("<I", state, at), at + 4
+        out = {}
+        for _ in range(n):
+            index, is_open, age, *valid = struct.unpack_from("<iIQ4I", state, at)
+            out[index] = Page(bool(is_open), age, sum(word.bit_count() for word in valid))
+            at += 32 + 28 * out[index].n_cells
+        return out
 
     def info(self) -> dict[str, int]:
         out = fork.info(self.ctx)

@@ -82,6 +82,59 @@ def test_cutting_the_tail_inside_a_sealed_page(path: Path, xquant: Context) -> N
     assert llama_cpp.llama_memory_seq_pos_max(xquant.memory, 0) == 999
 
 
+def test_a_beginning_that_prompts_share_is_not_encoded_again(xquant: Context) -> None:
+    """What was cut off lay in the same page: the codes of the beginning stay, and new tokens go elsewhere."""
+    probes = []
+    xquant.decode(TOKENS[:500], 0)
+    for i in range(4):
+        xquant.decode(TOKENS[600 + 200 * i : 900 + 200 * i], 500)
+        assert llama_cpp.llama_memory_seq_rm(xquant.memory, 0, 500, -1)
+        assert xquant.pages()[3].is_open is False
+        probes.append(xquant.decode(TOKENS[500:520], 500))
+        assert llama_cpp.llama_memory_seq_rm(xquant.memory, 0, 500, -1)
+    for probe in probes[1:]:
+        assert np.array_equal(probe, probes[0])
+
+
+def test_free_cells_of_sealed_pages_are_used_in_the_end(path: Path) -> None:
+    """They are open again then, with the keys and values that they had."""
+
+    def run(kv_type: str, hole: bool) -> Logits:
+        with Context(path, kv_type, n_ctx=1024) as context:
+            context.decode(TOKENS[:1000], 0)
+            if not hole:
+                return context.decode(TOKENS[1000:1024], 1000)
+            assert llama_cpp.llama_memory_seq_rm(context.memory, 0, 200, 300)
+            context.decode(TOKENS[1000:1024], 1000)  # what is free elsewhere
+            if kv_type == "xquant":
+                assert [p for p, page in context.pages().items() if page.is_open] == [0, 6, 7]
+            out = context.decode(TOKENS[1024:1124], 1024)
+            if kv_type == "xquant":
+                assert [context.pages()[p].n_cells for p in (1, 2)] == [128, 128]
+                assert context.pages()[1].is_open
+            return out
+
+    with_hole, without = (kld(run("f16", hole), run("xquant", hole)) for hole in (True, False))
+    assert with_hole < 1.5 * without
+
+
+def test_which_page_is_sealed_first(path: Path) -> None:
+    """Without a free slot, that which was written longest ago: neither the newest nor the pinned one."""
+    with Context(path, "xquant", n_ctx=1024) as context:
+        assert context.info()["n_slots"] == 4
+        context.decode(TOKENS[:1024], 0)
+        for position in (200, 330, 460, 590, 720):  # one cell in each of pages 1 to 5
+            assert llama_cpp.llama_memory_seq_rm(context.memory, 0, position, position + 1)
+        is_open = []
+        for i in range(5):
+            context.decode(TOKENS[1024 + i : 1025 + i], 1024 + i)
+            is_open.append([p for p, page in context.pages().items() if page.is_open])
+        assert is_open == [[0, 1, 7], [0, 1, 2, 7], [0, 1, 2, 3], [0, 2, 3, 4], [0, 3, 4, 5]]
+        assert {p: page.age for p, page in context.pages().items()} == {
+            0: 901, 1: 4, 2: 3, 3: 2, 4: 1, 5: 0, 6: 133, 7: 5,
+        }  # fmt: skip
+
+
 def test_removing_the_middle_hides_it(path: Path) -> None:
     """Cells of a removed middle are not seen, and are written again when the cache has no others."""
     runs = []
@@ -159,14 +212,15 @@ def test_a_loaded_state_goes_on_bit_for_bit(path: Path, kv_type: str) -> None:
 
 
 def test_a_loaded_state_writes_into_the_same_cells(path: Path) -> None:
-    """Behind a hole: the next cells are those that were freed, not those behind the last one."""
+    """Behind a hole: the next cells are those of the page that was freed, not those behind the last one."""
     with Context(path, "xquant") as saved, Context(path, "xquant") as loaded:
         saved.decode(TOKENS[:900], 0)
-        llama_cpp.llama_memory_seq_rm(saved.memory, 0, 200, 300)
+        llama_cpp.llama_memory_seq_rm(saved.memory, 0, 250, 400)
         state = saved.save()
         assert loaded.load(state) == len(state)
         for context in (saved, loaded):
             context.decode(TOKENS[900:1000], 900)
+            assert context.pages()[2].n_cells == 100
         assert loaded.save() == saved.save()
 
 

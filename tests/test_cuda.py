@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from contexts import Context
 from numpy.typing import NDArray
-from test_oracle import (
+from oracle_cases import (
     CASES,
     Bounds,
     Case,

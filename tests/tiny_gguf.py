@@ -59,6 +59,10 @@ class Shape:
         return self.arch != "llama"
 
 
+# What most tests need: a model, and one whose last layer slides.
+MODELS = {"plain": Shape(), "sliding": Shape(arch="mimo2", n_layer=3)}
+
+
 def random_weights(shape: Shape) -> Weights:
     """Weights by their GGUF names, matrices as [out][in].
 

@@ -38,7 +38,7 @@ def use() -> None:
             f"llama-cpp-python is {found}; the fork is built from {LLAMA_CPP_PYTHON}, whose bindings must match it "
             f"exactly: pip install llama-cpp-python=={LLAMA_CPP_PYTHON}"
         )
-    os.environ["LLAMA_CPP_LIB_PATH"] = ours
+    os.environ["LLAMA_CPP_LIB_PATH"] = os.environ["MTMD_CPP_LIB"] = ours
 
 
 @lru_cache(maxsize=1)

@@ -17,7 +17,7 @@ namespace xq {
 namespace avx2_attention {
 
 /* Vectors a that share one pass over the codes: what the registers hold. */
-constexpr int max_vectors = 4;
+constexpr int max_vectors = 6;
 
 /* Unit u of a column block with B-bit codes: groups of four rows, one at a time. */
 template <int B> struct unit {
@@ -123,7 +123,8 @@ using multiply_function = decltype(&multiply_vectors<1, 1>);
 
 template <int B> static multiply_function multiply_for(int n_vectors) {
     static constexpr multiply_function by_vectors[max_vectors] = {multiply_vectors<B, 1>, multiply_vectors<B, 2>,
-                                                                  multiply_vectors<B, 3>, multiply_vectors<B, 4>};
+                                                                  multiply_vectors<B, 3>, multiply_vectors<B, 4>,
+                                                                  multiply_vectors<B, 5>, multiply_vectors<B, 6>};
     return by_vectors[n_vectors - 1];
 }
 
@@ -136,7 +137,7 @@ static inline void multiply(int bits, const parameters &p, int n_j, const uint8_
     lookahead next = {codes + ahead, codes + ahead + n_j / 16 * column_bytes(bits, p.n)};
     const int passes = (n + max_vectors - 1) / max_vectors;
     for (int pass = 0, row = 0, n_vectors; pass < passes; ++pass, row += n_vectors) {
-        n_vectors = (n - row + passes - pass - 1) / (passes - pass); // six rows are 3 + 3, not 4 + 2
+        n_vectors = (n - row + passes - pass - 1) / (passes - pass); // seven rows are 4 + 3, not 6 + 1
         for (int r = 0; r < n_vectors; ++r) {
             fold_range(p, x[row + r], f[r]);
         }

@@ -1,69 +1,39 @@
-/* attention_avx2_fold.h: a_i = x_i scale_i in 8 bits, for the product with codes in attention_avx2_codes.h.
- *
- * With codes centred on the middle of their range, zero_i = centre_i - scale_i middle,
- *
- *     y_j = sum_i x_i (zero_i + scale_i c_ij) = sum_i a_i (c_ij - middle) + sum_i x_i centre_i      a_i = x_i scale_i
- *         ~ step (sum_i a8_i c_ij - middle sum_i a8_i) + sum_i x_i centre_i                         a_i ~ step a8_i
- *
- * Only the first sum is rounded: step = max |a_i| / 127, an error of at most step / 2 for each i.
+/* attention_avx2_fold.h: a_i = x_i scale_i in 8 bits (attention_parameters.h), for the product with codes in
+ * attention_avx2_codes.h.
  */
 #pragma once
 
+#include "attention_parameters.h"
 #include "vec_avx2.h"
-#include "xquant.h"
 
 #include <cstring>
 
 namespace xq {
 namespace avx2_attention {
 
-/* Numbers i: channels of a key or tokens of a page. */
-constexpr int max_i = XQ_MAX_HEAD_DIM;
+struct vector {
+    using type = __m256;
+    static constexpr int lanes = 8;
 
-/* Scale and centre of n numbers that share them along the other axis: read once a page, used for every row. */
-struct parameters {
-    alignas(32) float scale[max_i], centre[max_i];
-    int n;
-    float middle; /* of the codes */
+    static type load_half(const uint8_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+    static type add_product(type z, type s, float x) { return _mm256_fmadd_ps(s, _mm256_set1_ps(x), z); }
+    static void store(float *p, type x) { _mm256_store_ps(p, x); }
+    static XQ_INLINE void prefetch(const void *p) { xq::prefetch(p); }
 
-    /* The same parameters of the next page lie `ahead` bytes on. */
-    parameters(const xq_side &side, int count, const uint8_t *param, int64_t ahead)
-        : n(count), middle((float)((1 << side.bits) - 1) * 0.5f) {
-        const int bytes = side.bits == 0 || side.param != XQ_PARAM_F16 ? 2 * n : 4 * n;
-        for (int i = 0; i < bytes; i += 64) {
-            prefetch(param + ahead + i);
-        }
-        for (int i = 0; i < n; i += 8) {
-            __m256 s = _mm256_setzero_ps(), c;
-            if (side.bits == 0) {
-                c = load_half(param + 2 * i);
-            } else if (side.param == XQ_PARAM_F16) {
-                s = load_half(param + 2 * i);
-                c = _mm256_fmadd_ps(s, _mm256_set1_ps(middle), load_half(param + 2 * (n + i)));
-            } else {
-                load_log8(param + i, param + n + i, s, c);
-            }
-            _mm256_store_ps(scale + i, s);
-            _mm256_store_ps(centre + i, c);
-        }
-    }
-
-  private:
-    static __m256 load_half(const uint8_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
-
-    /* 2^((e - 161) / 8), and q / 8 times that, of 8 numbers. */
-    static void load_log8(const uint8_t *e, const uint8_t *q, __m256 &s, __m256 &c) {
+    /* 2^((e - 161) / 8), and q / 8 times that. */
+    static void load_log8(const uint8_t *e, const uint8_t *q, type &s, type &c) {
         const __m256i k =
             _mm256_sub_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)e)), _mm256_set1_epi32(161));
-        const __m256 steps = _mm256_setr_ps(1.0f, 1.09050775f, 1.18920708f, 1.29683959f, 1.41421354f, 1.54221082f,
-                                            1.68179286f, 1.83400810f);
-        const __m256 fraction = _mm256_permutevar8x32_ps(steps, _mm256_and_si256(k, _mm256_set1_epi32(7)));
+        const __m256 fraction =
+            _mm256_permutevar8x32_ps(_mm256_setr_ps(XQ_LOG8_STEPS), _mm256_and_si256(k, _mm256_set1_epi32(7)));
         const __m256i exponent = _mm256_slli_epi32(_mm256_srai_epi32(k, 3), 23);
         s = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(fraction), exponent));
         const __m256 eighths = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)q)));
         c = _mm256_mul_ps(eighths, _mm256_mul_ps(s, _mm256_set1_ps(0.125f)));
     }
 };
+
+using parameters = parameters_of<vector>;
 
 /* One vector to multiply codes with: y[j] = step * sum_i a[i] c[i][j] + offset. */
 struct folded {

@@ -1,5 +1,5 @@
 /* attention_avx2_open.h: attention over open (F16) pages for AVX2 with FMA and F16C, exact in single precision.  A few
- * tokens at a time are converted to F32 on the stack, for all rows.  The AVX-512 set uses it as well.
+ * tokens at a time are converted to F32 on the stack, for all rows.
  *
  * Everything has internal linkage: files that are compiled for different instructions share nothing.
  */

@@ -1,5 +1,5 @@
 /* attention_avx512_codes.h: y[j] += sum_i x_i (zero_i + scale_i c[i][j]) over packed codes for several rows x, with
- * AVX-512 and VNNI.  What is rounded, and why codes are centred, is said in attention_avx2_fold.h.
+ * AVX-512 and VNNI.  What is rounded, and why codes are centred, is said in attention_parameters.h.
  *
  * A unit of 64 bytes is 16 columns j by 32 / B rows i (xquant.h), one register: the 4-byte word of column j holds four
  * consecutive rows, the next four rows lie in the next higher bits.  vpdpbusd multiplies the four codes of each of 16
@@ -7,9 +7,10 @@
  */
 #pragma once
 
+#include "attention_parameters.h"
 #include "codec_format.h"
 #include "vec_avx2.h"
-#include "xquant.h"
+#include "vec_avx512.h"
 
 #include <algorithm>
 #include <cstring>
@@ -18,50 +19,24 @@
 namespace xq {
 namespace {
 
-#define XQ_UNROLL _Pragma("GCC unroll 8")
-
-constexpr int max_i = XQ_MAX_HEAD_DIM; // numbers i: channels of a key or tokens of a page
-constexpr int max_vectors = 8;         // rows that share one pass over the codes
+constexpr int max_vectors = 8; // rows that share one pass over the codes
 
 /* ---- folding ---- */
 
-/* Scale and centre of n numbers that share them along the other axis: read once a page, used for every row. */
-struct parameters {
-    alignas(64) float scale[max_i], centre[max_i];
-    int n;
-    float middle; /* of the codes */
+struct vector {
+    using type = __m512;
+    static constexpr int lanes = 16;
 
-    /* The same parameters of the next page lie `ahead` bytes on. */
-    parameters(const xq_side &side, int count, const uint8_t *param, int64_t ahead)
-        : n(count), middle((float)((1 << side.bits) - 1) * 0.5f) {
-        const int bytes = side.bits == 0 || side.param != XQ_PARAM_F16 ? 2 * n : 4 * n;
-        for (int i = 0; i < bytes; i += 64) {
-            prefetch(param + ahead + i);
-        }
-        for (int i = 0; i < n; i += 16) {
-            __m512 s = _mm512_setzero_ps(), c;
-            if (side.bits == 0) {
-                c = load_half(param + 2 * i);
-            } else if (side.param == XQ_PARAM_F16) {
-                s = load_half(param + 2 * i);
-                c = _mm512_fmadd_ps(s, _mm512_set1_ps(middle), load_half(param + 2 * (n + i)));
-            } else {
-                load_log8(param + i, param + n + i, s, c);
-            }
-            _mm512_store_ps(scale + i, s);
-            _mm512_store_ps(centre + i, c);
-        }
-    }
+    static type load_half(const uint8_t *p) { return xq::load_half(p); }
+    static type add_product(type z, type s, float x) { return _mm512_fmadd_ps(s, _mm512_set1_ps(x), z); }
+    static void store(float *p, type x) { _mm512_store_ps(p, x); }
+    static XQ_INLINE void prefetch(const void *p) { xq::prefetch(p); }
 
-  private:
-    static __m512 load_half(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
-
-    /* 2^((e - 161) / 8), and q / 8 times that, of 16 numbers. */
-    static void load_log8(const uint8_t *e, const uint8_t *q, __m512 &s, __m512 &c) {
+    /* 2^((e - 161) / 8), and q / 8 times that. */
+    static void load_log8(const uint8_t *e, const uint8_t *q, type &s, type &c) {
         const __m512i k =
             _mm512_sub_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)e)), _mm512_set1_epi32(161));
-        const __m512 steps = _mm512_castps256_ps512(_mm256_setr_ps(1.0f, 1.09050775f, 1.18920708f, 1.29683959f,
-                                                                   1.41421354f, 1.54221082f, 1.68179286f, 1.83400810f));
+        const __m512 steps = _mm512_castps256_ps512(_mm256_setr_ps(XQ_LOG8_STEPS));
         const __m512 fraction = _mm512_permutexvar_ps(_mm512_and_si512(k, _mm512_set1_epi32(7)), steps);
         const __m512i exponent = _mm512_slli_epi32(_mm512_srai_epi32(k, 3), 23);
         s = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(fraction), exponent));
@@ -69,6 +44,8 @@ struct parameters {
         c = _mm512_mul_ps(eighths, _mm512_mul_ps(s, _mm512_set1_ps(0.125f)));
     }
 };
+
+using parameters = parameters_of<vector>;
 
 /* One row to multiply codes with: y[j] = step * sum_i a[i] c[i][j] + offset. */
 struct folded {

@@ -99,8 +99,8 @@ struct neon_set {
         const uint8_t *param = a.k_param + page * a.k_param_stride, *block = a.k_codes + page * a.k_codes_stride;
         const int64_t column = column_bytes(a.k_code_bits, a.d);
         for (int t0 = 0; t0 < XQ_PAGE; t0 += a.k.group, param += parameter_bytes(a.k, a.d)) {
-            multiply(a.k.bits, parameters(a.k, a.d, param), a.k.group, block + t0 / 16 * column, n, q, t0, scores,
-                     true);
+            multiply(a.k.bits, parameters(a.k, a.d, param, a.k_param_stride), a.k.group, block + t0 / 16 * column, n, q,
+                     t0, scores, true);
         }
     }
 
@@ -109,7 +109,8 @@ struct neon_set {
         const int group = group_length(a.v, a.e);
         const int64_t column = column_bytes(a.v_code_bits, XQ_PAGE);
         for (int j0 = 0; j0 < a.e; j0 += group, param += parameter_bytes(a.v, XQ_PAGE)) {
-            multiply(a.v.bits, parameters(a.v, XQ_PAGE, param), group, block + j0 / 16 * column, n, p, j0, out, false);
+            multiply(a.v.bits, parameters(a.v, XQ_PAGE, param, a.v_param_stride), group, block + j0 / 16 * column, n, p,
+                     j0, out, false);
         }
     }
 

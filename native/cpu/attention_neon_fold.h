@@ -1,54 +1,28 @@
-/* attention_neon_fold.h: a_i = x_i scale_i in 8 bits, for the product with codes in attention_neon_codes.h.
- *
- * With codes centred on the middle of their range, zero_i = centre_i - scale_i middle,
- *
- *     y_j = sum_i x_i (zero_i + scale_i c_ij) = sum_i a_i (c_ij - middle) + sum_i x_i centre_i      a_i = x_i scale_i
- *         ~ step (sum_i a8_i c_ij - middle sum_i a8_i) + sum_i x_i centre_i                         a_i ~ step a8_i
- *
- * Only the first sum is rounded: step = max |a_i| / 127, an error of at most step / 2 for each i.
+/* attention_neon_fold.h: a_i = x_i scale_i in 8 bits (attention_parameters.h), for the product with codes in
+ * attention_neon_codes.h.
  */
 #pragma once
 
+#include "attention_parameters.h"
 #include "vec_neon.h"
-#include "xquant.h"
 
 #include <cstring>
 
 namespace xq {
 namespace XQ_SET {
 
-/* Numbers i: channels of a key or tokens of a page. */
-constexpr int max_i = XQ_MAX_HEAD_DIM;
+struct vector {
+    using type = float32x4_t;
+    static constexpr int lanes = 4;
 
-/* Scale and centre of n numbers that share them along the other axis: read once a page, used for every row. */
-struct parameters {
-    float scale[max_i], centre[max_i];
-    int n;
-    float middle; /* of the codes */
+    static type load_half(const uint8_t *p) { return xq::load_half((const uint16_t *)p); }
+    static type add_product(type z, type s, float x) { return vfmaq_n_f32(z, s, x); }
+    static void store(float *p, type x) { vst1q_f32(p, x); }
+    static void prefetch(const void *) {} // what helps on real CPUs was not measured
 
-    parameters(const xq_side &side, int count, const uint8_t *param)
-        : n(count), middle((float)((1 << side.bits) - 1) * 0.5f) {
-        const auto *half = (const uint16_t *)param;
-        for (int i = 0; i < n; i += 4) {
-            float32x4_t s = vdupq_n_f32(0.0f), c;
-            if (side.bits == 0) {
-                c = load_half(half + i);
-            } else if (side.param == XQ_PARAM_F16) {
-                s = load_half(half + i);
-                c = vfmaq_n_f32(load_half(half + n + i), s, middle);
-            } else {
-                load_log8(param + i, param + n + i, s, c);
-            }
-            vst1q_f32(scale + i, s);
-            vst1q_f32(centre + i, c);
-        }
-    }
-
-  private:
-    /* 2^((e - 161) / 8), and q / 8 times that, of 4 numbers. */
-    static void load_log8(const uint8_t *e, const uint8_t *q, float32x4_t &s, float32x4_t &c) {
-        static const float steps[8] = {1.0f,        1.09050775f, 1.18920708f, 1.29683959f,
-                                       1.41421354f, 1.54221082f, 1.68179286f, 1.83400810f};
+    /* 2^((e - 161) / 8), and q / 8 times that. */
+    static void load_log8(const uint8_t *e, const uint8_t *q, type &s, type &c) {
+        static const float steps[8] = {XQ_LOG8_STEPS};
         const uint8x16x2_t table = {
             {vreinterpretq_u8_f32(vld1q_f32(steps)), vreinterpretq_u8_f32(vld1q_f32(steps + 4))}};
         const int32x4_t k =
@@ -60,12 +34,16 @@ struct parameters {
         const int32x4_t eighths = vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(four(q)))));
         c = vmulq_f32(vcvtq_f32_s32(eighths), vmulq_n_f32(s, 0.125f));
     }
+
+  private:
     static uint8x8_t four(const uint8_t *p) {
         uint32_t bytes;
         memcpy(&bytes, p, sizeof(bytes));
         return vcreate_u8(bytes);
     }
 };
+
+using parameters = parameters_of<vector>;
 
 /* One vector to multiply codes with: y[j] = step * sum_i a[i] c[i][j] + offset. */
 struct folded {

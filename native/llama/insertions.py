@@ -168,7 +168,7 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "        shift[i] += pos[i] - p_old;\n",
         "instead",
     ),
-    # -- cells: a micro-batch writes no more pages than there are slots
+    # -- cells: a micro-batch writes no more pages than there are slots, and sealed ones last
     (
         "src/llama-kv-cache.cpp",
         "        auto sinfos = prepare(ubatches);\n",
@@ -179,15 +179,15 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
     ),
     (
         "src/llama-kv-cache.cpp",
-        "        res.idxs[s].reserve(n_tokens);\n",
-        "        xquant::page_budget xq_budget(xq.get());\n",
-        "after",
+        "    // remember the old state of the cells so we can restore it in the end\n",
+        "    if (xq) {\n        xq->release_pages();\n    }\n\n",
+        "before",
     ),
     (
         "src/llama-kv-cache.cpp",
-        "                if (can_use) {\n                    res.idxs[s].push_back(idx);\n",
-        "                can_use = can_use && xq_budget.take(idx);\n\n",
-        "before",
+        "llama_kv_cache::slot_info llama_kv_cache::find_slot(const llama_ubatch & ubatch, bool cont) const {\n",
+        "    if (xq) {\n        return xq->find_slot(ubatch);\n    }\n",
+        "after",
     ),
     (
         "src/llama-kv-cache.cpp",
@@ -347,7 +347,8 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         "src/llama-io.cpp",
         "    std::vector<char> buf(str_size);\n",
         "    if (str_size > n_left()) {\n"
-        '        throw std::runtime_error("a string is longer than what is left of the state");\n    }\n\n',
+        '        throw std::runtime_error("a string is longer than what is left of the state");\n    }\n'
+        "    if (str_size == 0) { // no bytes, and no place for them\n        str.clear();\n        return;\n    }\n\n",
         "before",
     ),
     ("src/llama-io.cpp", '#include "llama-io.h"\n', "\n#include <stdexcept>\n", "after"),

@@ -16,6 +16,10 @@
  * Rule of sealing: before a micro-batch is written, a page is sealed if at least `window` tokens were written after its
  * newest one, unless it is among the pinned first pages of a sequence.  If a micro-batch needs more slots than are
  * free, the pages that were written longest ago are sealed early: precision gives way, never correctness.
+ *
+ * Rule of writing: free cells of sealed pages are written last, when no others are left.  A beginning that many prompts
+ * share may end inside a page: were the rest of it written again and again, its codes would be made anew each time, and
+ * each time lose as much.
  */
 #pragma once
 
@@ -73,8 +77,10 @@ class cache {
     void clear();
     /* Decides what to seal, unseal and open for a micro-batch whose cells are already taken. */
     bool begin(const slot_info &sinfo);
-    /* How many pages one micro-batch may write. */
-    uint32_t max_touched() const;
+    /* Pages without cells are free again. */
+    void release_pages();
+    /* Cells for a micro-batch; empty: there are too few. */
+    slot_info find_slot(const llama_ubatch &ubatch) const;
     void copy_stream(uint32_t from, uint32_t to);
     /* What llama.cpp would stop the process for is an error in the log: sequences that do not exist, ... */
     bool has_sequence(llama_seq_id id, const char *caller) const;
@@ -167,7 +173,8 @@ class cache {
     bool is_pinned(uint32_t s, int32_t p) const;
     void seal(uint32_t s, int32_t p);
     int32_t take_slot(uint32_t s, const std::vector<int32_t> &keep);
-    bool open(uint32_t s, int32_t p, const std::vector<int32_t> &keep, int32_t n_new);
+    bool open(uint32_t s, int32_t p, const std::vector<int32_t> &keep);
+    std::vector<uint32_t> find_cells(uint32_t s, uint32_t n, bool in_sealed) const;
     void finish_interrupted();
     void fill_extra();
     uint64_t count_nonfinite() const;
@@ -225,30 +232,5 @@ inline ggml_fp16_t *window_of(const ggml_tensor *window, int stream) {
 inline uint8_t *part(uint8_t *block, int32_t offset) {
     return offset < 0 ? nullptr : block + offset;
 }
-
-/* Counts the pages that a search for cells would touch. */
-class page_budget {
-  public:
-    explicit page_budget(const cache *c) : left(c ? c->max_touched() : 0), limited(c != nullptr) {}
-
-    /* May the micro-batch write this cell as well? Counts its page if so. */
-    bool take(uint32_t cell) {
-        const uint32_t page = cell / XQ_PAGE;
-        if (!limited || page == last) {
-            return true;
-        }
-        if (left == 0) {
-            return false;
-        }
-        left--;
-        last = page;
-        return true;
-    }
-
-  private:
-    uint32_t left;
-    uint32_t last = UINT32_MAX;
-    bool limited;
-};
 
 } // namespace xquant

@@ -7,7 +7,7 @@
 
 #include <algorithm>
 #include <bitset>
-#include <map>
+#include <set>
 
 namespace xquant {
 
@@ -60,8 +60,67 @@ bool cache::is_pinned(uint32_t s, int32_t p) const {
     return false;
 }
 
-uint32_t cache::max_touched() const {
-    return seals ? (uint32_t)(n_slots - pages_of(window)) : (uint32_t)n_pages;
+void cache::release_pages() {
+    for (uint32_t s = 0; s < n_streams; ++s) {
+        for (int32_t p = 0; p < n_pages; ++p) {
+            page &pg = streams[s].pages[p];
+            const auto &c = cells(s);
+            const uint32_t first = (uint32_t)p * XQ_PAGE, end = std::min(first + XQ_PAGE, c.size());
+            uint32_t i = first;
+            while (pg.state != page_free && i < end && c.is_empty(i)) {
+                i++;
+            }
+            if (i < end) {
+                continue;
+            }
+            if (pg.state >= 0) {
+                streams[s].free_slots.push_back(pg.state);
+            }
+            pg = {};
+        }
+    }
+}
+
+/* At most n free cells of stream s from its head on, in no more pages than a micro-batch may write. */
+std::vector<uint32_t> cache::find_cells(uint32_t s, uint32_t n, bool in_sealed) const {
+    const auto &c = cells(s);
+    // as llama.cpp does: with enough free cells before the head, the search starts anew
+    const uint32_t head = kv.v_heads[s] > c.get_used() + 2 * n ? 0 : kv.v_heads[s];
+    int32_t left = seals ? n_slots - pages_of(window) : n_pages, last = -1;
+    std::vector<uint32_t> found;
+    for (uint32_t i = 0; i < c.size() && found.size() < n; ++i) {
+        const uint32_t cell = (head + i) % c.size();
+        const auto p = (int32_t)(cell / XQ_PAGE);
+        if (!c.is_empty(cell) || (!in_sealed && streams[s].pages[p].state == page_sealed)) {
+            continue;
+        }
+        if (p != last && left-- == 0) {
+            break;
+        }
+        last = p;
+        found.push_back(cell);
+    }
+    return found;
+}
+
+cache::slot_info cache::find_slot(const llama_ubatch &ubatch) const {
+    const uint32_t n_seqs = n_streams > 1 ? ubatch.n_seqs_unq : 1, n_tokens = ubatch.n_tokens / n_seqs;
+    slot_info out = {LLAMA_MAX_SEQ, 0, {}, {}};
+    out.resize(n_seqs);
+    for (uint32_t i = 0; i < n_seqs; ++i) {
+        const uint32_t s = kv.seq_to_stream[ubatch.seq_id_unq[i]];
+        out.s0 = std::min(out.s0, s);
+        out.s1 = std::max(out.s1, s);
+        out.strm[i] = (llama_seq_id)s;
+        out.idxs[i] = find_cells(s, n_tokens, false);
+        if (out.idxs[i].size() < n_tokens) {
+            out.idxs[i] = find_cells(s, n_tokens, true);
+        }
+        if (out.idxs[i].size() < n_tokens) {
+            return {};
+        }
+    }
+    return out;
 }
 
 /* Marks page p of stream s sealed and frees its slot; the graph does the work. */
@@ -100,8 +159,8 @@ int32_t cache::take_slot(uint32_t s, const std::vector<int32_t> &keep) {
     return slot;
 }
 
-/* Gives page p a slot, if it has none, because n_new of its cells are about to be written. */
-bool cache::open(uint32_t s, int32_t p, const std::vector<int32_t> &keep, int32_t n_new) {
+/* Gives page p a slot, if it has none, because some of its cells are about to be written. */
+bool cache::open(uint32_t s, int32_t p, const std::vector<int32_t> &keep) {
     page &pg = streams[s].pages[p];
     if (pg.state >= 0) {
         return true;
@@ -110,7 +169,7 @@ bool cache::open(uint32_t s, int32_t p, const std::vector<int32_t> &keep, int32_
     if (slot < 0) {
         return false;
     }
-    if (pg.state == page_sealed && count_cells(s, p) > n_new) {
+    if (pg.state == page_sealed) {
         pending_unseals.push_back({(int32_t)s, p, slot});
     }
     pg.state = slot;
@@ -137,29 +196,23 @@ bool cache::begin(const slot_info &sinfo) {
     for (uint32_t i = 0; i < sinfo.n_stream(); ++i) {
         const uint32_t s = (uint32_t)sinfo.strm[i];
         stream &st = streams[s];
-        std::map<int32_t, int32_t> n_new; // cells that the micro-batch writes, by page
+        std::set<int32_t> written;
         for (const uint32_t cell : sinfo.idxs[i]) {
-            n_new[(int32_t)(cell / XQ_PAGE)]++;
+            written.insert((int32_t)(cell / XQ_PAGE));
         }
-        std::vector<int32_t> touched;
-        for (const auto &[p, n] : n_new) {
-            touched.push_back(p);
-        }
+        const std::vector<int32_t> touched(written.begin(), written.end());
 
         for (int32_t p = 0; p < n_pages; ++p) {
             page &pg = st.pages[p];
             if (pg.state < 0 || std::binary_search(touched.begin(), touched.end(), p)) {
                 continue;
             }
-            if (count_cells(s, p) == 0) {
-                st.free_slots.push_back(pg.state);
-                pg.state = page_free;
-            } else if (seals && st.age(p) >= window && !is_pinned(s, p)) {
+            if (seals && st.age(p) >= window && !is_pinned(s, p)) {
                 seal(s, p);
             }
         }
-        for (const auto &[p, n] : n_new) {
-            if (!open(s, p, touched, n)) {
+        for (const int32_t p : touched) {
+            if (!open(s, p, touched)) {
                 LLAMA_LOG_ERROR("%s: xquant: a micro-batch writes %zu pages, %d fit\n", __func__, touched.size(),
                                 n_slots);
                 return false;

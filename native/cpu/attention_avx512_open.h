@@ -1,0 +1,143 @@
+/* attention_avx512_open.h: attention over open (F16) pages for AVX-512, exact in single precision.  A few tokens at a
+ * time are converted to F32 on the stack, for all rows.
+ */
+#pragma once
+
+#include "attention_pages.h"
+#include "vec_avx512.h"
+#include "xquant.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace xq {
+namespace {
+
+/* Sums of 16 vectors, as one vector: halves of every two are added until one is left. */
+XQ_INLINE __m512 sums(const __m512 v[16]) {
+    __m512 four[4], two[2];
+    XQ_UNROLL for (int i = 0; i < 4; ++i) {
+        const __m512 *x = v + 4 * i;
+        const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+        const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+        four[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    }
+    XQ_UNROLL for (int i = 0; i < 2; ++i) {
+        const __m512 a = four[2 * i], b = four[2 * i + 1];
+        two[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    return _mm512_add_ps(_mm512_shuffle_f32x4(two[0], two[1], 0x88), _mm512_shuffle_f32x4(two[0], two[1], 0xdd));
+}
+
+inline void to_float(const uint16_t *half, int n /* multiple of 16 */, float *out) {
+    for (int i = 0; i < n; i += 16) {
+        _mm512_store_ps(out + i, load_half(half + i));
+    }
+}
+
+/* scores[row][t0 .. t0 + n_k - 1] of R rows against n_k keys, a multiple of 16. */
+template <int R>
+inline void dot_rows(int d, const float *const *q, const float *k, int t0, int n_k, float *const *scores) {
+    constexpr int K = 16 / R; // keys at a time: 16 accumulators
+    for (int t = 0; t < n_k; t += K) {
+        __m512 acc[16];
+        XQ_UNROLL for (int i = 0; i < 16; ++i) {
+            acc[i] = _mm512_setzero_ps();
+        }
+        for (int i = 0; i < d; i += 16) {
+            __m512 x[R];
+            XQ_UNROLL for (int r = 0; r < R; ++r) {
+                x[r] = _mm512_loadu_ps(q[r] + i);
+            }
+            XQ_UNROLL for (int c = 0; c < K; ++c) {
+                const __m512 key = _mm512_load_ps(k + (t + c) * d + i);
+                XQ_UNROLL for (int r = 0; r < R; ++r) {
+                    acc[r * K + c] = _mm512_fmadd_ps(x[r], key, acc[r * K + c]);
+                }
+            }
+        }
+        alignas(64) float out[16];
+        _mm512_store_ps(out, sums(acc));
+        for (int r = 0; r < R; ++r) {
+            memcpy(scores[r] + t0 + t, out + r * K, K * sizeof(float));
+        }
+    }
+}
+
+/* out[row][j .. j + 16 C - 1] += sum of p[row][t] v[t][j] for R rows and n_v values. */
+template <int R, int C>
+inline void add_columns(int e, const float *const *p, const float *v, int t0, int n_v, float *const *out, int j) {
+    __m512 acc[R][C];
+    XQ_UNROLL for (int r = 0; r < R; ++r) {
+        XQ_UNROLL for (int c = 0; c < C; ++c) {
+            acc[r][c] = _mm512_loadu_ps(out[r] + j + 16 * c);
+        }
+    }
+    for (int t = 0; t < n_v; ++t) {
+        __m512 value[C];
+        XQ_UNROLL for (int c = 0; c < C; ++c) {
+            value[c] = _mm512_load_ps(v + t * e + j + 16 * c);
+        }
+        XQ_UNROLL for (int r = 0; r < R; ++r) {
+            const __m512 x = _mm512_set1_ps(p[r][t0 + t]);
+            XQ_UNROLL for (int c = 0; c < C; ++c) {
+                acc[r][c] = _mm512_fmadd_ps(x, value[c], acc[r][c]);
+            }
+        }
+    }
+    XQ_UNROLL for (int r = 0; r < R; ++r) {
+        XQ_UNROLL for (int c = 0; c < C; ++c) {
+            _mm512_storeu_ps(out[r] + j + 16 * c, acc[r][c]);
+        }
+    }
+}
+
+template <int R>
+inline void add_rows(int e, const float *const *p, const float *v, int t0, int n_v, float *const *out) {
+    int j = 0;
+    for (; j + 64 <= e; j += 64) {
+        add_columns<R, 4>(e, p, v, t0, n_v, out, j);
+    }
+    for (; j < e; j += 16) {
+        add_columns<R, 1>(e, p, v, t0, n_v, out, j);
+    }
+}
+
+/* The part of a kernel set (attention_pages.h) that open pages need. */
+struct open_pages {
+    static void open_scores(int d, int n, const float *const *q, const uint16_t *k, float *const *scores) {
+        alignas(64) float keys[tokens * XQ_MAX_HEAD_DIM];
+        for (int t0 = 0; t0 < XQ_PAGE; t0 += tokens) {
+            to_float(k + t0 * d, tokens * d, keys);
+            by_rows(n, [&](auto rows, int row) { dot_rows<rows>(d, q + row, keys, t0, tokens, scores + row); });
+        }
+    }
+
+    static void open_values(int e, int n, const float *const *p, const uint16_t *v, float *const *out) {
+        alignas(64) float values[tokens * XQ_MAX_HEAD_DIM];
+        for (int t0 = 0; t0 < XQ_PAGE; t0 += tokens) {
+            // tokens that no row sees may hold anything: 0 times a not-a-number must not happen
+            __mmask16 seen = 0;
+            for (int row = 0; row < n; ++row) {
+                const __m512 x = _mm512_load_ps(p[row] + t0);
+                seen |= _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+            }
+            if (seen == 0) {
+                continue;
+            }
+            to_float(v + t0 * e, tokens * e, values);
+            for (int t = 0; t < tokens; ++t) {
+                if (!(seen >> t & 1)) {
+                    std::fill(values + t * e, values + (t + 1) * e, 0.0f);
+                }
+            }
+            by_rows(n, [&](auto rows, int row) { add_rows<rows>(e, p + row, values, t0, tokens, out + row); });
+        }
+    }
+
+  private:
+    static constexpr int tokens = 16; /* at a time: a vector of p */
+};
+
+} // namespace
+} // namespace xq
