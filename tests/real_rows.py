@@ -44,11 +44,10 @@ def real_head(layer: Layer, keys: NDArray[np.float16], values: NDArray[np.float1
 
 def errors(model: str, text: str, n_tokens: int, preset: str, sets: tuple[str, ...]) -> Iterator[dict[str, float]]:
     """Per layer (first KV head) and query: kernel set -> error of the output over the output, both as norms."""
-    with Probe(model, n_ctx=n_tokens, n_ubatch=512, skip=0, stride=1) as probe:
-        found = probe.keys_and_values(probe.tokenize(text)[:n_tokens])
-    plan = Plan.from_preset(preset, len(found["k"]))
-    for i, (keys, values, layer) in enumerate(zip(found["k"], found["v"], plan.layers, strict=True)):
-        case, head = real_head(layer, keys[0], values[0], i)
+    with Probe(model) as probe, probe.reading(probe.tokenize(text), n_tokens) as reading:
+        found, plan = reading.rows, Plan.from_preset(preset, len(probe.layers))
+    for i, layer in enumerate(plan.layers):
+        case, head = real_head(layer, found[i, "k"][0], found[i, "v"][0], i)
         right = expected(case, head)
         out = {}
         for name in sets:

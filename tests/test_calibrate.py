@@ -14,8 +14,7 @@ from xquant_gguf.calibrate import Budget, calibrate, fit_map
 from xquant_gguf.cli import main
 from xquant_gguf.gguf_file import GGUFFile
 from xquant_gguf.metadata import read_plan
-from xquant_gguf.plan import PAGE, Plan
-from xquant_gguf.probe import Probe
+from xquant_gguf.plan import PAGE
 
 SHAPE = tiny_gguf.Shape(n_ctx=4096)
 DEAF = 2  # this layer's attention reaches nobody
@@ -44,20 +43,6 @@ def test_calibrate_finds_the_layer_that_does_not_matter(model: str, prose: str) 
         calibrate(model, Budget(1.375, equivalent=True), text=prose, n_threads=1, progress=False).plan.equivalent_bits()
         <= 1.375
     )
-
-
-def test_one_side_alone_is_simulated(model: str, prose: str) -> None:
-    """Nothing quantized: nothing changes; all of it in place: as much as sealing does."""
-    with Probe(model, n_ctx=640, n_ubatch=128, skip=256, stride=2, n_threads=1) as probe:
-        probe.listen(probe.tokenize(prose)[:640])
-        assert probe.n_scored == 192
-        plan = Plan.from_preset("xquant-tiny", SHAPE.n_layer)
-        assert abs(probe.kld(probe.keys(plan, [])).mean()) < 1e-6
-        alone = [probe.kld(probe.keys(plan, [(0, name)])).mean() for name in "kv"]
-        everything = [(i, name) for i in range(SHAPE.n_layer) for name in "kv"]
-        simulated, sealed = probe.kld(probe.keys(plan, everything)).mean(), probe.kld(probe.keys(plan)).mean()
-    assert 1e-6 < max(alone) < simulated
-    assert simulated == pytest.approx(sealed, rel=0.1)
 
 
 def test_maps_find_the_head_and_the_matrix() -> None:

@@ -1,8 +1,9 @@
 """Calibration: the plan of least harm for a model under a budget, from a short text.
 
-For each layer and side, one run measures the KL divergence from F16 that coarse codes of that side alone cause.  The
-codec's own squared error on the model's keys and values then says what every other choice would cause.  Values may be
-predicted from those of the layer before, or the one before that, by a linear map that is fitted to them.
+For each layer and side, one run measures the KL divergence from F16 that coarse codes of that side alone cause, at
+passages from all over the text.  The codec's own squared error on the model's keys and values then says what every
+other choice would cause.  Values may be predicted from those of the layer before, or the one before that, by a linear
+map that is fitted to them.
 """
 
 from __future__ import annotations
@@ -23,23 +24,22 @@ from xquant_gguf import codec
 from xquant_gguf.allocate import Choice, allocate, spread
 from xquant_gguf.metadata import Key, Provenance, plan_keys
 from xquant_gguf.plan import PAGE, Layer, Plan, Shape, Side, ValueMap, block_bytes, shortest
-from xquant_gguf.probe import Probe
+from xquant_gguf.probe import Probe, Reading, Rows
 from xquant_gguf.sizes import model_layers
 
 TEXT = Path(__file__).parent / "data" / "calibration.txt"
 FIT_TOKENS = 2048
 """Tokens whose keys and values are looked at."""
-PROBE_TOKENS, PROBE_SKIP = 640, 256
-"""Tokens of a run that measures one side, and the first of them that are not scored."""
+EVERY, PASSAGE = 2 * PAGE, 32
+"""A passage that is scored when one side is measured begins at each how many-th token, and its tokens."""
+CHECK_TOKENS, CHECK_SKIP = 5 * PAGE, 2 * PAGE
+"""Tokens, the text's last, on which the plan is measured, and the first of them that are not scored."""
 RIDGE = 0.01
 """Of the mean eigenvalue, added when a map is fitted."""
 SHRINK = 0.25
 """How far one measurement is moved to the mean of all: most layers do less harm than the noise of one run."""
 ERROR_PAGES = 6
 """Pages on which the codec's error is measured."""
-
-Rows = NDArray[np.float16]  # [head][token][width]
-
 
 PROBE_BITS = 1
 """Bits of the codes whose harm is measured; that of all others follows from the codec's errors."""
@@ -130,6 +130,17 @@ def _error(side: Side, rows: NDArray[np.float16], name: str, predicted: Sequence
     return total
 
 
+def _read_back(side: Side, rows: Rows, name: str) -> Rows:
+    """Rows as sealed pages would give them back, all but those of the first page."""
+    seal, unseal = (codec.seal_k, codec.unseal_k) if name == "k" else (codec.seal_v, codec.unseal_v)
+    out = rows.copy()
+    for head in out:
+        for first in range(PAGE, len(head), PAGE):
+            page = head[first : first + PAGE]
+            page[:] = unseal(side, head.shape[1], *seal(side, page))
+    return out
+
+
 def _pages(n_tokens: int) -> list[int]:
     """First tokens of the pages that errors are measured on, spread evenly; the first page stays F16 in use."""
     pages = np.linspace(1, n_tokens // PAGE - 1, ERROR_PAGES).astype(int)
@@ -189,26 +200,22 @@ def calibrate(
     ValueError if the text is too short, the budget too small, or the model cannot have an XQuant cache.
     """
     text = TEXT.read_text() if text is None else text
-    with Probe(
-        str(model_path), n_ctx=FIT_TOKENS, n_ubatch=128, skip=PROBE_SKIP, stride=1, n_threads=n_threads
-    ) as probe:
-        tokens = probe.tokenize(text)[: FIT_TOKENS + PROBE_TOKENS]
-        if len(tokens) < 2 * PROBE_TOKENS:
-            raise ValueError(f"the text has {len(tokens)} tokens, must have at least {2 * PROBE_TOKENS}")
+    with Probe(str(model_path), n_threads) as probe:
+        tokens = probe.tokenize(text)[: FIT_TOKENS + CHECK_TOKENS]
+        if len(tokens) < 2 * CHECK_TOKENS:
+            raise ValueError(f"the text has {len(tokens)} tokens, must have at least {2 * CHECK_TOKENS}")
         n_fit = min(FIT_TOKENS, len(tokens)) // PAGE * PAGE
+        starts = range(EVERY, min(n_fit, len(tokens) - PASSAGE) + 1, EVERY)
         with tqdm(total=2 * len(probe.layers) + 2, unit="run", disable=None if progress else True) as bar:
             bar.set_description("reading keys and values")
-            rows = probe.keys_and_values(tokens[:n_fit])
-            bar.update()
-            bar.set_description("measuring layers")
-            probe.n_ctx = PROBE_TOKENS
-            probe.listen(tokens[:PROBE_TOKENS])
-            sensitivity = {name: _sensitivity(probe, name, bar) for name in "kv"}
+            with probe.reading(tokens, n_fit, starts, PASSAGE) as reading:
+                bar.update()
+                bar.set_description("measuring layers")
+                sensitivity = {name: _sensitivity(reading, name, bar) for name in "kv"}
             bar.set_description("choosing")
-            choices = _Choices(budget, probe.shapes, rows, sensitivity, maps)
-            plan = choices.plan()
-            probe.listen(tokens[-PROBE_TOKENS:])
-            kld = float(probe.kld(probe.keys(replace(plan, window=0))).mean())
+            rows = {name: [reading.rows[i, name] for i in range(len(probe.layers))] for name in "kv"}
+            plan = _Choices(budget, probe.shapes, rows, sensitivity, maps).plan()
+            kld = float(probe.kld(replace(plan, window=0), tokens[-CHECK_TOKENS:], CHECK_SKIP).mean())
             bar.update()
         plan = replace(plan, expected_kld=shortest(kld))
         made_by = Provenance(_tool(), hashlib.sha256(text.encode()).hexdigest(), len(tokens))
@@ -226,16 +233,13 @@ def _tool() -> str:
     return f"xquant-gguf {version('xquant-gguf')}"
 
 
-def _sensitivity(probe: Probe, name: str, bar: Any) -> list[float]:
+def _sensitivity(reading: Reading, name: str, bar: Any) -> list[float]:
     """KL divergence that coarse codes of one side of each layer alone cause."""
-    n = len(probe.layers)
-    plan = replace(Plan.from_preset("xquant", n), window=0)
-    coarse = Layer(key_side(PROBE_BITS), value_side(PROBE_BITS))
-    out = []
-    for i in range(n):
-        layers = (*plan.layers[:i], coarse, *plan.layers[i + 1 :])
-        out.append(float(probe.kld(probe.keys(replace(plan, layers=layers), [(i, name)])).mean()))
-        bar.update()
+    side, out = PROBES[name](PROBE_BITS), []
+    for where, rows in reading.rows.items():
+        if where[1] == name:
+            out.append(float(reading.kld({where: _read_back(side, rows, name)}).mean()))
+            bar.update()
     return out
 
 

@@ -90,7 +90,7 @@ def use_plan(model: Any, path: Path | None) -> None:
         raise ValueError(f"{path} is not a GGUF file with a plan")
 
 
-def rows(ctx: Any, layer: int, name: str, head: int, n_cells: int, width: int) -> NDArray[np.float16]:
+def read_rows(ctx: Any, layer: int, name: str, head: int, n_cells: int, width: int) -> NDArray[np.float16]:
     """F16 keys or values (name: "k" or "v") [cell][width] of a model layer's KV head, in a cache that never seals."""
     ffi, lib = load()
     out = np.empty((n_cells, width), np.float16)
@@ -98,6 +98,14 @@ def rows(ctx: Any, layer: int, name: str, head: int, n_cells: int, width: int) -
     if lib.xquant_llama_read_rows(_context(ctx), layer, int(name == "v"), head, n_cells, pointer) != 0:
         raise ValueError(f"layer {layer}, {name}: head {head} has no {n_cells} open cells")
     return out
+
+
+def write_rows(ctx: Any, layer: int, name: str, head: int, rows: NDArray[np.float16]) -> None:
+    """Replaces the rows of the first cells that read_rows gives."""
+    ffi, lib = load()
+    pointer = ffi.from_buffer("uint16_t[]", np.ascontiguousarray(rows, np.float16))
+    if lib.xquant_llama_write_rows(_context(ctx), layer, int(name == "v"), head, len(rows), pointer) != 0:
+        raise ValueError(f"layer {layer}, {name}: head {head} has no {len(rows)} open cells")
 
 
 def layers(ctx: Any) -> tuple[list[Shape], list[int], int]:

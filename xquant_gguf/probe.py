@@ -1,4 +1,8 @@
-"""A model and a text as calibration sees them: keys and values, and the KL divergence from F16 of any plan."""
+"""A model and a text as calibration sees them: keys and values, and what changed ones do to the answer.
+
+The text is decoded once with an F16 cache.  Short passages of it are decoded again, all in one micro-batch, each behind
+the cells of what stands before it, whenever keys or values in these cells were replaced by what codes would give back.
+"""
 
 from __future__ import annotations
 
@@ -9,42 +13,37 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from gguf import GGUFValueType
 from numpy.typing import NDArray
 
 from xquant_gguf import fork
-from xquant_gguf.metadata import Key, plan_file, plan_keys
-from xquant_gguf.plan import Plan, Shape
+from xquant_gguf.metadata import plan_file, plan_keys
+from xquant_gguf.plan import PAGE, Plan
 from xquant_gguf.sizes import llama_cpp, set_verbose
 
 Floats = NDArray[np.float32]
+Rows = NDArray[np.float16]  # [KV head][token][width]
+Where = tuple[int, str]  # layer of the cache, "k" or "v"
 
 
 class Probe:
-    """A loaded model; a context manager.  Every measurement makes a context of its own.
+    """A loaded model; a context manager.  Everything runs on the CPU."""
 
-    n_ctx: tokens of a window; n_ubatch: tokens of a micro-batch; skip: first positions of a window that are not
-    scored; stride: every how many-th of the others is.
-    """
-
-    def __init__(
-        self, model_path: str, *, n_ctx: int, n_ubatch: int, skip: int, stride: int, n_threads: int | None = None
-    ) -> None:
-        self.model_path, self.n_ctx, self.n_ubatch = model_path, n_ctx, n_ubatch
-        self.skip, self.stride, self.n_threads = skip, stride, n_threads
+    def __init__(self, model_path: str, n_threads: int | None = None) -> None:
+        self.model_path, self.n_threads = model_path, n_threads
         set_verbose(False)
         llama_cpp.llama_backend_init()
-        self._model = llama_cpp.llama_model_load_from_file(model_path.encode(), llama_cpp.llama_model_default_params())
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = 0
+        self._no_devices = (ctypes.c_void_p * 1)()
+        params.devices = ctypes.addressof(self._no_devices)
+        self._model = llama_cpp.llama_model_load_from_file(model_path.encode(), params)
         if not self._model:
             raise ValueError(f"Failed to load model from file: {model_path}")
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(self._vocab)
-        fork.use_plan(self._model, None)
-        with self._context(256) as ctx:
+        with self._context(None, 2 * PAGE, 2 * PAGE) as ctx:
             self.shapes, self.layers, self.n_layers = fork.layers(ctx)
-        self._f16 = self.keys(replace(Plan.from_preset("xquant", len(self.layers)), window=-1))
-        self._expected: list[tuple[Floats, NDArray[np.float64]]] = []
-        self._windows: list[list[int]] = []
+        self._f16 = replace(Plan.from_preset("xquant", len(self.layers)), window=-1)
 
     def __enter__(self) -> Probe:
         return self
@@ -64,70 +63,60 @@ class Probe:
             n = -n
         raise ValueError(f"{self.model_path}: its vocabulary cannot tokenize the text")
 
-    def keys_and_values(self, tokens: Sequence[int]) -> Mapping[str, list[NDArray[np.float16]]]:
-        """What F16 stores of a text of at most one window: {"k", "v"}: [layer of the cache] [head][token][width]."""
-        with self._following(self._f16) as ctx:
-            for _ in self._logits(ctx, tokens, []):
-                pass
+    @contextmanager
+    def reading(
+        self, tokens: Sequence[int], n_read: int, starts: Sequence[int] = (), length: int = 0
+    ) -> Iterator[Reading]:
+        """The first n_read tokens of a text in an F16 cache, and passages of `length` tokens that begin at starts."""
+        passages = [list(enumerate(tokens[first : first + length], first)) for first in starts]
+        n_scored = len(passages) * length
+        with self._context(self._f16, n_read + n_scored, max(n_scored, 2 * PAGE), len(passages) + 1) as ctx:
+            yield Reading(self, ctx, tokens[:n_read], passages)
 
-            def rows(name: str, layer: int, shape: Shape) -> NDArray[np.float16]:
-                width = shape.d if name == "k" else shape.e
-                return np.stack([fork.rows(ctx, layer, name, h, len(tokens), width) for h in range(shape.heads)])
-
-            numbered = list(zip(self.layers, self.shapes, strict=True))
-            return {name: [rows(name, layer, shape) for layer, shape in numbered] for name in "kv"}
-
-    def listen(self, tokens: Sequence[int]) -> None:
-        """Takes the answer of the F16 cache to a text, window by window, as the one to compare with."""
-        self._windows = [list(tokens[i : i + self.n_ctx]) for i in range(0, len(tokens), self.n_ctx)]
-        self._expected = []
-        for window in self._windows:
-            with self._following(self._f16) as ctx:
-                for logits in self._logits(ctx, window, self._scored(window)):
-                    logp = logits - _log_sum(logits)[:, None]
-                    p = np.exp(logp)
-                    self._expected.append((p, np.einsum("ij,ij->i", p, logp, dtype=np.float64)))
-
-    def keys(self, plan: Plan, simulated: Sequence[tuple[int, str]] | None = None) -> dict[str, Key]:
-        """The keys of a plan; simulated: only these (layer of the cache, "k" or "v") are quantized, in place."""
-        keys = plan_keys(plan, self.layers, self.n_layers)
-        if simulated is not None:
-            flags = [0] * self.n_layers
-            for layer, name in simulated:
-                flags[self.layers[layer]] |= 1 if name == "k" else 2
-            keys["xquant.simulated"] = Key(GGUFValueType.ARRAY, flags, GGUFValueType.INT32)
-        return keys
-
-    def kld(self, keys: Mapping[str, Key]) -> NDArray[np.float64]:
-        """KL divergences from the F16 cache, one for each position that is scored, under the plan of these keys."""
-        out, expected = [], iter(self._expected)
-        for window in self._windows:
-            with self._following(keys) as ctx:
-                for logits in self._logits(ctx, window, self._scored(window)):
-                    p, entropy = next(expected)
-                    out.append(entropy - np.einsum("ij,ij->i", p, logits, dtype=np.float64) + _log_sum(logits))
+    def kld(self, plan: Plan, tokens: Sequence[int], skip: int) -> NDArray[np.float64]:
+        """KL divergences from the F16 cache under a plan, in micro-batches of a page; skip: first ones not scored."""
+        out: list[NDArray[np.float64]] = []
+        expected: list[Expected] = []
+        for followed in (self._f16, plan):
+            with self._context(followed, len(tokens), PAGE) as ctx:
+                for first in range(0, len(tokens), PAGE):
+                    page = [(0, i, tokens[i]) for i in range(first, min(first + PAGE, len(tokens)))]
+                    logits = self.decode(ctx, page, first >= skip)
+                    if logits is None:
+                        continue
+                    if followed is self._f16:
+                        expected.append(Expected(logits))
+                    else:
+                        out.append(expected[len(out)].kld(logits))
         return np.concatenate(out)
 
-    @property
-    def n_scored(self) -> int:
-        """Positions that are scored."""
-        return sum(len(self._scored(window)) for window in self._windows)
+    def decode(self, ctx: Any, items: Sequence[tuple[int, int, int]], wanted: bool) -> Floats | None:
+        """Decodes one micro-batch of (sequence, position, token); logits [token][vocabulary] of all of them, or None.
 
-    def _scored(self, window: Sequence[int]) -> list[int]:
-        return list(range(self.skip, len(window), self.stride))
+        They are valid until the next call.
+        """
+        batch = llama_cpp.llama_batch_init(len(items), 0, 1)
+        try:
+            batch.n_tokens = len(items)
+            for i, (sequence, position, token) in enumerate(items):
+                batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+            if llama_cpp.llama_decode(ctx, batch) != 0:
+                raise ValueError(f"{self.model_path}: llama.cpp could not decode {len(items)} tokens")
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        if not wanted:
+            return None
+        pointer = ctypes.cast(llama_cpp.llama_get_logits(ctx), ctypes.POINTER(ctypes.c_float))
+        return np.ctypeslib.as_array(pointer, (len(items), self.n_vocab))
 
     @contextmanager
-    def _following(self, keys: Mapping[str, Key]) -> Iterator[Any]:
-        """A context of one window with the plan of keys."""
-        with plan_file(keys) as path:
-            fork.use_plan(self._model, path)
-        with self._context(self.n_ctx) as ctx:
-            yield ctx
-
-    @contextmanager
-    def _context(self, n_ctx: int) -> Iterator[Any]:
+    def _context(self, plan: Plan | None, n_ctx: int, n_ubatch: int, n_seq: int = 1) -> Iterator[Any]:
+        """A context that follows a plan, or the default preset; its sequences share their cells."""
+        self._follow(plan)
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, self.n_ubatch, self.n_ubatch
+        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_ubatch, n_ubatch
+        params.n_seq_max, params.kv_unified, params.swa_full = n_seq, True, True
         params.type_k = params.type_v = fork.GGML_TYPE_XQUANT
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         if self.n_threads:
@@ -140,29 +129,80 @@ class Probe:
         finally:
             llama_cpp.llama_free(ctx)
 
-    def _logits(self, ctx: Any, tokens: Sequence[int], scored: Sequence[int]) -> Iterator[Floats]:
-        """Decodes tokens; logits [position][vocabulary] of those to be scored, micro-batch by micro-batch."""
-        wanted = set(scored)
-        batch = llama_cpp.llama_batch_init(self.n_ubatch, 0, 1)
+    def _follow(self, plan: Plan | None) -> None:
+        if plan is None:
+            fork.use_plan(self._model, None)
+            return
+        with plan_file(plan_keys(plan, self.layers, self.n_layers)) as path:
+            fork.use_plan(self._model, path)
+
+
+class Reading:
+    """A text in an F16 cache.  rows: its keys and values, as the cache stores them."""
+
+    def __init__(
+        self, probe: Probe, ctx: Any, tokens: Sequence[int], passages: Sequence[Sequence[tuple[int, int]]]
+    ) -> None:
+        """passages: (position, token) of those to be scored; each is a sequence of its own behind its first cells."""
+        self._probe, self._ctx, self._memory = probe, ctx, llama_cpp.llama_get_memory(ctx)
+        n_ubatch = llama_cpp.llama_n_ubatch(ctx)
+        for first in range(0, len(tokens), n_ubatch):
+            some = enumerate(tokens[first : first + n_ubatch], first)
+            probe.decode(ctx, [(0, position, token) for position, token in some], False)
+        numbered = list(zip(probe.layers, probe.shapes, strict=True))
+        self.rows: dict[Where, Rows] = {
+            (i, name): np.stack([fork.read_rows(ctx, layer, name, h, len(tokens), width) for h in range(shape.heads)])
+            for i, (layer, shape) in enumerate(numbered)
+            for name, width in (("k", shape.d), ("v", shape.e))
+        }
+        self._passages = [[(s, *item) for item in passage] for s, passage in enumerate(passages, 1)]
+        for (sequence, first, _), *_ in self._passages:
+            llama_cpp.llama_memory_seq_cp(self._memory, 0, sequence, 0, first)
+        self._expected = Expected(self._answer()) if passages else None
+
+    def kld(self, changed: Mapping[Where, Rows]) -> NDArray[np.float64]:
+        """KL divergences at all tokens of the passages, if the first tokens' keys and values were these."""
+        assert self._expected is not None
+        self._write(changed)
         try:
-            for first in range(0, len(tokens), self.n_ubatch):
-                chunk = tokens[first : first + self.n_ubatch]
-                batch.n_tokens = len(chunk)
-                for i, token in enumerate(chunk):
-                    batch.token[i], batch.pos[i] = token, first + i
-                    batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-                    batch.logits[i] = first + i in wanted
-                if llama_cpp.llama_decode(ctx, batch) != 0:
-                    raise ValueError(f"{self.model_path}: llama.cpp could not decode {len(chunk)} tokens")
-                n = sum(first + i in wanted for i in range(len(chunk)))
-                if n:
-                    pointer = ctypes.cast(llama_cpp.llama_get_logits(ctx), ctypes.POINTER(ctypes.c_float))
-                    yield np.ctypeslib.as_array(pointer, (n, self.n_vocab)).copy()
+            return self._expected.kld(self._answer())
         finally:
-            llama_cpp.llama_batch_free(batch)
+            self._write({where: self.rows[where][:, : rows.shape[1]] for where, rows in changed.items()})
+
+    def _write(self, changed: Mapping[Where, Rows]) -> None:
+        for (i, name), rows in changed.items():
+            for h, head in enumerate(rows):
+                fork.write_rows(self._ctx, self._probe.layers[i], name, h, head)
+
+    def _answer(self) -> Floats:
+        for (sequence, first, _), *_ in self._passages:
+            llama_cpp.llama_memory_seq_rm(self._memory, sequence, first, -1)
+        logits = self._probe.decode(self._ctx, [item for passage in self._passages for item in passage], True)
+        assert logits is not None
+        return logits
 
 
-def _log_sum(logits: Floats) -> Floats:
-    top = logits.max(1)
-    out: Floats = top + np.log(np.exp(logits - top[:, None]).sum(1))
-    return out
+class Expected:
+    """What the F16 cache answers, logits [token][vocabulary]; token by token, since vocabularies are large."""
+
+    def __init__(self, logits: Floats) -> None:
+        self._p = np.empty_like(logits)
+        self._entropy = np.empty(len(logits))
+        for i, x in enumerate(logits):
+            logp = x - _log_sum(x)
+            np.exp(logp, out=self._p[i])
+            self._entropy[i] = _dot(self._p[i], logp)
+
+    def kld(self, logits: Floats) -> NDArray[np.float64]:
+        """KL divergence of other logits, token by token."""
+        cross = [_dot(p, x) - _log_sum(x) for p, x in zip(self._p, logits, strict=True)]
+        return self._entropy - np.array(cross)
+
+
+def _dot(x: Floats, y: Floats) -> float:
+    return float(np.einsum("i,i->", x, y, dtype=np.float64))
+
+
+def _log_sum(x: Floats) -> float:
+    top = x.max()
+    return float(top) + float(np.log(np.exp(x - top).sum(dtype=np.float64)))

@@ -81,3 +81,10 @@ int xquant_llama_read_rows(const llama_context *ctx, int32_t layer, int32_t is_v
     const auto *c = xquant::cache_of(ctx, &other);
     return c && rows && c->read_rows(layer, is_value != 0, head, n_cells, rows) ? 0 : -1;
 }
+
+int xquant_llama_write_rows(llama_context *ctx, int32_t layer, int32_t is_value, int32_t head, int32_t n_cells,
+                            const uint16_t *rows) {
+    const llama_kv_cache *other;
+    const auto *c = xquant::cache_of(ctx, &other);
+    return c && rows && c->write_rows(layer, is_value != 0, head, n_cells, rows) ? 0 : -1;
+}

@@ -36,11 +36,6 @@ cache::cache(llama_kv_cache &kv, uint32_t kv_size, const llama_memory_i::layer_f
         seals = wanted < (uint64_t)n_pages;
         n_slots = seals ? (int32_t)wanted : n_pages;
     }
-    simulates = kv.model.xq->rules() && !kv.model.xq->simulated.empty();
-    if (simulates) {
-        seals = true;
-        n_slots = n_pages;
-    }
     streams.resize(n_streams);
     clear();
 }
@@ -53,11 +48,13 @@ bool cache::runs_on(ggml_backend_dev_t device) {
     probe.op = GGML_OP_CUSTOM;
     set_params(probe.op_params, {node_magic, node_kind::update, nullptr, 0.0f, 0.0f, 0.0f, 0});
     const bool known = ggml_backend_dev_supports_op(device, &probe);
-    if (!known || simulates) {
-        LLAMA_LOG_WARN("%s: xquant: %s; the cache and the attention of its layers stay on the CPU, which is slower\n",
-                       ggml_backend_dev_name(device), known ? "calibration measures on the CPU" : "no XQuant kernels");
+    if (!known) {
+        LLAMA_LOG_WARN(
+            "%s: xquant: no XQuant kernels; the cache and the attention of its layers stay on the CPU, which "
+            "is slower\n",
+            ggml_backend_dev_name(device));
     }
-    return known && !simulates;
+    return known;
 }
 
 std::pair<ggml_tensor *, ggml_tensor *> cache::add_layer(ggml_context *ctx, ggml_backend_buffer_type_t buft,
@@ -71,7 +68,6 @@ std::pair<ggml_tensor *, ggml_tensor *> cache::add_layer(ggml_context *ctx, ggml
     l->n_pages = n_pages;
     l->n_slots = n_slots;
     l->plan = plan_.layers[il];
-    l->simulated = simulates ? kv.model.xq->simulated.at(il) : -1;
     l->n_nonfinite = &n_nonfinite;
     if (xq_block_layout_of(&l->plan, l->d, l->e, &l->layout) != XQ_OK) {
         refuse(xq_error());
@@ -165,7 +161,8 @@ uint64_t cache::count_nonfinite() const {
     return n;
 }
 
-bool cache::read_rows(int32_t il, bool is_value, int32_t head, int32_t n_cells, uint16_t *rows) const {
+bool cache::move_rows(int32_t il, bool is_value, int32_t head, int32_t n_cells,
+                      const std::function<void(ggml_tensor *, size_t offset, size_t at, size_t bytes)> &move) const {
     const layer *l = find(il);
     if (!l || head < 0 || head >= l->n_head_kv || n_cells < 0 || (int64_t)n_cells > (int64_t)n_pages * XQ_PAGE) {
         return false;
@@ -177,10 +174,21 @@ bool cache::read_rows(int32_t il, bool is_value, int32_t head, int32_t n_cells, 
         }
         const int64_t first = (is_value ? l->v_window(head) : l->k_window(head)) + streams[0].pages[p].state * slot;
         const int64_t n = std::min<int64_t>(XQ_PAGE, n_cells - (int64_t)p * XQ_PAGE) * width;
-        ggml_backend_tensor_get(l->window_stream[0], rows + p * slot, (size_t)first * sizeof(uint16_t),
-                                (size_t)n * sizeof(uint16_t));
+        move(l->window_stream[0], (size_t)first * sizeof(uint16_t), (size_t)(p * slot), (size_t)n * sizeof(uint16_t));
     }
     return true;
+}
+
+bool cache::read_rows(int32_t il, bool is_value, int32_t head, int32_t n_cells, uint16_t *rows) const {
+    return move_rows(il, is_value, head, n_cells, [rows](ggml_tensor *window, size_t offset, size_t at, size_t bytes) {
+        ggml_backend_tensor_get(window, rows + at, offset, bytes);
+    });
+}
+
+bool cache::write_rows(int32_t il, bool is_value, int32_t head, int32_t n_cells, const uint16_t *rows) const {
+    return move_rows(il, is_value, head, n_cells, [rows](ggml_tensor *window, size_t offset, size_t at, size_t bytes) {
+        ggml_backend_tensor_set(window, rows + at, offset, bytes);
+    });
 }
 
 void cache::info(xquant_llama_info &out) const {

@@ -31,6 +31,7 @@
 #include "xquant_llama.h"
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -107,6 +108,7 @@ class cache {
     void info(xquant_llama_info &out) const;
     /* F16 rows [cell][width] of the first cells of stream 0, which must all lie in open pages. */
     bool read_rows(int32_t il, bool is_value, int32_t head, int32_t n_cells, uint16_t *rows) const;
+    bool write_rows(int32_t il, bool is_value, int32_t head, int32_t n_cells, const uint16_t *rows) const;
     void plan(xq_plan &out, int32_t *d, int32_t *e, int32_t *n_head_kv) const;
 
     static constexpr int32_t page_free = -2, page_sealed = -1; /* else: the slot of an open page */
@@ -128,8 +130,7 @@ class cache {
         xq_cuda_layer device = {}; /* the same for other backends, without pointers to data */
         std::vector<ggml_tensor *> blocks_stream, window_stream; /* views, one per stream */
         std::atomic<uint64_t> *n_nonfinite = nullptr;
-        int32_t simulated = -1; /* negative: pages are sealed; else see metadata::simulated */
-        uint64_t done = 0;      /* the last micro-batch whose update ran */
+        uint64_t done = 0; /* the last micro-batch whose update ran */
 
         /* The map of a KV head, [e of the source][e]; null: not mapped. */
         const float *weight(int head) const { return map ? map->weight.data() + (int64_t)head * e * e : nullptr; }
@@ -155,8 +156,7 @@ class cache {
   private:
     struct page {
         int32_t state = page_free;
-        uint64_t written = 0;   /* clock of its newest token */
-        bool simulated = false; /* sealed and unsealed in place */
+        uint64_t written = 0; /* clock of its newest token */
     };
     struct stream {
         std::vector<page> pages;
@@ -181,6 +181,8 @@ class cache {
     void run_pending(const layer &l) const;
     void fill_operations(int32_t *input, const input_layout &at) const;
     const layer *find(int il) const;
+    bool move_rows(int32_t il, bool is_value, int32_t head, int32_t n_cells,
+                   const std::function<void(ggml_tensor *window, size_t offset, size_t at, size_t bytes)> &move) const;
     uint64_t fingerprint() const;
     struct saved_page;
     saved_page read_page(llama_io_read_i &io, llama_seq_id dest) const;
@@ -194,7 +196,6 @@ class cache {
     int32_t n_pages = 0, n_slots = 0;
     uint64_t window = 0; /* tokens */
     bool seals = true;   /* false: every page has a slot of its own */
-    bool simulates = false;
     std::vector<std::unique_ptr<layer>> layers_;
     std::vector<stream> streams;
     std::vector<seal_op> pending_seals;

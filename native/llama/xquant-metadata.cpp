@@ -151,9 +151,6 @@ void read_plan(const reader &file, metadata &out) {
             read_map(file, (int32_t)i, out.maps[(int32_t)i]);
         }
     }
-    if (gguf_find_key(file.file, "xquant.simulated") >= 0) {
-        out.simulated = file.numbers<int32_t>("xquant.simulated", n);
-    }
     if (gguf_find_key(file.file, "xquant.calibration.expected_kld") >= 0) {
         out.expected_kld = file.number<float>("xquant.calibration.expected_kld");
         if (!(out.expected_kld >= 0.0 && std::isfinite(out.expected_kld))) {

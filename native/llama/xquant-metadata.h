@@ -7,7 +7,6 @@
  *     xquant.v.rotate  bool[]              xquant.v.source  i32[], the layer that a map reads, or -1
  *     xquant.map.N.heads   i32[KV head of layer N], the KV head of the source that each is predicted from
  *     xquant.map.N.weight  u16[KV head][e of the source][e], bits of F16 numbers
- *     xquant.simulated     i32[], for calibration only
  *
  * The file is not trusted: type and length of every key are checked before it is read.
  */
@@ -44,10 +43,6 @@ struct metadata {
 
     /* Whether a cache follows the file's plan, and not a preset. */
     bool rules() const { return present && given.count("xquant.preset") == 0; }
-
-    /* Calibration only, [layer of the model], bit 0 keys, bit 1 values: these are sealed and unsealed in place, and all
-     * pages stay open, so that what one layer's codes do can be seen alone.  Empty: pages are sealed as ever. */
-    std::vector<int32_t> simulated;
 };
 
 /* The plan of a model's file, or of the file that the override xquant.plan_file names. */

@@ -129,10 +129,6 @@ void cache::seal(uint32_t s, int32_t p) {
     seal_op op = {(int32_t)s, p, pg.state, {}};
     valid_cells(s, p, op.valid);
     pending_seals.push_back(op);
-    if (simulates) {
-        pg.simulated = true;
-        return;
-    }
     streams[s].free_slots.push_back(pg.state);
     pg.state = page_sealed;
 }
@@ -211,7 +207,7 @@ bool cache::begin(const slot_info &sinfo) {
             if (pg.state < 0 || std::binary_search(touched.begin(), touched.end(), p)) {
                 continue;
             }
-            if (seals && !pg.simulated && st.age(p) >= window && !is_pinned(s, p)) {
+            if (seals && st.age(p) >= window && !is_pinned(s, p)) {
                 seal(s, p);
             }
         }

@@ -89,9 +89,6 @@ static void unseal_page(const side &x, bool is_k, int stream, int page, ggml_fp1
 /* Seals, then unseals, the pages of the input. */
 static void move_pages(const side &x, const int32_t *input, const input_layout &at) {
     const bool own = &x.owner == &x.l, is_k = &x.plan == &x.l.plan.k;
-    if (x.l.simulated >= 0 && (x.l.simulated >> (is_k ? 0 : 1) & 1) == 0) {
-        return;
-    }
     std::vector<float> scratch;
     const auto *seals = (const seal_op *)(input + at.seals);
     for (int i = 0; i < input[in_n_seal]; ++i) {
@@ -104,9 +101,6 @@ static void move_pages(const side &x, const int32_t *input, const input_layout &
                                        predict(x, op.stream, op.page, scratch));
         GGML_ASSERT(n >= 0);
         *x.l.n_nonfinite += (uint64_t)n;
-        if (x.l.simulated >= 0) {
-            unseal_page(x, is_k, op.stream, op.page, rows, scratch);
-        }
     }
     const auto *unseals = (const unseal_op *)(input + at.unseals);
     for (int i = 0; i < input[in_n_unseal]; ++i) {

@@ -52,6 +52,9 @@ XQ_API int xquant_llama_get_shapes(const struct llama_context *ctx, int32_t *d, 
  * be open (a cache that never seals).  0, or -1 if there is no such head or a page is sealed. */
 XQ_API int xquant_llama_read_rows(const struct llama_context *ctx, int32_t layer, int32_t is_value, int32_t head,
                                   int32_t n_cells, uint16_t *rows);
+/* The way back: replaces them. */
+XQ_API int xquant_llama_write_rows(struct llama_context *ctx, int32_t layer, int32_t is_value, int32_t head,
+                                   int32_t n_cells, const uint16_t *rows);
 /* Contexts that are made of the model from now on follow the plan in this GGUF file; null: the default preset.
  * The model must not be making a context meanwhile.  0, or -1: the file has no plan. */
 XQ_API int xquant_llama_use_plan(struct llama_model *model, const char *path);
