@@ -187,6 +187,15 @@ def test_several_sequences(path: Path, unified: bool) -> None:
         assert kld(reference(path, common + tail)[600:], got[s::2]) < CLOSE
 
 
+def test_a_single_token_sees_its_own_sequence_alone(path: Path) -> None:
+    """Its mask is made in a shorter way where it sees all cells, which is not so here."""
+    with Context(path, "xquant", n_seq=2) as context:
+        context.decode(TOKENS[:300], 0, [0])
+        context.decode(TOKENS[600:900], 0, [1])
+        got = context.decode(TOKENS[300:301], 300, [0])
+    assert kld(reference(path, TOKENS[:301])[300:], got) < CLOSE
+
+
 def test_keep_and_positions(xquant: Context) -> None:
     xquant.decode(TOKENS[:300], 0)
     llama_cpp.llama_memory_seq_keep(xquant.memory, 0)
