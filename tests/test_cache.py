@@ -137,6 +137,17 @@ def test_which_page_is_sealed_first(path: Path) -> None:
         }  # fmt: skip
 
 
+def test_the_first_page_of_a_sequence_is_sealed_last(path: Path) -> None:
+    """After a shift, other pages may hold first positions too; they go before it (found by the soak run)."""
+    with Context(path, "xquant", n_ctx=1024) as context:
+        context.decode(TOKENS[:1024], 0)
+        llama_cpp.llama_memory_seq_add(context.memory, 0, 1014, 1024, -924)
+        for position in (200, 330, 460):  # one cell in each of pages 1 to 3
+            assert llama_cpp.llama_memory_seq_rm(context.memory, 0, position, position + 1)
+        context.decode(TOKENS[1024:1027], 1014)
+        assert [p for p, page in context.pages().items() if page.is_open] == [0, 1, 2, 3]
+
+
 def test_removing_the_middle_hides_it(path: Path) -> None:
     """Cells of a removed middle are not seen, and are written again when the cache has no others."""
     runs = []
@@ -174,6 +185,15 @@ def test_several_sequences(path: Path, unified: bool) -> None:
         got = got[order]
     for s, tail in enumerate((one, two)):
         assert kld(reference(path, common + tail)[600:], got[s::2]) < CLOSE
+
+
+def test_a_single_token_sees_its_own_sequence_alone(path: Path) -> None:
+    """Its mask is made in a shorter way where it sees all cells, which is not so here."""
+    with Context(path, "xquant", n_seq=2) as context:
+        context.decode(TOKENS[:300], 0, [0])
+        context.decode(TOKENS[600:900], 0, [1])
+        got = context.decode(TOKENS[300:301], 300, [0])
+    assert kld(reference(path, TOKENS[:301])[300:], got) < CLOSE
 
 
 def test_keep_and_positions(xquant: Context) -> None:

@@ -63,7 +63,7 @@ def test_prefix_reuse(llm: Llama, prose: str) -> None:
     shorter = llm(short + " And so", max_tokens=8, temperature=0)
     assert first["usage"]["prompt_tokens"] > shorter["usage"]["prompt_tokens"] > 300
     assert len(shorter["choices"][0]["text"]) > 3
-    assert llm.kv_cache_info()["pages_sealed"] == 3
+    assert llm.kv_cache_info()["pages_sealed"] == 4  # with that of the cut: new tokens go into other pages
 
 
 def test_save_and_load_state(llm: Llama, prose: str) -> None:

@@ -15,7 +15,8 @@
  *
  * Rule of sealing: before a micro-batch is written, a page is sealed if at least `window` tokens were written after its
  * newest one, unless it is among the pinned first pages of a sequence.  If a micro-batch needs more slots than are
- * free, the pages that were written longest ago are sealed early: precision gives way, never correctness.
+ * free, the pages that were written longest ago are sealed early, the first of a sequence last: precision gives way,
+ * never correctness.
  *
  * Rule of writing: free cells of sealed pages are written last, when no others are left.  A beginning that many prompts
  * share may end inside a page: were the rest of it written again and again, its codes would be made anew each time, and
@@ -170,7 +171,8 @@ class cache {
     const llama_kv_cells &cells(uint32_t s) const { return kv.v_cells[s]; }
     void valid_cells(uint32_t s, int32_t p, uint32_t valid[4]) const;
     int32_t count_cells(uint32_t s, int32_t p) const;
-    bool is_pinned(uint32_t s, int32_t p) const;
+    llama_pos first_position(uint32_t s, int32_t p) const;
+    bool is_pinned(uint32_t s, int32_t p) const { return first_position(s, p) < (int64_t)plan_.pinned * XQ_PAGE; }
     void seal(uint32_t s, int32_t p);
     int32_t take_slot(uint32_t s, const std::vector<int32_t> &keep);
     bool open(uint32_t s, int32_t p, const std::vector<int32_t> &keep);

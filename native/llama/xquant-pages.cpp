@@ -49,15 +49,17 @@ int32_t cache::count_cells(uint32_t s, int32_t p) const {
     return n;
 }
 
-bool cache::is_pinned(uint32_t s, int32_t p) const {
+/* The lowest position in page p of stream s; beyond all of them if it has no cells. */
+llama_pos cache::first_position(uint32_t s, int32_t p) const {
     const auto &c = cells(s);
     const uint32_t first = (uint32_t)p * XQ_PAGE, end = std::min(first + XQ_PAGE, c.size());
+    llama_pos lowest = INT32_MAX;
     for (uint32_t i = first; i < end; ++i) {
-        if (!c.is_empty(i) && c.pos_get(i) < (int64_t)plan_.pinned * XQ_PAGE) {
-            return true;
+        if (!c.is_empty(i)) {
+            lowest = std::min(lowest, c.pos_get(i));
         }
     }
-    return false;
+    return lowest;
 }
 
 void cache::release_pages() {
@@ -133,20 +135,21 @@ void cache::seal(uint32_t s, int32_t p) {
     pg.state = page_sealed;
 }
 
-/* A free slot; if there is none, the page outside `keep` that was written longest ago is sealed, pinned ones last. */
+/* A free slot; if there is none, the page outside `keep` that was written longest ago is sealed.  Pinned ones are last,
+ * and of these the one that starts a sequence: there may be more of them than slots, once positions were shifted. */
 int32_t cache::take_slot(uint32_t s, const std::vector<int32_t> &keep) {
     stream &st = streams[s];
     if (st.free_slots.empty()) {
         int32_t victim = -1;
-        bool victim_pinned = true;
+        llama_pos victim_first = 0; // of a pinned page; else beyond all of them
         for (int32_t p = 0; p < n_pages; ++p) {
             if (st.pages[p].state < 0 || std::find(keep.begin(), keep.end(), p) != keep.end()) {
                 continue;
             }
-            const bool pinned = is_pinned(s, p);
-            if (victim < 0 || pinned < victim_pinned || (pinned == victim_pinned && st.age(p) > st.age(victim))) {
+            const llama_pos first = is_pinned(s, p) ? first_position(s, p) : INT32_MAX;
+            if (victim < 0 || first > victim_first || (first == victim_first && st.age(p) > st.age(victim))) {
                 victim = p;
-                victim_pinned = pinned;
+                victim_first = first;
             }
         }
         if (victim < 0) {
