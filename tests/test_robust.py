@@ -112,8 +112,8 @@ def test_layers_heads_and_cells_out_of_range_have_no_rows(paths: dict[str, Path]
         context.decode(TOKENS[:100], 0)
         layer, head, n_cells = where
         with pytest.raises(ValueError, match="open cells"):
-            fork.rows(context.ctx, layer, "k", head, n_cells, 64)
-        assert np.isfinite(fork.rows(context.ctx, 3, "k", 1, 100, 64)).all()
+            fork.read_rows(context.ctx, layer, "k", head, n_cells, 64)
+        assert np.isfinite(fork.read_rows(context.ctx, 3, "k", 1, 100, 64)).all()
 
 
 BATCHES = {
