@@ -1,12 +1,6 @@
-/* attention_avx2.cpp: attention for AVX2, FMA and F16C.  See attention_pages.h for the equations.
- *
- * Open pages: exact in single precision.  A few tokens at a time are converted to F32 on the stack, for all rows.
- *
- * Sealed pages: a[i] = q_i s_i (or p_i s_i) is rounded to 8 bits with one scale a row and group, and multiplied with
- * the unsigned codes (vpmaddubsw), several products in 16 bits before they are widened.  What this rounding costs is
- * measured in tests/test_attention.py; the codes are centred first, which keeps it small:
- *
- *     sum_i a_i c_ij = step * (sum_i a8_i c_ij - middle * sum_i a8_i) + middle * sum_i a_i
+/* attention_avx2.cpp: attention for AVX2, FMA and F16C.  See attention_pages.h for the equations, attention_x86_open.h
+ * for open pages, and attention_avx2_codes.h for the product with codes.  What its rounding costs is measured in
+ * tests/test_attention.py.
  */
 #include "attention_avx2_codes.h"
 #include "attention_avx2_open.h"
@@ -18,7 +12,7 @@ namespace avx2_attention {
 
 #include "attention_x86_sealed.h"
 
-struct avx2_set : avx2_open_pages, sealed_pages {
+struct avx2_set : open_pages, sealed_pages {
     static bool softmax(float *s, float scale, float softcap, const uint16_t *mask, float slope, float *max,
                         float *sum) {
         const __m256 infinite = _mm256_set1_ps(-INFINITY);

@@ -1,5 +1,4 @@
-/* attention_avx2_open.h: attention over open (F16) pages for AVX2 with FMA and F16C, exact in single precision.  A few
- * tokens at a time are converted to F32 on the stack, for all rows.
+/* attention_avx2_open.h: what attention over open pages (attention_x86_open.h) needs, for AVX2 with FMA and F16C.
  *
  * Everything has internal linkage: files that are compiled for different instructions share nothing.
  */
@@ -81,43 +80,22 @@ inline void add_rows(int e, const float *const *p, const float *v, int t0, int n
     }
 }
 
-/* The part of a kernel set (attention_pages.h) that open pages need. */
-struct avx2_open_pages {
-    static void open_scores(int d, int n, const float *const *q, const uint16_t *k, float *const *scores) {
-        constexpr int tokens = 16;
-        alignas(32) float keys[tokens * XQ_MAX_HEAD_DIM];
-        for (int t0 = 0; t0 < XQ_PAGE; t0 += tokens) {
-            to_float(k + t0 * d, tokens * d, keys);
-            by_rows(n, [&](auto rows, int row) { dot_rows<rows>(d, q + row, keys, t0, tokens, scores + row); });
-        }
-    }
+/* Tokens at a time: two vectors of p. */
+constexpr int open_tokens = 16;
 
-    static void open_values(int e, int n, const float *const *p, const uint16_t *v, float *const *out) {
-        constexpr int tokens = 16;
-        alignas(32) float values[tokens * XQ_MAX_HEAD_DIM];
-        for (int t0 = 0; t0 < XQ_PAGE; t0 += tokens) {
-            // tokens that no row sees may hold anything: 0 times a not-a-number must not happen
-            __m256 seen[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-            for (int row = 0; row < n; ++row) {
-                seen[0] = _mm256_or_ps(seen[0], _mm256_load_ps(p[row] + t0));
-                seen[1] = _mm256_or_ps(seen[1], _mm256_load_ps(p[row] + t0 + 8));
-            }
-            const __m256 zero = _mm256_setzero_ps();
-            const int none = _mm256_movemask_ps(_mm256_cmp_ps(seen[0], zero, _CMP_EQ_OQ)) |
-                             _mm256_movemask_ps(_mm256_cmp_ps(seen[1], zero, _CMP_EQ_OQ)) << 8;
-            if (none == 0xffff) {
-                continue;
-            }
-            to_float(v + t0 * e, tokens * e, values);
-            for (int t = 0; t < tokens; ++t) {
-                if (none >> t & 1) {
-                    std::fill(values + t * e, values + (t + 1) * e, 0.0f);
-                }
-            }
-            by_rows(n, [&](auto rows, int row) { add_rows<rows>(e, p + row, values, t0, tokens, out + row); });
-        }
+/* Which of the tokens from t0 on any of n rows sees, a bit each. */
+inline uint32_t seen_tokens(int n, const float *const *p, int t0) {
+    const __m256 zero = _mm256_setzero_ps();
+    __m256 seen[2] = {zero, zero};
+    for (int row = 0; row < n; ++row) {
+        seen[0] = _mm256_or_ps(seen[0], _mm256_load_ps(p[row] + t0));
+        seen[1] = _mm256_or_ps(seen[1], _mm256_load_ps(p[row] + t0 + 8));
     }
-};
+    return (uint32_t)(_mm256_movemask_ps(_mm256_cmp_ps(seen[0], zero, _CMP_NEQ_UQ)) |
+                      _mm256_movemask_ps(_mm256_cmp_ps(seen[1], zero, _CMP_NEQ_UQ)) << 8);
+}
+
+#include "attention_x86_open.h"
 
 } // namespace
 } // namespace xq

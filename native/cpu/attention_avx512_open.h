@@ -1,6 +1,4 @@
-/* attention_avx512_open.h: attention over open (F16) pages for AVX-512, exact in single precision.  A few tokens at a
- * time are converted to F32 on the stack, for all rows.
- */
+/* attention_avx512_open.h: what attention over open pages (attention_x86_open.h) needs, for AVX-512. */
 #pragma once
 
 #include "attention_pages.h"
@@ -103,41 +101,19 @@ inline void add_rows(int e, const float *const *p, const float *v, int t0, int n
     }
 }
 
-/* The part of a kernel set (attention_pages.h) that open pages need. */
-struct open_pages {
-    static void open_scores(int d, int n, const float *const *q, const uint16_t *k, float *const *scores) {
-        alignas(64) float keys[tokens * XQ_MAX_HEAD_DIM];
-        for (int t0 = 0; t0 < XQ_PAGE; t0 += tokens) {
-            to_float(k + t0 * d, tokens * d, keys);
-            by_rows(n, [&](auto rows, int row) { dot_rows<rows>(d, q + row, keys, t0, tokens, scores + row); });
-        }
-    }
+/* Tokens at a time: a vector of p. */
+constexpr int open_tokens = 16;
 
-    static void open_values(int e, int n, const float *const *p, const uint16_t *v, float *const *out) {
-        alignas(64) float values[tokens * XQ_MAX_HEAD_DIM];
-        for (int t0 = 0; t0 < XQ_PAGE; t0 += tokens) {
-            // tokens that no row sees may hold anything: 0 times a not-a-number must not happen
-            __mmask16 seen = 0;
-            for (int row = 0; row < n; ++row) {
-                const __m512 x = _mm512_load_ps(p[row] + t0);
-                seen |= _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-            }
-            if (seen == 0) {
-                continue;
-            }
-            to_float(v + t0 * e, tokens * e, values);
-            for (int t = 0; t < tokens; ++t) {
-                if (!(seen >> t & 1)) {
-                    std::fill(values + t * e, values + (t + 1) * e, 0.0f);
-                }
-            }
-            by_rows(n, [&](auto rows, int row) { add_rows<rows>(e, p + row, values, t0, tokens, out + row); });
-        }
+/* Which of the tokens from t0 on any of n rows sees, a bit each. */
+inline uint32_t seen_tokens(int n, const float *const *p, int t0) {
+    __mmask16 seen = 0;
+    for (int row = 0; row < n; ++row) {
+        seen |= _mm512_cmp_ps_mask(_mm512_load_ps(p[row] + t0), _mm512_setzero_ps(), _CMP_NEQ_UQ);
     }
+    return seen;
+}
 
-  private:
-    static constexpr int tokens = 16; /* at a time: a vector of p */
-};
+#include "attention_x86_open.h"
 
 } // namespace
 } // namespace xq

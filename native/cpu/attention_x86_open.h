@@ -1,0 +1,31 @@
+/* attention_x86_open.h: attention over open (F16) pages, exact in single precision: a few tokens at a time are
+ * converted to F32 on the stack, for all rows.  Included once by each x86 set, in its namespace: `to_float`,
+ * `dot_rows`, `add_rows` and `seen_tokens` are the set's own.
+ */
+struct open_pages {
+    static void open_scores(int d, int n, const float *const *q, const uint16_t *k, float *const *scores) {
+        alignas(64) float keys[open_tokens * XQ_MAX_HEAD_DIM];
+        for (int t0 = 0; t0 < XQ_PAGE; t0 += open_tokens) {
+            to_float(k + t0 * d, open_tokens * d, keys);
+            by_rows(n, [&](auto rows, int row) { dot_rows<rows>(d, q + row, keys, t0, open_tokens, scores + row); });
+        }
+    }
+
+    static void open_values(int e, int n, const float *const *p, const uint16_t *v, float *const *out) {
+        alignas(64) float values[open_tokens * XQ_MAX_HEAD_DIM];
+        for (int t0 = 0; t0 < XQ_PAGE; t0 += open_tokens) {
+            // tokens that no row sees may hold anything: 0 times a not-a-number must not happen
+            const uint32_t seen = seen_tokens(n, p, t0);
+            if (seen == 0) {
+                continue;
+            }
+            to_float(v + t0 * e, open_tokens * e, values);
+            for (int t = 0; t < open_tokens; ++t) {
+                if (!(seen >> t & 1)) {
+                    std::fill(values + t * e, values + (t + 1) * e, 0.0f);
+                }
+            }
+            by_rows(n, [&](auto rows, int row) { add_rows<rows>(e, p + row, values, t0, open_tokens, out + row); });
+        }
+    }
+};
