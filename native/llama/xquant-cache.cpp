@@ -205,7 +205,7 @@ void cache::info(xquant_llama_info &out) const {
         const stream &st = streams[s];
         out.bytes_allocated += (int64_t)(st.pages.size() * sizeof(page) + (size_t)n_slots * sizeof(int32_t));
         for (int32_t p = 0; p < n_pages; ++p) {
-            if (st.pages[p].state == page_free || count_cells(s, p) == 0) {
+            if (st.pages[p].state == page_free || !has_cells(s, p)) {
                 out.pages_free++;
             } else if (st.pages[p].state == page_sealed) {
                 out.pages_sealed++;

@@ -170,9 +170,10 @@ class cache {
 
     const llama_kv_cells &cells(uint32_t s) const { return kv.v_cells[s]; }
     void valid_cells(uint32_t s, int32_t p, uint32_t valid[4]) const;
-    int32_t count_cells(uint32_t s, int32_t p) const;
+    bool has_cells(uint32_t s, int32_t p) const;
     llama_pos first_position(uint32_t s, int32_t p) const;
-    bool is_pinned(uint32_t s, int32_t p) const { return first_position(s, p) < (int64_t)plan_.pinned * XQ_PAGE; }
+    /* Whether a page whose lowest position is this one is pinned. */
+    bool pins(llama_pos lowest) const { return lowest < (int64_t)plan_.pinned * XQ_PAGE; }
     void seal(uint32_t s, int32_t p);
     int32_t take_slot(uint32_t s, const std::vector<int32_t> &keep);
     bool open(uint32_t s, int32_t p, const std::vector<int32_t> &keep);

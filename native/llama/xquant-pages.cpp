@@ -6,7 +6,6 @@
 #include "llama-impl.h"
 
 #include <algorithm>
-#include <bitset>
 #include <set>
 
 namespace xquant {
@@ -39,14 +38,14 @@ void cache::valid_cells(uint32_t s, int32_t p, uint32_t valid[4]) const {
     }
 }
 
-int32_t cache::count_cells(uint32_t s, int32_t p) const {
-    uint32_t valid[4];
-    valid_cells(s, p, valid);
-    int32_t n = 0;
-    for (const uint32_t word : valid) {
-        n += (int32_t)std::bitset<32>(word).count();
+bool cache::has_cells(uint32_t s, int32_t p) const {
+    const auto &c = cells(s);
+    const uint32_t first = (uint32_t)p * XQ_PAGE, end = std::min(first + XQ_PAGE, c.size());
+    uint32_t i = first;
+    while (i < end && c.is_empty(i)) {
+        i++;
     }
-    return n;
+    return i < end;
 }
 
 /* The lowest position in page p of stream s; beyond all of them if it has no cells. */
@@ -66,13 +65,7 @@ void cache::release_pages() {
     for (uint32_t s = 0; s < n_streams; ++s) {
         for (int32_t p = 0; p < n_pages; ++p) {
             page &pg = streams[s].pages[p];
-            const auto &c = cells(s);
-            const uint32_t first = (uint32_t)p * XQ_PAGE, end = std::min(first + XQ_PAGE, c.size());
-            uint32_t i = first;
-            while (pg.state != page_free && i < end && c.is_empty(i)) {
-                i++;
-            }
-            if (i < end) {
+            if (pg.state == page_free || has_cells(s, p)) {
                 continue;
             }
             if (pg.state >= 0) {
@@ -146,7 +139,7 @@ int32_t cache::take_slot(uint32_t s, const std::vector<int32_t> &keep) {
             if (st.pages[p].state < 0 || std::find(keep.begin(), keep.end(), p) != keep.end()) {
                 continue;
             }
-            const llama_pos first = is_pinned(s, p) ? first_position(s, p) : INT32_MAX;
+            const llama_pos lowest = first_position(s, p), first = pins(lowest) ? lowest : INT32_MAX;
             if (victim < 0 || first > victim_first || (first == victim_first && st.age(p) > st.age(victim))) {
                 victim = p;
                 victim_first = first;
@@ -206,11 +199,10 @@ bool cache::begin(const slot_info &sinfo) {
         const std::vector<int32_t> touched(written.begin(), written.end());
 
         for (int32_t p = 0; p < n_pages; ++p) {
-            page &pg = st.pages[p];
-            if (pg.state < 0 || std::binary_search(touched.begin(), touched.end(), p)) {
+            if (st.pages[p].state < 0 || std::binary_search(touched.begin(), touched.end(), p)) {
                 continue;
             }
-            if (seals && st.age(p) >= window && !is_pinned(s, p)) {
+            if (seals && st.age(p) >= window && !pins(first_position(s, p))) {
                 seal(s, p);
             }
         }
