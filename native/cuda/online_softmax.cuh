@@ -1,8 +1,7 @@
 /* online_softmax.cuh: scores of pages to probabilities, in registers, in the layout of codes_mma.cuh's sums: a lane
  * holds query rows r = 2 t and 2 t + 1, and of every chunk of 32 tokens its tokens 4 g .. 4 g + 3.
  *
- *     m' = max(m, scores)     p = 2^(score - m')     sum, zero, out *= 2^(m -
- * m')
+ *     m' = max(m, scores)     p = 2^(score - m')     sum, zero, out *= 2^(m - m')
  *
  * Scores use base 2.  PLAIN: no cap on the scores and no slope (ALiBi).
  */
@@ -62,8 +61,7 @@ struct rows {
     const __half *mask[2]; /* of rows 2 t and 2 t + 1; null: none */
     float slope[2];        /* times log2 e */
     float softcap;         /* times log2 e */
-    float factor[2];       /* of a product with the rounded q to a score of base 2;
-                              above 0 */
+    float factor[2];       /* of a product with the rounded q to a score of base 2; above 0 */
     float absent[2];       /* 0, or -inf for a row that does not exist */
 };
 
