@@ -99,6 +99,10 @@ int xq_cuda_attend(const xq_cuda_layer *layer, const xq_cuda_attend_args *args, 
         args->n_kv_pages < 0 || args->scale <= 0.0f || args->n_kv_pages > layer->n_pages) {
         return fail_cuda(XQ_ERR_ARGUMENT, "attend: a pointer is null or a count is out of range");
     }
+    if (args->n_kv_pages > (int64_t)args->n_parts * XQ_CUDA_PART_PAGES) {
+        return fail_cuda(XQ_ERR_ARGUMENT, "attend: %d pages in %d parts, must be at most %d each", args->n_kv_pages,
+                         args->n_parts, XQ_CUDA_PART_PAGES);
+    }
     if (decode_covers(*layer)) {
         return launch_decode(*layer, *args, (cudaStream_t)stream);
     }

@@ -17,7 +17,7 @@ template <int E> static decode_shape shape_of(const xq_cuda_layer &l) {
     const int page = shape.at.bytes, limit = shared_limit() - (int)sizeof(page_list) - 6144;
     for (int n = max_warps / size; n > 0 && shape.n_teams == 0; --n) {
         const int n_open = std::min(max_open, n * size);
-        const int before = (n_open * (int)sizeof(open_sums<E>) + n * page_p::bytes + 127) / 128 * 128;
+        const int before = (n_open * (int)sizeof(sums<E>) + n * page_p::bytes + 127) / 128 * 128;
         // cp.async is waited for as far as the last page but one
         const int depth = std::min((limit - before) / (n * page), can_launch_early() ? max_buffers / n : 3);
         if (depth >= 2) {
@@ -25,7 +25,7 @@ template <int E> static decode_shape shape_of(const xq_cuda_layer &l) {
             shape.depth = depth;
             shape.n_open = n_open;
             shape.buffers = before;
-            shape.shared = before + std::max(n * depth * page, joined_bytes<E>(n));
+            shape.shared = before + std::max(n * depth * page, n * (int)sizeof(sums<E>));
         }
     }
     return shape;

@@ -26,18 +26,19 @@ namespace xq {
 
 namespace {
 
-constexpr int list_size = 512; /* pages of a block that are listed at a time */
-
+/* Pages of a block's part: sealed ones from the front on, open ones, with their slots, from the back. */
 struct page_list {
-    int n, pages[list_size];
-    uint8_t seen[list_size];
+    static constexpr int size = XQ_CUDA_PART_PAGES;
+    int n_sealed, n_open;
+    int pages[size], slots[size];
+    uint8_t seen[size];
 };
 
-/* Lists the sealed pages of a block's part, those from the first-th on; of more tokens than one, most may see none of a
- * page, which is then left out.  mask: of the first token of the tile, or null.  Called by all threads. */
+/* Lists the n pages of a block's part.  Of more tokens than one, most may see none of a page, which is then left out.
+ * mask: of the first token of the tile, or null.  Called by all threads. */
 __device__ void list_pages(page_list &list, const xq_cuda_attend_args &a, const int32_t *table, const char *mask,
-                           int n_tokens, int first, int n, int warp, int n_warps, int lane) {
-    const auto page_of = [&](int nth) { return blockIdx.x + (first + nth) * a.n_parts; };
+                           int n_tokens, int n, int warp, int n_warps, int lane) {
+    const auto page_of = [&](int nth) { return blockIdx.x + nth * a.n_parts; };
     const bool looks = mask && a.n_tokens > 1;
     if (looks) {
         for (int nth = warp; nth < n; nth += n_warps) {
@@ -53,18 +54,25 @@ __device__ void list_pages(page_list &list, const xq_cuda_attend_args &a, const 
         __syncthreads();
     }
     if (warp == 0) {
-        int listed = 0;
+        int n_sealed = 0, n_open = 0;
 #pragma unroll 1
         for (int base = 0; base < n; base += 32) {
             const int nth = base + lane;
-            const bool is_sealed = nth < n && table[page_of(nth)] == page_sealed && (!looks || list.seen[nth]);
-            const uint32_t found = __ballot_sync(~0u, is_sealed);
-            if (is_sealed) {
-                list.pages[listed + __popc(found & ((1u << lane) - 1))] = page_of(nth);
+            const int slot = nth < n && (!looks || list.seen[nth]) ? table[page_of(nth)] : page_free;
+            const uint32_t sealed = __ballot_sync(~0u, slot == page_sealed), open = __ballot_sync(~0u, slot >= 0);
+            const uint32_t before = (1u << lane) - 1;
+            if (slot == page_sealed) {
+                list.pages[n_sealed + __popc(sealed & before)] = page_of(nth);
+            } else if (slot >= 0) {
+                const int at = page_list::size - 1 - n_open - __popc(open & before);
+                list.pages[at] = page_of(nth);
+                list.slots[at] = slot;
             }
-            listed += __popc(found);
+            n_sealed += __popc(sealed);
+            n_open += __popc(open);
         }
-        list.n = listed;
+        list.n_sealed = n_sealed;
+        list.n_open = n_open;
     }
     __syncthreads();
 }
@@ -106,50 +114,8 @@ __device__ void load_rows(uint2 (*shared)[32], bool stores, rows &q, const xq_cu
     }
 }
 
-/* Attention of a warp over its pieces of the part's open pages, left in shared memory; nth: of the warps that take
- * some, from the last on, for they may have fewer sealed pages.  Returns whether there are open pages, to all warps. */
-template <int D, int E, int KB, bool PLAIN>
-__device__ bool open_pages(open_sums<E> *open, const rows &q, const folded_rows &qb, const side_view &k,
-                           const side_view &v, const xq_cuda_attend_args &a, const decode_call &c, const int32_t *table,
-                           int n_pages, int nth, bool &waited, int lane) {
-    constexpr int pieces = XQ_PAGE / piece;
-    bool any = false;
-    int item = nth; // of the page
-    state<E / 32> st;
-    st.clear();
-#pragma unroll 1
-    for (int base = 0; base < n_pages; base += 32) {
-        const int page = blockIdx.x + (base + lane) * a.n_parts, slot = base + lane < n_pages ? table[page] : page_free;
-#pragma unroll 1
-        for (uint32_t found = __ballot_sync(~0u, slot >= 0); found != 0; found &= found - 1) {
-            any = true;
-            if (nth >= c.n_open) {
-                break;
-            }
-            const int bit = __ffs(found) - 1, open_page = __shfl_sync(~0u, page, bit);
-            const int64_t row = (int64_t)__shfl_sync(~0u, slot, bit) * XQ_PAGE;
-#pragma unroll 1
-            for (; item < pieces; item += c.n_open) {
-                if (!waited) {
-                    wait_for_previous();
-                    waited = true;
-                }
-                open_piece<D, E, KB, PLAIN>(st, q, qb, k.window + (row + piece * item) * D,
-                                            v.window + (row + piece * item) * E, open_page * XQ_PAGE + piece * item,
-                                            {(__half *)open[nth].out}, lane);
-            }
-            item -= pieces;
-        }
-    }
-    if (any && nth < c.n_open) {
-        __syncwarp();
-        store(open[nth], st, lane);
-    }
-    return any;
-}
-
 /* grid (part, KV head, tile of rows and stream).  Shared memory: sums of open pages, p of the teams, sealed pages; in
- * their place, at last, `joined`. */
+ * their place, at last, the teams' sums. */
 template <int D, int E, int KB, int VB, bool PLAIN>
 __global__ void __launch_bounds__(32 * max_warps, 1)
     decode_kernel(const __grid_constant__ xq_cuda_layer l, const __grid_constant__ xq_cuda_attend_args a,
@@ -161,11 +127,19 @@ __global__ void __launch_bounds__(32 * max_warps, 1)
     __shared__ page_list list;
     __shared__ uint2 shared_q[walk<KB, D>::products][32];
     __shared__ __align__(8) float tops[max_warps][n_rows];
+    __shared__ float2 shares[max_warps][n_rows];
     const staged &at = c.at;
     const int n_warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const of_team mine = {warp / of_team::size, warp % of_team::size};
-    const int nth_stream = blockIdx.z / (unsigned)c.n_tiles, first_row = (blockIdx.z - nth_stream * c.n_tiles) * n_rows;
+    const int nth_stream = c.n_tiles == 1 ? blockIdx.z : blockIdx.z / (unsigned)c.n_tiles,
+              first_row = (blockIdx.z - nth_stream * c.n_tiles) * n_rows;
 
+    if (warp < 2) { // the table, if the stream is what it usually is: what leads to it takes as long as itself
+        const int page = blockIdx.x + (32 * warp + lane) * a.n_parts;
+        if (page < a.n_kv_pages) {
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(a.table + (int64_t)nth_stream * l.n_pages + page));
+        }
+    }
     const int stream = stream_of(a, nth_stream);
     bool waited = !a.n_seal || *a.n_seal + *a.n_unseal > 0;
     if (waited) {
@@ -184,51 +158,62 @@ __global__ void __launch_bounds__(32 * max_warps, 1)
         q.slope[r] = PLAIN ? log2e : slope_of(a.max_bias, blockIdx.y * c.n_rep + c.rest_of(row), a.n_head) * log2e;
         q.mask[r] = mask && exists ? (const __half *)(mask + c.token_of(row) * a.mask_token_stride) : nullptr;
     }
-    const side_view k = key_view(l, stream, blockIdx.y), v = value_view(l, stream, blockIdx.y);
+    const side_view k = c.k.at(stream, blockIdx.y), v = c.v.at(stream, blockIdx.y);
     // of the part: one less for the last ones
     const int n_pages = c.n_pages - ((c.n_pages - 1) * a.n_parts + (int)blockIdx.x >= a.n_kv_pages);
     const int first_token = c.token_of(first_row), last_token = c.token_of(min(first_row + n_rows, c.rows_of_head) - 1);
     ring_of_team ring(shared + c.buffers, marks, c.depth, at, mine.number, mine.member, lane);
-    auto *open = (open_sums<E> *)shared;
+    auto *open = (sums<E> *)shared;
     const page_p p = {(__half *)(shared + c.buffers - (c.n_teams - mine.number) * page_p::bytes)};
-    bool any_open = false; // of the block
+    ring.begin();
+    if (threadIdx.x == 0) {
+        ring_of_team::prepare(marks, k, v);
+    }
+    list_pages(list, a, table, mask ? mask + first_token * a.mask_token_stride : nullptr, last_token - first_token + 1,
+               n_pages, warp, n_warps, lane);
+    const auto page_at = [&](int j) { return j < list.n_sealed ? list.pages[j] : -1; };
+
+#pragma unroll 1
+    for (int n = 0; n < c.depth; ++n) {
+        ring.fill_first(page_at(mine.number + n * c.n_teams), n);
+    }
+
+    // open pages: by the last warps, which may have fewer sealed ones
+    constexpr int pieces = XQ_PAGE / piece;
+    const int nth = n_warps - 1 - warp, n_pieces = nth < c.n_open ? list.n_open * pieces : 0;
+    if (nth < n_pieces) {
+        if (!waited) {
+            wait_for_previous();
+            waited = true;
+        }
+        state<E / 32> of_open;
+        of_open.clear();
+#pragma unroll 1
+        for (int item = nth; item < n_pieces; item += c.n_open) {
+            const int listed = page_list::size - 1 - item / pieces, first = item % pieces * piece;
+            const int64_t row = (int64_t)list.slots[listed] * XQ_PAGE + first;
+            open_piece<D, E, KB, PLAIN>(of_open, q, qb, k.window + row * D, v.window + row * E,
+                                        list.pages[listed] * XQ_PAGE + first, {(__half *)open[nth].out}, lane);
+        }
+        __syncwarp();
+        store(open[nth], of_open, lane);
+    }
+
     sealed_state<E> st;
     st.clear();
-    for (int first = 0; first < n_pages; first += list_size) { // once, as a rule
-        ring.begin();
-        if (threadIdx.x == 0) {
-            ring_of_team::prepare(marks, k, v);
-        }
-        list_pages(list, a, table, mask ? mask + first_token * a.mask_token_stride : nullptr,
-                   last_token - first_token + 1, first, min(n_pages - first, list_size), warp, n_warps, lane);
-        const auto page_at = [&](int j) { return j < list.n ? list.pages[j] : -1; };
+    const int n_sealed = list.n_sealed;
 #pragma unroll 1
-        for (int n = 0; n < c.depth; ++n) {
-            ring.fill_first(page_at(mine.number + n * c.n_teams), n);
-        }
-        if (first == 0) {
-            any_open =
-                open_pages<D, E, KB, PLAIN>(open, q, qb, k, v, a, c, table, n_pages, n_warps - 1 - warp, waited, lane);
-        }
-
-        const int n_listed = list.n;
-#pragma unroll 1
-        for (int j = mine.number; j < n_listed; j += c.n_teams) {
-            masks<E> mask;
-            const bool is_masked = mask.load(q, list.pages[j], mine, g);
-            const uint8_t *page = ring.wait([&] { mine.meet(); });
-            sealed_page<D, E, KB, VB, PLAIN>(st, q, qb, k.plan, v.plan, page, at, mask, is_masked, p, tops, mine, lane,
-                                             [&] {
-                                                 if (j >= c.n_teams) {
-                                                     ring.refill(page_at(j + (c.depth - 1) * c.n_teams));
-                                                 }
-                                             });
-            ring.next();
-        }
-        if (first + list_size < n_pages) {
-            __syncthreads();
-            ring.end();
-        }
+    for (int j = mine.number; j < n_sealed; j += c.n_teams) {
+        masks<E> mask;
+        const bool is_masked = mask.load(q, list.pages[j], mine, g);
+        const uint8_t *page = ring.wait([&] { mine.meet(); });
+        sealed_page<D, E, KB, VB, PLAIN>(st, q, qb, k.plan, v.plan, page, at, mask, is_masked, p, tops, mine, lane,
+                                         [&] {
+                                             if (j >= c.n_teams) {
+                                                 ring.refill(page_at(j + (c.depth - 1) * c.n_teams));
+                                             }
+                                         });
+        ring.next();
     }
     float zero[2];
     finish_sums<PLAIN>(st, zero);
@@ -236,15 +221,19 @@ __global__ void __launch_bounds__(32 * max_warps, 1)
         wait_for_previous(); // it may still read what lies where this launch writes
     }
     launch_next();
-    finish_rows(*(joined<E> *)(shared + c.buffers), any_open ? open : nullptr, st, zero, l, a, c, first_row, nth_stream,
-                mine, lane);
+    auto *teams = (sums<E> *)(shared + c.buffers);
+    __syncthreads(); // pages lay there
+    store(teams[mine.number], st, zero, shares, mine, lane);
+    __syncthreads();
+    finish_rows(teams, list.n_open > 0 ? open : nullptr, l, a, c, first_row, nth_stream, lane);
 }
 
 template <int D, int KB, int VB, bool PLAIN>
 int launch(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream) {
     const decode_shape shape = decode_shape_of(l);
     const auto kernel = decode_kernel<D, D, KB, VB, PLAIN>;
-    decode_call c = {shape.at, shape.n_teams, shape.depth, shape.n_open, shape.buffers, a.n_head / l.n_head_kv};
+    decode_call c = {views_of(l, key_view), views_of(l, value_view), shape.at, shape.n_teams, shape.depth, shape.n_open,
+                     shape.buffers,         a.n_head / l.n_head_kv};
     c.rows_of_head = a.n_tokens * c.n_rep;
     c.n_tiles = (c.rows_of_head + n_rows - 1) / n_rows;
     c.n_pages = (a.n_kv_pages + a.n_parts - 1) / a.n_parts;

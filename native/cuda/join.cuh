@@ -21,56 +21,57 @@ namespace {
 
 constexpr int max_warps = 12, max_open = 8; /* of a block; of them, over open pages */
 
-/* Over sealed pages; zero: to be added to every channel. */
-template <int E> struct joined {
-    float max[max_warps][n_rows]; /* of teams */
-    float sum[max_warps][n_rows], zero[max_warps][n_rows];
-    float out[1 /* n_teams */][n_rows][E + 4];
-};
-/* Of one warp, over open pages; at first, its p. */
-template <int E> struct open_sums {
-    float max[n_rows], sum[n_rows];
+/* What a team, or a warp over open pages, sums up.  A warp's p of open pages lies there at first. */
+template <int E> struct sums {
+    float2 head[n_rows]; /* maximum, sum of p */
     float out[n_rows][E + 4];
 };
 
-template <int E> constexpr int joined_bytes(int n_teams) {
-    return (int)sizeof(joined<E>) + (n_teams - 1) * (int)sizeof(joined<E>::out);
+__device__ inline float4 channels_of(const float (&x)[2][4], int r, float add) {
+    return make_float4(x[0][r] + add, x[0][2 + r] + add, x[1][r] + add, x[1][2 + r] + add);
 }
 
-__device__ inline float4 channels_of(const float (&x)[2][4], int r) {
-    return make_float4(x[0][r], x[0][2 + r], x[1][r], x[1][2 + r]);
-}
-
-/* A warp's state to shared memory. */
+/* A team's state to shared memory; zero: this warp's share of what is added to every channel.  shares: room for each
+ * warp of the block. */
 template <int E>
-__device__ void store(joined<E> &all, sealed_state<E> &st, const float (&zero)[2], const team_warp<E> &warp, int lane) {
-    const int g = lane / 4, t = lane % 4, nth = warp.first() + warp.member;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        for (int step = 4; step < 32; step *= 2) {
-            st.sum[r] += __shfl_xor_sync(~0u, st.sum[r], step);
-        }
-        all.max[warp.number][2 * t + r] = st.max[r];
-        all.sum[nth][2 * t + r] = st.sum[r];
-        all.zero[nth][2 * t + r] = zero[r];
-#pragma unroll
-        for (int n = 0; n < warp.channel_chunks; ++n) {
-            *(float4 *)&all.out[warp.number][2 * t + r][32 * warp.channel_chunk(n) + 4 * g] = channels_of(st.out[n], r);
-        }
-    }
-}
-template <int E> __device__ void store(open_sums<E> &all, state<E / 32> &st, int lane) {
+__device__ void store(sums<E> &all, sealed_state<E> &st, const float (&zero)[2], float2 (*shares)[n_rows],
+                      const team_warp<E> &warp, int lane) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         for (int step = 4; step < 32; step *= 2) {
             st.sum[r] += __shfl_xor_sync(~0u, st.sum[r], step);
         }
-        all.max[2 * t + r] = st.max[r];
-        all.sum[2 * t + r] = st.sum[r];
+        if (g == 0) {
+            shares[warp.first() + warp.member][2 * t + r] = make_float2(st.sum[r], zero[r]);
+        }
+    }
+    warp.meet();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float2 total = shares[warp.first()][2 * t + r];
+        for (int k = 1; k < warp.size; ++k) {
+            const float2 other = shares[warp.first() + k][2 * t + r];
+            total.x += other.x, total.y += other.y;
+        }
+        all.head[2 * t + r] = make_float2(st.max[r], total.x);
+#pragma unroll
+        for (int n = 0; n < warp.channel_chunks; ++n) {
+            *(float4 *)&all.out[2 * t + r][32 * warp.channel_chunk(n) + 4 * g] = channels_of(st.out[n], r, total.y);
+        }
+    }
+}
+template <int E> __device__ void store(sums<E> &all, state<E / 32> &st, int lane) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        for (int step = 4; step < 32; step *= 2) {
+            st.sum[r] += __shfl_xor_sync(~0u, st.sum[r], step);
+        }
+        all.head[2 * t + r] = make_float2(st.max[r], st.sum[r]);
 #pragma unroll
         for (int c = 0; c < E / 32; ++c) {
-            *(float4 *)&all.out[2 * t + r][32 * c + 4 * g] = channels_of(st.out[c], r);
+            *(float4 *)&all.out[2 * t + r][32 * c + 4 * g] = channels_of(st.out[c], r, 0.0f);
         }
     }
 }
@@ -82,21 +83,6 @@ __device__ inline float warp_max_of(float x) {
     return x;
 }
 
-/* What other blocks wrote. */
-template <int N> __device__ void load_written(float (&x)[N], const float *from) {
-#pragma unroll
-    for (int k = 0; k < N; k += 2) {
-        const float2 y = __ldcg((const float2 *)(from + k));
-        x[k] = y.x, x[k + 1] = y.y;
-    }
-}
-template <int N> __device__ void load_shared(float (&x)[N], const float *from) {
-#pragma unroll
-    for (int k = 0; k < N; k += 2) {
-        const float2 y = *(const float2 *)(from + k);
-        x[k] = y.x, x[k + 1] = y.y;
-    }
-}
 template <int N> __device__ void store(float *to, const float (&x)[N]) {
 #pragma unroll
     for (int k = 0; k < N; k += 2) {
@@ -105,39 +91,40 @@ template <int N> __device__ void store(float *to, const float (&x)[N]) {
 }
 
 /* Joins n states of a row: x gets the lane's channels, E / 32 lane .., of the sums; sum and top are the same on all
- * lanes.  load(y, i): these channels of state i; head_of(i): its maximum and sum. */
-template <int E, int BATCH, typename L, typename H>
-__device__ void join_states(float (&x)[E / 32], float &sum, float &top, int n, int lane, const L &load,
-                            const H &head_of) {
-    constexpr int width = E / 32;
+ * lanes.  out, head: of the first state; steps: elements from one to the next.  BY_OTHERS: other blocks wrote them to
+ * memory, so that several are to be on their way at a time; else they lie in shared memory. */
+template <int E, bool BY_OTHERS>
+__device__ void join_states(float (&x)[E / 32], float &sum, float &top, const float *out, int64_t step_out,
+                            const float2 *head, int64_t step_head, int n, int lane) {
+    constexpr int width = E / 32, at_a_time = BY_OTHERS ? 8 : 1;
+    out += width * lane;
     top = -INFINITY;
     sum = 0.0f;
     for (int k = 0; k < width; ++k) {
         x[k] = 0.0f;
     }
 #pragma unroll 1
-    for (int base = 0; base < n; base += BATCH) {
-        float y[BATCH][width];
-#pragma unroll
-        for (int k = 0; k < BATCH; ++k) {
-            load(y[k], min(base + k, n - 1));
+    for (int base = 0; base < n; base += 32) {
+        float2 mine = make_float2(-INFINITY, 0.0f);
+        if (base + lane < n) {
+            const float2 *at = head + (base + lane) * step_head;
+            mine = BY_OTHERS ? __ldcg(at) : *at;
         }
-        const float2 head = lane < BATCH && base + lane < n ? head_of(base + lane) : make_float2(-INFINITY, 0.0f);
-        const float max = warp_max_of(fmaxf(head.x, top));
-        if (max == -INFINITY) {
-            continue;
-        }
-        const float back = quick_exp2(top - max);
-        const float weight = quick_exp2(head.x - max);
-        sum = sum * back + weight * head.y; // this lane's share
+        const float max = warp_max_of(fmaxf(mine.x, top)), safe = max == -INFINITY ? 0.0f : max;
+        const float back = quick_exp2(top - safe), weight = quick_exp2(mine.x - safe);
+        sum = sum * back + weight * mine.y; // this lane's share
         for (int k = 0; k < width; ++k) {
             x[k] *= back;
         }
-#pragma unroll
-        for (int k = 0; k < BATCH; ++k) {
+        const int length = min(n - base, 32);
+#pragma unroll at_a_time
+        for (int k = 0; k < length; ++k, out += step_out) {
             const float w = __shfl_sync(~0u, weight, k);
-            for (int j = 0; j < width; ++j) {
-                x[j] += w * y[k][j];
+#pragma unroll
+            for (int j = 0; j < width; j += 2) {
+                const float2 y = BY_OTHERS ? __ldcg((const float2 *)(out + j)) : *(const float2 *)(out + j);
+                x[j] += w * y.x;
+                x[j + 1] += w * y.y;
             }
         }
         top = max;
@@ -147,7 +134,7 @@ __device__ void join_states(float (&x)[E / 32], float &sum, float &top, int n, i
     }
 }
 
-/* x [E] of a row, E / 32 each lane, *= Hadamard matrix, not normalised. */
+/* x [E] of a row, E / 32 each lane, *= normalised Hadamard matrix. */
 template <int E> __device__ void transform_row(float (&x)[E / 32], int lane) {
     constexpr int width = E / 32;
     for (int bit = 1; bit < width; bit *= 2) {
@@ -159,26 +146,27 @@ template <int E> __device__ void transform_row(float (&x)[E / 32], int lane) {
             }
         }
     }
+#pragma unroll 1
     for (int step = 1; step < 32; step *= 2) {
         for (int k = 0; k < width; ++k) {
             const float other = __shfl_xor_sync(~0u, x[k], step);
             x[k] = lane & step ? other - x[k] : x[k] + other;
         }
     }
+    for (int k = 0; k < width; ++k) {
+        x[k] *= rsqrtf((float)E);
+    }
 }
 
 /* Writes a row's output. */
 template <int E>
-__device__ void finish_row(float (&x)[E / 32], float sum, float top, const xq_cuda_layer &l,
-                           const xq_cuda_attend_args &a, int64_t row, int head, int lane) {
+__device__ void finish_row(float (&x)[E / 32], float sum, float top, const xq_cuda_attend_args &a, int64_t row,
+                           int head, int lane) {
     constexpr int width = E / 32;
     const float sink = a.sinks ? a.sinks[head] * log2e : -INFINITY;
     const float max = fmaxf(top, sink), weight = top == -INFINITY ? 0.0f : quick_exp2(top - max);
     const float total = sum * weight + (sink == -INFINITY ? 0.0f : quick_exp2(sink - max));
-    if (l.plan.v.rotate) {
-        transform_row<E>(x, lane);
-    }
-    const float factor = total > 0.0f ? weight / total * (l.plan.v.rotate ? rsqrtf((float)E) : 1.0f) : 0.0f;
+    const float factor = total > 0.0f ? weight / total : 0.0f;
     for (int k = 0; k < width; ++k) {
         x[k] *= factor;
     }
@@ -187,44 +175,22 @@ __device__ void finish_row(float (&x)[E / 32], float sum, float top, const xq_cu
 
 /* Row r of a block: what its teams summed up, and what its warps did over open pages, null: none. */
 template <int E>
-__device__ void join_block(float (&x)[E / 32], float &sum, float &top, const joined<E> &all, const open_sums<E> *open,
+__device__ void join_block(float (&x)[E / 32], float &sum, float &top, const sums<E> *teams, const sums<E> *open,
                            const decode_call &c, bool rotate, int r, int lane) {
-    constexpr int width = E / 32, size = team_warp<E>::size;
-    join_states<E, max_warps / size>(
-        x, sum, top, c.n_teams, lane,
-        [&](float (&y)[width], int i) {
-            load_shared(y, &all.out[i][r][width * lane]);
-            float add = 0.0f;
-            for (int k = 0; k < size; ++k) {
-                add += all.zero[i * size + k][r];
-            }
-            for (int k = 0; k < width; ++k) {
-                y[k] += add;
-            }
-        },
-        [&](int i) {
-            float of_team = 0.0f;
-            for (int k = 0; k < size; ++k) {
-                of_team += all.sum[i * size + k][r];
-            }
-            return make_float2(all.max[i][r], of_team);
-        });
+    constexpr int step = sizeof(sums<E>) / sizeof(float);
+    join_states<E, false>(x, sum, top, teams->out[r], step, &teams->head[r], step / 2, c.n_teams, lane);
+    if (rotate) {
+        transform_row<E>(x, lane);
+    }
     if (!open) {
         return;
     }
-    float y[width], open_sum, open_top;
-    join_states<E, max_open>(
-        y, open_sum, open_top, c.n_open, lane,
-        [&](float (&z)[width], int i) { load_shared(z, &open[i].out[r][width * lane]); },
-        [&](int i) { return make_float2(open[i].max[r], open[i].sum[r]); });
-    if (rotate) {
-        transform_row<E>(y, lane);
-    }
+    float y[E / 32], open_sum, open_top;
+    join_states<E, false>(y, open_sum, open_top, open->out[r], step, &open->head[r], step / 2, c.n_open, lane);
     const float max = fmaxf(top, open_top), safe = max == -INFINITY ? 0.0f : max;
     const float weight = quick_exp2(top - safe), other = quick_exp2(open_top - safe);
-    const float scaled = other * (rotate ? rsqrtf((float)E) : 1.0f);
-    for (int k = 0; k < width; ++k) {
-        x[k] = x[k] * weight + y[k] * scaled;
+    for (int k = 0; k < E / 32; ++k) {
+        x[k] = x[k] * weight + y[k] * other;
     }
     sum = sum * weight + open_sum * other;
     top = max;
@@ -232,56 +198,45 @@ __device__ void join_block(float (&x)[E / 32], float &sum, float &top, const joi
 
 /* Called by all threads of a block at its end.  first: the tile's first row of the KV head. */
 template <int E>
-__device__ void finish_rows(joined<E> &all, const open_sums<E> *open, sealed_state<E> &st, const float (&zero)[2],
-                            const xq_cuda_layer &l, const xq_cuda_attend_args &a, const decode_call &c, int first,
-                            int nth_stream, const team_warp<E> &of_team, int lane) {
-    constexpr int width = E / 32;
+__device__ void finish_rows(sums<E> *teams, const sums<E> *open, const xq_cuda_layer &l, const xq_cuda_attend_args &a,
+                            const decode_call &c, int first, int nth_stream, int lane) {
     const int n_warps = blockDim.x / 32, warp = threadIdx.x / 32;
     const int64_t n_all = (int64_t)a.n_streams * a.n_tokens * a.n_head; // rows of a part
-    float *sums = a.partial, *heads = sums + a.n_parts * n_all * E;
+    float *out = a.partial;
+    auto *heads = (float2 *)(out + a.n_parts * n_all * E);
     const auto row_of = [&](int r) {
-        return (int64_t)(nth_stream * a.n_tokens + c.token_of(first + r)) * a.n_head + blockIdx.y * c.n_rep +
+        return (nth_stream * a.n_tokens + c.token_of(first + r)) * a.n_head + (int)blockIdx.y * c.n_rep +
                c.rest_of(first + r);
     };
-    __syncthreads();
-    store(all, st, zero, of_team, lane);
-    __syncthreads();
-    float x[width], sum, top;
+    float x[E / 32], sum, top;
     const int n = min(n_rows, c.rows_of_head - first);
+    // Loops here are short, not fast: in a model this code comes from memory, for every layer.
+#pragma unroll 1
     for (int r = warp; r < n; r += n_warps) {
-        join_block(x, sum, top, all, open, c, l.plan.v.rotate, r, lane);
-        const int64_t row = row_of(r), nth = blockIdx.x * n_all + row;
-        if (a.n_parts == 1) {
-            finish_row<E>(x, sum, top, l, a, row, blockIdx.y * c.n_rep + c.rest_of(first + r), lane);
-            continue;
-        }
-        store(sums + nth * E + width * lane, x);
+        join_block(x, sum, top, teams, open, c, l.plan.v.rotate, r, lane);
+        const int64_t nth = blockIdx.x * n_all + row_of(r);
+        store(out + nth * E + E / 32 * lane, x);
         if (lane == 0) {
-            *(float2 *)(heads + 2 * nth) = make_float2(top, sum);
+            heads[nth] = make_float2(top, sum);
         }
-    }
-    if (a.n_parts == 1) {
-        return;
     }
     __shared__ bool is_last;
     __syncthreads();
     if (threadIdx.x == 0) {
         const unsigned last = a.n_parts - 1;
         __threadfence(); // the barrier's writes too
-        is_last = atomicInc(a.arrivals + blockIdx.y + gridDim.y * blockIdx.z, last) == last;
+        is_last = last == 0 || atomicInc(a.arrivals + blockIdx.y + gridDim.y * blockIdx.z, last) == last;
         __threadfence();
     }
     __syncthreads();
     if (!is_last) {
         return;
     }
+#pragma unroll 1
     for (int r = warp; r < n; r += n_warps) {
         const int64_t row = row_of(r);
-        join_states<E, 16>(
-            x, sum, top, a.n_parts, lane,
-            [&](float (&y)[width], int i) { load_written(y, sums + (i * n_all + row) * E + width * lane); },
-            [&](int i) { return __ldcg((const float2 *)heads + i * n_all + row); });
-        finish_row<E>(x, sum, top, l, a, row, blockIdx.y * c.n_rep + c.rest_of(first + r), lane);
+        join_states<E, true>(x, sum, top, out + row * E, n_all * E, heads + row, n_all, a.n_parts, lane);
+        finish_row<E>(x, sum, top, a, row, blockIdx.y * c.n_rep + c.rest_of(first + r), lane);
     }
 }
 

@@ -60,15 +60,6 @@ template <int TEAM> class page_ring {
 #endif
         buffer = phase = 0;
     }
-    /* Likewise, after all pages were used, and before begin() is called again. */
-    __device__ void end() {
-#if __CUDA_ARCH__ >= 900
-        if (member == 0 && lane < depth) {
-            asm volatile("mbarrier.inval.shared.b64 [%0];" ::"r"(shared_of(of.arrived + first + lane)));
-        }
-#endif
-    }
-
     /* Starts to copy a page, by the whole team; -1: there is none.  Into the n-th buffer at first, then into that of
      * the page before the current one. */
     __device__ void fill_first(int page, int n) { fill(page, n); }

@@ -12,6 +12,8 @@
 
 #include "xquant.h"
 
+#define XQ_CUDA_PART_PAGES 1024
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -60,7 +62,7 @@ typedef struct xq_cuda_attend_args {
     int32_t n_kv_pages;                  /* pages that are looked at */
     float scale, softcap, max_bias;      /* as xq_attention; max_bias > 0: ALiBi */
     const float *sinks;                  /* [head] scores that take part in the sum, or null */
-    int32_t n_parts;                     /* blocks that share the pages of a KV head */
+    int32_t n_parts;                     /* blocks that share the pages of a KV head, at most XQ_CUDA_PART_PAGES each */
     /* [1] each, or null: counts of the update that was launched just before on the stream.  Given, attention overtakes
      * it as far as its operations allow; all else that it reads must then have been written before it. */
     const int32_t *n_seal, *n_unseal;
