@@ -15,6 +15,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import test_images
 import tiny_gguf
 from contexts import Context
 from llama_cpp.llama_cache import LlamaDiskCache, LlamaRAMCache
@@ -374,7 +375,8 @@ TABLE = {
     "embeddings, logits of all tokens, grammar, LoRA": [
         test_embeddings, test_logits_of_all_tokens, test_grammar, test_lora,
     ],
-    "embeddings as input, attention in both directions (images)": [test_embeddings_as_input],
+    "embeddings as input, attention in both directions": [test_embeddings_as_input],
+    "prompts with images, by llama_cpp's handlers": [test_images.test_a_question_about_an_image],
     "several models and contexts, any order, several threads": [
         test_models_and_contexts_in_any_order_and_from_several_threads,
     ],

@@ -138,3 +138,41 @@ def finish(writer: gguf.GGUFWriter, weights: Weights) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_projector(path: Path, n_embd: int, n_side: int = 16, patch: int = 4, width: int = 32, seed: int = 0) -> Path:
+    """Writes a random CLIP encoder with LLaVA's projector: an image becomes n_side**2 embeddings of n_embd."""
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type("mlp")
+    writer.add_vision_image_size(n_side * patch)
+    writer.add_vision_patch_size(patch)
+    writer.add_vision_embedding_length(width)
+    writer.add_vision_feed_forward_length(2 * width)
+    writer.add_vision_projection_dim(n_embd)
+    writer.add_vision_block_count(2)
+    writer.add_vision_head_count(2)
+    writer.add_vision_attention_layernorm_eps(1e-5)
+    writer.add_vision_image_mean([0.5] * 3)
+    writer.add_vision_image_std([0.25] * 3)
+    shapes: dict[str, tuple[int, ...]] = {"v.patch_embd.weight": (width, 3, patch, patch), "v.class_embd": (width,)}
+    shapes["v.position_embd.weight"] = (n_side**2 + 1, width)
+    for il in range(2):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
+            shapes[f"v.blk.{il}.{name}.weight"] = width, width
+        shapes[f"v.blk.{il}.ffn_up.weight"], shapes[f"v.blk.{il}.ffn_down.weight"] = (
+            (2 * width, width),
+            (width, 2 * width),
+        )
+        for norm in ("ln1", "ln2"):
+            shapes[f"v.blk.{il}.{norm}.weight"] = shapes[f"v.blk.{il}.{norm}.bias"] = (width,)
+    shapes["mm.0.weight"], shapes["mm.2.weight"] = (n_embd, width), (n_embd, n_embd)
+    shapes["mm.0.bias"] = shapes["mm.2.bias"] = (n_embd,)
+    gains = {"mm.2.weight": 4.0}  # embeddings about as large as those of tokens
+    weights: Weights = {}
+    for name, shape in shapes.items():
+        values = rng.standard_normal(shape) * gains.get(name, 1.0) / np.sqrt(np.prod(shape[1:]))
+        weights[name] = values.astype(np.float32)
+    finish(writer, weights)
+    return path
