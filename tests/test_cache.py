@@ -203,6 +203,20 @@ def test_keep_and_positions(xquant: Context) -> None:
     assert llama_cpp.llama_memory_seq_pos_max(xquant.memory, 0) == 299
 
 
+@pytest.mark.parametrize("data", [True, False])
+def test_a_cleared_cache_is_as_a_new_one(path: Path, xquant: Context, data: bool) -> None:
+    """No page keeps its slot, or the rows in it, and what comes next is stored as it would have been at first."""
+    xquant.decode(TOKENS[:900], 0)
+    llama_cpp.llama_memory_clear(xquant.memory, data)
+    with Context(path, "xquant") as new:
+        assert xquant.info() == new.info()
+        for context in (xquant, new):
+            with pytest.raises(ValueError, match="open cells"):
+                fork.read_rows(context.ctx, 0, "k", 0, 1, SHAPE.key_length)
+        assert np.array_equal(*(context.decode(TOKENS[400:1300], 0) for context in (xquant, new)))
+        assert xquant.save() == new.save()
+
+
 def test_context_shift(path: Path) -> None:
     """Dropping tokens after the first ones and moving the rest down, as chat front ends do when the context is full."""
     tail = slice(1000, 1100)

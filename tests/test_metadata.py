@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from xquant_gguf import Llama, fork
 from xquant_gguf.gguf_file import GGUFFile
+from xquant_gguf.llama import llama_cpp
 from xquant_gguf.metadata import Key, Provenance, copy_with_keys, plan_file, plan_keys, read_plan
 from xquant_gguf.plan import Layer, Plan, Side, ValueMap, shortest
-from xquant_gguf.sizes import DryModel
+from xquant_gguf.sizes import DryModel, override_array
 
 SHAPE = tiny_gguf.Shape(arch="mimo2", n_layer=5)  # the last layer is a sliding one
 N_HELD, E, HEADS = 4, SHAPE.value_length, SHAPE.n_head_kv
@@ -157,6 +158,28 @@ def test_layers_that_do_not_fit_the_model(model: Path) -> None:
         fork_reads(model, path)
 
 
+def test_a_name_of_any_length_is_told_in_64_bytes(model: Path) -> None:
+    names = array(["b" * 1000] * SHAPE.n_layer, GGUFValueType.STRING)
+    keys = {**plan_keys(MAPPED, [0, 1, 2, 3], SHAPE.n_layer), "xquant.k.fit": names}
+    told = f'xquant.k.fit\\[0\\] is "{"b" * 64}", must be one of'
+    with plan_file(keys) as path, pytest.raises(ValueError, match=told):
+        fork_reads(model, path)
+
+
+def test_an_override_that_fills_its_field_ends_with_it(model: Path) -> None:
+    """llama.cpp has 128 bytes for a string: one of as many has no null behind it."""
+    params = llama_cpp.llama_model_default_params()
+    params.kv_overrides = overrides = override_array({"xquant.window": "x"})
+    overrides[0].value.val_str = b"x" * 128
+    loaded = llama_cpp.llama_model_load_from_file(str(model).encode(), params)
+    options = llama_cpp.llama_context_default_params()
+    options.type_k = options.type_v = fork.GGML_TYPE_XQUANT
+    options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    assert not llama_cpp.llama_init_from_model(loaded, options)
+    assert f'xquant.window = "{"x" * 128}" must be an integer' in fork.error()
+    llama_cpp.llama_model_free(loaded)
+
+
 def test_a_plan_file_that_is_none(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF")
@@ -270,6 +293,18 @@ LIES = {
     "keys": (head(n_keys=2**64 - 1), "keys, more than fit"),
     "tensors": (head(n_tensors=2**63), "tensors, more than fit"),
     "length of a string": (head(n_keys=1, rest=struct.pack("<Q", 2**64 - 1)), "bytes in a string, more than fit"),
+    "length of a value": (
+        head(n_keys=1, rest=text(b"a") + struct.pack("<IQ", GGUFValueType.STRING, 65)),
+        "65 bytes in a string, more than fit",
+    ),
+    "length of an entry": (
+        head(n_keys=1, rest=text(b"a") + struct.pack("<IIQQ", GGUFValueType.ARRAY, GGUFValueType.STRING, 1, 2**63)),
+        "bytes in a string, more than fit",
+    ),
+    "number of strings": (
+        head(n_keys=1, rest=text(b"a") + struct.pack("<IIQ", GGUFValueType.ARRAY, GGUFValueType.STRING, 2**61)),
+        "strings in a, more than fit",
+    ),
     "length of an array": (
         head(n_keys=1, rest=text(b"a") + struct.pack("<IIQ", GGUFValueType.ARRAY, GGUFValueType.UINT64, 2**61)),
         "numbers in a, more than fit",

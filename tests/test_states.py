@@ -169,6 +169,17 @@ def test_sequences_of_a_cell_are_ascending(paths: dict[str, Path], sequences: tu
         assert context.save() == state
 
 
+def test_cells_of_one_sequence_name_no_other(paths: dict[str, Path]) -> None:
+    """Whatever it is called, it is loaded as the one that was asked for: two would be the same."""
+    with Context(paths["plain"], "xquant", n_seq=2) as context:
+        context.decode(TOKENS[:700], 0)
+        state = context.save(0)
+        at = field_offsets(state)["sequences"]
+        assert state[at : at + 8] == struct.pack("<Ii", 1, 0)
+        assert context.load(state[:at] + struct.pack("<I2i", 2, 0, 1) + state[at + 8 :], 0) == 0
+        assert context.save(0) == state
+
+
 def test_pages_are_ascending(paths: dict[str, Path]) -> None:
     with Context(paths["plain"], "xquant") as context:
         context.decode(TOKENS[:700], 0)
@@ -196,6 +207,21 @@ def test_cells_of_sliding_layers_are_checked(paths: dict[str, Path], cell: tuple
         assert context.load(state[:at] + forged + state[at + len(first) :]) == 0
         assert context.save() == state
         assert context.load(state) == len(state)
+
+
+@pytest.mark.parametrize("cell", [(-1, 1, 0), (2**31 - 1, 1, 0), (5, 0), (5, 2, 0, 0), (5, 2, 0, 1)])
+def test_cells_of_one_sequence_in_sliding_layers_are_checked(paths: dict[str, Path], cell: tuple[int, ...]) -> None:
+    """llama.cpp reads the state of one sequence apart from that of all."""
+    with Context(paths["sliding"], "xquant", n_seq=2) as context:
+        context.decode(TOKENS[:100], 0)
+        state = context.save(0)
+        at = 8 + 8  # the header, streams, cells
+        first = struct.pack("<iIi", 0, 1, 0)
+        assert state[at : at + len(first)] == first
+        forged = struct.pack("<iI" + "i" * (len(cell) - 2), *cell)
+        assert context.load(state[:at] + forged + state[at + len(first) :], 0) == 0
+        assert context.save(0) == state
+        assert context.load(state, 0) == len(state)
 
 
 def test_states_that_forge_what_they_come_from_are_refused(paths: dict[str, Path]) -> None:
@@ -279,6 +305,9 @@ def refusals(paths: dict[str, Path]) -> dict[str, tuple[bytes, str]]:
         state = saved.save()
         out["another version"] = (state.replace(b"XQS2", b"XQS9"), "not saved from an XQuant cache of this version")
         out["cut off"] = (state[:-1], "it was cut off, or is damaged")
+        for n in (len(state) - 3, 2**24):  # one byte more than is left, and far more
+            name = struct.pack("<I", n) + state[4:]
+            out[f"a name of {n} bytes"] = (name, "a string is longer than what is left of the state")
     return out
 
 
