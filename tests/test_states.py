@@ -40,6 +40,12 @@ def test_a_state_cut_off_anywhere_changes_nothing(paths: dict[str, Path], model:
         assert llama_cpp.llama_memory_seq_pos_max(live.memory, 0) == 799
 
 
+def cut_in_the_page_count(data: bytes) -> list[bytes]:
+    """A file's state up to its number of pages, and one to three bytes of that, with a ring that starts at cell 0."""
+    i = data.index(b"XQS2") + 20
+    return [data[:i] + bytes(4 + n) for n in (1, 2, 3)]
+
+
 def test_a_file_cut_off_changes_nothing(paths: dict[str, Path], tmp_path: Path) -> None:
     tokens = (llama_cpp.llama_token * 4)()
     count = llama_cpp.ctypes.c_size_t()
@@ -48,12 +54,13 @@ def test_a_file_cut_off_changes_nothing(paths: dict[str, Path], tmp_path: Path) 
             whole = tmp_path / f"{model}.bin"
             live.decode(TOKENS[:700], 0)
             assert llama_cpp.llama_state_save_file(live.ctx, str(whole).encode(), tokens, 4)
-            cut = tmp_path / "cut.bin"
-            cut.write_bytes(whole.read_bytes()[:-1])
+            cut, data = tmp_path / "cut.bin", whole.read_bytes()
             twin.decode(TOKENS[700:1300], 0)
             before = twin.save()
-            assert not llama_cpp.llama_state_load_file(twin.ctx, str(cut).encode(), tokens, 4, count)
-            assert twin.save() == before
+            for damaged in (data[:-1], *cut_in_the_page_count(data)):
+                cut.write_bytes(damaged)
+                assert not llama_cpp.llama_state_load_file(twin.ctx, str(cut).encode(), tokens, 4, count)
+                assert twin.save() == before
             assert llama_cpp.llama_state_load_file(twin.ctx, str(whole).encode(), tokens, 4, count)
             got, want = (context.decode(TOKENS[700:710], 700) for context in (live, twin))
             assert np.abs(got - want).max() <= MOVED[model] * want.std()
@@ -74,7 +81,8 @@ def test_a_sequence_goes_to_a_file_and_back(paths: dict[str, Path], tmp_path: Pa
 
         loaded.decode(TOKENS[700:900], 0, [0])
         before = loaded.save()
-        for damaged in (data[:7], data[:500], data[:-1], data[:8] + struct.pack("<I", 2**32 - 1) + data[12:]):
+        long = data[:8] + struct.pack("<I", 2**32 - 1) + data[12:]
+        for damaged in (data[:7], data[:500], data[:-1], long, *cut_in_the_page_count(data)):
             bad.write_bytes(damaged)
             assert load(bad) == 0
             assert loaded.save() == before

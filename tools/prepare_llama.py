@@ -24,7 +24,7 @@ VERSION = "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 SDIST = f"llama_cpp_python-{VERSION}.tar.gz"
 ROOT = Path(__file__).resolve().parent.parent
-TABLE = ROOT / "native" / "llama" / "insertions.py"
+TABLES = sorted((ROOT / "native" / "llama").glob("insertions*.py"))
 # What the fork's libraries and front ends are built from; tests, documents and the web interface stay behind.
 PARTS = ("CMakeLists.txt", "LICENSE", "cmake", "common", "ggml", "include", "licenses", "src", "tools", "vendor")
 
@@ -85,24 +85,31 @@ def unpack(archive: Path, out: Path) -> None:
                 shutil.copy2(llama / part, out / part)
 
 
-def insert(tree: Path) -> None:
-    """Applies the table of insertions; stops if an anchor is missing or not unique."""
-    spec = importlib.util.spec_from_file_location("insertions", TABLE)
+def load(table: Path) -> list[tuple[str, str, str, str]]:
+    """A table of insertions."""
+    spec = importlib.util.spec_from_file_location(table.stem, table)
     assert spec
     assert spec.loader
-    table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(table)
-    for number, (file, anchor, text, where) in enumerate(table.INSERTIONS, 1):
-        path = tree / file
-        if not path.exists():
-            fail(f"insertion {number}: {file} does not exist in llama.cpp {VERSION}")
-        content = path.read_text()
-        count = content.count(anchor)
-        if count != 1:
-            problem = "is missing from" if count == 0 else f"occurs {count} times in"
-            fail(f"insertion {number}: anchor {anchor!r} {problem} {file}")
-        new = {"before": text + anchor, "after": anchor + text, "instead": text}[where]
-        path.write_text(content.replace(anchor, new))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    insertions: list[tuple[str, str, str, str]] = module.INSERTIONS
+    return insertions
+
+
+def insert(tree: Path) -> None:
+    """Applies the tables of insertions; stops if an anchor is missing or not unique."""
+    for table in TABLES:
+        for number, (file, anchor, text, where) in enumerate(load(table), 1):
+            name, path = f"{table.name}, insertion {number}", tree / file
+            if not path.exists():
+                fail(f"{name}: {file} does not exist in llama.cpp {VERSION}")
+            content = path.read_text()
+            count = content.count(anchor)
+            if count != 1:
+                problem = "is missing from" if count == 0 else f"occurs {count} times in"
+                fail(f"{name}: anchor {anchor!r} {problem} {file}")
+            new = {"before": text + anchor, "after": anchor + text, "instead": text}[where]
+            path.write_text(content.replace(anchor, new))
 
 
 def main() -> None:
@@ -110,8 +117,9 @@ def main() -> None:
         fail("usage: prepare_llama.py OUT")
     out = Path(sys.argv[1]).resolve()
     archive = source()
-    # A local folder is taken as it is each time; the pinned sdist and our table say whether the tree is up to date.
-    key = hashlib.sha256(TABLE.read_bytes() + Path(__file__).read_bytes() + str(archive).encode()).hexdigest()
+    # A local folder is taken as it is each time; the pinned sdist and our tables say whether the tree is up to date.
+    made_from = [*TABLES, Path(__file__)]
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in made_from) + str(archive).encode()).hexdigest()
     stamp, tree = out / "stamp", out / "llama.cpp"
     if archive.is_file() and stamp.exists() and stamp.read_text() == key:
         return
