@@ -131,8 +131,8 @@ __global__ void __launch_bounds__(32 * max_warps, 1)
     const staged &at = c.at;
     const int n_warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const of_team mine = {warp / of_team::size, warp % of_team::size};
-    const int nth_stream = c.n_tiles == 1 ? blockIdx.z : blockIdx.z / (unsigned)c.n_tiles,
-              first_row = (blockIdx.z - nth_stream * c.n_tiles) * n_rows;
+    const int nth_stream = c.n_tiles == 1 ? blockIdx.z : blockIdx.z / (unsigned)c.n_tiles;
+    const int first_row = (blockIdx.z - nth_stream * c.n_tiles) * n_rows;
 
     if (warp < 2) { // the table, if the stream is what it usually is: what leads to it takes as long as itself
         const int page = blockIdx.x + (32 * warp + lane) * a.n_parts;
