@@ -384,7 +384,7 @@ def test_attention_is_that_of_float64(case: Case) -> None:
 
 @pytest.mark.parametrize("bits", [(4, 2), (2, 1)])
 def test_many_pages(bits: tuple[int, int]) -> None:
-    """More than a block lists at a time, and than it has room for: buffers are filled again and again."""
+    """More than a block has room for: buffers are filled again and again."""
     rng = np.random.default_rng(11)
     n_pages, layer = 600, Layer(Side(bits[0], 128), replace(V, bits=bits[1]))
     device = gpu.DeviceLayer(layer, window_of(rng, 64, 64, 3), n_pages)
@@ -416,6 +416,9 @@ def test_bad_arguments_are_errors() -> None:
     q = np.zeros((1, HEADS, 64), np.float32)
     with pytest.raises(RuntimeError, match="attend: a pointer is null or a count is out of range"):
         device.attend(q, [-1, -1])
+    many = gpu.DeviceLayer(Layer(Side(4, 128), V), window_of(np.random.default_rng(0), 64, 64, 1), 2049)
+    with pytest.raises(RuntimeError, match="attend: 2049 pages in 2 parts, must be at most 1024 each"):
+        many.attend(q, [-1] * 2049, n_parts=2)
     device.c.d = 60
     with pytest.raises(RuntimeError, match="multiples of 16"):
         device.attend(q, [-1])

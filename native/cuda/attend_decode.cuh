@@ -3,7 +3,7 @@
  * A block is up to 12 warps that share a part of the pages of one KV head: every n_parts-th page.  Teams of E / 64
  * warps take sealed pages, copied to shared memory in the background: a page is soon done with, and a warp holds the
  * sums of 64 channels only.  Before that, the last warps take pieces of open pages.  join.cuh puts together what all of
- * them sum up.
+ * them sum up.  Which page is which is read once, before copies are asked for: behind them any read waits long.
  *
  * The launch may overtake the update before it (programmatic dependent launch): while there is nothing to seal or
  * unseal, only open pages wait for it.

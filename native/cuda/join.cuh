@@ -1,11 +1,14 @@
 /* join.cuh: the end of decode attention: the states of a block's teams, and of its warps over open pages, then those of
  * the parts of a row, to its output.
  *
- *     out = H sum_i w_i out_i / (sum_i w_i sum_i + 2^(sink - m))        w_i = 2^(max_i - m)
+ *     out = sum_i w_i H_i out_i / (sum_i w_i sum_i + 2^(sink - m))        w_i = 2^(max_i - m)
  *
- * H: the normalised Hadamard matrix if values were rotated; sums over open pages are brought to the space of sealed
- * ones by it.  Each block writes its rows' states; the last block of a group (KV head, tile of rows, stream) finishes
- * them, a warp each row.  `arrivals` counts blocks of each group and is 0 again afterwards.
+ * H_i: the normalised Hadamard matrix for sums over sealed pages whose values were rotated, else 1.  Each block writes
+ * its rows' states; the last block of a group (KV head, tile of rows, stream) finishes them, a warp each row.
+ * `arrivals` counts blocks of each group and is 0 again afterwards.
+ *
+ * Loops here are short code, not fast code: in a model the layers' weights have passed through the caches since it last
+ * ran, and each instruction on the way takes longer to come than to run.
  *
  * States in memory: out [part][token][head][E], then (max, sum) [part][token][head].
  */
@@ -210,7 +213,6 @@ __device__ void finish_rows(sums<E> *teams, const sums<E> *open, const xq_cuda_l
     };
     float x[E / 32], sum, top;
     const int n = min(n_rows, c.rows_of_head - first);
-    // Loops here are short, not fast: in a model this code comes from memory, for every layer.
 #pragma unroll 1
     for (int r = warp; r < n; r += n_warps) {
         join_block(x, sum, top, teams, open, c, l.plan.v.rotate, r, lane);

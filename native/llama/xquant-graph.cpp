@@ -282,7 +282,12 @@ ggml_tensor *cache::build_attention(const llm_graph_context &graph, ggml_tensor 
     const int64_t rows_a_group = l->extra ? 8 : max_rows;
     const int64_t n_groups = n_streams_q * l->n_head_kv * ((n_rows + rows_a_group - 1) / rows_a_group);
     const int64_t wanted = l->extra ? pieces / n_groups : (pieces + n_groups - 1) / n_groups;
-    params.n_parts = (int32_t)std::clamp<int64_t>(wanted, 1, n_kv / XQ_PAGE);
+    const int64_t n_pages = n_kv / XQ_PAGE;
+    params.n_parts = (int32_t)std::clamp<int64_t>(wanted, 1, n_pages);
+    if (l->extra) { // as many blocks again and again, until none has too many pages
+        const int64_t most = (int64_t)params.n_parts * XQ_CUDA_PART_PAGES;
+        params.n_parts *= (int32_t)((n_pages + most - 1) / most);
+    }
 
     params.kind = node_kind::attend;
     const int64_t n_out = l->e * n_head * n_tokens, n_states = l->state_width() * n_head * n_tokens * params.n_parts;
