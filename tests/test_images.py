@@ -41,8 +41,10 @@ def asked(folder: Path, kv_type: str, image: int) -> tuple[NDArray[np.float32], 
     handler = Llava15ChatHandler(str(folder / "projector.gguf"), verbose=False)
     options: dict[str, Any] = {"n_ctx": 1024, "n_batch": 64, "n_ubatch": 64, "n_threads": 1, "logits_all": True}
     llm = Llama(str(folder / "plain.gguf"), kv_type=kv_type, chat_handler=handler, verbose=False, **options)
-    question = "".join(chr(ord("a") + i) for i in np.random.default_rng(3).integers(0, 26, 300))
-    content = [{"type": "image_url", "image_url": {"url": url(image)}}, {"type": "text", "text": question}]
+    content = [
+        {"type": "image_url", "image_url": {"url": url(image)}},
+        {"type": "text", "text": tiny_gguf.text(300, seed=3)},
+    ]
     llm.create_chat_completion([{"role": "user", "content": content}], max_tokens=1, temperature=0)
     n, sealed = llm.n_tokens, llm.kv_cache_info().get("pages_sealed", 0)
     logits = np.array(llm.scores[n - 1])

@@ -21,6 +21,7 @@ from contexts import Context
 from llama_cpp.llama_cache import LlamaDiskCache, LlamaRAMCache
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 from numpy.typing import NDArray
+from tiny_gguf import text
 
 from xquant_gguf import Llama
 from xquant_gguf.llama import llama_cpp
@@ -50,11 +51,6 @@ def make(folder: Path, kv_type: str) -> Make:
         return Llama(str(folder / "plain.gguf"), **{**given, "verbose": False, "logits_all": True, **options})
 
     return llama
-
-
-def text(n: int, seed: int = 0) -> str:
-    """n letters: as many tokens."""
-    return "".join(chr(c) for c in np.random.default_rng(seed).integers(ord("a"), ord("z") + 1, n))
 
 
 def last_logits(llm: Llama) -> NDArray[np.float32]:

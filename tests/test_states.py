@@ -42,8 +42,9 @@ def test_a_state_cut_off_anywhere_changes_nothing(paths: dict[str, Path], model:
 
 def cut_in_the_page_count(data: bytes) -> list[bytes]:
     """A file's state up to its number of pages, and one to three bytes of that, with a ring that starts at cell 0."""
-    i = data.index(b"XQS2") + 20
-    return [data[:i] + bytes(4 + n) for n in (1, 2, 3)]
+    start = data.index(b"XQS2") - 8
+    head = start + field_offsets(data[start:])["head"]
+    return [data[:head] + bytes(4 + n) for n in (1, 2, 3)]
 
 
 def test_a_file_cut_off_changes_nothing(paths: dict[str, Path], tmp_path: Path) -> None:

@@ -130,6 +130,11 @@ def add_tokenizer(writer: gguf.GGUFWriter) -> None:
     synthetic.add_vocabulary(writer, letters, gguf.TokenType.NORMAL)
 
 
+def text(n: int, seed: int = 0) -> str:
+    """n letters: as many tokens."""
+    return "".join(chr(c) for c in np.random.default_rng(seed).integers(ord("a"), ord("z") + 1, n))
+
+
 def finish(writer: gguf.GGUFWriter, weights: Weights) -> None:
     """Writes the tensors and closes the file."""
     for name, tensor in weights.items():
