@@ -9,6 +9,7 @@ from typing import Any
 import gpu
 import numpy as np
 import pytest
+import tiny_gguf
 from contexts import Context
 from numpy.typing import NDArray
 from oracle_cases import (
@@ -80,6 +81,22 @@ def test_wide_batches_and_single_tokens_agree(fork: Fork) -> None:
     found = np.abs(fork.run(other, kv_plan=case.kv_plan(), n_gpu_layers=ALL) - one).max(axis=1) / one.std()
     print(describe(found))
     assert SEALED.hold(found)
+
+
+def test_more_pages_than_a_block_takes(tmp_path: Path) -> None:
+    """56 rows of 20 KV heads fill a GPU with one block each, which would have to take 1,028 pages."""
+    shape = tiny_gguf.Shape(n_layer=1, n_head=20, n_head_kv=20, n_ctx=1 << 18)
+    path = tiny_gguf.write(tmp_path / "long.gguf", shape, tiny_gguf.random_weights(shape))
+    rng = np.random.default_rng(2)
+    before, last = (rng.integers(97, 123, n).tolist() for n in (131_500, 56))
+    with Context(path, "xquant", n_ctx=132_096, n_ubatch=512, n_gpu_layers=ALL) as ctx:
+        ctx.decode(before, 0)
+        together = ctx.decode(last, len(before))
+        assert llama_cpp.llama_memory_seq_rm(ctx.memory, 0, len(before), -1)
+        one_by_one = np.concatenate([ctx.decode([t], len(before) + i) for i, t in enumerate(last)])
+    found = np.abs(together - one_by_one).max(axis=1) / one_by_one.std()
+    print(describe(found))
+    assert SEALED.hold(found), describe(found)
 
 
 def test_a_layer_that_borrows_from_another_device_is_refused(fork: Fork, tmp_path: Path) -> None:

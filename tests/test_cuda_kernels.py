@@ -296,6 +296,8 @@ CASES = [
     Case(Side(4, 128), n_tokens=5),
     Case(Side(4, 128), n_rep=7, n_tokens=3, d=64),
     Case(Side(4, 128), n_rep=1),
+    Case(Side(2, 128), replace(V, bits=1), n_rep=3),
+    Case(Side(2, 128), replace(V, bits=1), n_tokens=2),
     Case(Side(4, 128), softcap=20.0, sink=True),
     Case(Side(4, 128), replace(V, bits=4), kernel="general"),
     Case(Side(2, 32, "paper"), Side(1, 32, "paper"), kernel="general"),
@@ -382,19 +384,51 @@ def test_attention_is_that_of_float64(case: Case) -> None:
     print(f"{case.kernel} error {error:.1e}")
 
 
+@pytest.mark.parametrize("n_tokens", [1, 2])
 @pytest.mark.parametrize("bits", [(4, 2), (2, 1)])
-def test_many_pages(bits: tuple[int, int]) -> None:
-    """More than a block has room for: buffers are filled again and again."""
+def test_many_pages(bits: tuple[int, int], n_tokens: int) -> None:
+    """More than a block has room for: buffers are filled again and again.  Some masks are neither 0 nor -inf."""
     rng = np.random.default_rng(11)
     n_pages, layer = 600, Layer(Side(bits[0], 128), replace(V, bits=bits[1]))
     device = gpu.DeviceLayer(layer, window_of(rng, 64, 64, 3), n_pages)
     device.update([(p, p % 3, np.ones(PAGE, bool)) for p in range(n_pages)])
     table = [gpu.SEALED] * n_pages
-    q = rng.standard_normal((2, HEADS * N_REP, 64), dtype=np.float32)
-    mask = np.zeros((2, n_pages * PAGE), np.float16)
+    q = rng.standard_normal((n_tokens, HEADS * N_REP, 64), dtype=np.float32)
+    mask = np.zeros((n_tokens, n_pages * PAGE), np.float16)
     mask[0, 7 * PAGE : 590 * PAGE] = -np.inf
+    mask[:, 3 * PAGE : 5 * PAGE] = rng.standard_normal(2 * PAGE)
     keys, values = (np.tile(exact_rows(device, table[:3], name), (1, n_pages // 3, 1)) for name in "kv")
     check_attention(device, q, table, mask, keys, values)
+
+
+@pytest.mark.parametrize("v_bits", [1, 2])
+@pytest.mark.parametrize("share", [0.5, 0.99])
+def test_tokens_beside_a_far_heavier_one_count(v_bits: int, share: float) -> None:
+    """One token of 38,400 has as much weight as the others together, or a hundredth; each of those has less than
+    a rounding of its weight to 16 bits of the heaviest's can tell from nothing."""
+    rng = np.random.default_rng(13)
+    n_pages, heavy, d = 300, 150, 128
+    layer = Layer(Side(4, 128), replace(V, bits=v_bits))
+    window = window_of(rng, d, d, 3)
+    window[1][:] += np.float16(1.0)  # what is lost of the others must show
+    q = np.repeat(rng.standard_normal((1, HEADS, d), dtype=np.float32), N_REP, 1)
+    for head in range(HEADS):
+        across = q[0, head * N_REP].astype(np.float64)
+        keys = window[0][head].astype(np.float64)
+        keys -= (keys @ across)[..., None] * across / (across @ across)  # every score 0 but for the rounding of keys
+        keys[2, 64] = across * np.log((n_pages * PAGE) * (1 - share) / share) * d**0.5 / (across @ across)
+        window[0][head] = keys.astype(np.float16)
+    device = gpu.DeviceLayer(layer, window, n_pages)
+    slots = [2 if p == heavy else p % 2 for p in range(n_pages)]
+    device.update([(p, slot, np.ones(PAGE, bool)) for p, slot in enumerate(slots)])
+    three = [gpu.SEALED, gpu.SEALED, *[gpu.FREE] * (heavy - 2), gpu.SEALED]
+    keys, values = (
+        exact_rows(device, three, name).reshape(HEADS, -1, PAGE, d)[:, [(0, 1, heavy)[s] for s in slots]]
+        for name in "kv"
+    )
+    table = [gpu.SEALED] * n_pages
+    mask = np.zeros((1, n_pages * PAGE), np.float16)
+    check_attention(device, q, table, mask, keys.reshape(HEADS, -1, d), values.reshape(HEADS, -1, d))
 
 
 def test_rows_that_see_nothing_are_zero() -> None:

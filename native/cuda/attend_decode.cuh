@@ -1,14 +1,16 @@
-/* attend_decode.cuh: attention of up to eight query rows per KV head over codes, on the tensor cores (codes_mma.cuh).
+/* attend_decode.cuh: attention of four or eight query rows per KV head over codes, on the tensor cores (codes_mma.cuh).
  *
- * A block is up to 12 warps that share a part of the pages of one KV head: every n_parts-th page.  Teams of E / 64
- * warps take sealed pages, copied to shared memory in the background: a page is soon done with, and a warp holds the
- * sums of 64 channels only.  Before that, the last warps take pieces of open pages.  join.cuh puts together what all of
- * them sum up.  Which page is which is read once, before copies are asked for: behind them any read waits long.
+ * A block is up to 12 or 20 warps that share a part of the pages of one KV head: every n_parts-th page.  They take
+ * sealed pages in teams of E / 64, copied to shared memory in the background: a page is soon done with, and a warp
+ * holds the sums of 64 channels only.  Before that, the last warps take pieces of open pages.  join.cuh puts together
+ * what all of them sum up.  Which page is which is read once, before copies are asked for: behind them any read waits
+ * long.
  *
  * The launch may overtake the update before it (programmatic dependent launch): while there is nothing to seal or
  * unseal, only open pages wait for it.
  *
- * Vectors are rounded to F16 (relative error 2^-11); sums are single precision.
+ * Queries and folded vectors are rounded to F16 (relative error 2^-11), p as attend_values.cuh says; sums are single
+ * precision.
  *
  * PLAIN: keys have one tile a page and F16 parameters, values LOG8, scores no cap and no slope; other cases are
  * compiled apart, so that the loop over pages stays small enough for the instruction cache.
@@ -21,6 +23,8 @@
 #include "join.cuh"
 #include "launch.h"
 #include "stage.cuh"
+
+#include <type_traits>
 
 namespace xq {
 
@@ -79,11 +83,11 @@ __device__ void list_pages(page_list &list, const xq_cuda_attend_args &a, const 
 
 /* Reads a tile's rows of q: rounded, scaled to below 1, in the order of the codes, to shared memory by one warp, for it
  * is the same for all; what takes the scale back, in q. */
-template <int D, int KB>
-__device__ void load_rows(uint2 (*shared)[32], bool stores, rows &q, const xq_cuda_attend_args &a, const decode_call &c,
-                          int first, int nth_stream, int lane) {
+template <int D, int KB, int R>
+__device__ void load_rows(uint2 (*shared)[32], bool stores, rows<R> &q, const xq_cuda_attend_args &a,
+                          const decode_call &c, int first, int nth_stream, int lane) {
     using wk = walk<KB, D>;
-    const int g = lane / 4, t = lane % 4, row = min(first + g, c.rows_of_head - 1);
+    const int g = lane / 4, t = lane % 4, row = min(first + row_of_column<R>(g), c.rows_of_head - 1);
     const auto *x = (const float *)((const char *)a.q + (blockIdx.y * c.n_rep + c.rest_of(row)) * a.q_head_stride +
                                     (nth_stream * a.n_tokens + c.token_of(row)) * a.q_token_stride);
     float4 channels[wk::products];
@@ -109,30 +113,35 @@ __device__ void load_rows(uint2 (*shared)[32], bool stores, rows &q, const xq_cu
                                halves(channels[n].z * weight, channels[n].w * weight)};
         }
     }
-    for (int r = 0; r < 2; ++r) { // row 2 t + r lies with lane 4 (2 t + r)
+    for (int r = 0; r < R; ++r) { // the columns 2 t and 2 t + 1
         q.factor[r] = power_of_two(__shfl_sync(~0u, exponent, 4 * (2 * t + r))) * a.scale * log2e;
     }
 }
 
+/* How a layer's values are multiplied: LOG8 parameters have scales above 0. */
+template <int E, int VB, bool PLAIN, int R>
+using values_of = std::conditional_t<PLAIN, byte_values<E, VB, R>, half_values<E, VB, R>>;
+
 /* grid (part, KV head, tile of rows and stream).  Shared memory: sums of open pages, p of the teams, sealed pages; in
  * their place, at last, the teams' sums. */
-template <int D, int E, int KB, int VB, bool PLAIN>
-__global__ void __launch_bounds__(32 * max_warps, 1)
+template <int D, int E, int KB, int VB, bool PLAIN, int R>
+__global__ void __launch_bounds__(32 * max_warps(R, KB + VB), 1)
     decode_kernel(const __grid_constant__ xq_cuda_layer l, const __grid_constant__ xq_cuda_attend_args a,
                   const __grid_constant__ decode_call c) {
     extern __shared__ __align__(128) uint8_t shared[];
     using of_team = team_warp<E>;
+    using values = values_of<E, VB, PLAIN, R>;
     using ring_of_team = page_ring<of_team::size>;
     __shared__ typename ring_of_team::marks marks;
     __shared__ page_list list;
     __shared__ uint2 shared_q[walk<KB, D>::products][32];
-    __shared__ __align__(8) float tops[max_warps][n_rows];
-    __shared__ float2 shares[max_warps][n_rows];
+    __shared__ __align__(8) float2 tops[max_warps(R, KB + VB)][n_rows<R>];
+    __shared__ float2 shares[max_warps(R, KB + VB)][n_rows<R>];
     const staged &at = c.at;
     const int n_warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const of_team mine = {warp / of_team::size, warp % of_team::size};
     const int nth_stream = c.n_tiles == 1 ? blockIdx.z : blockIdx.z / (unsigned)c.n_tiles;
-    const int first_row = (blockIdx.z - nth_stream * c.n_tiles) * n_rows;
+    const int first_row = (blockIdx.z - nth_stream * c.n_tiles) * n_rows<R>;
 
     if (warp < 2) { // the table, if the stream is what it usually is: what leads to it takes as long as itself
         const int page = blockIdx.x + (32 * warp + lane) * a.n_parts;
@@ -147,12 +156,12 @@ __global__ void __launch_bounds__(32 * max_warps, 1)
     }
     const int32_t *table = a.table + (int64_t)stream * l.n_pages;
     const char *mask = a.mask ? (const char *)a.mask + nth_stream * a.mask_stream_stride : nullptr;
-    rows q = {};
+    rows<R> q = {};
     load_rows<D, KB>(shared_q, warp == 0, q, a, c, first_row, nth_stream, lane);
     const folded_rows qb = {shared_q, lane};
     q.softcap = a.softcap * log2e;
-    for (int r = 0; r < 2; ++r) {
-        const int row = first_row + 2 * t + r;
+    for (int r = 0; r < R; ++r) {
+        const int row = first_row + R * t + r;
         const bool exists = row < c.rows_of_head;
         q.absent[r] = exists ? 0.0f : -INFINITY;
         q.slope[r] = PLAIN ? log2e : slope_of(a.max_bias, blockIdx.y * c.n_rep + c.rest_of(row), a.n_head) * log2e;
@@ -161,10 +170,12 @@ __global__ void __launch_bounds__(32 * max_warps, 1)
     const side_view k = c.k.at(stream, blockIdx.y), v = c.v.at(stream, blockIdx.y);
     // of the part: one less for the last ones
     const int n_pages = c.n_pages - ((c.n_pages - 1) * a.n_parts + (int)blockIdx.x >= a.n_kv_pages);
-    const int first_token = c.token_of(first_row), last_token = c.token_of(min(first_row + n_rows, c.rows_of_head) - 1);
+    const int first_token = c.token_of(first_row),
+              last_token = c.token_of(min(first_row + n_rows<R>, c.rows_of_head) - 1);
     ring_of_team ring(shared + c.buffers, marks, c.depth, at, mine.number, mine.member, lane);
-    auto *open = (sums<E> *)shared;
-    const page_p p = {(__half *)(shared + c.buffers - (c.n_teams - mine.number) * page_p::bytes)};
+    auto *open = (sums<E, R> *)shared;
+    const typename values::room p = {
+        (decltype(values::room::at))(shared + c.buffers - (c.n_teams - mine.number) * room_bytes<R>)};
     ring.begin();
     if (threadIdx.x == 0) {
         ring_of_team::prepare(marks, k, v);
@@ -172,6 +183,11 @@ __global__ void __launch_bounds__(32 * max_warps, 1)
     list_pages(list, a, table, mask ? mask + first_token * a.mask_token_stride : nullptr, last_token - first_token + 1,
                n_pages, warp, n_warps, lane);
     const auto page_at = [&](int j) { return j < list.n_sealed ? list.pages[j] : -1; };
+
+    masks<E, R> ahead; // of the team's next page: they come from afar, and later still behind copies
+    if (mine.number < list.n_sealed) {
+        ahead.load(q, list.pages[mine.number], mine, g);
+    }
 
 #pragma unroll 1
     for (int n = 0; n < c.depth; ++n) {
@@ -186,7 +202,7 @@ __global__ void __launch_bounds__(32 * max_warps, 1)
             wait_for_previous();
             waited = true;
         }
-        state<E / 32> of_open;
+        open_state<E, R> of_open;
         of_open.clear();
 #pragma unroll 1
         for (int item = nth; item < n_pieces; item += c.n_open) {
@@ -199,43 +215,46 @@ __global__ void __launch_bounds__(32 * max_warps, 1)
         store(open[nth], of_open, lane);
     }
 
-    sealed_state<E> st;
+    typename values::state_of st;
     st.clear();
     const int n_sealed = list.n_sealed;
 #pragma unroll 1
     for (int j = mine.number; j < n_sealed; j += c.n_teams) {
-        masks<E> mask;
-        const bool is_masked = mask.load(q, list.pages[j], mine, g);
+        const int number = list.pages[j];
+        const bool masked = ahead.any();
+        if (j + c.n_teams < n_sealed) {
+            ahead.load(q, list.pages[j + c.n_teams], mine, g);
+        }
         const uint8_t *page = ring.wait([&] { mine.meet(); });
-        sealed_page<D, E, KB, VB, PLAIN>(st, q, qb, k.plan, v.plan, page, at, mask, is_masked, p, tops, mine, lane,
-                                         [&] {
-                                             if (j >= c.n_teams) {
-                                                 ring.refill(page_at(j + (c.depth - 1) * c.n_teams));
-                                             }
-                                         });
+        sealed_page<D, E, KB, values, PLAIN>(st, q, qb, k.plan, v.plan, page, at, number, masked, p, tops, mine, lane,
+                                             [&] {
+                                                 if (j >= c.n_teams) {
+                                                     ring.refill(page_at(j + (c.depth - 1) * c.n_teams));
+                                                 }
+                                             });
         ring.next();
     }
-    float zero[2];
-    finish_sums<PLAIN>(st, zero);
+    float zero[R];
+    values::finish(st, zero, g);
     if (!waited) {
         wait_for_previous(); // it may still read what lies where this launch writes
     }
     launch_next();
-    auto *teams = (sums<E> *)(shared + c.buffers);
+    auto *teams = (sums<E, R> *)(shared + c.buffers);
     __syncthreads(); // pages lay there
     store(teams[mine.number], st, zero, shares, mine, lane);
     __syncthreads();
     finish_rows(teams, list.n_open > 0 ? open : nullptr, l, a, c, first_row, nth_stream, lane);
 }
 
-template <int D, int KB, int VB, bool PLAIN>
+template <int D, int KB, int VB, bool PLAIN, int R>
 int launch(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream) {
-    const decode_shape shape = decode_shape_of(l);
-    const auto kernel = decode_kernel<D, D, KB, VB, PLAIN>;
+    const decode_shape shape = decode_shape_of(l, R);
+    const auto kernel = decode_kernel<D, D, KB, VB, PLAIN, R>;
     decode_call c = {views_of(l, key_view), views_of(l, value_view), shape.at, shape.n_teams, shape.depth, shape.n_open,
                      shape.buffers,         a.n_head / l.n_head_kv};
     c.rows_of_head = a.n_tokens * c.n_rep;
-    c.n_tiles = (c.rows_of_head + n_rows - 1) / n_rows;
+    c.n_tiles = (c.rows_of_head + n_rows<R> - 1) / n_rows<R>;
     c.n_pages = (a.n_kv_pages + a.n_parts - 1) / a.n_parts;
     c.inverse = ((1u << 20) + c.n_rep - 1) / c.n_rep;
     const dim3 grid(a.n_parts, l.n_head_kv, c.n_tiles * a.n_streams);
@@ -245,24 +264,24 @@ int launch(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t st
     return launched("decode attention");
 }
 
-template <int D, int KB, bool PLAIN>
+template <int D, int KB, bool PLAIN, int R>
 int launch_values(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream) {
-    return l.plan.v.bits == 2 ? launch<D, KB, 2, PLAIN>(l, a, stream) : launch<D, KB, 1, PLAIN>(l, a, stream);
+    return l.plan.v.bits == 2 ? launch<D, KB, 2, PLAIN, R>(l, a, stream) : launch<D, KB, 1, PLAIN, R>(l, a, stream);
 }
 
 } // namespace
 
-template <int D, bool PLAIN>
+template <int D, bool PLAIN, int R>
 int launch_decode_of(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream) {
     switch (l.plan.k.bits) {
     case 4:
-        return launch_values<D, 4, PLAIN>(l, a, stream);
+        return launch_values<D, 4, PLAIN, R>(l, a, stream);
     case 3:
-        return launch_values<D, 3, PLAIN>(l, a, stream);
+        return launch_values<D, 3, PLAIN, R>(l, a, stream);
     case 2:
-        return launch_values<D, 2, PLAIN>(l, a, stream);
+        return launch_values<D, 2, PLAIN, R>(l, a, stream);
     default:
-        return launch_values<D, 1, PLAIN>(l, a, stream);
+        return launch_values<D, 1, PLAIN, R>(l, a, stream);
     }
 }
 

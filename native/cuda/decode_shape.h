@@ -51,6 +51,6 @@ struct decode_call {
     __host__ __device__ int token_of(int r) const { return (int)(r * inverse >> 20); }
     __host__ __device__ int rest_of(int r) const { return r - token_of(r) * n_rep; }
 };
-decode_shape decode_shape_of(const xq_cuda_layer &l);
+decode_shape decode_shape_of(const xq_cuda_layer &l, int rows_of_lane);
 
 } // namespace xq

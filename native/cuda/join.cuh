@@ -15,66 +15,66 @@
 #pragma once
 
 #include "attend.cuh"
-#include "attend_page.cuh"
+#include "attend_open.cuh"
 #include "decode_shape.h"
 
 namespace xq {
 
 namespace {
 
-constexpr int max_warps = 12, max_open = 8; /* of a block; of them, over open pages */
+constexpr int max_open = 8; /* warps of a block over open pages */
 
 /* What a team, or a warp over open pages, sums up.  A warp's p of open pages lies there at first. */
-template <int E> struct sums {
-    float2 head[n_rows]; /* maximum, sum of p */
-    float out[n_rows][E + 4];
+template <int E, int R> struct sums {
+    float2 head[n_rows<R>]; /* maximum, sum of p */
+    float out[n_rows<R>][E + 4];
 };
 
-__device__ inline float4 channels_of(const float (&x)[2][4], int r, float add) {
-    return make_float4(x[0][r] + add, x[0][2 + r] + add, x[1][r] + add, x[1][2 + r] + add);
+template <typename SUMS> __device__ float4 channels_of(SUMS &x, int c, int r, float add) {
+    return make_float4(x.at(c, r, 0) + add, x.at(c, r, 1) + add, x.at(c, r, 2) + add, x.at(c, r, 3) + add);
 }
 
 /* A team's state to shared memory; zero: this warp's share of what is added to every channel.  shares: room for each
  * warp of the block. */
-template <int E>
-__device__ void store(sums<E> &all, sealed_state<E> &st, const float (&zero)[2], float2 (*shares)[n_rows],
+template <int E, int R, typename STATE>
+__device__ void store(sums<E, R> &all, STATE &st, const float (&zero)[R], float2 (*shares)[n_rows<R>],
                       const team_warp<E> &warp, int lane) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; r < R; ++r) {
         for (int step = 4; step < 32; step *= 2) {
             st.sum[r] += __shfl_xor_sync(~0u, st.sum[r], step);
         }
         if (g == 0) {
-            shares[warp.first() + warp.member][2 * t + r] = make_float2(st.sum[r], zero[r]);
+            shares[warp.first() + warp.member][R * t + r] = make_float2(st.sum[r], zero[r]);
         }
     }
     warp.meet();
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        float2 total = shares[warp.first()][2 * t + r];
+    for (int r = 0; r < R; ++r) {
+        float2 total = shares[warp.first()][R * t + r];
         for (int k = 1; k < warp.size; ++k) {
-            const float2 other = shares[warp.first() + k][2 * t + r];
+            const float2 other = shares[warp.first() + k][R * t + r];
             total.x += other.x, total.y += other.y;
         }
-        all.head[2 * t + r] = make_float2(st.max[r], total.x);
+        all.head[R * t + r] = make_float2(st.max[r], total.x);
 #pragma unroll
         for (int n = 0; n < warp.channel_chunks; ++n) {
-            *(float4 *)&all.out[2 * t + r][32 * warp.channel_chunk(n) + 4 * g] = channels_of(st.out[n], r, total.y);
+            *(float4 *)&all.out[R * t + r][32 * warp.channel_chunk(n) + 4 * g] = channels_of(st.sums, n, r, total.y);
         }
     }
 }
-template <int E> __device__ void store(sums<E> &all, state<E / 32> &st, int lane) {
+template <int E, int R> __device__ void store(sums<E, R> &all, open_state<E, R> &st, int lane) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; r < R; ++r) {
         for (int step = 4; step < 32; step *= 2) {
             st.sum[r] += __shfl_xor_sync(~0u, st.sum[r], step);
         }
-        all.head[2 * t + r] = make_float2(st.max[r], st.sum[r]);
+        all.head[R * t + r] = make_float2(st.max[r], st.sum[r]);
 #pragma unroll
         for (int c = 0; c < E / 32; ++c) {
-            *(float4 *)&all.out[2 * t + r][32 * c + 4 * g] = channels_of(st.out[c], r, 0.0f);
+            *(float4 *)&all.out[R * t + r][32 * c + 4 * g] = channels_of(st.sums, c, r, 0.0f);
         }
     }
 }
@@ -177,10 +177,10 @@ __device__ void finish_row(float (&x)[E / 32], float sum, float top, const xq_cu
 }
 
 /* Row r of a block: what its teams summed up, and what its warps did over open pages, null: none. */
-template <int E>
-__device__ void join_block(float (&x)[E / 32], float &sum, float &top, const sums<E> *teams, const sums<E> *open,
+template <int E, int R>
+__device__ void join_block(float (&x)[E / 32], float &sum, float &top, const sums<E, R> *teams, const sums<E, R> *open,
                            const decode_call &c, bool rotate, int r, int lane) {
-    constexpr int step = sizeof(sums<E>) / sizeof(float);
+    constexpr int step = sizeof(sums<E, R>) / sizeof(float);
     join_states<E, false>(x, sum, top, teams->out[r], step, &teams->head[r], step / 2, c.n_teams, lane);
     if (rotate) {
         transform_row<E>(x, lane);
@@ -200,9 +200,9 @@ __device__ void join_block(float (&x)[E / 32], float &sum, float &top, const sum
 }
 
 /* Called by all threads of a block at its end.  first: the tile's first row of the KV head. */
-template <int E>
-__device__ void finish_rows(sums<E> *teams, const sums<E> *open, const xq_cuda_layer &l, const xq_cuda_attend_args &a,
-                            const decode_call &c, int first, int nth_stream, int lane) {
+template <int E, int R>
+__device__ void finish_rows(sums<E, R> *teams, const sums<E, R> *open, const xq_cuda_layer &l,
+                            const xq_cuda_attend_args &a, const decode_call &c, int first, int nth_stream, int lane) {
     const int n_warps = blockDim.x / 32, warp = threadIdx.x / 32;
     const int64_t n_all = (int64_t)a.n_streams * a.n_tokens * a.n_head; // rows of a part
     float *out = a.partial;
@@ -212,7 +212,7 @@ __device__ void finish_rows(sums<E> *teams, const sums<E> *open, const xq_cuda_l
                c.rest_of(first + r);
     };
     float x[E / 32], sum, top;
-    const int n = min(n_rows, c.rows_of_head - first);
+    const int n = min(n_rows<R>, c.rows_of_head - first);
 #pragma unroll 1
     for (int r = warp; r < n; r += n_warps) {
         join_block(x, sum, top, teams, open, c, l.plan.v.rotate, r, lane);

@@ -1,0 +1,8 @@
+/* Instances of attend_decode.cuh for heads of 64: at most four query rows of a KV head. */
+#include "attend_decode.cuh"
+
+namespace xq {
+
+template int launch_decode_of<64, true, 1>(const xq_cuda_layer &, const xq_cuda_attend_args &, cudaStream_t);
+
+} // namespace xq
