@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-declare -A tests=([memcheck]="" [racecheck]="not attention and not many_pages and not see_nothing and not borrowed and not mapped")
+declare -A tests=([memcheck]="" [racecheck]="not attention and not many_pages and not see_nothing and not heavier and not borrowed and not mapped")
 for tool in memcheck racecheck; do
   log=$(mktemp)
   echo "== $tool"
