@@ -16,8 +16,8 @@ pytestmark = pytest.mark.cuda
 
 HEADS, N_REP = 2, 4
 # Largest error of an output in units of the largest output, over these cases.  "general" is single precision; "decode"
-# rounds queries, and vectors that are multiplied with codes, to F16, which the constant parts of these keys make felt.
-# Measured: 3.7e-6, 3.2e-3.
+# rounds queries, and vectors that are multiplied with codes, to F16 or 16-bit integers, which the constant parts of
+# these keys make felt.  Measured: 3.7e-6, 3.2e-3.
 TOLERANCE = {"general": 1e-5, "decode": 5e-3}
 
 V = Side(2, 0, "lloyd", "log8", True, eta=0.09)

@@ -49,7 +49,7 @@ bool decode_covers(const xq_cuda_layer &l) {
 int launch_decode(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream) {
     const bool plain = l.plan.k.group == XQ_PAGE && l.plan.k.param == XQ_PARAM_F16 && l.plan.v.param == XQ_PARAM_LOG8 &&
                        a.softcap <= 0.0f && a.max_bias <= 0.0f;
-    const bool few = plain && a.n_tokens * (a.n_head / l.n_head_kv) <= 4;
+    const bool few = plain && a.n_tokens == 1 && a.n_head / l.n_head_kv <= 4;
     if (l.d == 128) {
         return few     ? launch_decode_of<128, true, 1>(l, a, stream)
                : plain ? launch_decode_of<128, true, 2>(l, a, stream)

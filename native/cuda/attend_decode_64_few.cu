@@ -1,4 +1,4 @@
-/* Instances of attend_decode.cuh for heads of 64: at most four query rows of a KV head. */
+/* Instances of attend_decode.cuh for heads of 64: one token, at most four heads to a KV head. */
 #include "attend_decode.cuh"
 
 namespace xq {
