@@ -46,18 +46,19 @@ bool decode_covers(const xq_cuda_layer &l) {
            (v.group == 0 || v.group >= l.e) && !l.mapped && decode_shape_of(l, 2).n_teams > 0;
 }
 
+template <int D>
+static int launch_width(bool plain, const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream) {
+    if (!plain) {
+        return launch_decode_of<D, false, 2>(l, a, stream);
+    }
+    return a.n_tokens == 1 && a.n_head / l.n_head_kv <= 4 ? launch_decode_of<D, true, 1>(l, a, stream)
+                                                          : launch_decode_of<D, true, 2>(l, a, stream);
+}
+
 int launch_decode(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream) {
     const bool plain = l.plan.k.group == XQ_PAGE && l.plan.k.param == XQ_PARAM_F16 && l.plan.v.param == XQ_PARAM_LOG8 &&
                        a.softcap <= 0.0f && a.max_bias <= 0.0f;
-    const bool few = plain && a.n_tokens == 1 && a.n_head / l.n_head_kv <= 4;
-    if (l.d == 128) {
-        return few     ? launch_decode_of<128, true, 1>(l, a, stream)
-               : plain ? launch_decode_of<128, true, 2>(l, a, stream)
-                       : launch_decode_of<128, false, 2>(l, a, stream);
-    }
-    return few     ? launch_decode_of<64, true, 1>(l, a, stream)
-           : plain ? launch_decode_of<64, true, 2>(l, a, stream)
-                   : launch_decode_of<64, false, 2>(l, a, stream);
+    return l.d == 128 ? launch_width<128>(plain, l, a, stream) : launch_width<64>(plain, l, a, stream);
 }
 
 } // namespace xq

@@ -135,8 +135,7 @@ __global__ void __launch_bounds__(32 * max_warps(R, KB + VB), 1)
     __shared__ typename ring_of_team::marks marks;
     __shared__ page_list list;
     __shared__ uint2 shared_q[walk<KB, D>::products][32];
-    __shared__ __align__(8) float2 tops[max_warps(R, KB + VB)][n_rows<R>];
-    __shared__ float2 shares[max_warps(R, KB + VB)][n_rows<R>];
+    __shared__ float2 tops[max_warps(R, KB + VB)][n_rows<R>], shares[max_warps(R, KB + VB)][n_rows<R>];
     const staged &at = c.at;
     const int n_warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const of_team mine = {warp / of_team::size, warp % of_team::size};

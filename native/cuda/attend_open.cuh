@@ -11,7 +11,7 @@ namespace {
 constexpr int piece = 16;
 
 template <int R> using piece_p = half_p<piece, R>;
-template <int E, int R> using open_state = state<half_sums<E / 32, R>, E / 32, R>;
+template <int E, int R> using open_state = state<half_sums<E / 32, R>>;
 
 /* Tokens 2 g and 2 g + 1 of the piece are rows g and g + 8 of operand A; k_rows, v_rows: of its first token. */
 template <int D, int E, int KB, bool PLAIN, int R>

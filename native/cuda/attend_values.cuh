@@ -17,7 +17,7 @@ namespace xq {
 
 namespace {
 
-/* p in shared memory: [n_rows][stride] halves, of four tokens in the order 0, 2, 1, 3: B's. */
+/* p in shared memory: [n_rows][stride] halves, in the order that a product's operand B takes them in. */
 template <int TOKENS, int R> struct half_p {
     static constexpr int stride = TOKENS + 8, bytes = n_rows<R> * stride * (int)sizeof(__half);
     __half *at;
@@ -25,14 +25,21 @@ template <int TOKENS, int R> struct half_p {
     __device__ __half *row(int r) const { return at + r * stride; }
 };
 
+/* No scale of values is as small: 2^-24 is F16's smallest. */
+constexpr int least_exponent = -40;
+
 /* Sums of a lane over CHUNKS times 32 channels, of every 32 its channels 4 g .. 4 g + 3: as products give them. */
 template <int CHUNKS, int R> struct half_sums {
-    float out[CHUNKS][2][4]; // [.][.][0], [2]: the lane's first row; [1], [3]: its second
+    static constexpr int chunks = CHUNKS, rows = R;
+    float out[CHUNKS][2][4] = {};  /* [.][.][0], [2]: the lane's first row; [1], [3]: its second */
+    int exponent = least_exponent; /* of the unit of sums over codes, and of zero */
 
     __device__ float &at(int c, int r, int k) { return out[c][k / 2][k % 2 * 2 + r]; }
 };
 template <int CHUNKS, int R> struct byte_sums {
-    float out[CHUNKS][R][4];
+    static constexpr int chunks = CHUNKS, rows = R;
+    float out[CHUNKS][R][4] = {};
+    float weight[R]; /* of the page at hand, whose p are those of its own maximum, and the unit of its p s */
 
     __device__ float &at(int c, int r, int k) { return out[c][r][k]; }
 };
@@ -42,7 +49,7 @@ template <int CHUNKS, int R> struct byte_sums {
 template <int E, int VB, int R> struct half_values {
     using team = team_warp<E>;
     using walk_of = walk<VB, XQ_PAGE>;
-    using state_of = state<half_sums<team::channel_chunks, R>, team::channel_chunks, R>;
+    using state_of = state<half_sums<team::channel_chunks, R>>;
     using room = half_p<XQ_PAGE, R>; /* of a team */
 
     /* Bits that the codes of tokens 32 c + 4 g .. + 3 are shifted by. */
@@ -62,14 +69,14 @@ template <int E, int VB, int R> struct half_values {
             top = fmaxf(top, fabsf(scale[w]));
         }
         const int exponent = (int)(warp_max(__float_as_uint(top)) >> 23) - 127;
-        if (exponent > st.exponent) { // the same on all lanes of a team
-            const float back = power_of_two(::max(st.exponent - exponent, -126));
+        if (exponent > st.sums.exponent) { // the same on all lanes of a team
+            const float back = power_of_two(::max(st.sums.exponent - exponent, -126));
             for (int r = 0; r < R; ++r) {
                 st.scale(r, back);
             }
-            st.exponent = exponent;
+            st.sums.exponent = exponent;
         }
-        const float unit = power_of_two(13 - st.exponent - shift_of(g)); // products stay below 2^14
+        const float unit = power_of_two(13 - st.sums.exponent - shift_of(g)); // products stay below 2^14
 #pragma unroll
         for (int n = 0; n < team::chunks; ++n) {
             const int first = 32 * warp.chunk(n) + 4 * g;
@@ -108,7 +115,7 @@ template <int E, int VB, int R> struct half_values {
 
     /* Sums to their unit; zero: what is to be added to every channel, this warp's share. */
     static __device__ void finish(state_of &st, float (&zero)[R], int g) {
-        const float unit = power_of_two(st.exponent - 13);
+        const float unit = power_of_two(st.sums.exponent - 13);
 #pragma unroll
         for (int r = 0; r < R; ++r) {
             zero[r] = st.zero[r] * unit * power_of_two(shift_of(g));
@@ -122,23 +129,26 @@ template <int E, int VB, int R> struct half_values {
 
 /* ---- bytes ---- */
 
-/* p s of a page in shared memory: [n_rows][half][low, high bytes][64 tokens].  A product takes eight groups of four
- * tokens that are next to each other in a word of codes or in two words that a lane reads at once. */
+/* p s of a page in shared memory: [n_rows][half][low, high bytes][64 tokens].  Tokens come in fours, quads; product k
+ * of lane t takes quad first(t) + k and, of the other half, the one `apart` further on: of the same words of codes
+ * where VB is 1, else of the same place in others. */
 template <int VB, int R> struct byte_p {
-    static constexpr int stride = 2 * XQ_PAGE + 32, bytes = n_rows<R> * stride;
+    static constexpr int half = XQ_PAGE, high = half / 2, stride = 2 * half + 32, bytes = n_rows<R> * stride;
+    static constexpr int apart = VB == 1 ? 4 : 16;
     uint8_t *at;
 
-    /* Of the tokens 4 quad .. 4 quad + 3; high bytes 64 further on. */
+    static __device__ int first(int t) { return 8 / VB * t; }
+    /* Low bytes of a quad; its high ones are `high` further on. */
     __device__ uint8_t *quad(int row, int quad) const {
-        const int half = VB == 1 ? quad / 4 % 2 : quad / 16, place = VB == 1 ? quad / 8 * 4 + quad % 4 : quad % 16;
-        return at + row * stride + 128 * half + 4 * place;
+        const int nth = VB == 1 ? quad / 4 % 2 : quad / 16, place = VB == 1 ? quad / 8 * 4 + quad % 4 : quad % 16;
+        return at + row * stride + half * nth + 4 * place;
     }
 };
 
 template <int E, int VB, int R> struct byte_values {
     using team = team_warp<E>;
     using walk_of = walk<VB, XQ_PAGE>;
-    using state_of = state<byte_sums<team::channel_chunks, R>, team::channel_chunks, R>;
+    using state_of = state<byte_sums<team::channel_chunks, R>>;
     using room = byte_p<VB, R>;
 
     /* Planes of a nibble: codes of the high one are shifted down first. */
@@ -159,7 +169,7 @@ template <int E, int VB, int R> struct byte_values {
             const float safe = max[r] == -INFINITY ? 0.0f : max[r];
             const float weight = max[r] == -INFINITY ? 0.0f : quick_exp2(max[r] - st.max[r]);
             st.sum[r] += weight * exponentiate(s[r], to.factor[r], to.constant[r] - safe);
-            st.weight[r] = weight * power_of_two(exponent - top_bits);
+            st.sums.weight[r] = weight * power_of_two(exponent - top_bits);
         }
         // 2^((e - 161) / 8 + 15 - exponent - shift); 0x4b0000ee is 2^23 + e
         const float constant = (float)(top_bits - exponent - shift_of(g)) - log8_zero * 0.125f - 1048576.0f;
@@ -182,7 +192,7 @@ template <int E, int VB, int R> struct byte_values {
                 const uint32_t a = __byte_perm(x[0], x[1], 0x5140), b = __byte_perm(x[2], x[3], 0x5140);
                 uint8_t *at = p.quad(R * t + r, quad);
                 *(uint32_t *)at = __byte_perm(a, b, 0x5410);
-                *(uint32_t *)(at + 64) = __byte_perm(a, b, 0x7632);
+                *(uint32_t *)(at + p.high) = __byte_perm(a, b, 0x7632);
             }
         }
     }
@@ -194,9 +204,9 @@ template <int E, int VB, int R> struct byte_values {
         uint4 b[R][2];
 #pragma unroll
         for (int r = 0; r < R; ++r) { // columns: low and high bytes of a row, four rows
-            const uint8_t *at = p.at + (R * (g / 2) + r) * p.stride + 64 * (g % 2) + 16 * t;
+            const uint8_t *at = p.at + (R * (g / 2) + r) * p.stride + p.high * (g % 2) + 16 * t;
             b[r][0] = *(const uint4 *)at;
-            b[r][1] = *(const uint4 *)(at + 128);
+            b[r][1] = *(const uint4 *)(at + p.half);
         }
 #pragma unroll
         for (int n = 0; n < team::channel_chunks; ++n) {
@@ -221,7 +231,7 @@ template <int E, int VB, int R> struct byte_values {
 #pragma unroll
                 for (int r = 0; r < R; ++r) {
                     for (int k = 0; k < 2; ++k) {
-                        st.sums.out[n][r][w + k] += st.weight[r] * (float)(y[r][2 * k] + 256 * y[r][2 * k + 1]);
+                        st.sums.out[n][r][w + k] += st.sums.weight[r] * (float)(y[r][2 * k] + 256 * y[r][2 * k + 1]);
                     }
                 }
             }
@@ -248,17 +258,17 @@ template <int E, int VB, int R> struct byte_values {
             int total = 0;
 #pragma unroll
             for (int k = 0; k < share; ++k) {
-                const int quad = VB == 1 ? 8 * t + first + k : 4 * t + first + k, other = quad + (VB == 1 ? 4 : 16);
                 const auto centre = [&](int quad) {
                     return *(const uint32_t *)(param + XQ_PAGE + 4 * quad) ^ 0x80808080u;
                 };
-                const uint8_t *at = p.at + (R * (g / 2) + r) * p.stride + 64 * (g % 2) + 16 * t + 4 * (first + k);
+                const int quad = p.first(t) + first + k;
+                const uint8_t *at = p.at + (R * (g / 2) + r) * p.stride + p.high * (g % 2) + 16 * t + 4 * (first + k);
                 int y[4] = {}; // rows g: centres, rows g + 8: 1
-                multiply_bytes(y, centre(quad), 0x01010101u, centre(other), 0x01010101u, *(const uint32_t *)at,
-                               *(const uint32_t *)(at + 128));
+                multiply_bytes(y, centre(quad), 0x01010101u, centre(quad + p.apart), 0x01010101u, *(const uint32_t *)at,
+                               *(const uint32_t *)(at + p.half));
                 total += (y[0] + 256 * y[1] - n * (y[2] + 256 * y[3])) * (1 << shift_of(k));
             }
-            st.zero[r] += st.weight[r] * power_of_two(shift_of(first) - 3) * (float)total;
+            st.zero[r] += st.sums.weight[r] * power_of_two(shift_of(first) - 3) * (float)total;
         }
     }
 };

@@ -14,8 +14,6 @@
 namespace xq {
 
 constexpr float log2e = 1.44269504f;
-/* No scale of values is as small: 2^-24 is F16's smallest. */
-constexpr int least_exponent = -40;
 
 /* 2^x within 2^-22; 0 below the smallest normal number. */
 __device__ inline float quick_exp2(float x) {
@@ -24,15 +22,13 @@ __device__ inline float quick_exp2(float x) {
     return y;
 }
 
-/* Running softmax over pages and CHUNKS times 32 channels, of which SUMS says where they lie. */
-template <typename SUMS, int CHUNKS, int R> struct state {
+/* Running softmax over pages, R query rows and the channels that SUMS holds. */
+template <typename SUMS> struct state {
+    static constexpr int R = SUMS::rows;
     float max[R], sum[R], zero[R]; /* sum, zero, p times zero points: this lane's share */
     SUMS sums;
-    float weight[R]; /* of the page at hand, where p is that of its own maximum */
-    int exponent;    /* of the unit of sums and zero, where p s are rounded to F16 */
 
     __device__ void clear() {
-        exponent = least_exponent;
         for (int r = 0; r < R; ++r) {
             max[r] = -INFINITY;
             sum[r] = zero[r] = 0.0f;
@@ -42,7 +38,7 @@ template <typename SUMS, int CHUNKS, int R> struct state {
     __device__ void scale(int r, float by) {
         zero[r] *= by;
 #pragma unroll
-        for (int c = 0; c < CHUNKS; ++c) {
+        for (int c = 0; c < SUMS::chunks; ++c) {
             for (int k = 0; k < 4; ++k) {
                 sums.at(c, r, k) *= by;
             }
@@ -124,8 +120,7 @@ template <int R, int N> __device__ inline void score_max(float (&max)[R], const 
 }
 
 /* Raises the running maximum of each row to at least max. */
-template <typename SUMS, int CHUNKS, int R>
-__device__ inline void raise_max(state<SUMS, CHUNKS, R> &st, const float (&max)[R]) {
+template <typename SUMS, int R> __device__ inline void raise_max(state<SUMS> &st, const float (&max)[R]) {
     if (__any_sync(~0u, max[0] > st.max[0] || max[R - 1] > st.max[R - 1])) {
         for (int r = 0; r < R; ++r) {
             const float top = fmaxf(st.max[r], max[r]);
@@ -149,8 +144,8 @@ template <int N> __device__ inline float exponentiate(float (&s)[N], float facto
 }
 
 /* s [row][N]: scores become 2^(score - maximum so far). */
-template <typename SUMS, int CHUNKS, int R, int N>
-__device__ inline void exponentiate(state<SUMS, CHUNKS, R> &st, float (&s)[R][N], const affine<R> &to) {
+template <typename SUMS, int R, int N>
+__device__ inline void exponentiate(state<SUMS> &st, float (&s)[R][N], const affine<R> &to) {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
         const float safe = st.max[r] == -INFINITY ? 0.0f : st.max[r];
