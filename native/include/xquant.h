@@ -173,6 +173,153 @@ XQ_API int xq_predict_v(const xq_side *source, int32_t e, const uint8_t *codes, 
  */
 XQ_API int xq_hadamard(float *x, int32_t n_rows, int32_t n);
 
+/* ---- storage ---- */
+
+/* Where a page of a cache lies: an entry of a page table is a slot of open pages, or one of these. */
+enum xq_slot {
+    XQ_SLOT_SEALED = -1, /* in codes */
+    XQ_SLOT_NONE = -2,   /* nowhere: it has no cells */
+};
+
+enum xq_limit {
+    XQ_MOVE_WORDS = 7,          /* int32 of a move: stream, page, slot, valid[4] */
+    XQ_CPU_GROUP_ROWS = 64,     /* query rows of a KV head that share one pass over the pages */
+    XQ_CUDA_GROUP_ROWS = 8,     /* likewise */
+    XQ_CUDA_PART_PAGES = 1024,  /* pages that a part of attention may have */
+};
+
+/* One side of a layer: where its pages lie, of every stream and KV head.  Bytes of page p of KV head h of stream s:
+ *
+ *     codes + s * codes_stream + h * codes_head + p * codes_page       its own, or those of the layer it borrows from
+ *     param + s * param_stream + h * param_head + p * param_page
+ *
+ * and F16 rows [XQ_PAGE][width] of the open page in slot n:  rows + s * rows_stream + h * rows_head + n * XQ_PAGE * width
+ */
+typedef struct xq_side_store {
+    xq_side plan;
+    int32_t width;                                /* d or e */
+    uint8_t *codes, *param;                       /* null where absent */
+    int64_t codes_page, codes_head, codes_stream; /* bytes */
+    int64_t param_page, param_head, param_stream; /* bytes */
+    uint16_t *rows;
+    int64_t rows_head, rows_stream; /* elements */
+} xq_side_store;
+
+/* One layer.  On a GPU every pointer to data is a device pointer. */
+typedef struct xq_store {
+    int32_t n_head_kv, n_pages, n_slots, n_streams;
+    xq_side_store k, v;
+    int32_t mapped;           /* 1: V is what a map of `source` leaves over */
+    xq_side_store source;     /* the values that the map reads, with own codes, as wide as V; no rows */
+    const int32_t *map_heads; /* [KV head]: of the source */
+    const float *map;         /* [KV head][e of the source][e] */
+} xq_store;
+
+/* Shape of a layer's storage, in elements of its kind. */
+typedef struct xq_shape {
+    int32_t d, e, n_head_kv, n_pages, n_slots, n_streams;
+} xq_shape;
+
+/* A store of a layer with own codes over two areas of memory (host or device; they are not looked at):
+ *
+ *     blocks  [stream][KV head][page][block of xq_block_layout]; null: the layer never seals
+ *     rows    F16 [stream], of each: K [KV head][slot][XQ_PAGE][d], then V [KV head][slot][XQ_PAGE][e]
+ *
+ * with blocks_stream and rows_stream bytes from stream to stream. */
+XQ_API int xq_store_init(xq_store *store, const xq_layer *layer, const xq_shape *shape, uint8_t *blocks,
+                         int64_t blocks_stream, uint16_t *rows, int64_t rows_stream);
+/* Bytes of blocks and of rows of one stream. */
+XQ_API int64_t xq_store_block_bytes(const xq_layer *layer, const xq_shape *shape);
+XQ_API int64_t xq_store_row_bytes(const xq_shape *shape);
+/* K's or V's codes are those that another layer stores. */
+XQ_API int xq_store_borrow(xq_store *store, int32_t is_k, const xq_store *owner);
+/* V is what a map of another layer's values leaves over. */
+XQ_API int xq_store_map(xq_store *store, const xq_store *source, const int32_t *heads, const float *map);
+
+/* ---- five verbs over a store, on any backend ---- */
+
+/* Where a verb runs.  CPU: this is thread ith of nth, and each of them makes the same call.  CUDA: work is enqueued on a
+ * stream, and the call returns at once; nothing is allocated and nothing waits; launches depend on shapes alone, so that
+ * they can be captured in a CUDA graph. */
+typedef struct xq_exec {
+    int32_t ith, nth;
+    void *cuda_stream;
+} xq_exec;
+
+/* Changes pages: seals some, unseals some, writes rows.  Moves and rows of one call name different pages and slots. */
+typedef struct xq_update_args {
+    const int32_t *seals;   /* [n_seals][XQ_MOVE_WORDS]: the open page in a slot becomes codes; bit t of valid: token t
+                               counts, others are given the value of the first one that does */
+    const int32_t *unseals; /* [n_unseals][XQ_MOVE_WORDS]: a sealed page becomes rows in a slot; valid is not looked at */
+    int32_t n_seals, n_unseals;
+    const int32_t *rows;        /* [n_tokens]: (stream * n_slots + slot) * XQ_PAGE + token of the page */
+    const float *k_cur, *v_cur; /* [token][KV head][d or e] */
+    int64_t k_head_stride, k_token_stride, v_head_stride, v_token_stride; /* bytes */
+    int32_t n_tokens;
+    uint64_t *n_nonfinite; /* [1]: grows by the number of values that were not finite */
+} xq_update_args;
+
+/* Attention of all heads over the pages of some streams. */
+typedef struct xq_attend_args {
+    const float *q;                                /* [stream][token][head][d] */
+    int64_t q_head_stride, q_token_stride;         /* bytes */
+    const uint16_t *mask;                          /* F16 [stream][token][n_kv_pages * XQ_PAGE]; null: all is visible */
+    int64_t mask_token_stride, mask_stream_stride; /* bytes */
+    const int32_t *table;                /* [stream of the cache][store.n_pages]: slot, or an xq_slot */
+    const int32_t *first_stream;         /* [1]: stream of the cache that stream 0 of q is; null: 0 */
+    int32_t n_head, n_tokens, n_streams; /* n_tokens: of each stream */
+    int32_t n_kv_pages;                  /* pages that are looked at */
+    float scale;                         /* of q . k */
+    float softcap;                       /* > 0: score = softcap * tanh(score / softcap) */
+    float max_bias;                      /* > 0: ALiBi */
+    const float *sinks;                  /* [head] scores that take part in the sum; null: none */
+    int32_t n_parts;                     /* parts that the pages of a KV head are split into */
+    int32_t after_update; /* 1: the launch before this one on the CUDA stream is an update that moved no pages, and all
+                             else that is read was written before it: attention may overtake it */
+    float *partial;       /* room for xq_attend_states() numbers */
+    uint32_t *arrivals; /* [stream][group of query rows of a KV head][KV head]: 0, and 0 again afterwards; not looked at
+                           for one part */
+    float *out;         /* [stream][token][head][e] */
+} xq_attend_args;
+
+/* Numbers of the states of all parts: [part][stream][token][head][2 e + 2, mapped: 3 e + 2]: the maximum score, the sum of
+ * p, the sum of p v over sealed pages as they are stored, over open ones, and of p u over the source's. */
+XQ_API int64_t xq_attend_states(const xq_store *store, const xq_attend_args *args);
+
+/* Pages as F16 rows again. */
+typedef struct xq_unpack_args {
+    const int32_t *table, *first_stream; /* as above */
+    int32_t n_streams, n_kv_pages;
+    int32_t is_k, first_head, n_heads; /* KV heads that are wanted */
+    uint16_t *rows;                    /* F16 [stream][n_kv_pages * XQ_PAGE][n_heads][d or e]; pages without cells: 0 */
+} xq_unpack_args;
+
+/* Keys of a few pages as F32 and back, for a context shift between the two. */
+typedef struct xq_keys_args {
+    const int32_t *pages;              /* [n_pages][XQ_MOVE_WORDS]; slot: or XQ_SLOT_SEALED */
+    float *keys;                       /* F32 [page][token of the page][KV head][d] */
+    int64_t head_stride, token_stride; /* bytes */
+    int32_t n_pages;
+} xq_keys_args;
+
+/* A backend: XQ_OK or a negative status; error() then says why, on the same thread. */
+typedef struct xq_backend {
+    const char *name;
+    const char *(*error)(void);
+    int (*update)(const xq_store *store, const xq_update_args *args, const xq_exec *exec);
+    int (*attend)(const xq_store *store, const xq_attend_args *args, const xq_exec *exec);
+    int (*unpack)(const xq_store *store, const xq_unpack_args *args, const xq_exec *exec);
+    int (*read_keys)(const xq_store *store, const xq_keys_args *args, const xq_exec *exec);
+    int (*write_keys)(const xq_store *store, const xq_keys_args *args, const xq_exec *exec);
+    /* Which kernel attend takes for a store: the kernel set, "decode" (tensor cores) or "general". */
+    const char *(*attend_kernel)(const xq_store *store);
+} xq_backend;
+
+/* The CPU backend of libxquant; the scalar kernel set is its reference. */
+XQ_API const xq_backend *xq_cpu(void);
+/* The CUDA backend of libxquant_cuda; the general kernel is its reference. */
+XQ_API const xq_backend *xq_cuda(void);
+
 /* ---- attention ---- */
 
 /* One KV head of one layer over a range of pages, for query rows that share the head. */
