@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import gpu
-
+from support import gpu
 from xquant_gguf.cli.text import table
 from xquant_gguf.plan import PAGE, Layer, Side
 

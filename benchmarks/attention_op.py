@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from op_graph import F16, F32, Q4_0, Q8_0, Graph, load, read_speed, timed
 
+from op_graph import F16, F32, Q4_0, Q8_0, Graph, load, read_speed, timed
 from xquant_gguf import codec, native
 from xquant_gguf.cli.text import table
 from xquant_gguf.plan import PAGE, Side, side_to_c

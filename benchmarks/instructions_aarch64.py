@@ -13,9 +13,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import emulated
-from test_attention import Case, Head
-
+from support import emulated
+from support.attention_cases import Case, Head
 from xquant_gguf.plan import PAGE, Side
 
 V = Side(2, 0, "lloyd", "log8", True)

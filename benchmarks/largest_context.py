@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import gpu
-
+from support import gpu
 from xquant_gguf import fork
 from xquant_gguf.cli.text import table
 from xquant_gguf.sizes import LLAMA_TYPES, DryModel, llama_cpp, override_array

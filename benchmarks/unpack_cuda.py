@@ -13,8 +13,8 @@ import argparse
 from typing import Any
 
 import numpy as np
-from attention_cuda import COPIES, HEADS, WIDTH, copy_bandwidth, gpu, milliseconds, sealed_layer, table
 
+from attention_cuda import COPIES, HEADS, WIDTH, copy_bandwidth, gpu, milliseconds, sealed_layer, table
 from xquant_gguf.plan import PAGE, Layer, Side
 
 

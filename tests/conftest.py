@@ -8,10 +8,10 @@ from pathlib import Path
 # before numpy is imported: its threads and those of llama.cpp would wait for each other on a small machine
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import fetch_model
-import gpu
 import pytest
-import tiny_gguf
+
+import fetch_model
+from support import gpu, tiny_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
 

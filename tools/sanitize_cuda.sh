@@ -11,6 +11,6 @@ for tool in memcheck racecheck; do
   log=$(mktemp)
   echo "== $tool"
   compute-sanitizer --tool "$tool" --error-exitcode 7 --kernel-regex kns=xq --log-file "$log" \
-    python3 -m pytest -q -m cuda tests/test_cuda_kernels.py -k "${tests[$tool]}" "$@" || { cat "$log"; exit 1; }
+    python3 -m pytest -q -m cuda tests/kernels/test_cuda_kernels.py -k "${tests[$tool]}" "$@" || { cat "$log"; exit 1; }
   tail -n 1 "$log"
 done

@@ -13,8 +13,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import tiny_gguf
-
+from support import tiny_gguf
 from xquant_gguf.metadata import Provenance, copy_with_keys, plan_file, plan_keys
 from xquant_gguf.plan import Plan, Side, ValueMap
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_gguf
-from contexts import Context, llama_cpp
-from tiny_gguf import MODELS
 
+from support import tiny_gguf
+from support.contexts import Context, llama_cpp
+from support.tiny_gguf import MODELS
 from xquant_gguf import Llama
 
 # llama.cpp restores the F16 cells of sliding layers elsewhere, where they are summed up in another order (2e-4).

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import prepare_llama
 import pytest
+
+import prepare_llama
 
 
 def insertions() -> list[tuple[str, str, str, str]]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import tiny_gguf
 
+from support import tiny_gguf
 from xquant_gguf import Llama
 
 N_EMBD, N_FF = 64, 96

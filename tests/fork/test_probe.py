@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
-import tiny_gguf
 
+from support import oracle, tiny_gguf
 from xquant_gguf import codec
 from xquant_gguf.plan import PAGE, Layer, Plan
 from xquant_gguf.probe import Probe, Rows

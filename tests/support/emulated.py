@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from xquant_gguf import native
 from xquant_gguf.plan import PAGE, Side, side_to_c
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 SYSTEM = "/usr/aarch64-linux-gnu"
 # beside the interpreter first: a virtual environment that was not activated
 PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from xquant_gguf import native
 from xquant_gguf.plan import PAGE, Layer, Side, side_to_c
 
-HEADER = Path(__file__).parent.parent / "native" / "cuda" / "xquant_cuda.h"
+HEADER = Path(__file__).resolve().parent.parent.parent / "native" / "cuda" / "xquant_cuda.h"
 SEALED, FREE = -1, -2
 
 

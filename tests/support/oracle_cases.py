@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiny_gguf
 from numpy.typing import NDArray
-from oracle import PAGE, Array, Oracle
-from tiny_gguf import Shape
 
+from support import tiny_gguf
+from support.oracle import PAGE, Array, Oracle
+from support.tiny_gguf import Shape
 from xquant_gguf import Llama, native
 from xquant_gguf.plan import Layer, Plan, Side
 

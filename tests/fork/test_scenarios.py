@@ -6,6 +6,7 @@ one go, so that what is compared is the operation and not the loss of the type.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import threading
 from collections.abc import Callable, Sequence
@@ -15,14 +16,13 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-import test_images
-import tiny_gguf
-from contexts import Context
 from llama_cpp.llama_cache import LlamaDiskCache, LlamaRAMCache
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 from numpy.typing import NDArray
-from tiny_gguf import text
 
+from support import tiny_gguf
+from support.contexts import Context
+from support.tiny_gguf import text
 from xquant_gguf import Llama
 from xquant_gguf.llama import llama_cpp
 
@@ -356,8 +356,8 @@ def test_models_and_contexts_in_any_order_and_from_several_threads(folder: Path,
         contexts[i].close()
 
 
-# Rows of the README's table, and the tests that each stands for.
-TABLE = {
+# Rows of the README's table, and the tests that each stands for; those of another file by their names.
+TABLE: dict[str, list[Callable[..., None] | str]] = {
     "remove a head, middle or tail; copy, keep, shift and divide positions": [test_operations_on_a_sequence],
     "several sequences in a batch, one cache or one stream each": [test_several_sequences_in_one_batch],
     "a full cache is an error, and the context goes on": [test_a_full_cache_is_an_error_and_the_context_goes_on],
@@ -372,7 +372,7 @@ TABLE = {
         test_embeddings, test_logits_of_all_tokens, test_grammar, test_lora,
     ],
     "embeddings as input, attention in both directions": [test_embeddings_as_input],
-    "prompts with images, by llama_cpp's handlers": [test_images.test_a_question_about_an_image],
+    "prompts with images, by llama_cpp's handlers": ["test_images.test_a_question_about_an_image"],
     "several models and contexts, any order, several threads": [
         test_models_and_contexts_in_any_order_and_from_several_threads,
     ],
@@ -381,8 +381,19 @@ TABLE = {
 OURS_ALONE = {"copy a part of a sequence between streams"}
 
 
+def arguments(test: Callable[..., None] | str) -> set[str]:
+    """Names of what a test asks for, here or in a file beside this one."""
+    if not isinstance(test, str):
+        return set(inspect.signature(test).parameters)
+    file, name = test.split(".")
+    tree = ast.parse(Path(__file__).with_name(f"{file}.py").read_text())
+    (found,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return {argument.arg for argument in found.args.args}
+
+
 def test_the_table_in_the_readme_says_what_is_tested() -> None:
-    section = (Path(__file__).parent.parent / "README.md").read_text().split("## Operations\n")[1].split("\n## ")[0]
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    section = readme.split("## Operations\n")[1].split("\n## ")[0]
     table = section[section.index("|") :].split("\n\n")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert rows[0][1:] == ["F16", "q8_0", "q4_0", "XQuant"]
@@ -390,5 +401,5 @@ def test_the_table_in_the_readme_says_what_is_tested() -> None:
     for name, *cells in rows[2:]:
         assert cells[3].startswith("yes")
         assert set(cells[:3]) == {"yes" if name in TABLE else "no, stops the process"}
-    fixtures = [inspect.signature(test).parameters for tests in TABLE.values() for test in tests]
+    fixtures = [arguments(test) for tests in TABLE.values() for test in tests]
     assert all("kv_type" in names or "make" in names for names in fixtures)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 import shift
 import soak
-import tiny_gguf
+from support import tiny_gguf
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_gguf
-from contexts import Context, Logits, llama_cpp
-from tiny_gguf import MODELS
 
+from support import tiny_gguf
+from support.contexts import Context, Logits, llama_cpp
+from support.tiny_gguf import MODELS
 from xquant_gguf import Llama, fork
 
 TOKENS = np.random.default_rng(12).integers(3, tiny_gguf.N_VOCAB, 1400).tolist()
@@ -63,7 +63,7 @@ def test_other_caches_stop_where_ours_copies_a_part(paths: dict[str, Path], kv_t
     program = """
 import sys
 from pathlib import Path
-from contexts import Context, llama_cpp
+from support.contexts import Context, llama_cpp
 with Context(Path(sys.argv[1]), sys.argv[2], n_ctx=4096, n_seq=2, unified=False) as context:
     context.decode([5] * 600, 0, [0])
     print("copies", flush=True)

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_gguf
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from support import tiny_gguf
 from xquant_gguf import Llama, fork
 from xquant_gguf.gguf_file import GGUFFile
 from xquant_gguf.llama import llama_cpp

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import real_rows
 
+from support import real_rows
 from xquant_gguf import codec
 
 SETS = codec.kernel_sets()

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_gguf
-from contexts import Context, Logits, llama_cpp
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from oracle import Array, rms_norm, rope
+
+from support import tiny_gguf
+from support.contexts import Context, Logits, llama_cpp
+from support.oracle import Array, rms_norm, rope
 
 SHAPE = tiny_gguf.Shape(n_layer=1)
 N_CTX = 1024

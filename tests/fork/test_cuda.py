@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gpu
 import numpy as np
 import pytest
-import tiny_gguf
-from contexts import Context
 from numpy.typing import NDArray
-from oracle_cases import (
+
+from support import gpu, tiny_gguf
+from support.contexts import Context
+from support.oracle_cases import (
     CASES,
     Bounds,
     Case,
@@ -24,7 +24,6 @@ from oracle_cases import (
     seeing_codes,
     tokens,
 )
-
 from xquant_gguf import Llama, native, synthetic
 from xquant_gguf.evaluate import evaluate
 from xquant_gguf.sizes import llama_cpp

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_gguf
 from llama_cpp.llama_chat_format import Llava15ChatHandler
 from matplotlib.image import imsave
 from numpy.typing import NDArray
 
+from support import tiny_gguf
 from xquant_gguf import Llama
 
 SHAPE = tiny_gguf.Shape()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_gguf
 
+from support import tiny_gguf
 from xquant_gguf import codec
 from xquant_gguf.calibrate import Budget, calibrate, fit_map
 from xquant_gguf.cli import main

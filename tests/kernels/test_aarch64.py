@@ -8,12 +8,12 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import emulated
 import numpy as np
 import pytest
-from test_attention import CASES, TOLERANCE, Array, Case, Head, expected
-from test_codec import GOLDEN, KINDS, Rows, made_rows
 
+from support import emulated
+from support.attention_cases import CASES, TOLERANCE, Array, Case, Head, expected
+from support.codec_rows import GOLDEN, KINDS, Rows, made_rows
 from xquant_gguf import codec, reference
 from xquant_gguf.plan import PAGE, Side
 

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from tiny_gguf import Shape, Weights
 
+from support.tiny_gguf import Shape, Weights
 from xquant_gguf import reference
 from xquant_gguf.plan import Layer
 

@@ -11,8 +11,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from oracle import PAGE, Array, Oracle, rope
-from oracle_cases import (
+
+from support.oracle import PAGE, Array, Oracle, rope
+from support.oracle_cases import (
     CASES,
     MODELS,
     OPEN,
@@ -28,7 +29,6 @@ from oracle_cases import (
     seeing_codes,
     weights,
 )
-
 from xquant_gguf import Llama, native
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_gguf
-from contexts import Context, Logits, llama_cpp
 
+from support import tiny_gguf
+from support.contexts import Context, Logits, llama_cpp
 from xquant_gguf import fork
 from xquant_gguf.plan import PAGE, Plan
 from xquant_gguf.plan import Shape as KvShape

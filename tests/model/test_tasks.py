@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_gguf
 
+from support import tiny_gguf
 from xquant_gguf import Llama
 from xquant_gguf.cli import main
 from xquant_gguf.evaluate import log_probabilities

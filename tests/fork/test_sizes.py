@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_gguf
 
+from support import tiny_gguf
 from xquant_gguf import Llama
 from xquant_gguf.sizes import DryModel, inspect_cache, llama_cpp, xquant_overrides
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import gpu
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from support import gpu
 from xquant_gguf import reference
 from xquant_gguf.plan import PAGE, Layer, Side
 

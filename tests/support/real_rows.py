@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
-from test_attention import Case, Head, attend, expected
 
+from support.attention_cases import Case, Head, attend, expected
 from xquant_gguf import codec, reference
 from xquant_gguf.plan import PAGE, Layer, Plan
 from xquant_gguf.probe import Probe
