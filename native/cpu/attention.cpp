@@ -1,5 +1,5 @@
-/* attention.cpp: attention's part of the ABI: checks the arguments, calls the kernel set in force, merges states. */
-#include "attention_pages.h"
+/* attention.cpp: the former per-head ABI of attention over today's kernels, until nobody calls it. */
+#include "kernels.h"
 
 #include <algorithm>
 #include <cmath>
@@ -42,15 +42,34 @@ int xq_attend(const xq_attention *a) {
         return XQ_ERR_KERNELS;
     }
     set->calls->fetch_add(1, std::memory_order_relaxed);
-    xq_attention args = *a;
     // there is nothing to step over where there are no codes
-    args.k_codes_stride = a->k.bits == 0 ? 0 : a->k_codes_stride;
-    args.v_codes_stride = a->v.bits == 0 ? 0 : a->v_codes_stride;
-    args.source_codes_stride = a->source.bits == 0 ? 0 : a->source_codes_stride;
-    set->attend(args);
+    const auto view = [](const xq_side &side, int32_t width, const uint8_t *codes, int64_t codes_page,
+                         const uint8_t *param, int64_t param_page, const uint16_t *rows) {
+        return side_view{
+            side,       width,           (uint8_t *)codes, (uint8_t *)param, side.bits == 0 ? 0 : codes_page,
+            param_page, (uint16_t *)rows};
+    };
+    attention b = {};
+    b.k = view(a->k, a->d, a->k_codes, a->k_codes_stride, a->k_param, a->k_param_stride, a->k_window);
+    b.v = view(a->v, a->e, a->v_codes, a->v_codes_stride, a->v_param, a->v_param_stride, a->v_window);
+    b.source = view(a->source, a->e, a->source_codes, a->source_codes_stride, a->source_param, a->source_param_stride,
+                    nullptr);
+    b.mapped = a->mapped != 0;
+    b.page_slot = a->page_slot;
+    b.page_begin = a->page_begin;
+    b.page_end = a->page_end;
+    b.scale = a->scale;
+    b.softcap = a->softcap;
+    for (int32_t first = 0; first < a->n_rows; first += XQ_CPU_GROUP_ROWS) {
+        b.n_rows = std::min<int32_t>(XQ_CPU_GROUP_ROWS, a->n_rows - first);
+        b.q = a->q + first;
+        b.mask = a->mask ? a->mask + first : nullptr;
+        b.slope = a->slope ? a->slope + first : nullptr;
+        b.states = a->partial + first;
+        set->attend(b);
+    }
     return XQ_OK;
 }
-
 int xq_attention_merge(int32_t n_parts, const float *const *partial, int32_t e, int32_t rotate, float sink,
                        const float *weight, float *out) {
     if (n_parts < 1 || !partial || !out || !width_ok(e)) {

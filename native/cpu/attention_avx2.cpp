@@ -8,9 +8,9 @@
 
 namespace xq {
 
-namespace avx2_attention {
+namespace {
 
-#include "attention_x86_sealed.h"
+#include "attention_sealed.h"
 
 struct avx2_set : open_pages, sealed_pages {
     static bool softmax(float *s, float scale, float softcap, const uint16_t *mask, float slope, float *max,
@@ -44,16 +44,16 @@ struct avx2_set : open_pages, sealed_pages {
             }
         }
         const __m256 total = _mm256_add_ps(totals[0], totals[1]);
-        *sum = (highest > *max ? *sum * std::exp(*max - highest) : *sum) + horizontal_sum(total);
+        *sum = (highest > *max ? *sum * expf(*max - highest) : *sum) + horizontal_sum(total);
         *max = highest;
         return true;
     }
 };
 
-} // namespace avx2_attention
+} // namespace
 
-void attend_avx2(const xq_attention &args) {
-    attend<avx2_attention::avx2_set>(args);
+void attend_avx2(const attention &args) {
+    attend<avx2_set>(args);
 }
 
 } // namespace xq

@@ -1,5 +1,4 @@
-/* codec_lanes.h: the codec, a vector of groups at a time: one group a lane.  Compiled once per kernel set, in its
- * namespace.
+/* codec_lanes.h: the codec, a vector of groups at a time: one group a lane.  Compiled once per kernel set.
  *
  *     seal:    zero, scale from the group's values;  code = round((x - zero) / scale), clamped to 0 .. 2^B - 1
  *     unseal:  x^ = zero + scale * code       (XQ_PARAM_LOG8: centre + scale * (code - (2^B - 1) / 2))
@@ -8,13 +7,12 @@
  * that lanes are the rows i and elements the columns j of the code matrix of xquant.h.  Every lane goes through the
  * same sequence of single-precision operations (sums in the order of j, nothing contracted), so that all sets and
  * reference.py give the same bytes.  A vector is as wide as the set's registers: compilers take wider ones apart,
- * element by element.  Codes are packed 16 rows i at a time.  Scratch lies on the stack: 24 KiB at most.
+ * element by element.  Codes are packed 16 rows i at a time.  Scratch lies on the stack: 49 KiB at most, by values.
  */
 #include "codec_format.h"
 #include "half.h"
 #include "kernels.h"
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 #if defined(XQ_SET_AVX2)
@@ -24,7 +22,7 @@
 #endif
 
 namespace xq {
-namespace XQ_SET { // the name of the kernel set that includes this file
+namespace {
 
 #if defined(XQ_SET_AVX2)
 constexpr int n_lanes = 8;
@@ -317,5 +315,5 @@ static inline parameters load_parameters(const xq_side &side, const uint8_t *at,
     return p;
 }
 
-} // namespace XQ_SET
+} // namespace
 } // namespace xq
