@@ -72,11 +72,12 @@ inline bool accepts_side(const char *name, const xq_side_store &side, bool is_k,
            !fail(XQ_ERR_ARGUMENT, "store: %s.codes must not be null for %d bits", name, side.plan.bits);
 }
 
-/* The values that a map of the store reads. */
-inline bool accepts_source(const xq_store &store) {
+/* The values that a map of the store reads; seals: whether the layer ever seals, and its source with it. */
+inline bool accepts_source(const xq_store &store, bool seals) {
     const xq_side_store &source = store.source;
-    return none_null("store", {{"map_heads", store.map_heads}, {"map", store.map}, {"source.param", source.param}}) &&
-           accepts_side("source", source, false, true) &&
+    return none_null("store", {{"map_heads", store.map_heads}, {"map", store.map}}) &&
+           (!seals || none_null("store", {{"source.param", source.param}})) &&
+           accepts_side("source", source, false, source.param != nullptr) &&
            (source.width == store.v.width ||
             !fail(XQ_ERR_ARGUMENT, "store: source.width is %d, must be v.width, %d", source.width, store.v.width)) &&
            (source.plan.owner < 0 ||
@@ -99,7 +100,7 @@ inline bool accepts_store(const xq_store *store) {
            ((store->v.plan.source >= 0) == (store->mapped != 0) ||
             !fail(XQ_ERR_ARGUMENT, "store: mapped is %d, but v.plan.source is %d", store->mapped,
                   store->v.plan.source)) &&
-           (!store->mapped || accepts_source(*store));
+           (!store->mapped || accepts_source(*store, seals));
 }
 
 /* A call moves pages or writes rows, never both: attention that overtakes the writing of rows counts on that. */

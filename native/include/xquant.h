@@ -47,11 +47,7 @@
 extern "C" {
 #endif
 
-#if defined(_WIN32)
-#define XQ_API __declspec(dllexport)
-#else
 #define XQ_API __attribute__((visibility("default")))
-#endif
 
 #define XQ_PAGE 128         /* tokens of a page */
 #define XQ_MAX_HEAD_DIM 512 /* D and E: multiples of 16 up to this */
@@ -117,8 +113,10 @@ XQ_API const char *xq_error(void);
 
 /* Fills plan with the named preset for n_layers layers. */
 XQ_API int xq_plan_preset(const char *name, int32_t n_layers, xq_plan *plan);
-/* The names of the presets, separated by commas. */
+/* Names, separated by commas: of the presets, and of the values of enum xq_fit and of enum xq_param, in their order. */
 XQ_API const char *xq_plan_preset_names(void);
+XQ_API const char *xq_fit_names(void);
+XQ_API const char *xq_param_names(void);
 /* One layer as text, e.g. "k=4,128,minmax,f16,0,-1 v=2,0,lloyd,log8,0.09,-1,rot,map:5" and back.  text_size bytes at
  * most.
  */
@@ -130,6 +128,14 @@ XQ_API int xq_plan_check(const xq_plan *plan, const int32_t *d, const int32_t *e
 /* Checks one side on its own for a head width; which layer owns its codes is not looked at. */
 XQ_API int xq_check_side(const xq_side *side, int32_t is_k, int32_t width);
 XQ_API int xq_block_layout_of(const xq_layer *layer, int32_t d, int32_t e, xq_block_layout *layout);
+/* Open pages that a stream of n_pages pages has room for, with micro-batches of n_ubatch tokens and n_seq sequences in
+ * it: pinned * n_seq + ceil(window * n_seq / XQ_PAGE) + ceil(n_ubatch / XQ_PAGE) + 1.  At most all; and what sequences
+ * beyond the first add is at most an eighth of all. */
+XQ_API int32_t xq_plan_slots(const xq_plan *plan, int32_t n_pages, int32_t n_ubatch, int32_t n_seq);
+/* Bytes of the blocks and rows of one stream: of layers l of widths d[l] and e[l] with n_head_kv[l] KV heads; d[l] = 0:
+ * not part of the cache.  A cache whose pages all have slots has no blocks. */
+XQ_API int64_t xq_cache_bytes(const xq_plan *plan, const int32_t *d, const int32_t *e, const int32_t *n_head_kv,
+                              int32_t n_pages, int32_t n_slots);
 
 /* ---- kernel sets ---- */
 
