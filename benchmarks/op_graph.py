@@ -45,7 +45,6 @@ int ggml_cpu_has_avx512(void);
 """
 NODE_FUNCTIONS = """
 void attend_node(void *, int, int, void *);
-void merge_node(void *, int, int, void *);
 void read_node(void *, int, int, void *);
 """
 
