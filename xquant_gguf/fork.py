@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +20,16 @@ from numpy.typing import NDArray
 from xquant_gguf import native
 from xquant_gguf.plan import Layer, Plan, Shape, side_from_c
 
+@dataclass(frozen=True)
+class Page:
+    """A page of a cache: its slot if it is open, or SEALED or FREE; cells in it; tokens written since its newest."""
+
+    state: int
+    n_cells: int
+    age: int
+
+
+SEALED, FREE = -1, -2
 LLAMA_CPP_PYTHON = "0.3.36"
 GGML_TYPE_XQUANT = 43
 
@@ -81,13 +94,47 @@ def shapes(ctx: Any) -> tuple[list[Shape], int]:
     return [Shape(d[i], e[i], heads[i]) for i in range(max(n, 0))], int(size[0])
 
 
-def use_plan(model: Any, path: Path | None) -> None:
-    """Makes later contexts of a model follow the plan in a GGUF file; None: the default preset."""
+@contextmanager
+def plan_provider(give: Callable[[list[Shape]], bytes]) -> Iterator[None]:
+    """While it is open, XQuant caches made on this thread follow the plans that `give` returns, as GGUF blocks.
+
+    give: called with the shapes of all model layers (heads 0: not in the cache) when a cache is made; what it raises is
+    raised when the context closes.
+    """
     ffi, lib = load()
-    address = ctypes.cast(model, ctypes.c_void_p).value
-    name = ffi.NULL if path is None else ffi.new("char[]", os.fsencode(path))
-    if lib.xquant_llama_use_plan(ffi.cast("struct llama_model *", address), name) != 0:
-        raise ValueError(f"{path} is not a GGUF file with a plan")
+    blocks, errors = [], []
+
+    @ffi.callback("xquant_llama_plan_fn")  # type: ignore[untyped-decorator]
+    def asked(_: Any, n: int, d: Any, e: Any, heads: Any, block: Any, size: Any) -> int:
+        try:
+            blocks.append(ffi.from_buffer(give([Shape(d[i], e[i], heads[i]) for i in range(n)])))
+        except Exception as error:  # raised below: it cannot pass through C
+            errors.append(error)
+            return -1
+        block[0], size[0] = blocks[-1], len(blocks[-1])
+        return 1
+
+    lib.xquant_llama_set_plan_provider(asked, ffi.NULL)
+    try:
+        yield
+    except ValueError:
+        if not errors:
+            raise
+    finally:
+        lib.xquant_llama_set_plan_provider(ffi.NULL, ffi.NULL)
+    if errors:
+        raise errors[0]
+
+
+def pages(ctx: Any, stream: int = 0) -> list[Page]:
+    """The pages of a stream of a context's XQuant cache."""
+    ffi, lib = load()
+    n = lib.xquant_llama_get_pages(_context(ctx), stream, 0, ffi.NULL)
+    if n < 0:
+        raise ValueError(f"stream {stream}: the context has no XQuant cache with such a stream")
+    out = ffi.new("xquant_llama_page[]", max(n, 1))
+    lib.xquant_llama_get_pages(_context(ctx), stream, n, out)
+    return [Page(out[i].state, out[i].n_cells, out[i].age) for i in range(n)]
 
 
 def read_rows(ctx: Any, layer: int, name: str, head: int, n_cells: int, width: int) -> NDArray[np.float16]:

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xquant_gguf import fork
-from xquant_gguf.metadata import plan_file, plan_keys
-from xquant_gguf.plan import PAGE, Plan
+from xquant_gguf.metadata import plan_block, plan_keys
+from xquant_gguf.plan import PAGE, Plan, Shape
 from xquant_gguf.sizes import llama_cpp, set_verbose
 
 Floats = NDArray[np.float32]
@@ -113,7 +113,6 @@ class Probe:
     @contextmanager
     def _context(self, plan: Plan | None, n_ctx: int, n_ubatch: int, n_seq: int = 1) -> Iterator[Any]:
         """A context that follows a plan, or the default preset; its sequences share their cells."""
-        self._follow(plan)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_ubatch, n_ubatch
         params.n_seq_max, params.kv_unified, params.swa_full = n_seq, True, True
@@ -121,7 +120,8 @@ class Probe:
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         if self.n_threads:
             params.n_threads = params.n_threads_batch = self.n_threads
-        ctx = llama_cpp.llama_init_from_model(self._model, params)
+        with fork.plan_provider(lambda shapes: self._block(plan, shapes)):
+            ctx = llama_cpp.llama_init_from_model(self._model, params)
         if not ctx:
             raise ValueError(f"{self.model_path}: {fork.error() or 'llama.cpp cannot make a context'}")
         try:
@@ -129,12 +129,9 @@ class Probe:
         finally:
             llama_cpp.llama_free(ctx)
 
-    def _follow(self, plan: Plan | None) -> None:
-        if plan is None:
-            fork.use_plan(self._model, None)
-            return
-        with plan_file(plan_keys(plan, self.layers, self.n_layers)) as path:
-            fork.use_plan(self._model, path)
+    def _block(self, plan: Plan | None, shapes: Sequence[Shape]) -> bytes:
+        held = [i for i, shape in enumerate(shapes) if shape.heads > 0]
+        return plan_block(plan_keys(plan or Plan.from_preset("xquant", len(held)), held, len(shapes)))
 
 
 class Reading:

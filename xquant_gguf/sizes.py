@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xquant_gguf import fork
-from xquant_gguf.metadata import plan_file, plan_keys
+from xquant_gguf.metadata import plan_block, plan_keys
 from xquant_gguf.plan import Plan, Shape
 
 fork.use()
@@ -137,11 +137,16 @@ def xquant_overrides(
     if kv_plan is None:
         yield dict(given or {}) if preset == "xquant" else {**(given or {}), "xquant.preset": preset}
         return
-    shapes, layers, n_layers = model_layers(model_path, given)
-    plan = Plan.load(kv_plan, len(layers), preset)
-    plan.check(shapes)
-    with plan_file(plan_keys(plan, layers, n_layers)) as path:
-        yield {**(given or {}), "xquant.plan_file": str(path)}
+    source = kv_plan
+
+    def give(shapes: list[Shape]) -> bytes:
+        held = [i for i, shape in enumerate(shapes) if shape.heads > 0]
+        plan = Plan.load(source, len(held), preset)
+        plan.check([shapes[i] for i in held])
+        return plan_block(plan_keys(plan, held, len(shapes)))
+
+    with fork.plan_provider(give):
+        yield dict(given or {})
 
 
 def warning_of(info: Mapping[str, Any]) -> str | None:

@@ -175,6 +175,9 @@ XQ_API int xq_unseal_v(const xq_side *side, int32_t e, const uint8_t *codes, int
  * predicted: [e][XQ_PAGE], finite as values are that are sealed. */
 XQ_API int xq_predict_v(const xq_side *source, int32_t e, const uint8_t *codes, const uint8_t *param,
                         const float *weight, float *predicted);
+/* Takes the tokens of a sealed block that are not valid out of it: their codes, and parameters that no other token needs.
+ */
+XQ_API int xq_clear_tokens(const xq_layer *layer, int32_t d, int32_t e, const uint32_t valid[4], uint8_t *block);
 /* x [n_rows][n] *= normalised Hadamard matrix, in blocks of the largest power of two that divides n.  Its own inverse.
  */
 XQ_API int xq_hadamard(float *x, int32_t n_rows, int32_t n);

@@ -4,19 +4,6 @@ A state is input from outside: each length is compared with what is left of it, 
 """
 
 INSERTIONS: list[tuple[str, str, str, str]] = [
-    # -- a cache's state is its own
-    (
-        "src/llama-kv-cache.cpp",
-        "    GGML_UNUSED(flags);\n\n    io.write(&n_stream, sizeof(n_stream));\n",
-        "    if (xq) {\n        xq->state_write(io, seq_id);\n        return;\n    }\n\n",
-        "before",
-    ),
-    (
-        "src/llama-kv-cache.cpp",
-        "    GGML_UNUSED(flags);\n\n    // TODO: fix incosistent handling",
-        "    if (xq) {\n        xq->state_read(io, seq_id);\n        return;\n    }\n\n",
-        "before",
-    ),
     # -- also of llama.cpp's own caches, which sliding layers have: cells that a damaged state makes up
     (
         "src/llama-kv-cache.cpp",
@@ -74,24 +61,11 @@ INSERTIONS: list[tuple[str, str, str, str]] = [
         '            throw std::runtime_error("the file ends before the state does");\n        }\n',
         "before",
     ),
-    # -- a model with sliding layers has two caches
-    ("src/llama-kv-cache-iswa.cpp", '#include "llama-model.h"\n', '#include "xquant-cache.h"\n', "after"),
+    # -- a key at position p that moves to p / d is to be rotated by p / d - p
     (
-        "src/llama-kv-cache-iswa.cpp",
-        "void llama_kv_cache_iswa::state_write(llama_io_write_i & io, llama_seq_id seq_id,"
-        " llama_state_seq_flags flags) const {\n",
-        "    // the sliding layers first: what follows is checked before anything changes\n"
-        "    if (kv_base->xq) {\n        kv_swa->state_write(io, seq_id, flags);\n"
-        "        if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {\n"
-        "            kv_base->state_write(io, seq_id, flags);\n        }\n        return;\n    }\n\n",
-        "after",
-    ),
-    (
-        "src/llama-kv-cache-iswa.cpp",
-        "void llama_kv_cache_iswa::state_read(llama_io_read_i & io, llama_seq_id seq_id,"
-        " llama_state_seq_flags flags) {\n",
-        "    if (kv_base->xq) {\n        xquant::state_read_sliding(*kv_base, *kv_swa, io, seq_id, flags);\n"
-        "        return;\n    }\n\n",
-        "after",
+        "src/llama-kv-cells.h",
+        "        shift[i] += p_old - pos[i];\n",
+        "        shift[i] += pos[i] - p_old;\n",
+        "instead",
     ),
 ]
