@@ -28,6 +28,10 @@ class Page:
     n_cells: int
     age: int
 
+    @property
+    def is_open(self) -> bool:
+        return self.state >= 0
+
 
 SEALED, FREE = -1, -2
 LLAMA_CPP_PYTHON = "0.3.36"

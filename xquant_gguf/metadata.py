@@ -81,11 +81,17 @@ def plan_keys(
 
 
 _FORMATS = {
+    GGUFValueType.UINT8: "<u1",
+    GGUFValueType.INT8: "<i1",
     GGUFValueType.UINT16: "<u2",
+    GGUFValueType.INT16: "<i2",
     GGUFValueType.UINT32: "<u4",
-    I32: "<i4",
-    F32: "<f4",
+    GGUFValueType.INT32: "<i4",
+    GGUFValueType.FLOAT32: "<f4",
     GGUFValueType.BOOL: "<u1",
+    GGUFValueType.UINT64: "<u8",
+    GGUFValueType.INT64: "<i8",
+    GGUFValueType.FLOAT64: "<f8",
 }
 
 

@@ -201,7 +201,7 @@ void kv_cache::restore_page(uint32_t stream, const saved_page &page, page_data &
             }
             write.cells = table_->find_cells(cells_view(*this), (int32_t)stream, sequences, 0);
         }
-        const xq::page_plan plan = table_->plan(cells_view(*this), {write});
+        const xq::page_plan plan = table_->plan(cells_view(*this), {write}, false);
         if (write.cells.empty() || !plan.fits || !settle(plan)) {
             refuse_state("no room could be made for page " + std::to_string(page.number));
         }
@@ -239,6 +239,9 @@ void kv_cache::state_read(llama_io_read_i &io, llama_seq_id seq_id, llama_state_
             data.bytes = aligned(size);
             io.read(data.bytes.get(), size);
             restore_page(stream, page, data);
+        }
+        for (uint32_t s = 0; seq_id < 0 && s < n_stream && s < saved.heads.size(); ++s) {
+            v_heads[s] = std::min(saved.heads[s], v_cells[s].size());
         }
     } catch (...) { // the data could not be read to its end
         remove();

@@ -80,13 +80,14 @@ ggml_backend_sched_t runner::sched(size_t n_nodes) {
 
 bool runner::run(size_t n_nodes, const std::function<void(ggml_context *, ggml_cgraph *)> &build,
                  const std::function<void()> &fill) {
+    const size_t n_tensors = n_nodes * tensors_a_node;
     ggml_init_params params = {};
-    params.mem_size = n_nodes * tensors_a_node * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false);
+    params.mem_size = n_tensors * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_tensors, false);
     params.no_alloc = true;
     ggml_context_ptr ctx(ggml_init(params));
     ggml_backend_sched_t own = sched(n_nodes);
     ggml_backend_sched_reset(own);
-    ggml_cgraph *graph = ggml_new_graph_custom(ctx.get(), n_nodes, false);
+    ggml_cgraph *graph = ggml_new_graph_custom(ctx.get(), n_tensors, false);
     build(ctx.get(), graph);
     if (!ggml_backend_sched_alloc_graph(own, graph)) {
         LLAMA_LOG_ERROR("xquant: a graph of %d nodes that moves pages could not be allocated\n",

@@ -141,6 +141,7 @@ void kv_cache::state_write(llama_io_write_i &io, llama_seq_id seq_id, llama_stat
     std::vector<std::vector<saved_page>> saved;
     for (uint32_t s = first; s < end; ++s) {
         saved.push_back(pages_to_save(s, seq_id));
+        put(io, seq_id < 0 ? v_heads[s] : 0u);
         put(io, (uint32_t)saved.back().size());
         for (const saved_page &page : saved.back()) {
             put(io, page.number);
@@ -263,6 +264,7 @@ kv_cache::saved_state kv_cache::parse(llama_io_read_i &io, llama_seq_id dest) co
     saved_state out;
     int64_t n_bytes = 0;
     for (uint32_t i = 0; i < std::max(n_streams, 1u); ++i) {
+        out.heads.push_back(get<uint32_t>(io));
         const uint32_t n = get<uint32_t>(io);
         for (uint32_t j = 0; j < n; ++j) {
             saved_page page = parse_page(io, dest);

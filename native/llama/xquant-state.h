@@ -1,7 +1,7 @@
 /* xquant-state.h: the cache as a stream of bytes: a whole cache, or what one sequence has in it.
  *
  *     header  magic, bytes of a cell's extension, fingerprint of weights and plan, number of streams (0: one sequence)
- *     pages   per stream: how many, then of each: number, open or sealed, tokens since its newest one, bits of the cells
+ *     pages   per stream: where the next search for cells begins, how many pages, then of each: number, open or sealed, tokens since its newest one, bits of the cells
  *             that are saved, and per cell: position, shift that its key still lacks, sequences, extension
  *     data    page by page, layer by layer, KV head by KV head: the block, with nothing in it of cells that are not
  *             saved, or F16 rows of the saved cells: keys, then values
@@ -45,6 +45,7 @@ struct kv_cache::saved_page {
 };
 
 struct kv_cache::saved_state {
+    std::vector<uint32_t> heads;                        /* [stream]: where the next search for cells begins */
     std::vector<std::pair<uint32_t, saved_page>> pages; /* with the stream that each goes to */
 };
 

@@ -114,10 +114,10 @@ std::vector<uint32_t> page_table::find_cells(const cell_view &cells, int32_t str
 
 /* ---- what must happen before cells are written ---- */
 
-page_plan page_table::plan(const cell_view &cells, const std::vector<page_write> &writes) const {
+page_plan page_table::plan(const cell_view &cells, const std::vector<page_write> &writes, bool ages) const {
     page_plan out;
     for (const page_write &write : writes) {
-        if (!plan_stream(cells, write, out)) {
+        if (!plan_stream(cells, write, ages, out)) {
             page_plan none;
             none.fits = false;
             return none;
@@ -137,7 +137,7 @@ static bool has_others(const cell_view &cells, const page_write &write, int32_t 
     return std::any_of(std::begin(content.valid), std::end(content.valid), [](uint32_t word) { return word != 0; });
 }
 
-bool page_table::plan_stream(const cell_view &cells, const page_write &write, page_plan &out) const {
+bool page_table::plan_stream(const cell_view &cells, const page_write &write, bool ages, page_plan &out) const {
     const stream &st = streams_[write.stream];
     std::set<int32_t> written;
     for (const uint32_t cell : write.cells) {
@@ -170,7 +170,7 @@ bool page_table::plan_stream(const cell_view &cells, const page_write &write, pa
             }
         } else if (state >= 0) {
             const page_content content = cells.content(write.stream, p);
-            if (seals() && age(write.stream, p) >= (uint64_t)shape_.window && !is_pinned(content.lowest)) {
+            if (ages && seals() && age(write.stream, p) >= (uint64_t)shape_.window && !is_pinned(content.lowest)) {
                 seal(p, content);
             } else {
                 candidates.push_back({p, is_pinned(content.lowest) ? content.lowest : INT32_MAX, content});

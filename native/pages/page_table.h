@@ -87,8 +87,9 @@ class XQ_API page_table {
      * not fit. */
     std::vector<uint32_t> find_cells(const cell_view &cells, int32_t stream, const std::vector<int32_t> &sequences,
                                      uint32_t head) const;
-    /* What must happen before cells are written, which the view may show as used already. */
-    page_plan plan(const cell_view &cells, const std::vector<page_write> &writes) const;
+    /* What must happen before cells are written, which the view may show as used already.  ages: pages that left the
+     * window are sealed as well, and not only those that must make room. */
+    page_plan plan(const cell_view &cells, const std::vector<page_write> &writes, bool ages = true) const;
 
     /* The parts of a plan, each once its data has moved; seals first, for their slots. */
     void commit_seals(const page_plan &plan);
@@ -120,7 +121,7 @@ class XQ_API page_table {
 
     const page &at(int32_t stream, int32_t page) const { return streams_[stream].pages[page]; }
     bool is_pinned(int32_t lowest) const { return lowest < (int64_t)shape_.pinned * XQ_PAGE; }
-    bool plan_stream(const cell_view &cells, const page_write &write, page_plan &out) const;
+    bool plan_stream(const cell_view &cells, const page_write &write, bool ages, page_plan &out) const;
 
     page_shape shape_;
     std::vector<stream> streams_;

@@ -52,8 +52,9 @@ def test_pages_and_bytes(xquant: Context) -> None:
     info = xquant.info()
     slots = plan.slots(2048, 128)
     assert (info["n_slots"], info["pages_free"], info["pages_open"], info["pages_sealed"]) == (slots, 16, 0, 0)
-    tables = info["bytes_allocated"] - plan.cache_bytes(shapes, 2048, 128)
-    assert 0 < tables < 1024
+    # of each layer counters, heads of a map and arrivals; 16 bytes a page and 4 a slot
+    small = SHAPE.n_layer * 3 * 64 + 16 * 16 + slots * 4
+    assert info["bytes_allocated"] == plan.cache_bytes(shapes, 2048, 128) + small
     xquant.decode(TOKENS[:1000], 0)
     info = xquant.info()
     # 1000 tokens are 8 pages; the last micro-batch began at 896: pages 1 to 5 were older than its window
@@ -189,7 +190,7 @@ def test_several_sequences(path: Path, unified: bool) -> None:
 
 def test_a_single_token_sees_its_own_sequence_alone(path: Path) -> None:
     """Its mask is made in a shorter way where it sees all cells, which is not so here."""
-    with Context(path, "xquant", n_seq=2) as context:
+    with Context(path, "xquant", n_seq=2, overrides={"xquant.window": 512}) as context:  # nothing is sealed
         context.decode(TOKENS[:300], 0, [0])
         context.decode(TOKENS[600:900], 0, [1])
         got = context.decode(TOKENS[300:301], 300, [0])
@@ -248,15 +249,15 @@ def test_a_loaded_state_goes_on_bit_for_bit(path: Path, kv_type: str) -> None:
 
 
 def test_a_loaded_state_writes_into_the_same_cells(path: Path) -> None:
-    """Behind a hole: the next cells are those of the page that was freed, not those behind the last one."""
+    """First those of the newest page that are left, then the page that was freed, not one behind the last."""
     with Context(path, "xquant") as saved, Context(path, "xquant") as loaded:
         saved.decode(TOKENS[:900], 0)
         llama_cpp.llama_memory_seq_rm(saved.memory, 0, 250, 400)
         state = saved.save()
         assert loaded.load(state) == len(state)
         for context in (saved, loaded):
-            context.decode(TOKENS[900:1000], 900)
-            assert context.pages()[2].n_cells == 100
+            context.decode(TOKENS[900:1100], 900)
+            assert (context.pages()[7].n_cells, context.pages()[2].n_cells) == (128, 76)
         assert loaded.save() == saved.save()
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +21,7 @@ from support import tiny_gguf
 from xquant_gguf import Llama, fork
 from xquant_gguf.gguf_file import GGUFFile
 from xquant_gguf.llama import llama_cpp
-from xquant_gguf.metadata import Key, Provenance, copy_with_keys, plan_file, plan_keys, read_plan
+from xquant_gguf.metadata import Key, Provenance, copy_with_keys, plan_block, plan_keys, read_plan
 from xquant_gguf.plan import Layer, Plan, Side, ValueMap, shortest
 from xquant_gguf.sizes import DryModel, override_array
 
@@ -67,8 +70,21 @@ def plans(draw: st.DrawFn) -> Plan:
     return Plan("calibrated", tuple(layers), window, pinned, maps, kld)
 
 
+@contextmanager
+def plan_file(keys: Mapping[str, Key]) -> Iterator[Path]:
+    """A GGUF file with a plan alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.gguf"
+        path.write_bytes(plan_block(keys))
+        yield path
+
+
 def fork_reads(model: Path, path: Path) -> Plan:
-    with DryModel(str(model), {"xquant.plan_file": str(path)}) as dry, dry.context("xquant", 1024) as ctx:
+    with (
+        DryModel(str(model)) as dry,
+        fork.plan_provider(lambda shapes: path.read_bytes()),
+        dry.context("xquant", 1024) as ctx,
+    ):
         found = fork.plan(ctx, "calibrated")
     assert found is not None
     return found[0]
@@ -182,9 +198,10 @@ def test_an_override_that_fills_its_field_ends_with_it(model: Path) -> None:
 
 def test_a_plan_file_that_is_none(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
-    path.write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=r"x\.gguf\" is not a GGUF file with a plan"):
-        fork_reads(model, path)
+    for content in (b"GGUF", b"", plan_block({}), plan_block(plan_keys(MAPPED, [0, 1, 2, 3], SHAPE.n_layer))[:200]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"the plan is not a GGUF block with xquant\.version"):
+            fork_reads(model, path)
     assert read_plan(model) is None
 
 
@@ -322,7 +339,7 @@ def test_counts_sizes_and_alignments_that_lie_are_errors(model: Path, tmp_path: 
     path.write_bytes(raw)
     with pytest.raises(ValueError, match=message):
         GGUFFile(path)
-    with pytest.raises(ValueError, match=r"lies\.gguf"):
+    with pytest.raises(ValueError, match=r"is not a GGUF block with xquant\.version"):
         fork_reads(model, path)
 
 

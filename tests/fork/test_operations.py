@@ -27,8 +27,9 @@ SHAPE = tiny_gguf.Shape(n_layer=1)
 N_CTX = 1024
 N_SEQ = 3
 # Eight pages; a page is sealed as soon as a micro-batch does not write it.  The finest codes, so that errors show.
-FINE = "k=4,32,minmax,f16,0,-1 v=4,32,minmax,f16,0,-1,rot"
-PLANS = {"open": {"xquant.window": -1}, "sealing": {"xquant.window": 0, "xquant.pinned": 0, "xquant.layer.0": FINE}}
+FINE = {"bits": 4, "group": 32, "fit": "minmax", "param": "f16", "eta": 0.0}
+SEALING = {"k": FINE, "v": {**FINE, "rotate": True}}
+PLANS = {"open": {"window": -1}, "sealing": {"window": 0, "pinned": 0, "layers": {"0": SEALING}}}
 # Largest error of a logit over the standard deviation of all logits of a batch: F16 rows, rounded again by each shift;
 # codes, made again by each shift.  Measured in 60 random examples: 3.8e-4, 0.097.
 BOUNDS = {"open": 2e-3, "sealing": 0.2}
@@ -106,7 +107,7 @@ class Caches(RuleBasedStateMachine):
         plan = PLANS["sealing" if name == "twin" else name]
         return Context(
             self.path, "xquant", n_ctx=N_CTX * (1 if self.unified else N_SEQ), n_ubatch=64, n_seq=N_SEQ,
-            unified=self.unified, overrides=plan,
+            unified=self.unified, plan=plan,
         )  # fmt: skip
 
     @initialize(unified=st.booleans())

@@ -29,11 +29,12 @@ def test_shifting_borrowed_keys_loses_no_more_than_shifting_own_ones(paths: dict
         for il in range(1, shape.n_layer):
             weights[f"blk.{il}.{name}.weight"] = weights[f"blk.0.{name}.weight"]
     path = tiny_gguf.write(paths["plain"].parent / "alike.gguf", shape, weights)
-    borrowing = "k=4,128,lsq,f16,0,0 v=4,0,minmax,f16,0,-1,rot"
-    overrides = {f"xquant.layer.{il}": borrowing for il in range(1, shape.n_layer)}
+    keys = {"bits": 4, "group": 128, "fit": "lsq", "param": "f16", "eta": 0.0, "owner": 0}
+    values = {"bits": 4, "group": 0, "fit": "minmax", "param": "f16", "eta": 0.0, "rotate": True}
+    plan = {"layers": {f"1-{shape.n_layer - 1}": {"k": keys, "v": values}}}
 
     def run(kv_type: str, shift: int) -> Logits:
-        with Context(path, kv_type, overrides=overrides) as context:
+        with Context(path, kv_type, plan=plan) as context:
             context.decode(TOKENS[:1000], 0)
             assert llama_cpp.llama_memory_seq_rm(context.memory, 0, 128, 384)
             if shift:

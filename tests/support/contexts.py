@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,25 @@ from numpy.typing import NDArray
 
 from xquant_gguf import fork
 from xquant_gguf.llama import llama_cpp
+from xquant_gguf.metadata import plan_block, plan_keys
+from xquant_gguf.plan import Plan, Shape
 from xquant_gguf.sizes import override_array
 
 Logits = NDArray[np.float32]
 TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
 
 
-@dataclass(frozen=True)
-class Page:
-    """A page of a cache: open or sealed, how many tokens were written since its newest one, and what it holds."""
-
-    is_open: bool
-    age: int
-    n_cells: int
+def block_of(plan: Mapping[str, Any], preset: str, shapes: Sequence[Shape]) -> bytes:
+    """A plan that starts from a preset, as a provider gives it."""
+    held = [i for i, shape in enumerate(shapes) if shape.heads > 0]
+    return plan_block(plan_keys(Plan.load(plan, len(held), preset), held, len(shapes)))
 
 
 class Context:
-    """One model and one context. kv_type: f16, q8_0, q4_0 or an XQuant preset; overrides: kv_overrides beside it."""
+    """One model and one context.
+
+    kv_type: f16, q8_0, q4_0 or an XQuant preset.  For XQuant, overrides: kv_overrides beside it; plan: as kv_plan.
+    """
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class Context:
         unified: bool = True,
         n_gpu_layers: int = 0,
         overrides: Mapping[str, int | str] | None = None,
+        plan: Mapping[str, Any] | None = None,
     ) -> None:
         model = llama_cpp.llama_model_default_params()
         model.n_gpu_layers = n_gpu_layers
@@ -56,7 +58,10 @@ class Context:
         params.n_threads = params.n_threads_batch = 1
         params.type_k = params.type_v = TYPES.get(kv_type, fork.GGML_TYPE_XQUANT)
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        self.ctx = llama_cpp.llama_init_from_model(self.model, params)
+        with contextlib.ExitStack() as stack:
+            if plan is not None and kv_type not in TYPES:
+                stack.enter_context(fork.plan_provider(lambda shapes: block_of(plan, kv_type, shapes)))
+            self.ctx = llama_cpp.llama_init_from_model(self.model, params)
         if not self.ctx:
             raise ValueError(fork.error())
         self.memory = llama_cpp.llama_get_memory(self.ctx)
@@ -135,17 +140,9 @@ class Context:
             return int(llama_cpp.llama_state_set_data(self.ctx, data, len(state)))
         return int(llama_cpp.llama_state_seq_set_data(self.ctx, data, len(state), sequence))
 
-    def pages(self) -> dict[int, Page]:
-        """The pages of an XQuant cache with one sequence, by number, as its state tells them (xquant-state.cpp)."""
-        state = self.save(0)
-        at = 8 + 24  # behind the headers of llama.cpp and of ours
-        (n,), at = struct.unpack_from("<I", state, at), at + 4
-        out = {}
-        for _ in range(n):
-            index, is_open, age, *valid = struct.unpack_from("<iIQ4I", state, at)
-            out[index] = Page(bool(is_open), age, sum(word.bit_count() for word in valid))
-            at += 32 + 28 * out[index].n_cells
-        return out
+    def pages(self, stream: int = 0) -> dict[int, fork.Page]:
+        """The pages of an XQuant cache that have cells, by number."""
+        return {i: page for i, page in enumerate(fork.pages(self.ctx, stream)) if page.n_cells > 0}
 
     def info(self) -> dict[str, int]:
         out = fork.info(self.ctx)
