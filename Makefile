@@ -40,7 +40,7 @@ test: all
 	$(BIN)/pytest
 
 test-arm: all
-	XQUANT_AARCH64=required $(BIN)/pytest tests/kernels/test_aarch64.py
+	XQUANT_AARCH64=required $(BIN)/pytest tests/kernels -m arm
 
 TARGET  ?= metadata
 SECONDS ?= 60

@@ -337,7 +337,8 @@ int xq_block_layout_of(const xq_layer *layer, int32_t d, int32_t e, xq_block_lay
         return fail(XQ_ERR_ARGUMENT, "head widths are %d and %d, must be multiples of 16 from 16 to %d", d, e,
                     XQ_MAX_HEAD_DIM);
     }
-    for (const int status : {check_fields(layer->k, 0, true, d), check_fields(layer->v, 0, false, e)}) {
+    for (const bool is_k : {true, false}) {
+        const int status = check_fields(is_k ? layer->k : layer->v, 0, is_k, is_k ? d : e);
         if (status != XQ_OK) {
             return status;
         }

@@ -191,10 +191,10 @@ enum xq_slot {
 };
 
 enum xq_limit {
-    XQ_MOVE_WORDS = 7,          /* int32 of a move: stream, page, slot, valid[4] */
-    XQ_CPU_GROUP_ROWS = 64,     /* query rows of a KV head that share one pass over the pages */
-    XQ_CUDA_GROUP_ROWS = 8,     /* likewise */
-    XQ_CUDA_PART_PAGES = 1024,  /* pages that a part of attention may have */
+    XQ_MOVE_WORDS = 7,         /* int32 of a move: stream, page, slot, valid[4] */
+    XQ_CPU_GROUP_ROWS = 64,    /* query rows of a KV head that share one pass over the pages */
+    XQ_CUDA_GROUP_ROWS = 8,    /* likewise */
+    XQ_CUDA_PART_PAGES = 1024, /* pages that a part of attention may have */
 };
 
 /* One side of a layer: where its pages lie, of every stream and KV head.  Bytes of page p of KV head h of stream s:
@@ -202,7 +202,9 @@ enum xq_limit {
  *     codes + s * codes_stream + h * codes_head + p * codes_page       its own, or those of the layer it borrows from
  *     param + s * param_stream + h * param_head + p * param_page
  *
- * and F16 rows [XQ_PAGE][width] of the open page in slot n:  rows + s * rows_stream + h * rows_head + n * XQ_PAGE * width
+ * and of F16 rows [XQ_PAGE][width] of the open page in slot n:
+ *
+ *     rows + s * rows_stream + h * rows_head + n * XQ_PAGE * width
  */
 typedef struct xq_side_store {
     xq_side plan;
@@ -247,25 +249,34 @@ XQ_API int xq_store_map(xq_store *store, const xq_store *source, const int32_t *
 
 /* ---- five verbs over a store, on any backend ---- */
 
-/* Where a verb runs.  CPU: this is thread ith of nth, and each of them makes the same call.  CUDA: work is enqueued on a
- * stream, and the call returns at once; nothing is allocated and nothing waits; launches depend on shapes alone, so that
- * they can be captured in a CUDA graph. */
+/* Where a verb runs.
+ *
+ * CPU: this is thread ith of nth, and each of them makes the same call.  At most 100 KiB of a thread's stack are used,
+ * nothing is allocated, and no thread waits for another: the work is done when all have returned.  A call that is
+ * refused changes nothing, for all threads refuse it.
+ *
+ * CUDA: work is enqueued on a stream, and the call returns at once; nothing is allocated and nothing waits; launches
+ * depend on shapes alone, so that they can be captured in a CUDA graph. */
 typedef struct xq_exec {
     int32_t ith, nth;
     void *cuda_stream;
 } xq_exec;
 
-/* Changes pages: seals some, unseals some, writes rows.  Moves and rows of one call name different pages and slots. */
+/* Changes pages: moves some, or writes rows, never both in one call.  The moves of a call name different pages and
+ * slots.
+ *
+ * What is stored is finite: not-a-numbers become 0, and what is beyond F16 becomes +-65504.  Such values are counted
+ * where they come in: in k_cur and v_cur, or, in rows that were put there by other means, when their page is sealed. */
 typedef struct xq_update_args {
     const int32_t *seals;   /* [n_seals][XQ_MOVE_WORDS]: the open page in a slot becomes codes; bit t of valid: token t
                                counts, others are given the value of the first one that does */
-    const int32_t *unseals; /* [n_unseals][XQ_MOVE_WORDS]: a sealed page becomes rows in a slot; valid is not looked at */
+    const int32_t *unseals; /* [n_unseals][XQ_MOVE_WORDS]: a sealed page becomes rows in a slot; valid: not looked at */
     int32_t n_seals, n_unseals;
     const int32_t *rows;        /* [n_tokens]: (stream * n_slots + slot) * XQ_PAGE + token of the page */
     const float *k_cur, *v_cur; /* [token][KV head][d or e] */
     int64_t k_head_stride, k_token_stride, v_head_stride, v_token_stride; /* bytes */
     int32_t n_tokens;
-    uint64_t *n_nonfinite; /* [1]: grows by the number of values that were not finite */
+    uint64_t *n_nonfinite; /* [1]: grows by the number of values that were not finite; null: if nothing comes in */
 } xq_update_args;
 
 /* Attention of all heads over the pages of some streams. */
@@ -274,25 +285,25 @@ typedef struct xq_attend_args {
     int64_t q_head_stride, q_token_stride;         /* bytes */
     const uint16_t *mask;                          /* F16 [stream][token][n_kv_pages * XQ_PAGE]; null: all is visible */
     int64_t mask_token_stride, mask_stream_stride; /* bytes */
-    const int32_t *table;                /* [stream of the cache][store.n_pages]: slot, or an xq_slot */
-    const int32_t *first_stream;         /* [1]: stream of the cache that stream 0 of q is; null: 0 */
-    int32_t n_head, n_tokens, n_streams; /* n_tokens: of each stream */
-    int32_t n_kv_pages;                  /* pages that are looked at */
-    float scale;                         /* of q . k */
-    float softcap;                       /* > 0: score = softcap * tanh(score / softcap) */
-    float max_bias;                      /* > 0: ALiBi */
-    const float *sinks;                  /* [head] scores that take part in the sum; null: none */
-    int32_t n_parts;                     /* parts that the pages of a KV head are split into */
+    const int32_t *table;                          /* [stream of the cache][store.n_pages]: slot, or an xq_slot */
+    const int32_t *first_stream;                   /* [1]: stream of the cache that stream 0 of q is; null: 0 */
+    int32_t n_head, n_tokens, n_streams;           /* n_tokens: of each stream */
+    int32_t n_kv_pages;                            /* pages that are looked at */
+    float scale;                                   /* of q . k */
+    float softcap;                                 /* > 0: score = softcap * tanh(score / softcap) */
+    float max_bias;                                /* > 0: ALiBi */
+    const float *sinks;                            /* [head] scores that take part in the sum; null: none */
+    int32_t n_parts;                               /* parts that the pages of a KV head are split into */
     int32_t after_update; /* 1: the launch before this one on the CUDA stream is an update that moved no pages, and all
                              else that is read was written before it: attention may overtake it */
     float *partial;       /* room for xq_attend_states() numbers */
-    uint32_t *arrivals; /* [stream][group of query rows of a KV head][KV head]: 0, and 0 again afterwards; not looked at
-                           for one part */
+    uint32_t *arrivals; /* [stream][group of query rows of a KV head][KV head]: 0, and 0 again afterwards; for one part
+                           not looked at.  A group: XQ_CPU_GROUP_ROWS or XQ_CUDA_GROUP_ROWS */
     float *out;         /* [stream][token][head][e] */
 } xq_attend_args;
 
-/* Numbers of the states of all parts: [part][stream][token][head][2 e + 2, mapped: 3 e + 2]: the maximum score, the sum of
- * p, the sum of p v over sealed pages as they are stored, over open ones, and of p u over the source's. */
+/* Numbers of the states of all parts: [part][stream][token][head][2 e + 2, mapped: 3 e + 2]: the maximum score, the sum
+ * of p, the sum of p v over sealed pages as they are stored, over open ones, and of p u over the source's. */
 XQ_API int64_t xq_attend_states(const xq_store *store, const xq_attend_args *args);
 
 /* Pages as F16 rows again. */
@@ -303,9 +314,10 @@ typedef struct xq_unpack_args {
     uint16_t *rows;                    /* F16 [stream][n_kv_pages * XQ_PAGE][n_heads][d or e]; pages without cells: 0 */
 } xq_unpack_args;
 
-/* Keys of a few pages as F32 and back, for a context shift between the two. */
+/* Keys of a few pages as F32 and back, for a context shift between the two.  What is stored is finite; nobody counts
+ * what was not. */
 typedef struct xq_keys_args {
-    const int32_t *pages;              /* [n_pages][XQ_MOVE_WORDS]; slot: or XQ_SLOT_SEALED */
+    const int32_t *pages;              /* [n_pages][XQ_MOVE_WORDS], different ones; slot: or XQ_SLOT_SEALED */
     float *keys;                       /* F32 [page][token of the page][KV head][d] */
     int64_t head_stride, token_stride; /* bytes */
     int32_t n_pages;

@@ -1,4 +1,4 @@
-/* codec.cpp: fuzz target: the C ABI of libxquant: plans as text and as numbers, sealing, unsealing, attention.
+/* codec.cpp: fuzz target: the C ABI of libxquant: plans as text and as numbers, sealing and unsealing, and the verbs.
  *
  * Pointers are what xquant.h says of them and as long as it says, each in memory of its own; everything else is taken
  * from the input: fields of sides, widths, codes and parameters as a state could bring them, F16 rows, masks.  What is
@@ -19,13 +19,13 @@ using input = FuzzedDataProvider;
 
 /* Mostly a number of a list, sometimes any. */
 int32_t number(input &in, std::initializer_list<int32_t> usual) {
-    const auto which = in.ConsumeIntegralInRange<size_t>(0, usual.size());
-    return which < usual.size() ? usual.begin()[which] : in.ConsumeIntegral<int32_t>();
+    const auto which = in.ConsumeIntegralInRange<size_t>(0, 31);
+    return which < 31 ? usual.begin()[which % usual.size()] : in.ConsumeIntegral<int32_t>();
 }
 
 float real(input &in, std::initializer_list<float> usual) {
-    const auto which = in.ConsumeIntegralInRange<size_t>(0, usual.size());
-    return which < usual.size() ? usual.begin()[which] : in.ConsumeFloatingPoint<float>();
+    const auto which = in.ConsumeIntegralInRange<size_t>(0, 31);
+    return which < 31 ? usual.begin()[which % usual.size()] : in.ConsumeFloatingPoint<float>();
 }
 
 xq_side side(input &in, bool is_k) {
@@ -193,93 +193,220 @@ void pack(input &in) {
     }
 }
 
-/* ---- attention ---- */
+/* ---- verbs ---- */
 
-/* Codes and parameters of n pages of one side, as long as they must be; any bytes. */
-struct pages {
-    std::unique_ptr<uint8_t[]> codes, param;
-    sizes n;
-    pages(input &in, const xq_side &s, bool is_k, int32_t width, int n_pages) : n(s, is_k, width) {
-        codes = block<uint8_t>(in, n.codes * n_pages);
-        param = block<uint8_t>(in, n.param * n_pages);
+/* Blocks and rows of one layer, as long as they must be: any bytes, as a loaded state could bring them. */
+struct layer_store {
+    std::unique_ptr<uint8_t[]> blocks;
+    std::unique_ptr<uint16_t[]> rows;
+    int64_t n_blocks, n_rows; /* bytes of all streams */
+    xq_store c;
+    int status;
+
+    layer_store(input &in, const xq_layer &layer, const xq_shape &shape) {
+        const int64_t of_stream = xq_store_block_bytes(&layer, &shape), rows_of_stream = xq_store_row_bytes(&shape);
+        const bool fits = of_stream > 0 && rows_of_stream > 0 && of_stream * shape.n_streams < 1 << 22 &&
+                          rows_of_stream * shape.n_streams < 1 << 22;
+        n_blocks = fits ? of_stream * shape.n_streams : 0;
+        n_rows = fits ? rows_of_stream * shape.n_streams : 0;
+        blocks = block<uint8_t>(in, n_blocks);
+        rows = block<uint16_t>(in, n_rows / 2);
+        const bool seals = in.ConsumeIntegralInRange<int>(0, 7) > 0;
+        status =
+            xq_store_init(&c, &layer, &shape, seals ? blocks.get() : nullptr, of_stream, rows.get(), rows_of_stream);
+        fuzz::check(status == XQ_OK || *xq_error() != '\0', "an error has a message");
+        status = fits ? status : XQ_ERR_ARGUMENT;
     }
 };
 
-void attend(input &in) {
-    constexpr int n_slots = 2;
-    xq_attention a = {};
-    a.d = width(in);
-    a.e = width(in);
-    a.k = side(in, true);
-    a.v = side(in, false);
-    a.source = side(in, false);
-    a.mapped = number(in, {0, 1});
-    const bool valid = a.d >= 16 && a.d <= XQ_MAX_HEAD_DIM && a.e >= 16 && a.e <= XQ_MAX_HEAD_DIM;
-    const int32_t d = valid ? a.d : 16, e = valid ? a.e : 16;
-    const int n_pages = in.ConsumeIntegralInRange<int>(0, 4);
-    const pages k(in, a.k, true, d, n_pages), v(in, a.v, false, e, n_pages), source(in, a.source, false, e, n_pages);
-    // a side that has no layout comes without bytes: it must not be read
-    const auto set = [](const pages &p, const uint8_t *&codes, const uint8_t *&param, int64_t &codes_stride,
-                        int64_t &param_stride) {
-        codes = p.n.codes > 0 ? p.codes.get() : nullptr;
-        param = p.n.param > 0 ? p.param.get() : nullptr;
-        codes_stride = p.n.codes;
-        param_stride = p.n.param;
-    };
-    set(k, a.k_codes, a.k_param, a.k_codes_stride, a.k_param_stride);
-    set(v, a.v_codes, a.v_param, a.v_codes_stride, a.v_param_stride);
-    set(source, a.source_codes, a.source_param, a.source_codes_stride, a.source_param_stride);
-    a.k_code_bits = number(in, {a.k.bits, a.k.bits, a.k.bits});
-    a.v_code_bits = number(in, {a.v.bits, a.v.bits, a.v.bits});
-
-    std::vector<int32_t> slots((size_t)n_pages);
-    for (int32_t &slot : slots) {
-        slot = in.ConsumeIntegralInRange<int32_t>(-2, n_slots - 1);
+/* Runs a verb as three threads would, one after the other: none waits for another. */
+template <typename A>
+int run(int (*verb)(const xq_store *, const A *, const xq_exec *), const xq_store &store, const A &args) {
+    int statuses[3];
+    for (int32_t i = 0; i < 3; ++i) {
+        const xq_exec exec = {i, 3, nullptr};
+        statuses[i] = verb(&store, &args, &exec);
     }
-    const auto k_window = block<uint16_t>(in, (int64_t)n_slots * XQ_PAGE * d);
-    const auto v_window = block<uint16_t>(in, (int64_t)n_slots * XQ_PAGE * e);
-    a.k_window = k_window.get();
-    a.v_window = v_window.get();
-    const int32_t none = 0;
-    a.page_slot = n_pages > 0 ? slots.data() : &none;
-    a.page_begin = in.ConsumeIntegralInRange<int32_t>(-1, n_pages);
-    a.page_end = in.ConsumeIntegralInRange<int32_t>(-1, n_pages);
+    fuzz::check(statuses[0] == statuses[1] && statuses[0] == statuses[2], "all threads refuse a call, or none");
+    return statuses[0];
+}
 
-    const int n_rows = in.ConsumeIntegralInRange<int>(0, 70);
-    a.n_rows = n_rows;
-    std::vector<std::unique_ptr<float[]>> q, partial;
-    std::vector<std::unique_ptr<uint16_t[]>> mask;
-    std::vector<const float *> q_rows;
-    std::vector<const uint16_t *> mask_rows;
-    std::vector<float *> partial_rows;
-    const int state = (a.mapped ? 3 : 2) * e + 2;
-    for (int i = 0; i < n_rows; ++i) {
-        if (i < 3) {
-            q.push_back(block<float>(in, d));
-            mask.push_back(block<uint16_t>(in, (int64_t)n_pages * XQ_PAGE));
+/* A list of moves, mostly of pages and slots that there are. */
+std::vector<int32_t> moves(input &in, const xq_store &s, bool may_seal) {
+    std::vector<int32_t> out;
+    for (int n = in.ConsumeIntegralInRange<int>(0, 3); n > 0; --n) {
+        out.push_back(number(in, {0, 0, s.n_streams - 1}));
+        out.push_back(number(in, {0, s.n_pages - 1, s.n_pages - 1}));
+        out.push_back(number(in, {0, s.n_slots - 1, may_seal ? XQ_SLOT_SEALED : 0}));
+        for (int i = 0; i < 4; ++i) {
+            out.push_back(in.ConsumeIntegral<int32_t>());
         }
-        q_rows.push_back(q[(size_t)i % q.size()].get());
-        mask_rows.push_back(mask[(size_t)i % mask.size()].get());
-        partial.emplace_back(new float[(size_t)state]);
-        partial_rows.push_back(partial.back().get());
     }
-    const auto slope = block<float>(in, n_rows);
-    a.q = n_rows > 0 ? q_rows.data() : (const float *const *)&none;
-    a.mask = n_rows > 0 && in.ConsumeBool() ? mask_rows.data() : nullptr;
-    a.slope = in.ConsumeBool() ? slope.get() : nullptr;
-    a.partial = n_rows > 0 ? partial_rows.data() : (float *const *)&none;
+    return out;
+}
+
+void update(input &in, const xq_store &s) {
+    const auto seals = moves(in, s, false), unseals = moves(in, s, false);
+    std::vector<int32_t> rows;
+    for (int n = in.ConsumeIntegralInRange<int>(0, 3); n > 0; --n) {
+        rows.push_back(number(in, {0, 5, s.n_streams * s.n_slots * XQ_PAGE - 1}));
+    }
+    uint64_t n_nonfinite = 0;
+    xq_update_args a = {};
+    a.seals = seals.data();
+    a.unseals = unseals.data();
+    a.rows = rows.data();
+    a.n_seals = (int32_t)(seals.size() / XQ_MOVE_WORDS);
+    a.n_unseals = (int32_t)(unseals.size() / XQ_MOVE_WORDS);
+    a.n_tokens = (int32_t)rows.size();
+    if (in.ConsumeBool()) {
+        (in.ConsumeBool() ? a.n_seals : a.n_tokens) = 0;
+    }
+    if (in.ConsumeBool()) {
+        a.n_unseals = 0;
+    }
+    const auto k = block<float>(in, (int64_t)rows.size() * s.n_head_kv * s.k.width);
+    const auto v = block<float>(in, (int64_t)rows.size() * s.n_head_kv * s.v.width);
+    a.k_cur = k.get();
+    a.v_cur = v.get();
+    a.k_head_stride = 4 * s.k.width;
+    a.v_head_stride = 4 * s.v.width;
+    a.k_token_stride = a.k_head_stride * s.n_head_kv;
+    a.v_token_stride = a.v_head_stride * s.n_head_kv;
+    a.n_nonfinite = in.ConsumeIntegralInRange<int>(0, 7) > 0 ? &n_nonfinite : nullptr;
+    run(xq_cpu()->update, s, a);
+}
+
+void keys(input &in, const xq_store &s) {
+    const auto pages = moves(in, s, true);
+    xq_keys_args a = {};
+    a.pages = pages.data();
+    a.n_pages = (int32_t)(pages.size() / XQ_MOVE_WORDS);
+    a.head_stride = 4 * s.k.width;
+    a.token_stride = a.head_stride * s.n_head_kv;
+    const auto data = block<float>(in, (int64_t)a.n_pages * XQ_PAGE * s.n_head_kv * s.k.width);
+    a.keys = data.get();
+    if (in.ConsumeBool()) {
+        run(xq_cpu()->read_keys, s, a);
+    }
+    run(xq_cpu()->write_keys, s, a);
+}
+
+/* [stream][page]: mostly slots that there are. */
+std::vector<int32_t> table(input &in, const xq_store &s) {
+    std::vector<int32_t> out;
+    for (int32_t i = 0; i < s.n_streams * s.n_pages; ++i) {
+        out.push_back(number(in, {XQ_SLOT_SEALED, XQ_SLOT_SEALED, XQ_SLOT_NONE, 0, s.n_slots - 1}));
+    }
+    return out;
+}
+
+void attend(input &in, const xq_store &s) {
+    const auto slots = table(in, s);
+    const int32_t first = number(in, {0, 0, s.n_streams - 1});
+    const int32_t n_rep = in.ConsumeIntegralInRange<int32_t>(1, 3);
+    xq_attend_args a = {};
+    a.table = slots.data();
+    a.first_stream = in.ConsumeBool() ? &first : nullptr;
+    a.n_head = number(in, {s.n_head_kv * n_rep, s.n_head_kv * n_rep, s.n_head_kv * n_rep});
+    a.n_tokens = in.ConsumeIntegralInRange<int32_t>(0, 40);
+    a.n_streams = number(in, {1, 1, s.n_streams});
+    a.n_kv_pages = number(in, {s.n_pages, s.n_pages, s.n_pages, 0});
+    a.n_parts = number(in, {1, 2, 3});
     a.scale = real(in, {0.125f, 1.0f});
     a.softcap = real(in, {0.0f, 0.0f, 30.0f});
-    const auto weight = block<float>(in, (int64_t)e * e);
-    const std::unique_ptr<float[]> out(new float[(size_t)e]);
-    for (const char *name : sets) {
-        force(name);
-        if (xq_attend(&a) == XQ_OK && n_rows > 0) {
-            fuzz::check(xq_attention_merge(n_rows, partial_rows.data(), e, number(in, {0, 1}), real(in, {-1e9f, 0.0f}),
-                                           a.mapped ? weight.get() : nullptr, out.get()) == XQ_OK,
-                        "states merge");
+    a.max_bias = real(in, {0.0f, 8.0f});
+    const int64_t n_states = xq_attend_states(&s, &a);
+    if (n_states < 0 || n_states > 1 << 22 || a.n_kv_pages > s.n_pages || a.n_kv_pages < 0) {
+        a.n_tokens = 0; // is refused, and needs no memory
+    }
+    const int64_t n_tokens = a.n_tokens > 0 ? (int64_t)a.n_streams * a.n_tokens : 0;
+    const int64_t n_cells = n_tokens > 0 ? (int64_t)a.n_kv_pages * XQ_PAGE : 0;
+    const auto q = block<float>(in, n_tokens * a.n_head * s.k.width), sinks = block<float>(in, n_tokens * a.n_head);
+    const auto mask = block<uint16_t>(in, n_tokens * n_cells);
+    const std::unique_ptr<float[]> partial(new float[(size_t)(n_tokens > 0 ? n_states : 1)]);
+    const std::unique_ptr<float[]> out(new float[(size_t)(n_tokens * a.n_head * s.v.width) + 1]);
+    const int64_t n_groups = (a.n_tokens * (int64_t)n_rep + XQ_CPU_GROUP_ROWS - 1) / XQ_CPU_GROUP_ROWS;
+    std::vector<uint32_t> arrivals((size_t)(n_tokens > 0 ? a.n_streams * n_groups * s.n_head_kv : 1));
+    a.q = q.get();
+    a.q_head_stride = 4 * s.k.width;
+    a.q_token_stride = a.q_head_stride * a.n_head;
+    a.mask = in.ConsumeBool() ? mask.get() : nullptr;
+    a.mask_token_stride = 2 * n_cells;
+    a.mask_stream_stride = a.mask_token_stride * a.n_tokens;
+    a.sinks = in.ConsumeBool() ? sinks.get() : nullptr;
+    a.partial = partial.get();
+    a.arrivals = arrivals.data();
+    a.out = out.get();
+    run(xq_cpu()->attend, s, a);
+    for (const uint32_t n : arrivals) {
+        fuzz::check(n == 0, "counters are 0 again");
+    }
+}
+
+void unpack(input &in, const xq_store &s) {
+    const auto slots = table(in, s);
+    xq_unpack_args a = {};
+    a.table = slots.data();
+    a.n_streams = number(in, {1, s.n_streams});
+    a.n_kv_pages = number(in, {s.n_pages, 1});
+    a.is_k = number(in, {0, 1});
+    a.first_head = number(in, {0, 0, s.n_head_kv - 1});
+    a.n_heads = number(in, {1, s.n_head_kv});
+    const bool valid = a.n_streams > 0 && a.n_streams <= s.n_streams && a.n_kv_pages > 0 && a.n_kv_pages <= s.n_pages &&
+                       a.n_heads > 0 && a.n_heads <= s.n_head_kv;
+    const int64_t n = valid ? (int64_t)a.n_streams * a.n_kv_pages * XQ_PAGE * a.n_heads : 0;
+    const std::unique_ptr<uint16_t[]> rows(new uint16_t[(size_t)(n * (a.is_k ? s.k.width : s.v.width)) + 1]);
+    a.rows = rows.get();
+    run(xq_cpu()->unpack, s, a);
+}
+
+/* A layer and what it reads, and a few verbs on it: by each kernel set on its own copy, with the same bytes at the end.
+ */
+void verbs(input &in) {
+    const xq_layer layer = {side(in, true), side(in, false)};
+    const xq_shape shape = {width(in),
+                            width(in),
+                            number(in, {1, 2, 2, 1}),
+                            number(in, {1, 3, 3}),
+                            number(in, {1, 2, 2}),
+                            number(in, {1, 1, 2})};
+    xq_layer read = layer;
+    read.k.owner = read.v.owner = read.v.source = -1;
+    for (xq_side *side : {&read.k, &read.v}) {
+        side->fit = side->fit == XQ_FIT_LSQ ? XQ_FIT_MINMAX : side->fit;
+    }
+    layer_store own(in, layer, shape), other(in, read, shape);
+    if (own.status != XQ_OK || other.status != XQ_OK) {
+        return;
+    }
+    const std::vector<int32_t> heads((size_t)shape.n_head_kv, shape.n_head_kv - 1);
+    const auto map = block<float>(in, (int64_t)shape.n_head_kv * shape.e * shape.e);
+    for (const int32_t is_k : {0, 1}) {
+        if (in.ConsumeIntegralInRange<int>(0, 7) > 0) {
+            xq_store_borrow(&own.c, is_k, &other.c);
         }
     }
+    if (in.ConsumeIntegralInRange<int>(0, 7) > 0) {
+        xq_store_map(&own.c, &other.c, heads.data(), map.get());
+    }
+    const auto rest = in.ConsumeRemainingBytes<uint8_t>();
+    const std::vector<uint8_t> blocks(own.blocks.get(), own.blocks.get() + own.n_blocks);
+    const std::vector<uint16_t> rows(own.rows.get(), own.rows.get() + own.n_rows / 2);
+    std::vector<uint8_t> after[2];
+    for (int i = 0; i < 2; ++i) {
+        force(sets[i]);
+        std::copy(blocks.begin(), blocks.end(), own.blocks.get());
+        std::copy(rows.begin(), rows.end(), own.rows.get());
+        input again(rest.data(), rest.size());
+        for (int n = again.ConsumeIntegralInRange<int>(1, 4); n > 0; --n) {
+            const auto verb = again.PickValueInArray({update, attend, unpack, keys});
+            verb(again, own.c);
+        }
+        after[i].assign(own.blocks.get(), own.blocks.get() + own.n_blocks);
+        after[i].insert(after[i].end(), (uint8_t *)own.rows.get(), (uint8_t *)own.rows.get() + own.n_rows);
+    }
+    fuzz::check(after[0] == after[1], "all kernel sets store the same");
 }
 
 } // namespace
@@ -300,7 +427,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         pack(in);
         break;
     default:
-        attend(in);
+        verbs(in);
     }
     return 0;
 }
