@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xquant_gguf import Plan, Side, native
-from xquant_gguf.plan import FITS, PARAMS, Shape, block_bytes, preset_names, shortest, side_to_c
+from xquant_gguf.plan import Shape, block_bytes, fit_names, param_names, preset_names, shortest, side_to_c
 
 LLAMA_8B = [Shape(128, 128, 8)] * 32
 
@@ -53,13 +53,39 @@ def test_cache_bytes_at_32k() -> None:
     assert f16 / plan.cache_bytes(shapes, 32768) > 4.3
 
 
+def test_names_are_those_of_the_enumerations() -> None:
+    """In their order: what the numbers of a file or of C mean."""
+    _, lib = native.load()
+    for prefix, names in (("XQ_FIT", fit_names()), ("XQ_PARAM", param_names())):
+        assert [getattr(lib, f"{prefix}_{name.upper()}") for name in names] == list(range(len(names)))
+    assert len(fit_names()) == 5
+
+
+def test_slots_of_many_sequences_leave_most_pages_to_codes() -> None:
+    """Each wants its window and its pinned pages; those beyond the first get an eighth of all pages at most."""
+    plan = replace(Plan.from_preset("xquant", 2), window=200, pinned=2)
+    assert plan.slots(128 * 1000) == 2 + 2 + 4 + 1
+    assert plan.slots(128 * 1000, 513) == 2 + 2 + 5 + 1
+    assert plan.slots(128 * 1000, n_seq=3) == 6 + 5 + 4 + 1
+    assert plan.slots(128 * 80, n_seq=8) == 2 + 2 + 4 + 1 + 80 // 8
+    assert plan.slots(128 * 5 + 1) == 6  # all there are
+    assert replace(plan, window=-1).slots(128 * 1000) == 1000
+    shapes = [Shape(64, 96, 2), Shape(128, 128, 1)]
+    blocks = sum(block_bytes(layer, s) * s.heads for layer, s in zip(plan.layers, shapes, strict=True))
+    rows = 2 * 128 * (2 * (64 + 96) + 256)
+    assert plan.cache_bytes(shapes, 128 * 1000) == 1000 * blocks + 9 * rows
+    assert plan.cache_bytes(shapes, 128 * 9) == 9 * rows  # every page has a slot: there are no blocks
+    with pytest.raises(ValueError, match="0 pages, micro-batches of 512 tokens, 1 sequences: must be above 0"):
+        plan.slots(0)
+
+
 @given(st.data())
 def test_text_form_round_trip(data: st.DataObject) -> None:
     ffi, lib = native.load()
 
     def side() -> Side:
         eta = shortest(data.draw(st.floats(0, 0.484375, width=32)))
-        fit, param = data.draw(st.sampled_from(FITS)), data.draw(st.sampled_from(PARAMS))
+        fit, param = (data.draw(st.sampled_from(names())) for names in (fit_names, param_names))
         numbers = [data.draw(st.integers(low, high)) for low, high in ((0, 4), (0, 128), (-1, 1023))]
         return Side(numbers[0], numbers[1], fit, param, data.draw(st.booleans()), numbers[2], eta)
 
