@@ -175,7 +175,8 @@ XQ_API int xq_unseal_v(const xq_side *side, int32_t e, const uint8_t *codes, int
  * predicted: [e][XQ_PAGE], finite as values are that are sealed. */
 XQ_API int xq_predict_v(const xq_side *source, int32_t e, const uint8_t *codes, const uint8_t *param,
                         const float *weight, float *predicted);
-/* Takes the tokens of a sealed block that are not valid out of it: their codes, and parameters that no other token needs.
+/* Takes the tokens of a sealed block that are not valid out of it: their codes, and parameters that no other token
+ * needs.
  */
 XQ_API int xq_clear_tokens(const xq_layer *layer, int32_t d, int32_t e, const uint32_t valid[4], uint8_t *block);
 /* x [n_rows][n] *= normalised Hadamard matrix, in blocks of the largest power of two that divides n.  Its own inverse.
@@ -332,7 +333,8 @@ typedef struct xq_backend {
     int (*unpack)(const xq_store *store, const xq_unpack_args *args, const xq_exec *exec);
     int (*read_keys)(const xq_store *store, const xq_keys_args *args, const xq_exec *exec);
     int (*write_keys)(const xq_store *store, const xq_keys_args *args, const xq_exec *exec);
-    /* Which kernel attend takes for a store: the kernel set, "decode" (tensor cores) or "general". */
+    /* Which kernel attend takes for a store: the kernel set, "decode" (tensor cores) or "general"; null: it is refused.
+     */
     const char *(*attend_kernel)(const xq_store *store);
 } xq_backend;
 
@@ -340,42 +342,6 @@ typedef struct xq_backend {
 XQ_API const xq_backend *xq_cpu(void);
 /* The CUDA backend of libxquant_cuda; the general kernel is its reference. */
 XQ_API const xq_backend *xq_cuda(void);
-
-/* ---- attention ---- */
-
-/* One KV head of one layer over a range of pages, for query rows that share the head. */
-typedef struct xq_attention {
-    int32_t d, e;                     /* head widths of K and V */
-    xq_side k, v;                     /* how this layer stores sealed pages */
-    int32_t k_code_bits, v_code_bits; /* bits of the codes that are read: own or the owner's */
-    const uint8_t *k_codes, *k_param; /* of page 0; page p lies p strides on; null where absent */
-    const uint8_t *v_codes, *v_param;
-    int64_t k_codes_stride, k_param_stride, v_codes_stride, v_param_stride; /* bytes from page to page */
-    int32_t mapped; /* 1: V is what a map of `source` leaves over, which lies in source_codes and source_param */
-    xq_side source; /* with own codes, as wide as V */
-    const uint8_t *source_codes, *source_param;
-    int64_t source_codes_stride, source_param_stride;
-    const uint16_t *k_window; /* F16 [n_slots][XQ_PAGE][d] */
-    const uint16_t *v_window; /* F16 [n_slots][XQ_PAGE][e] */
-    const int32_t *page_slot; /* [page_end] >= 0: open, in that slot; -1: sealed; -2: no cells */
-    int32_t page_begin, page_end;
-    int32_t n_rows;
-    const float *const *q;       /* [n_rows] -> [d] */
-    const uint16_t *const *mask; /* [n_rows] -> F16 [page_end * XQ_PAGE], added to the scores; null: no mask */
-    const float *slope;          /* [n_rows] factor of the mask (ALiBi); null: 1 */
-    float scale;                 /* of q . k */
-    float softcap;               /* > 0: score = softcap * tanh(score / softcap) */
-    float *const *partial;       /* [n_rows] -> [2 e + 2], mapped: [3 e + 2] */
-} xq_attention;
-
-/* Writes, per row, the state of an online softmax over the pages: the maximum score, the sum of p, the sum of p * v
- * over sealed pages (in the space they are stored in) [e], over open pages [e], and, if mapped, of p * u over the
- * sealed pages of the source [e].  A row that sees no cell: -inf, 0, zeros. */
-XQ_API int xq_attend(const xq_attention *args);
-/* Merges n_parts states of one row and finishes: out [e].  sink: an extra score that takes part in the sum; -inf: none.
- * weight: the map [e of the source][e]; null if the states are not mapped. */
-XQ_API int xq_attention_merge(int32_t n_parts, const float *const *partial, int32_t e, int32_t rotate, float sink,
-                              const float *weight, float *out);
 
 /* cdef: end */
 
