@@ -1,5 +1,5 @@
 """Writes what the fuzzers start from to a folder: models/ (tiny ones), corpus/metadata/ (plans as GGUF files),
-corpus/codec/ (random bytes, long enough for a layer and some verbs).
+corpus/codec/ and corpus/verbs/ (random bytes, long enough for a layer and some verbs).
 
 The seeds of states come from the fuzz target itself.
 """
@@ -36,12 +36,13 @@ def plans() -> dict[str, Plan]:
 
 
 def main(folder: Path) -> None:
-    models, corpus, codec = folder / "models", folder / "corpus" / "metadata", folder / "corpus" / "codec"
-    for path in (models, corpus, codec):
+    models, corpus = folder / "models", folder / "corpus" / "metadata"
+    random = [folder / "corpus" / name for name in ("codec", "verbs")]
+    for path in (models, corpus, *random):
         path.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for i in range(300):
-        (codec / f"random-{i}").write_bytes(rng.bytes(int(rng.integers(60, 3000))))
+        (random[i % 2] / f"random-{i}").write_bytes(rng.bytes(int(rng.integers(60, 3000))))
     for name, arch in (("plain", "llama"), ("sliding", "mimo2")):
         shape = tiny_gguf.Shape(arch=arch, **SIZES)
         tiny_gguf.write(models / f"{name}.gguf", shape, tiny_gguf.random_weights(shape))
