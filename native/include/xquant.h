@@ -117,11 +117,6 @@ XQ_API int xq_plan_preset(const char *name, int32_t n_layers, xq_plan *plan);
 XQ_API const char *xq_plan_preset_names(void);
 XQ_API const char *xq_fit_names(void);
 XQ_API const char *xq_param_names(void);
-/* One layer as text, e.g. "k=4,128,minmax,f16,0,-1 v=2,0,lloyd,log8,0.09,-1,rot,map:5" and back.  text_size bytes at
- * most.
- */
-XQ_API int xq_layer_format(const xq_layer *layer, char *text, size_t text_size);
-XQ_API int xq_layer_parse(const char *text, xq_layer *layer);
 /* Checks every field, and head widths d[n_layers] and e[n_layers]; d and e may be null.
  * A layer with d = 0 is not part of the cache: nothing is checked and nobody may borrow from it. */
 XQ_API int xq_plan_check(const xq_plan *plan, const int32_t *d, const int32_t *e);

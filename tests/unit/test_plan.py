@@ -1,4 +1,4 @@
-"""Plans: presets, bits, sizes, dictionaries, text form."""
+"""Plans: presets, names, bits, sizes, dictionaries."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from xquant_gguf import Plan, Side, native
-from xquant_gguf.plan import Shape, block_bytes, fit_names, param_names, preset_names, shortest, side_to_c
+from xquant_gguf.plan import Shape, block_bytes, fit_names, param_names, preset_names, shortest
 
 LLAMA_8B = [Shape(128, 128, 8)] * 32
 
@@ -77,36 +75,6 @@ def test_slots_of_many_sequences_leave_most_pages_to_codes() -> None:
     assert plan.cache_bytes(shapes, 128 * 9) == 9 * rows  # every page has a slot: there are no blocks
     with pytest.raises(ValueError, match="0 pages, micro-batches of 512 tokens, 1 sequences: must be above 0"):
         plan.slots(0)
-
-
-@given(st.data())
-def test_text_form_round_trip(data: st.DataObject) -> None:
-    ffi, lib = native.load()
-
-    def side() -> Side:
-        eta = shortest(data.draw(st.floats(0, 0.484375, width=32)))
-        fit, param = (data.draw(st.sampled_from(names())) for names in (fit_names, param_names))
-        numbers = [data.draw(st.integers(low, high)) for low, high in ((0, 4), (0, 128), (-1, 1023))]
-        return Side(numbers[0], numbers[1], fit, param, data.draw(st.booleans()), numbers[2], eta)
-
-    c, out = ffi.new("xq_layer *"), ffi.new("char[256]")
-    side_to_c(c.k, side(), "K")
-    side_to_c(c.v, side(), "V")
-    assert lib.xq_layer_format(c, out, 256) == 0
-    text = ffi.string(out)
-    assert len(text) < 128  # what a kv_override holds
-    assert lib.xq_layer_parse(text, c) == 0
-    assert lib.xq_layer_format(c, out, 256) == 0
-    assert ffi.string(out) == text
-
-
-@given(st.text(max_size=300))
-def test_any_text_is_a_layer_or_an_error(text: str) -> None:
-    ffi, lib = native.load()
-    data = text.encode().replace(b"\0", b"")
-    c = ffi.new("xq_layer *")
-    for attempt in (data, b"k=4,128,minmax,f16,0,-1 v=" + data, b"k=" + data + b" v=2,0,lloyd,log8,0.09,-1,rot"):
-        assert lib.xq_layer_parse(attempt, c) in (0, -3)
 
 
 def test_dictionary_round_trip(tmp_path: Path) -> None:
