@@ -38,10 +38,7 @@ __global__ void __launch_bounds__(slab)
     const side_view side = side_at(store.k, page.stream, blockIdx.z);
     const int lane = threadIdx.x, first = blockIdx.x * slab, i = first + lane;
     const bool active = i < side.width;
-    int bad = 0; // of the input, which was counted when it was stored first
-    const auto rotated = [&](int t) {
-        return __float2half_rn(finite(key_at(args, blockIdx.y, t, blockIdx.z)[i], bad));
-    };
+    const auto rotated = [&](int t) { return to_half(key_at(args, blockIdx.y, t, blockIdx.z)[i]); };
     if (page.slot != XQ_SLOT_SEALED) {
         __half *rows = open_rows(side, page.slot);
         for (int t = 0; active && t < XQ_PAGE; ++t) {

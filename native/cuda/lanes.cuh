@@ -47,13 +47,18 @@ __device__ inline float low(float a, float b) {
 __device__ inline float high(float a, float b) {
     return b > a ? b : a;
 }
-__device__ inline __half to_half(float x) {
-    return __float2half_rn(low(high(x, -65504.0f), 65504.0f));
+/* Not-a-numbers to 0, infinities to +-65504. */
+__device__ inline float clamped(float x) {
+    return low(high(x == x ? x : 0.0f, -65504.0f), 65504.0f);
 }
-/* Not-a-numbers to 0, infinities to +-65504; adds their number to count. */
+/* Clamped: parameters of a loaded state may make anything. */
+__device__ inline __half to_half(float x) {
+    return __float2half_rn(clamped(x));
+}
+/* Clamped; adds the number of those that were not finite to count. */
 __device__ inline float finite(float x, int &count) {
     count += !(fabsf(x) <= 65504.0f);
-    return low(high(x == x ? x : 0.0f, -65504.0f), 65504.0f);
+    return clamped(x);
 }
 
 /* One lane of codec_fit.h. */

@@ -167,13 +167,13 @@ __device__ void transform_tile(float (&x)[tile_tokens][tile_channels], int block
     }
 }
 
-/* As to_half: what is too large becomes an infinity first. */
+/* As to_half: what is too large becomes an infinity first; of a half that is not a number no bit is kept. */
 __device__ uint32_t two_halves(float a, float b) {
-    const __half2 top = __float2half2_rn(65504.0f);
-    const __half2 both = __hmax2(__hmin2(__floats2half2_rn(a, b), top), __hneg2(top));
+    const __half2 top = __float2half2_rn(65504.0f), x = __floats2half2_rn(a, b);
+    const __half2 both = __hmax2(__hmin2(x, top), __hneg2(top));
     uint32_t bits;
     memcpy(&bits, &both, 4);
-    return bits;
+    return bits & __heq2_mask(x, x);
 }
 
 /* grid (page, stream * KV head).  A page has 4 * width tiles, a multiple of 64: warps stay whole. */
