@@ -3,7 +3,7 @@
 # make test    the whole test suite
 # make test-arm  the kernels for 64-bit ARM, cross-built and run under qemu
 # make asan    the tests of what takes input from outside, with AddressSanitizer and UndefinedBehaviorSanitizer (clang)
-# make fuzz    TARGET=metadata, state or codec for SECONDS=60 with libFuzzer and both sanitizers (clang)
+# make fuzz    TARGET=metadata, state, codec or verbs for SECONDS=60 with libFuzzer and both sanitizers (clang)
 # make lint    formatting, lint and types, as pre-commit runs them
 # make clean   removes .venv and build
 
@@ -40,7 +40,7 @@ test: all
 	$(BIN)/pytest
 
 test-arm: all
-	XQUANT_AARCH64=required $(BIN)/pytest tests/kernels/test_aarch64.py
+	XQUANT_AARCH64=required $(BIN)/pytest tests/kernels -m arm
 
 TARGET  ?= metadata
 SECONDS ?= 60

@@ -39,7 +39,7 @@ compile() {
 }
 
 step configure configure && step build compile && step load python3 -c 'from xquant_gguf import Llama' || finish
-step kernels python3 -m pytest -q -m cuda tests/kernels/test_cuda_kernels.py
+step kernels python3 -m pytest -q -m cuda tests/kernels
 step fork python3 -m pytest -q -m cuda tests/fork/test_cuda.py
 step attention python3 benchmarks/attention_cuda.py
 step unpack python3 benchmarks/unpack_cuda.py

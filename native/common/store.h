@@ -28,14 +28,16 @@ XQ_BOTH const xq_side_store &side_of(const xq_store &store, bool is_k) {
     return is_k ? store.k : store.v;
 }
 
+/* Bytes first, the head's before the stream's: so a CUDA block keeps what all its threads share out of their registers.
+ */
 XQ_BOTH side_view side_at(const xq_side_store &side, int stream, int head) {
     return {side.plan,
             side.width,
-            side.codes + stream * side.codes_stream + head * side.codes_head,
-            side.param + stream * side.param_stream + head * side.param_head,
+            side.codes + (head * side.codes_head + stream * side.codes_stream),
+            side.param + (head * side.param_head + stream * side.param_stream),
             side.codes_page,
             side.param_page,
-            side.rows + stream * side.rows_stream + head * side.rows_head};
+            (uint16_t *)((char *)side.rows + (head * (2 * side.rows_head) + stream * (2 * side.rows_stream)))};
 }
 /* The values that the map of a KV head reads; they have no rows. */
 XQ_BOTH side_view source_at(const xq_store &store, int stream, int head) {

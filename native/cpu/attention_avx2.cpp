@@ -1,6 +1,6 @@
 /* attention_avx2.cpp: attention for AVX2, FMA and F16C.  See attention_pages.h for the equations, attention_x86_open.h
  * for open pages, and attention_avx2_codes.h for the product with codes.  What its rounding costs is measured in
- * tests/kernels/test_attention.py.
+ * tests/kernels/test_attend.py.
  */
 #include "attention_avx2_codes.h"
 #include "attention_avx2_open.h"

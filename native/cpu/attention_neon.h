@@ -5,7 +5,7 @@
  *
  * Sealed pages: a[i] = q_i s_i (or p_i s_i) is rounded to 8 bits with one scale a row and group, and multiplied with
  * the codes in whole numbers: the three sets differ in the instruction for that alone and give the same bits.  What
- * the rounding costs is measured in tests/kernels/test_attention.py; the codes are centred first, which keeps it small:
+ * the rounding costs is measured in tests/kernels/test_attend.py; the codes are centred first, which keeps it small:
  *
  *     sum_i a_i c_ij = step * (sum_i a8_i c_ij - middle * sum_i a8_i) + middle * sum_i a_i
  */

@@ -12,7 +12,7 @@
  *
  * A masked token takes no part, whatever lies in its cell: its score is replaced, not added to, and its p is 0.
  *
- * Scratch lies on the stack: STACK at most.
+ * Scratch lies on the stack: 80 KiB at most.
  */
 #pragma once
 

@@ -80,9 +80,14 @@ static inline lanes load_half(const uint16_t *p /* [n_lanes] */) {
 #endif
 }
 
-/* Rounded half to even; what is too large becomes +-65504. */
+/* Not-a-numbers to 0, what is too large to +-65504. */
+static inline lanes clamped(lanes x) {
+    return low(high(x == x ? x : splat(0.0f), splat(-65504.0f)), splat(65504.0f));
+}
+
+/* Rounded half to even, clamped: parameters of a loaded state may make anything. */
 static inline void store_half(uint16_t *p /* [n_lanes] */, lanes x) {
-    x = low(high(x, splat(-65504.0f)), splat(65504.0f));
+    x = clamped(x);
 #if defined(XQ_SET_AVX2)
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(XQ_SET_NEON)
@@ -134,11 +139,11 @@ static inline lanes round_half(lanes x) {
     return load_half(h);
 }
 
-/* Not-a-numbers to 0, infinities to +-65504; adds their number to count. */
+/* Clamped; adds the number of those that were not finite to count. */
 static inline lanes finite(lanes x, int_lanes &count) {
     const int_lanes bad = !(absolute(x) <= 65504.0f);
     count -= bad; // a true lane is -1
-    return low(high(x == x ? x : splat(0.0f), splat(-65504.0f)), splat(65504.0f));
+    return clamped(x);
 }
 
 /* ---- packing: the unit order of xquant.h for 16 rows i ---- */

@@ -1,15 +1,8 @@
-/* plan.cpp: what each layer stores: presets, checks, text form, sizes.  The one description of all of them.
- *
- * Text form of a layer: the fields of xq_side in order, separated by commas, the sides by a space:
- *
- *     k=<bits>,<group>,<fit>,<param>,<eta>,<owner> v=<bits>,<group>,<fit>,<param>,<eta>,<owner>[,rot][,map:<source>]
- */
+/* plan.cpp: what each layer stores: presets, names, checks, sizes.  The one description of all of them. */
 #include "codec_format.h"
 #include "kernels.h"
 
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -17,15 +10,6 @@ namespace xq {
 
 static const char *const fit_names[] = {"paper", "minmax", "clip", "lloyd", "lsq"};
 static const char *const param_names[] = {"f16", "log8"};
-
-template <size_t N> static int index_of(const char *const (&names)[N], const char *name) {
-    for (size_t i = 0; i < N; ++i) {
-        if (strcmp(names[i], name) == 0) {
-            return (int)i;
-        }
-    }
-    return -1;
-}
 
 /* ---- presets ---- */
 
@@ -117,98 +101,6 @@ int xq_plan_preset(const char *name, int32_t n_layers, xq_plan *plan) {
         }
     }
     return fail(XQ_ERR_PLAN, "preset \"%.64s\" is unknown; there are %s", name, xq_plan_preset_names());
-}
-
-/* ---- text form ---- */
-
-static int format_side(const xq_side &side, char *text, size_t size) {
-    char map[24] = "";
-    if (side.source >= 0) {
-        snprintf(map, sizeof(map), ",map:%d", side.source);
-    }
-    return snprintf(text, size, "%d,%d,%s,%s,%.9g,%d%s%s", side.bits, side.group, fit_names[side.fit],
-                    param_names[side.param], (double)side.eta, side.owner, side.rotate ? ",rot" : "", map);
-}
-
-static bool names_valid(const xq_side &side) {
-    return side.fit >= 0 && side.fit <= XQ_FIT_LSQ && side.param >= 0 && side.param <= XQ_PARAM_LOG8;
-}
-
-int xq_layer_format(const xq_layer *layer, char *text, size_t text_size) {
-    if (!layer || !text || !names_valid(layer->k) || !names_valid(layer->v)) {
-        return fail(XQ_ERR_ARGUMENT, "xq_layer_format: not a layer");
-    }
-    char k[96], v[96];
-    format_side(layer->k, k, sizeof(k));
-    format_side(layer->v, v, sizeof(v));
-    const int n = snprintf(text, text_size, "k=%s v=%s", k, v);
-    return n >= 0 && (size_t)n < text_size ? XQ_OK
-                                           : fail(XQ_ERR_ARGUMENT, "xq_layer_format: %d bytes are needed", n + 1);
-}
-
-static bool parse_int(const char *text, int32_t *value) {
-    char *end;
-    const long n = strtol(text, &end, 10);
-    *value = (int32_t)n;
-    return end != text && *end == '\0' && n >= -(1 << 20) && n <= 1 << 20;
-}
-
-/* text: one side without its name; it is cut into fields in place. */
-static bool parse_side(char *text, xq_side *side) {
-    char *fields[9];
-    int n = 0;
-    for (char *at = text; at && n < 9; ++n) {
-        fields[n] = at;
-        at = strchr(at, ',');
-        if (at) {
-            *at++ = '\0';
-        }
-    }
-    if (n < 6) {
-        return false;
-    }
-    int at = 6;
-    side->rotate = at < n && strcmp(fields[at], "rot") == 0;
-    at += side->rotate;
-    side->source = -1;
-    if (at < n && strncmp(fields[at], "map:", 4) == 0) {
-        if (!parse_int(fields[at] + 4, &side->source) || side->source < 0) {
-            return false;
-        }
-        at++;
-    }
-    char *end;
-    side->fit = index_of(fit_names, fields[2]);
-    side->param = index_of(param_names, fields[3]);
-    side->eta = strtof(fields[4], &end);
-    return at == n && parse_int(fields[0], &side->bits) && parse_int(fields[1], &side->group) && side->fit >= 0 &&
-           side->param >= 0 && end != fields[4] && *end == '\0' && parse_int(fields[5], &side->owner);
-}
-
-int xq_layer_parse(const char *text, xq_layer *layer) {
-    if (!text || !layer) {
-        return fail(XQ_ERR_ARGUMENT, "xq_layer_parse: null");
-    }
-    char copy[256];
-    char *space = nullptr;
-    if (strlen(text) < sizeof(copy)) {
-        strcpy(copy, text);
-        space = strchr(copy, ' ');
-    }
-    if (!space || strncmp(copy, "k=", 2) != 0 || strncmp(space + 1, "v=", 2) != 0) {
-        return fail(XQ_ERR_PLAN, "layer \"%.200s\" must be of the form k=... v=...", text);
-    }
-    *space = '\0';
-    xq_layer parsed;
-    if (!parse_side(copy + 2, &parsed.k) || !parse_side(space + 3, &parsed.v)) {
-        return fail(XQ_ERR_PLAN,
-                    "layer \"%.200s\": a side is bits,group,fit,param,eta,owner[,rot][,map:source] with fit one of "
-                    "paper, minmax, "
-                    "clip, lloyd, lsq and param f16 or log8",
-                    text);
-    }
-    *layer = parsed;
-    return XQ_OK;
 }
 
 /* ---- checks ---- */
@@ -337,7 +229,8 @@ int xq_block_layout_of(const xq_layer *layer, int32_t d, int32_t e, xq_block_lay
         return fail(XQ_ERR_ARGUMENT, "head widths are %d and %d, must be multiples of 16 from 16 to %d", d, e,
                     XQ_MAX_HEAD_DIM);
     }
-    for (const int status : {check_fields(layer->k, 0, true, d), check_fields(layer->v, 0, false, e)}) {
+    for (const bool is_k : {true, false}) {
+        const int status = check_fields(is_k ? layer->k : layer->v, 0, is_k, is_k ? d : e);
         if (status != XQ_OK) {
             return status;
         }

@@ -76,11 +76,8 @@ int xq_store_init(xq_store *store, const xq_layer *layer, const xq_shape *shape,
         return XQ_ERR_ARGUMENT;
     }
     xq_block_layout layout;
-    for (const int status : {xq_check_side(&layer->k, true, shape->d), xq_check_side(&layer->v, false, shape->e),
-                             xq_block_layout_of(layer, shape->d, shape->e, &layout)}) {
-        if (status != XQ_OK) {
-            return status;
-        }
+    if (const int status = xq_block_layout_of(layer, shape->d, shape->e, &layout); status != XQ_OK) {
+        return status;
     }
     const int64_t block_bytes = xq_store_block_bytes(layer, shape), row_bytes = xq_store_row_bytes(shape);
     if (shape->n_streams > 1 &&

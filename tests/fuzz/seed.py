@@ -1,6 +1,7 @@
-"""Writes what the fuzzers start from to a folder: models/ (tiny ones), corpus/metadata/ (plans as GGUF files).
+"""Writes what the fuzzers start from to a folder: models/ (tiny ones), corpus/metadata/ (plans as GGUF files),
+corpus/codec/ and corpus/verbs/ (random bytes, long enough for a layer and some verbs).
 
-The seeds of states come from the fuzz target itself, those of the codec from nothing.
+The seeds of states come from the fuzz target itself.
 """
 
 from __future__ import annotations
@@ -36,8 +37,12 @@ def plans() -> dict[str, Plan]:
 
 def main(folder: Path) -> None:
     models, corpus = folder / "models", folder / "corpus" / "metadata"
-    models.mkdir(parents=True, exist_ok=True)
-    corpus.mkdir(parents=True, exist_ok=True)
+    random = [folder / "corpus" / name for name in ("codec", "verbs")]
+    for path in (models, corpus, *random):
+        path.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i in range(300):
+        (random[i % 2] / f"random-{i}").write_bytes(rng.bytes(int(rng.integers(60, 3000))))
     for name, arch in (("plain", "llama"), ("sliding", "mimo2")):
         shape = tiny_gguf.Shape(arch=arch, **SIZES)
         tiny_gguf.write(models / f"{name}.gguf", shape, tiny_gguf.random_weights(shape))

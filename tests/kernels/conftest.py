@@ -6,9 +6,9 @@ import os
 from typing import Any
 
 import pytest
+
 from support import remote
 from support.devices import Device, device
-
 from xquant_gguf import codec
 
 

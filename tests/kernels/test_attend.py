@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from support import specification
 from support.devices import Device, device
 from support.pages_of_codes import CASES, Case, Content, made, random_rows, tolerance
 from support.specification import Pages
 from support.storage import SEALED
-
 from xquant_gguf.plan import PAGE, Layer
 
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from support.devices import Device
 from support.pages_of_codes import CASES, V, made, random_rows
 from support.specification import Pages, finite
 from support.storage import NONE, SEALED, Move, Storage
-
 from xquant_gguf import reference
 from xquant_gguf.plan import PAGE, Layer, Side
 
@@ -50,6 +50,36 @@ def test_sealed_pages_of_all_widths(coder: Device, bits: int, d: int, v: Side) -
         want = f16(pages.stored(name, [[0, SEALED]]))
         np.testing.assert_array_equal(storage.unpack([[0, SEALED]], name == "k"), want)
         np.testing.assert_array_equal(storage.unpack([[0, SEALED]], name == "k", slice(1, 2)), want[:, 1:])
+
+
+def test_every_half_survives(coder: Device) -> None:
+    """All finite F16 numbers, as the means that 0 bits keep, through F32 and back."""
+    halves = np.arange(65536, dtype=np.uint16).view(np.float16)
+    rows = halves[np.isfinite(halves)].reshape(-1, 512)
+    storage = Storage(coder, Layer(Side(0, 128), V), random_rows(np.random.default_rng(0), 1, 1, 1, 512, 16), len(rows))
+    pages = storage.pages()
+    pages[0, 0, :, storage.part_at("k")[1]] = rows.view(np.uint8)
+    storage.set_pages(pages)
+    out = storage.unpack([[SEALED] * len(rows)], True).reshape(len(rows), PAGE, 512)
+    for token in (0, 77, 127):
+        np.testing.assert_array_equal(out[:, token].view(np.uint16), rows.view(np.uint16))
+
+
+def test_every_log8_parameter(coder: Device) -> None:
+    """e and q of all values, one pair a channel."""
+    side = Side(1, 128, "minmax", "log8")
+    e, q = np.meshgrid(np.arange(1, 256), np.arange(-127, 128, 2))
+    pairs = np.stack([e.ravel(), q.ravel()]).astype(np.uint8)
+    pairs = pairs[:, : pairs.shape[1] // 512 * 512].reshape(2, -1, 512).transpose(1, 0, 2)
+    storage = Storage(coder, Layer(side, V), random_rows(np.random.default_rng(0), 1, 1, 1, 512, 16), len(pairs))
+    pages = storage.pages()
+    at = storage.part_at("k")
+    pages[0, 0, :, at[0]] = np.frombuffer(np.random.default_rng(0).bytes(at[0].stop), np.uint8)
+    pages[0, 0, :, at[1]] = pairs.reshape(len(pairs), -1)
+    storage.set_pages(pages)
+    out = storage.unpack([[SEALED] * len(pairs)], True).reshape(len(pairs), PAGE, 512)
+    want = f16(Pages(storage).stored("k", [[SEALED] * len(pairs)])).reshape(out.shape)
+    np.testing.assert_array_equal(out.view(np.uint16), want.view(np.uint16))
 
 
 # ---- both ends of a context shift ----

@@ -1,24 +1,23 @@
-"""The verb update on every device: sealed pages byte for byte as the reference makes them, rows, and what is counted."""
+"""The verb update on every device: pages byte for byte as the reference seals them, rows, and what is counted."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import lru_cache
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
+
+from support.codec_rows import GOLDEN, KINDS, made_rows
 from support.devices import Device
 from support.pages_of_codes import V, random_rows
 from support.specification import Pages, finite
 from support.storage import ALL, NONE, SEALED, Halves, Move, Storage
-
 from xquant_gguf import reference
 from xquant_gguf.plan import PAGE, Layer, Side
 
-GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "codec.json"
 HEADS = 2
 Stored = dict[str, tuple[bytes, bytes]]
 
@@ -65,7 +64,7 @@ def check_page(storage: Storage, move: Move, head: int, right: Stored) -> None:
         assert got == (codes if getattr(storage.layer, name).bits else got[0], param), f"{name} of {move}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def sealing(number: int, d: int, e: int) -> tuple[Layer, tuple[Halves, Halves], list[Move], list[list[Stored]], int]:
     """A layer, its rows, moves, what they store for each head, and how many inputs are not finite."""
     layer, rng = sides()[number], np.random.default_rng(d + e)
@@ -91,6 +90,26 @@ def test_sealed_pages_are_the_reference_byte_for_byte(coder: Device, number: int
     for move in moves:
         untouched[move.stream, :, move.page] = False
     np.testing.assert_array_equal(storage.pages()[untouched], before[untouched])
+
+
+TRAPPED = (
+    Layer(Side(4, 128, "minmax", "log8"), Side(3, 0, "lloyd", "f16", True)),
+    Layer(Side(1, 32, "clip"), Side(2, 32, "paper", "log8", eta=0.045)),
+    Layer(Side(3, 64, "lloyd", "log8"), Side(1, 0, "clip", "log8", True)),
+    Layer(Side(0, 64), Side(0, 0)),
+)
+
+
+@pytest.mark.parametrize("layer", TRAPPED, ids=str)
+def test_rows_that_are_traps(coder: Device, layer: Layer) -> None:
+    """Constant channels, outliers, zeros, numbers too small or nearly too large for F16: the reference's bytes."""
+    d, e = 80, 96
+    rows = tuple(np.stack([made_rows(kind, n, i) for i, kind in enumerate(KINDS)])[None, None] for n in (d, e))
+    storage = Storage(coder, layer, (rows[0], rows[1]), len(KINDS))
+    moves = [Move(len(KINDS) - 1 - slot, slot) for slot in range(len(KINDS))]
+    assert storage.update(moves, n_threads=3) == 0
+    for move in moves:
+        check_page(storage, move, 0, sealed(layer, (rows[0], rows[1]), move, 0)[0])
 
 
 def test_golden_vectors(coder: Device) -> None:

@@ -7,9 +7,10 @@ in which nothing may be written.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from abc import ABC, abstractmethod
-from functools import lru_cache
+from functools import cache
 from typing import Any
 from weakref import WeakSet
 
@@ -32,7 +33,6 @@ class Device(ABC):
     name: str
     kernels: str  # the CPU's kernel set; "cuda"
     group_rows: int  # query rows of a KV head that share a counter of arrivals
-    exact: bool = False  # attention in single precision
 
     def __init__(self) -> None:
         self.buffers: WeakSet[Buffer] = WeakSet()
@@ -50,6 +50,14 @@ class Device(ABC):
 
     @abstractmethod
     def read(self, address: int, n: int) -> bytes: ...
+
+    def guard(self, address: int, n: int) -> None:
+        """Marks memory that no verb may touch."""
+        self.write(address, bytes([GUARD]) * n)
+
+    def is_untouched(self, address: int, n: int) -> bool:
+        """Whether nothing was written there."""
+        return self.read(address, n) == bytes([GUARD]) * n
 
     @abstractmethod
     def call(self, verb: str, store: Any, args: Any, n_threads: int) -> None:
@@ -82,8 +90,9 @@ class Buffer:
         self.base = device.alloc(self.bytes + 2 * MARGIN)
         self.at = self.base + MARGIN
         data = bytes([POISON]) * self.bytes if isinstance(content, int) else np.ascontiguousarray(content).tobytes()
-        guard = bytes([GUARD]) * MARGIN
-        device.write(self.base, guard + data + guard)
+        device.write(self.at, data)
+        for side in (self.base, self.at + self.bytes):
+            device.guard(side, MARGIN)
         device.buffers.add(self)
 
     def set(self, content: NDArray[Any], offset: int = 0) -> None:
@@ -103,8 +112,8 @@ class Buffer:
 
     def check(self) -> None:
         """Nothing was written beside it."""
-        for side, at in (("before", self.base), ("behind", self.at + self.bytes)):
-            assert self.device.read(at, MARGIN) == bytes([GUARD]) * MARGIN, f"written {side} a buffer"
+        assert self.device.is_untouched(self.base, MARGIN), "written before a buffer"
+        assert self.device.is_untouched(self.at + self.bytes, MARGIN), "written behind a buffer"
 
     def __del__(self) -> None:
         if hasattr(self, "base"):
@@ -112,15 +121,20 @@ class Buffer:
 
 
 class Cpu(Device):
-    """libxquant in this process with a kernel set; each call by n_threads threads at once."""
+    """libxquant in this process with a kernel set; each call by n_threads threads at once.
+
+    With AddressSanitizer, margins may not even be read.
+    """
 
     group_rows = CPU_GROUP_ROWS
 
     def __init__(self, kernels: str) -> None:
         super().__init__()
-        self.name, self.kernels, self.exact = f"cpu-{kernels}", kernels, kernels == "scalar"
+        self.name, self.kernels = f"cpu-{kernels}", kernels
         self.memory: dict[int, NDArray[np.uint8]] = {}
         self.backend = native.load()[1].xq_cpu()
+        process = ctypes.CDLL(None)
+        self.sanitizer = process if hasattr(process, "__asan_poison_memory_region") else None
 
     def alloc(self, n: int) -> int:
         raw = np.empty(n + 256, np.uint8)
@@ -129,7 +143,18 @@ class Cpu(Device):
         return address
 
     def free(self, address: int) -> None:
-        del self.memory[address]
+        raw = self.memory.pop(address)
+        if self.sanitizer:
+            self.sanitizer.__asan_unpoison_memory_region(ctypes.c_void_p(raw.ctypes.data), ctypes.c_size_t(raw.nbytes))
+
+    def guard(self, address: int, n: int) -> None:
+        if self.sanitizer:
+            self.sanitizer.__asan_poison_memory_region(ctypes.c_void_p(address), ctypes.c_size_t(n))
+        else:
+            super().guard(address, n)
+
+    def is_untouched(self, address: int, n: int) -> bool:
+        return self.sanitizer is not None or super().is_untouched(address, n)
 
     def write(self, address: int, data: bytes) -> None:
         ffi, _ = native.load()
@@ -169,7 +194,7 @@ class Cpu(Device):
         return {name: codec.kernel_calls(name) for name in codec.kernel_sets()}
 
 
-@lru_cache(maxsize=None)
+@cache
 def device(name: str) -> Device:
     """The named device: cpu-scalar, cpu-avx2, ..., arm-neon, ..., cuda."""
     kind, _, kernels = name.partition("-")

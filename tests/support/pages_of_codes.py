@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
+
 from support import specification
 from support.devices import Device, device
 from support.storage import Floats, Halves, Storage
-
 from xquant_gguf import reference
 from xquant_gguf.plan import PAGE, Layer, Side
 
@@ -76,7 +76,9 @@ CASES = {
     "sinks": Case(sinks=True, n_tokens=2),
     "no mask": Case(masked=False),
     "two streams": Case(n_streams=2, n_tokens=3, n_rep=3),
-    "two streams, groups, sinks": Case(Side(3, 64), n_streams=2, n_tokens=23, n_rep=3, sinks=True, table=(-1, 0, -1, 1)),
+    "two streams, groups, sinks": Case(
+        Side(3, 64), n_streams=2, n_tokens=23, n_rep=3, sinks=True, table=(-1, 0, -1, 1)
+    ),
     "mapped": Case(v=replace(V, bits=1), source=V),
     "mapped from 1 bit": Case(d=128, source=replace(V, bits=1), n_tokens=5),
     "mapped, nothing left over": Case(v=Side(0, 0, rotate=True), source=replace(V, bits=3), n_tokens=35),
@@ -97,7 +99,7 @@ def random_parameters(rng: np.random.Generator, side: Side, n: int) -> bytes:
     return reference._param_bytes(p, side.bits, side.param)
 
 
-def random_block(rng: np.random.Generator, layer: Layer, at: "Storage") -> NDArray[np.uint8]:
+def random_block(rng: np.random.Generator, layer: Layer, at: Storage) -> NDArray[np.uint8]:
     """One sealed page; what is not codes or parameters is poison."""
     block = np.full(at.layout.bytes, 0xFF, np.uint8)
     for name, side, n_i, n_j in (("k", layer.k, at.d, PAGE), ("v", layer.v, PAGE, at.e)):
@@ -130,7 +132,9 @@ class Content:
         return out
 
 
-def random_rows(rng: np.random.Generator, n_streams: int, heads: int, slots: int, *widths: int) -> tuple[Halves, Halves]:
+def random_rows(
+    rng: np.random.Generator, n_streams: int, heads: int, slots: int, *widths: int
+) -> tuple[Halves, Halves]:
     """Open pages: K and V of one or two widths."""
     k, v = (rng.standard_normal((n_streams, heads, slots, PAGE, n), np.float32) for n in (widths[0], widths[-1]))
     return k.astype(np.float16), v.astype(np.float16)
@@ -190,15 +194,15 @@ class Made:
         )  # fmt: skip
 
 
-@lru_cache(maxsize=None)
+@cache
 def made(name: str) -> Made:
     return Made(CASES[name])
 
 
-# Largest error of an output in units of the largest output, by kernel.  Exact ones are single precision; the others round
-# the vectors that are multiplied with codes to 8 bits; "decode" rounds queries, and vectors that are multiplied with
-# codes, to F16 or 16-bit integers.  Measured over these cases: scalar 1.5e-6, avx2 and neon 3.1e-3; and over those of
-# test_cuda_kernels.py, general 3.7e-6, decode 3.2e-3.
+# Largest error of an output in units of the largest output, by kernel.  Exact ones are single precision; the others
+# round the vectors that are multiplied with codes to 8 bits; "decode" rounds queries, and vectors that are multiplied
+# with codes, to F16 or 16-bit integers.  Measured over these cases: scalar 1.5e-6, avx2 and neon 3.1e-3; over those of
+# test_cuda_kernels.py: general 3.7e-6, decode 3.2e-3.
 TOLERANCE = {"scalar": 3e-6, "general": 1e-5, "decode": 5e-3}
 TOLERANCE |= dict.fromkeys(("avx2", "avx512", "neon", "neon-dotprod", "neon-i8mm"), 4e-3)
 

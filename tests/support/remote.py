@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import struct
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from support.devices import CPU_GROUP_ROWS, Device, Refused
-
 from xquant_gguf import native
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -90,6 +90,7 @@ class Runner:
         return self.process.stdout.read(struct.unpack("<Q", head)[0])
 
     def close(self) -> None:
+        """Ends the process; again: nothing."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.close()
@@ -104,19 +105,24 @@ class Runner:
 
 
 class Remote(Device):
-    """A runner with one of its kernel sets in force.  sets: all that its libxquant has."""
+    """A runner with one of its kernel sets in force; asked: XQUANT_KERNELS instead."""
 
     group_rows = CPU_GROUP_ROWS
 
-    def __init__(self, name: str, command: list[Any], kernels: str) -> None:
+    def __init__(self, name: str, command: list[Any], kernels: str, asked: str = "") -> None:
         super().__init__()
-        self.name, self.kernels, self.exact = name, kernels, kernels == "scalar"
-        self.runner = Runner(command)
-        self.runner.ask(b"force", kernels.encode())
+        self.name, self.kernels = name, kernels
+        self.runner = self.start(command, asked)
+        atexit.register(self.runner.close)
+        if not asked:
+            self.runner.ask(b"force", kernels.encode())
         self.sets = self.runner.ask(b"available", gives=True).decode().split(",")
         self.end, self.released = AREA, dict[int, list[int]]()
         self.sizes: dict[int, int] = {}
         self.stack = 0  # most bytes that a thread of the last verb used
+
+    def start(self, command: list[Any], asked: str) -> Runner:
+        return Runner(command, asked)
 
     def alloc(self, n: int) -> int:
         n = -(-n // 4096) * 4096

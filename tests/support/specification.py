@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from support.storage import NONE, SEALED, Floats, Halves, Storage
 
+from support.storage import NONE, SEALED, Floats, Halves, Storage
 from xquant_gguf import reference
 from xquant_gguf.plan import PAGE
 

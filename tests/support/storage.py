@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from support.devices import Buffer, Device, Refused
 
+from support.devices import Buffer, Device, Refused
 from xquant_gguf import native
 from xquant_gguf.plan import PAGE, Layer, Side, side_to_c
 
@@ -213,10 +213,17 @@ class Storage:
         ffi, _ = native.load()
         first, end, _ = heads.indices(self.heads)
         a = ffi.new("xq_unpack_args *")
-        keep = [Buffer(self.device, self.table(table, first_stream)), Buffer(self.device, np.array([first_stream], "<i4"))]
+        keep = [
+            Buffer(self.device, self.table(table, first_stream)),
+            Buffer(self.device, np.array([first_stream], "<i4")),
+        ]
         shape = (len(table), len(table[0]) * PAGE, end - first, self.d if is_k else self.e)
         out = Buffer(self.device, 2 * int(np.prod(shape)))
-        a.table, a.first_stream, a.rows = keep[0].pointer("int32_t"), keep[1].pointer("int32_t"), out.pointer("uint16_t")
+        a.table, a.first_stream, a.rows = (
+            keep[0].pointer("int32_t"),
+            keep[1].pointer("int32_t"),
+            out.pointer("uint16_t"),
+        )
         a.n_streams, a.n_kv_pages, a.is_k, a.first_head, a.n_heads = *shape[:1], len(table[0]), is_k, first, end - first
         self.device.verb("unpack", self.c, a)
         return out.get(np.float16, shape).transpose(0, 2, 1, 3)

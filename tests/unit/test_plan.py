@@ -1,4 +1,4 @@
-"""Plans: presets, bits, sizes, dictionaries, text form."""
+"""Plans: presets, names, bits, sizes, dictionaries."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from xquant_gguf import Plan, Side, native
-from xquant_gguf.plan import FITS, PARAMS, Shape, block_bytes, preset_names, shortest, side_to_c
+from xquant_gguf.plan import Shape, block_bytes, fit_names, param_names, preset_names, shortest
 
 LLAMA_8B = [Shape(128, 128, 8)] * 32
 
@@ -53,34 +51,30 @@ def test_cache_bytes_at_32k() -> None:
     assert f16 / plan.cache_bytes(shapes, 32768) > 4.3
 
 
-@given(st.data())
-def test_text_form_round_trip(data: st.DataObject) -> None:
-    ffi, lib = native.load()
-
-    def side() -> Side:
-        eta = shortest(data.draw(st.floats(0, 0.484375, width=32)))
-        fit, param = data.draw(st.sampled_from(FITS)), data.draw(st.sampled_from(PARAMS))
-        numbers = [data.draw(st.integers(low, high)) for low, high in ((0, 4), (0, 128), (-1, 1023))]
-        return Side(numbers[0], numbers[1], fit, param, data.draw(st.booleans()), numbers[2], eta)
-
-    c, out = ffi.new("xq_layer *"), ffi.new("char[256]")
-    side_to_c(c.k, side(), "K")
-    side_to_c(c.v, side(), "V")
-    assert lib.xq_layer_format(c, out, 256) == 0
-    text = ffi.string(out)
-    assert len(text) < 128  # what a kv_override holds
-    assert lib.xq_layer_parse(text, c) == 0
-    assert lib.xq_layer_format(c, out, 256) == 0
-    assert ffi.string(out) == text
+def test_names_are_those_of_the_enumerations() -> None:
+    """In their order: what the numbers of a file or of C mean."""
+    _, lib = native.load()
+    for prefix, names in (("XQ_FIT", fit_names()), ("XQ_PARAM", param_names())):
+        assert [getattr(lib, f"{prefix}_{name.upper()}") for name in names] == list(range(len(names)))
+    assert len(fit_names()) == 5
 
 
-@given(st.text(max_size=300))
-def test_any_text_is_a_layer_or_an_error(text: str) -> None:
-    ffi, lib = native.load()
-    data = text.encode().replace(b"\0", b"")
-    c = ffi.new("xq_layer *")
-    for attempt in (data, b"k=4,128,minmax,f16,0,-1 v=" + data, b"k=" + data + b" v=2,0,lloyd,log8,0.09,-1,rot"):
-        assert lib.xq_layer_parse(attempt, c) in (0, -3)
+def test_slots_of_many_sequences_leave_most_pages_to_codes() -> None:
+    """Each wants its window and its pinned pages; those beyond the first get an eighth of all pages at most."""
+    plan = replace(Plan.from_preset("xquant", 2), window=200, pinned=2)
+    assert plan.slots(128 * 1000) == 2 + 2 + 4 + 1
+    assert plan.slots(128 * 1000, 513) == 2 + 2 + 5 + 1
+    assert plan.slots(128 * 1000, n_seq=3) == 6 + 5 + 4 + 1
+    assert plan.slots(128 * 80, n_seq=8) == 2 + 2 + 4 + 1 + 80 // 8
+    assert plan.slots(128 * 5 + 1) == 6  # all there are
+    assert replace(plan, window=-1).slots(128 * 1000) == 1000
+    shapes = [Shape(64, 96, 2), Shape(128, 128, 1)]
+    blocks = sum(block_bytes(layer, s) * s.heads for layer, s in zip(plan.layers, shapes, strict=True))
+    rows = 2 * 128 * (2 * (64 + 96) + 256)
+    assert plan.cache_bytes(shapes, 128 * 1000) == 1000 * blocks + 9 * rows
+    assert plan.cache_bytes(shapes, 128 * 9) == 9 * rows  # every page has a slot: there are no blocks
+    with pytest.raises(ValueError, match="0 pages, micro-batches of 512 tokens, 1 sequences: must be above 0"):
+        plan.slots(0)
 
 
 def test_dictionary_round_trip(tmp_path: Path) -> None:
