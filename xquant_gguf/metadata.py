@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from gguf import GGUFValueType
 
-from xquant_gguf.gguf_file import MAGIC, GGUFFile
+from xquant_gguf.gguf_file import MAGIC, NUMBERS, GGUFFile
 from xquant_gguf.plan import Layer, Plan, Side, ValueMap, renumbered, shortest
 
 VERSION = 1
@@ -80,28 +80,13 @@ def plan_keys(
     return {PREFIX + name: key for name, key in keys.items()}
 
 
-_FORMATS = {
-    GGUFValueType.UINT8: "<u1",
-    GGUFValueType.INT8: "<i1",
-    GGUFValueType.UINT16: "<u2",
-    GGUFValueType.INT16: "<i2",
-    GGUFValueType.UINT32: "<u4",
-    GGUFValueType.INT32: "<i4",
-    GGUFValueType.FLOAT32: "<f4",
-    GGUFValueType.BOOL: "<u1",
-    GGUFValueType.UINT64: "<u8",
-    GGUFValueType.INT64: "<i8",
-    GGUFValueType.FLOAT64: "<f8",
-}
-
-
 def _string(text: str) -> bytes:
     raw = text.encode()
     return struct.pack("<Q", len(raw)) + raw
 
 
 def _values(values: Sequence[Any], kind: GGUFValueType) -> bytes:
-    return b"".join(map(_string, values)) if kind == STRING else np.asarray(values, _FORMATS[kind]).tobytes()
+    return b"".join(map(_string, values)) if kind == STRING else np.asarray(values, NUMBERS[kind]).tobytes()
 
 
 def packed(keys: Mapping[str, Key]) -> bytes:
