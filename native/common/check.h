@@ -43,11 +43,11 @@ inline bool in_range(const char *verb, std::initializer_list<named_count> counts
 struct named_stride {
     const char *name;
     int64_t value;
-    int bytes; /* that it must be a multiple of */
+    int bytes; /* that it must be a multiple of: a power of two */
 };
 inline bool multiples(const char *verb, std::initializer_list<named_stride> strides) {
     for (const named_stride &s : strides) {
-        if (s.value < 0 || s.value % s.bytes != 0) {
+        if (s.value < 0 || (s.value & (s.bytes - 1)) != 0) {
             return !fail(XQ_ERR_ARGUMENT, "%s: %s is %lld, must be a multiple of %d", verb, s.name, (long long)s.value,
                          s.bytes);
         }

@@ -13,8 +13,11 @@ extern template int launch_decode_of<64, true, 1>(const xq_store &, const xq_att
 extern template int launch_decode_of<64, true, 2>(const xq_store &, const xq_attend_args &, cudaStream_t);
 extern template int launch_decode_of<64, false, 2>(const xq_store &, const xq_attend_args &, cudaStream_t);
 
+static_assert(n_rows<2> == XQ_CUDA_GROUP_ROWS, "a tile has a counter of arrivals");
+
 template <int E, int R> static decode_shape shape_of(const xq_store &store) {
-    decode_shape shape = {staging(store)};
+    decode_shape shape = {};
+    shape.parts = staging(store);
     constexpr int size = warp_place<E>::size;
     const int page = shape.parts.bytes, limit = shared_limit() - (int)sizeof(page_list) - 6144;
     for (int n = max_warps(R, store.k.plan.bits + store.v.plan.bits) / size; n > 0 && shape.n_teams == 0; --n) {

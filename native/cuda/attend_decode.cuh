@@ -289,7 +289,9 @@ __global__ void __launch_bounds__(32 * max_warps(R, KB + VB), 1)
 template <int D, int KB, int VB, bool PLAIN, int R>
 int launch(const xq_store &store, const xq_attend_args &args, cudaStream_t stream) {
     const auto kernel = decode_kernel<D, D, KB, VB, PLAIN, R>;
-    decode_call call = {decode_shape_of(store, R), args.n_head / store.n_head_kv};
+    decode_call call = {};
+    call.shape = decode_shape_of(store, R);
+    call.n_rep = args.n_head / store.n_head_kv;
     call.rows_of_head = args.n_tokens * call.n_rep;
     call.n_tiles = (call.rows_of_head + n_rows<R> - 1) / n_rows<R>;
     call.n_pages = (args.n_kv_pages + args.n_parts - 1) / args.n_parts;

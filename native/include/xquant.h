@@ -290,8 +290,8 @@ typedef struct xq_attend_args {
     float max_bias;                                /* > 0: ALiBi */
     const float *sinks;                            /* [head] scores that take part in the sum; null: none */
     int32_t n_parts;                               /* parts that the pages of a KV head are split into */
-    int32_t after_update; /* 1: the launch before this one on the CUDA stream is an update that moved no pages, and all
-                             else that is read was written before it: attention may overtake it */
+    int32_t after_update; /* 1: the launch before this one on the CUDA stream is an update that wrote rows, and all else
+                             that is read was written before it: attention may overtake it */
     float *partial;       /* room for xq_attend_states() numbers */
     uint32_t *arrivals; /* [stream][group of query rows of a KV head][KV head]: 0, and 0 again afterwards; for one part
                            not looked at.  A group: XQ_CPU_GROUP_ROWS or XQ_CUDA_GROUP_ROWS */
