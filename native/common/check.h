@@ -97,7 +97,7 @@ inline bool accepts_store(const xq_store *store) {
     return in_range("store", {{"n_streams * n_slots * 128", n_rows, 1, INT32_MAX}}) &&
            none_null("store", {{"k.rows", store->k.rows}, {"v.rows", store->v.rows}}) &&
            accepts_side("k", store->k, true, seals) && accepts_side("v", store->v, false, seals) &&
-           ((store->v.plan.source >= 0) == (store->mapped != 0) ||
+           (!seals || (store->v.plan.source >= 0) == (store->mapped != 0) || // who never seals needs no map
             !fail(XQ_ERR_ARGUMENT, "store: mapped is %d, but v.plan.source is %d", store->mapped,
                   store->v.plan.source)) &&
            (!store->mapped || accepts_source(*store, seals));

@@ -183,7 +183,7 @@ def test_more_rows_than_32_bits_can_count(any_one: Device) -> None:
 
 
 def test_a_layer_that_never_seals_is_used_without_blocks(any_one: Device) -> None:
-    """Also a mapped one, in a context so small that all pages stay open."""
+    """Also a mapped one, in a context so small that all pages stay open; its map need not be there."""
     source = made(any_one, seals=False)
     map_ = np.zeros(2, np.int32), np.zeros((2, 64, 64), np.float32)
     for storage in (source, made(any_one, Layer(PLAIN.k, replace(V, source=0)), seals=False, source=source, map_=map_)):
@@ -191,6 +191,9 @@ def test_a_layer_that_never_seals_is_used_without_blocks(any_one: Device) -> Non
         for verb in ("attend", "unpack", "read_keys", "write_keys"):
             Call(any_one, verb, storage)()
         refused(Call(any_one, "update", storage), "n_seals is 2 and n_unseals 0, but the layer never seals")
+    storage.c.mapped = 0
+    for verb in ("rows", "attend", "unpack", "read_keys"):
+        Call(any_one, verb, storage)()
 
 
 # ---- what lies behind pointers: a CPU can look ----
