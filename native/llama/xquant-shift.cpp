@@ -29,9 +29,11 @@ bool kv_cache::shift_pages(llama_context *lctx, const std::vector<xq::page_move>
     const auto rotated = [&](ggml_context *ctx, const layer &l) {
         ggml_tensor *k = new_read_keys(ctx, l.nodes, list);
         runner_.place(k, l.buft);
-        return build_rope_shift(cparams, ctx, k, angles, nullptr, model.get_rope_factors(cparams, l.il),
-                                model.get_rope_freq_base(cparams, l.il), model.get_rope_freq_scale(cparams, l.il),
-                                (uint32_t)l.il);
+        k = build_rope_shift(cparams, ctx, k, angles, nullptr, model.get_rope_factors(cparams, l.il),
+                             model.get_rope_freq_base(cparams, l.il), model.get_rope_freq_scale(cparams, l.il),
+                             (uint32_t)l.il);
+        runner_.place(k, l.buft); // in place: elsewhere it would write what lies here
+        return k;
     };
     const auto build = [&](ggml_context *ctx, ggml_cgraph *graph) {
         list = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, XQ_MOVE_WORDS, (int64_t)pages.size());
