@@ -230,7 +230,8 @@ static int run_attend(const xq_backend &backend, const ggml_tensor *node, const 
     a.partial = a.out + q->ne[1] * q->ne[2] * store.v.width;
     a.arrivals = (uint32_t *)((char *)src[attend_aux]->data + aux_arrivals(p.n_head_kv));
     static std::atomic<bool> said{false};
-    if (strcmp(backend.attend_kernel(&store), "general") == 0 && !said.exchange(true)) {
+    const char *kernel = backend.attend_kernel(&store); // null: the verb refuses the store
+    if (kernel && strcmp(kernel, "general") == 0 && !said.exchange(true)) {
         GGML_LOG_WARN("xquant: no tensor-core kernel for keys of width %d in %d bits and values of width %d in %d bits%s: "
                       "a general one decodes such layers, which is slower\n",
                       store.k.width, store.k.plan.bits, store.v.width, store.v.plan.bits,
