@@ -96,7 +96,8 @@ def run(command: Sequence[str | Path], **environment: str) -> None:
     """Runs a command; ends the trial if it fails."""
     line = [str(part) for part in command]
     print("+", " ".join(line), flush=True)
-    if subprocess.run(line, env={**os.environ, **environment}, check=False).returncode != 0:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # cmake and ninja
+    if subprocess.run(line, env={**os.environ, "PATH": path, **environment}, check=False).returncode != 0:
         sys.exit(f"try_llama: {line[0]} failed")
 
 
