@@ -4,6 +4,8 @@
 # make test-arm  the kernels for 64-bit ARM, cross-built and run under qemu
 # make asan    the tests of what takes input from outside, with AddressSanitizer and UndefinedBehaviorSanitizer (clang)
 # make fuzz    TARGET=metadata, state, codec or verbs for SECONDS=60 with libFuzzer and both sanitizers (clang)
+# make llama VERSION=x.y.z (or SOURCE=folder)  tries another llama-cpp-python: do our insertions hold, the oracle tests
+# make fixes   writes docs/llama-cpp-fixes.md from native/llama/fixes.py
 # make lint    formatting, lint and types, as pre-commit runs them
 # make clean   removes .venv and build
 
@@ -15,7 +17,7 @@ SOURCES := $(shell find native xquant_gguf tools -type f -not -path '*/lib/*' -n
            CMakeLists.txt pyproject.toml
 MODEL  ?=
 
-.PHONY: all demo test test-arm asan fuzz lint clean
+.PHONY: all demo test test-arm asan fuzz llama fixes lint clean
 all: $(VENV)/installed
 
 $(VENV)/created:
@@ -49,6 +51,12 @@ asan: all
 
 fuzz: all
 	PYTHON=$(BIN)/python tests/fuzz/run.sh $(TARGET) $(SECONDS)
+
+llama: all
+	$(BIN)/python tools/try_llama.py $(if $(SOURCE),--source $(SOURCE),$(VERSION))
+
+fixes:
+	$(PYTHON) tools/list_fixes.py
 
 $(VENV)/dev: $(VENV)/installed
 	$(BIN)/python -m pip install -q ruff mypy clang-format pre-commit

@@ -8,10 +8,8 @@ python=${PYTHON:-python3}
 "$root/tools/sanitize.sh" fork
 
 # the package as it would be installed, with these libraries
-mkdir -p "$build/site/xquant_gguf/lib"
+cmake --install "$build" --prefix "$build/site" --component xquant > /dev/null
 tar -C "$root" --exclude=xquant_gguf/lib --exclude=__pycache__ -c xquant_gguf | tar -C "$build/site" -x
-cp "$build"/bin/lib*.so "$build/native/libxquant.so" "$root/native/include/xquant.h" \
-  "$root/native/llama/xquant_llama.h" "$build/site/xquant_gguf/lib"
 
 cd "$root"
 # two tests limit the address space, of which ASan takes all, and ask for an address that ASan has

@@ -35,8 +35,7 @@ configure() {
 }
 compile() {
   ninja -C "$build" fork > "$build/ninja.log" 2>&1 || { tail -n 40 "$build/ninja.log"; return 1; }
-  cp "$build"/bin/*.so "$build"/native/*.so native/include/xquant.h native/llama/xquant_llama.h native/pages/xquant_pages.h \
-    xquant_gguf/lib/
+  cmake --install "$build" --prefix . --component xquant > /dev/null
 }
 
 step configure configure && step build compile && step load python3 -c 'from xquant_gguf import Llama' || finish

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from xquant_gguf import native
 from xquant_gguf.plan import Layer, Plan, Shape, side_from_c
+
 
 @dataclass(frozen=True)
 class Page:
@@ -34,8 +34,9 @@ class Page:
 
 
 SEALED, FREE = -1, -2
-LLAMA_CPP_PYTHON = "0.3.36"
-GGML_TYPE_XQUANT = 43
+_BUILT_FROM = native.built_from()
+LLAMA_CPP_PYTHON: str = _BUILT_FROM["llama_cpp_python"]
+GGML_TYPE_XQUANT: int = _BUILT_FROM["ggml_type"]
 
 
 def use() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +26,15 @@ def library_path(name: str) -> Path:
         if path.exists():
             return path
     raise OSError(f"lib{name} is not in {LIBRARY_DIR}: build the package (`make`, or `pip install .`)")
+
+
+def built_from() -> dict[str, Any]:
+    """What native/llama/version.json said when the libraries were built."""
+    path = LIBRARY_DIR / "version.json"
+    if not path.exists():
+        raise OSError(f"{path} is missing: build the package (`make`, or `pip install .`)")
+    pins: dict[str, Any] = json.loads(path.read_text())
+    return pins
 
 
 @lru_cache(maxsize=1)

@@ -1,213 +1,167 @@
-"""What the fork changes in llama.cpp's own files for the cache: (file, anchor, text, where), where = before, after or
-instead.
+"""What the cache needs in llama.cpp's own files; tools/insert.py describes the form.
 
-An anchor must occur exactly once in its file.  Fixes that touch every cache type: fixes.py.  Everything else of the fork
-lies in our own files beside these.
+What repairs llama.cpp for every type of cache stands in fixes.py; everything else of the fork lies in our own files
+beside this one.
 """
 
 OPERATIONS = ("UPDATE", "ATTEND", "UNPACK", "READ_KEYS", "WRITE_KEYS")
+ENUMERATORS = "".join(f"GGML_OP_XQUANT_{name},\n" for name in OPERATIONS)
+CASES = "".join(f"case GGML_OP_XQUANT_{name}:\n" for name in OPERATIONS)
+VIRTUAL = ("ggml_tensor * get_k", "ggml_tensor * get_v", "ggml_tensor * cpy_k", "ggml_tensor * cpy_v", "bool update",
+           "slot_info find_slot", "void set_input_kq_mask")  # fmt: skip
 
-INSERTIONS: list[tuple[str, str, str, str]] = [
+# fmt: off
+INSERTIONS: list[dict[str, str]] = [
     # -- the type that selects the cache: no tensor has it, so it has neither a size nor a block
-    (
-        "ggml/include/ggml.h",
-        "        GGML_TYPE_COUNT   = 43,",
-        "        GGML_TYPE_XQUANT  = 43,\n        GGML_TYPE_COUNT   = 44,",
-        "instead",
-    ),
-    (
-        "ggml/src/ggml.c",
-        "static const struct ggml_type_traits type_traits[GGML_TYPE_COUNT] = {\n",
-        '    [GGML_TYPE_XQUANT] = { .type_name = "xquant" },\n',
-        "after",
-    ),
-    ("common/arg.cpp", "const std::vector<ggml_type> kv_cache_types = {\n", "    GGML_TYPE_XQUANT,\n", "after"),
+    {"name": "type: number", "file": "ggml/include/ggml.h", "in": "enum ggml_type",
+     "instead": "GGML_TYPE_COUNT = @ggml_type@,", "text": """
+        GGML_TYPE_XQUANT  = @ggml_type@,
+        GGML_TYPE_COUNT,
+     """},
+    {"name": "type: name", "file": "ggml/src/ggml.c", "in": "table type_traits", "at": "begin",
+     "text": '[GGML_TYPE_XQUANT] = { .type_name = "xquant" },'},
+
     # -- the operations of a graph, and who runs them
-    (
-        "ggml/include/ggml.h",
-        "        GGML_OP_COUNT,\n",
-        "".join(f"        GGML_OP_XQUANT_{name},\n" for name in OPERATIONS) + "\n",
-        "before",
-    ),
-    (
-        "ggml/src/ggml.c",
-        '    "GLU",\n};\n\nstatic_assert(GGML_OP_COUNT == 101, "GGML_OP_COUNT != 101");\n',
-        '    "GLU",\n\n' + "".join(f'    "XQUANT_{name}",\n' for name in OPERATIONS) + "};\n\n"
-        'static_assert(GGML_OP_COUNT == 106, "GGML_OP_COUNT != 106");\n',
-        "instead",
-    ),
-    (
-        "ggml/src/ggml.c",
-        '    "glu(x)",\n};\n\nstatic_assert(GGML_OP_COUNT == 101, "GGML_OP_COUNT != 101");\n',
-        '    "glu(x)",\n\n' + "".join(f'    "xquant_{name.lower()}(x)",\n' for name in OPERATIONS) + "};\n\n"
-        'static_assert(GGML_OP_COUNT == 106, "GGML_OP_COUNT != 106");\n',
-        "instead",
-    ),
-    (
-        "ggml/include/ggml-rpc.h",
-        "static_assert(GGML_OP_COUNT == 101,",
-        "static_assert(GGML_OP_COUNT == 106,",
-        "instead",
-    ),
-    ("ggml/src/ggml-cpu/ggml-cpu.c", '#include "ggml-cpu-impl.h"\n', '#include "xquant-ops.h"\n', "after"),
-    (
-        "ggml/src/ggml-cpu/ggml-cpu.c",
-        "        case GGML_OP_CUSTOM:\n            {\n                ggml_compute_forward_custom(params, tensor);\n",
-        "".join(f"        case GGML_OP_XQUANT_{name}:\n" for name in OPERATIONS)
-        + "            {\n                xquant_compute_cpu(tensor, params->ith, params->nth);\n            }\n"
-        "            break;\n",
-        "before",
-    ),
-    (
-        "ggml/src/ggml-cpu/ggml-cpu.c",
-        "        case GGML_OP_LIGHTNING_INDEXER:\n            {\n                n_tasks = n_threads;\n",
-        "".join(f"        case GGML_OP_XQUANT_{name}:\n" for name in OPERATIONS),
-        "before",
-    ),
-    (
-        "ggml/src/ggml-cuda/ggml-cuda.cu",
-        '#include "ggml-cuda/common.cuh"\n',
-        '#include "xquant.h"\n#include "xquant-ops.h"\n',
-        "after",
-    ),
-    (
-        "ggml/src/ggml-cuda/ggml-cuda.cu",
-        "        case GGML_OP_LIGHTNING_INDEXER:\n            ggml_cuda_lightning_indexer(ctx, dst);\n"
-        "            break;\n",
-        "".join(f"        case GGML_OP_XQUANT_{name}:\n" for name in OPERATIONS)
-        + "            return xquant_compute_cuda(xq_cuda(), dst, ctx.stream());\n",
-        "after",
-    ),
-    (
-        "ggml/src/ggml-cuda/ggml-cuda.cu",
-        "        case GGML_OP_FLASH_ATTN_EXT:\n"
-        "            return ggml_cuda_flash_attn_ext_supported(dev_ctx->device, op);\n",
-        "".join(f"        case GGML_OP_XQUANT_{name}:\n" for name in OPERATIONS) + "            return true;\n",
-        "after",
-    ),
+    {"name": "operations: numbers", "file": "ggml/include/ggml.h", "in": "enum ggml_op", "before": "GGML_OP_COUNT,",
+     "text": f"{ENUMERATORS}\n"},
+    {"name": "operations: names", "file": "ggml/src/ggml.c", "in": "table GGML_OP_NAME", "at": "end",
+     "text": "\n\n" + "".join(f'"XQUANT_{name}",\n' for name in OPERATIONS)},
+    {"name": "operations: symbols", "file": "ggml/src/ggml.c", "in": "table GGML_OP_SYMBOL", "at": "end",
+     "text": "\n\n" + "".join(f'"xquant_{name.lower()}(x)",\n' for name in OPERATIONS)},
+    {"name": "operations: checks of their number", "file": "ggml/src/ggml.c", "in": "file", "times": "2",
+     "instead": "static_assert(GGML_OP_COUNT", "text": f"static_assert(GGML_OP_COUNT - {len(OPERATIONS)}"},
+    {"name": "operations: check of their number for RPC", "file": "ggml/include/ggml-rpc.h", "in": "file",
+     "instead": "static_assert(GGML_OP_COUNT", "text": f"static_assert(GGML_OP_COUNT - {len(OPERATIONS)}"},
+    {"name": "CPU: header", "file": "ggml/src/ggml-cpu/ggml-cpu.c", "in": "file",
+     "after": '#include "ggml-cpu-impl.h"', "text": '#include "xquant-ops.h"'},
+    {"name": "CPU: compute", "file": "ggml/src/ggml-cpu/ggml-cpu.c", "in": "ggml_compute_forward",
+     "before": "case GGML_OP_CUSTOM:", "text": CASES + """\
+    {
+        xquant_compute_cpu(tensor, params->ith, params->nth);
+    }
+    break;
+"""},
+    {"name": "CPU: threads", "file": "ggml/src/ggml-cpu/ggml-cpu.c", "in": "ggml_get_n_tasks",
+     "before": "case GGML_OP_LIGHTNING_INDEXER:", "text": CASES},
+    {"name": "CUDA: headers", "file": "ggml/src/ggml-cuda/ggml-cuda.cu", "in": "file",
+     "after": '#include "ggml-cuda/common.cuh"', "text": """
+        #include "xquant.h"
+        #include "xquant-ops.h"
+     """},
+    {"name": "CUDA: compute", "file": "ggml/src/ggml-cuda/ggml-cuda.cu", "in": "ggml_cuda_compute_forward",
+     "before": "default: return false; } cudaError_t err",
+     "text": CASES + "    return xquant_compute_cuda(xq_cuda(), dst, ctx.stream());"},
+    {"name": "CUDA: supports", "file": "ggml/src/ggml-cuda/ggml-cuda.cu", "in": "ggml_backend_cuda_device_supports_op",
+     "before": "case GGML_OP_CROSS_ENTROPY_LOSS:", "text": CASES + "    return true;"},
+
     # -- the plan in the model's metadata, and kv_overrides that name one, are kept with the model
-    (
-        "src/llama-model.cpp",
-        "    // get general kv\n    ml.get_key(LLM_KV_GENERAL_NAME, name, false);\n",
-        "    xq = xquant::read_metadata(ml);\n\n",
-        "before",
-    ),
-    ("src/llama-model.h", '#include "llama-graph.h"\n', '#include "xquant-metadata.h"\n', "after"),
-    (
-        "src/llama-model.h",
-        "    std::unordered_map<std::string, std::string> gguf_kv;\n",
-        "    // what the file says of its KV cache\n    std::shared_ptr<const xquant::model_metadata> xq;\n\n",
-        "after",
-    ),
+    {"name": "metadata: read", "file": "src/llama-model.cpp", "in": "llama_model_base::load_hparams",
+     "after": "for (int i = 0; i < gguf_get_n_kv(ctx); i++) {", "text": """
+
+        xq = xquant::read_metadata(ml);
+     """},
+    {"name": "metadata: header", "file": "src/llama-model.h", "in": "file", "after": '#include "llama-graph.h"',
+     "text": '#include "xquant-metadata.h"'},
+    {"name": "metadata: member", "file": "src/llama-model.h", "in": "struct llama_model", "after": "gguf_kv;",
+     "text": """
+        // what the file says of its KV cache
+        std::shared_ptr<const xquant::model_metadata> xq;
+
+     """},
+
     # -- the cache is made where llama.cpp makes its own for layers with keys and values; elsewhere nothing makes it
-    (
-        "src/llama-model.cpp",
-        "    llama_memory_i * res;\n\n    switch (arch) {\n"
-        "        // Models that need specific instantiation should be handled in the\n",
-        "    xquant::check_context(*this, params, cparams);\n\n",
-        "before",
-    ),
-    (
-        "src/llama-model.cpp",
-        "                                    share);\n                        } else {\n"
-        "                            res = new llama_kv_cache_iswa(\n",
-        "                                    share);\n                        } else {\n"
-        "                            res = xquant::new_kv_cache_iswa(\n",
-        "instead",
-    ),
-    (
-        "src/llama-model.cpp",
-        "                        GGML_ASSERT(!hparams.is_swa_any());\n\n                        res = new llama_kv_cache(\n",
-        "                        GGML_ASSERT(!hparams.is_swa_any());\n\n"
-        "                        res = xquant::new_kv_cache(\n                                cparams.n_ubatch,\n",
-        "instead",
-    ),
-    (
-        "src/llama-model.cpp",
-        "    return res;\n}\n\nggml_cgraph * llama_model::build_graph(",
-        "    xquant::check_memory(*this, params, std::unique_ptr<llama_memory_i>(res));\n\n",
-        "before",
-    ),
-    (
-        "src/llama-kv-cache.cpp",
-        "    GGML_ASSERT(kv_size % n_pad == 0);\n",
-        "    xquant::check_type(model, type_k);\n",
-        "before",
-    ),
-    (
-        "src/llama-kv-cache-iswa.cpp",
-        "    kv_base = std::make_unique<llama_kv_cache>(\n            model,",
-        "    kv_base = xquant::make_kv_cache(\n            n_ubatch, model,",
-        "instead",
-    ),
-    (
-        "src/llama-kv-cache-iswa.cpp",
-        "    kv_swa = std::make_unique<llama_kv_cache>(\n            model, hparams, type_k, type_v,",
-        "    kv_swa = std::make_unique<llama_kv_cache>(\n"
-        "            model, hparams, xquant::sliding_type(type_k), xquant::sliding_type(type_v),",
-        "instead",
-    ),
+    {"name": "cache: check the context", "file": "src/llama-model.cpp", "in": "llama_model::create_memory",
+     "at": "begin", "text": """
+        xquant::check_context(*this, params, cparams);
+
+     """},
+    {"name": "cache: make it beside sliding layers", "file": "src/llama-model.cpp", "in": "llama_model::create_memory",
+     "instead": "else { res = new llama_kv_cache_iswa(", "text": """
+        else {
+            res = xquant::new_kv_cache_iswa(
+     """},
+    {"name": "cache: make it", "file": "src/llama-model.cpp", "in": "llama_model::create_memory",
+     "instead": "GGML_ASSERT(!hparams.is_swa_any()); res = new llama_kv_cache(", "text": """
+        GGML_ASSERT(!hparams.is_swa_any());
+
+        res = xquant::new_kv_cache(
+                cparams.n_ubatch,
+     """},
+    {"name": "cache: check the memory", "file": "src/llama-model.cpp", "in": "llama_model::create_memory",
+     "before": "return res; }", "text": """
+        xquant::check_memory(*this, params, std::unique_ptr<llama_memory_i>(res));
+
+     """},
+    {"name": "cache: check the type", "file": "src/llama-kv-cache.cpp", "in": "llama_kv_cache::llama_kv_cache",
+     "before": "GGML_ASSERT(kv_size % n_pad == 0);", "text": "xquant::check_type(model, type_k);"},
+    {"name": "cache: global layers", "file": "src/llama-kv-cache-iswa.cpp",
+     "in": "llama_kv_cache_iswa::llama_kv_cache_iswa(llama_hparams & hparams)",
+     "instead": "kv_base = std::make_unique<llama_kv_cache>( model,", "text": """
+        kv_base = xquant::make_kv_cache(
+                n_ubatch, model,
+     """},
+    {"name": "cache: sliding layers stay F16", "file": "src/llama-kv-cache-iswa.cpp",
+     "in": "llama_kv_cache_iswa::llama_kv_cache_iswa(llama_hparams & hparams)",
+     "instead": "kv_swa = std::make_unique<llama_kv_cache>( model, hparams, type_k, type_v,", "text": """
+        kv_swa = std::make_unique<llama_kv_cache>(
+                model, hparams, xquant::sliding_type(type_k), xquant::sliding_type(type_v),
+     """},
+
     # -- a subclass of llama_kv_cache
-    ("src/llama-kv-cache.h", '#include "llama-memory.h"\n', '#include "xquant-hooks.h"\n', "after"),
-    (
-        "src/llama-kv-cache.h",
-        "private:\n    const llama_model & model;\n",
-        "protected:\n    const llama_model & model;\n",
-        "instead",
-    ),
-    *[
-        ("src/llama-kv-cache.h", anchor, f"    virtual {anchor.lstrip()}", "instead")
-        for anchor in (
-            "    ggml_tensor * get_k(ggml_context * ctx, int32_t il, uint32_t n_kv",
-            "    ggml_tensor * get_v(ggml_context * ctx, int32_t il, uint32_t n_kv",
-            "    ggml_tensor * cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs, int32_t il, const",
-            "    ggml_tensor * cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, int32_t il, const",
-            "    bool update(llama_context * lctx, bool do_shift,",
-            "    slot_info find_slot(",
-            "    void set_input_kq_mask   (ggml_tensor * dst, const llama_ubatch * ubatch, bool causal_attn) const;\n"
-            "    void set_input_pos_bucket(ggml_tensor * dst, const llama_ubatch * ubatch) const;\n\n"
-            "    void set_input_k_rot(ggml_tensor * dst) const;\n    void set_input_v_rot(ggml_tensor * dst) const;\n\n"
-            "    // true if",
-        )
-    ],
-    (
-        "src/llama-kv-cache.h",
-        "    uint32_t get_n_kv() const;\n\n    ggml_type type_k() const;\n",
-        "    xquant::kv_cache * xq() const;\n\n",
-        "before",
-    ),
-    (
-        "src/llama-kv-cache.cpp",
-        "    kv->apply_ubatch(sinfos[i_cur], ubatches[i_cur]);\n",
-        "    if (auto * own = xq(); own && !own->begin(sinfos[i_cur])) {\n        return false;\n    }\n",
-        "after",
-    ),
-    ("src/llama-kv-cache.cpp", '#include "llama-context.h"\n', '#include "xquant-kv-cache.h"\n', "after"),
+    {"name": "subclass: hooks", "file": "src/llama-kv-cache.h", "in": "file", "after": '#include "llama-memory.h"',
+     "text": '#include "xquant-hooks.h"'},
+    {"name": "subclass: members", "file": "src/llama-kv-cache.h", "in": "struct llama_kv_cache",
+     "instead": "private: const llama_model & model;", "text": """
+        protected:
+            const llama_model & model;
+     """},
+    *({"name": f"subclass: {function}", "file": "src/llama-kv-cache.h", "in": "struct llama_kv_cache",
+       "instead": function, "text": f"virtual {function}"} for function in VIRTUAL),
+    {"name": "subclass: of a context", "file": "src/llama-kv-cache.h", "in": "struct llama_kv_cache_context",
+     "before": "get_n_kv()", "text": """
+        xquant::kv_cache * xq() const;
+
+     """},
+    {"name": "subclass: begin a micro-batch", "file": "src/llama-kv-cache.cpp", "in": "llama_kv_cache_context::apply",
+     "after": "kv->apply_ubatch(sinfos[i_cur], ubatches[i_cur]);", "text": """
+        if (auto * own = xq(); own && !own->begin(sinfos[i_cur])) {
+            return false;
+        }
+     """},
+    {"name": "subclass: header", "file": "src/llama-kv-cache.cpp", "in": "file", "after": '#include "llama-context.h"',
+     "text": '#include "xquant-kv-cache.h"'},
+
     # -- graph: our own attention
-    ("src/llama-graph.cpp", '#include "llama-kv-cache.h"\n', '#include "xquant-kv-cache.h"\n', "after"),
-    (
-        "src/llama-graph.cpp",
-        "    ggml_tensor * kq_mask = inp->get_kq_mask();\n\n    ggml_tensor * cur = ",
-        "mctx_cur->xq()\n"
-        "        ? mctx_cur->xq()->build_attention(*this, q_cur, k_cur, v_cur, kq_b, kq_mask, sinks, v_mla, kq_scale, il)\n"
-        "        : ",
-        "after",
-    ),
-    (
-        "src/llama-graph.cpp",
-        "    ggml_tensor * k = use_kv_cur ? k_cur : mctx_cur->get_k(ctx0, il);\n"
-        "    ggml_tensor * v = use_kv_cur ? v_cur : mctx_cur->get_v(ctx0, il);\n\n    ggml_tensor * cur = ",
-        "mctx_cur->xq()\n"
-        "        ? mctx_cur->xq()->build_attention(*this, q_cur, k_cur, v_cur, kq_b, kq_mask, sinks, v_mla, kq_scale, il)\n"
-        "        : ",
-        "after",
-    ),
-    # -- graph: long caches are unpacked in up to eight pieces a layer, of eleven nodes each (xquant-graph.cpp)
-    (
-        "src/llama-context.cpp",
-        "    if (cparams.training) {\n        res *= 4;\n    }\n",
-        "    res += 8u*12u*model.hparams.n_layer_all;\n\n",
-        "before",
-    ),
+    {"name": "graph: header", "file": "src/llama-graph.cpp", "in": "file", "after": '#include "llama-kv-cache.h"',
+     "text": '#include "xquant-kv-cache.h"'},
+    {"name": "graph: attention", "file": "src/llama-graph.cpp",
+     "in": "llm_graph_context::build_attn(llm_graph_input_attn_kv *)", "instead": "build_attn_mha", "text": """
+        mctx_cur->xq()
+            ? mctx_cur->xq()->build_attention(*this, q_cur, k_cur, v_cur, kq_b, kq_mask, sinks, v_mla, kq_scale, il)
+            : build_attn_mha
+     """},
+    {"name": "graph: attention beside sliding layers", "file": "src/llama-graph.cpp",
+     "in": "llm_graph_context::build_attn(llm_graph_input_attn_kv_iswa *)", "instead": "build_attn_mha", "text": """
+        mctx_cur->xq()
+            ? mctx_cur->xq()->build_attention(*this, q_cur, k_cur, v_cur, kq_b, kq_mask, sinks, v_mla, kq_scale, il)
+            : build_attn_mha
+     """},
+    # long caches are unpacked in up to eight pieces a layer, of eleven nodes each (xquant-graph.cpp)
+    {"name": "graph: room for nodes", "file": "src/llama-context.cpp", "in": "llama_context::graph_max_nodes",
+     "after": "if (n_sampling_outputs_max > 1) {", "text": """
+
+        res += 8u*12u*model.hparams.n_layer_all;
+     """},
 ]
-print(len(INSERTIONS)) if __name__ == "__main__" else None
+
+# llama.cpp's own programs: the names of cache types that they take
+FRONT_ENDS: list[dict[str, str]] = [
+    {"name": "type: option of the front ends", "file": "common/arg.cpp", "in": "table kv_cache_types", "at": "begin",
+     "text": "GGML_TYPE_XQUANT,"},
+    {"name": "type: option of llama-bench", "file": "tools/llama-bench/llama-bench.cpp", "in": "ggml_type_from_name",
+     "at": "begin", "text": """
+        if (s == "xquant") {
+            return GGML_TYPE_XQUANT;
+        }
+     """},
+]
