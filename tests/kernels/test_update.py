@@ -124,9 +124,8 @@ def test_golden_vectors(coder: Device) -> None:
         owner = None
         if case["owner_codes"] is not None:
             owner = Storage(coder, layers[1], both, 1)
-            codes = np.frombuffer(bytes.fromhex(case["owner_codes"]), np.uint8)
             pages = owner.pages()
-            pages[0, 0, 0, owner.part_at(name)[0]] = codes
+            pages[0, 0, 0, owner.part_at(name)[0]] = np.frombuffer(bytes.fromhex(case["owner_codes"]), np.uint8)
             owner.set_pages(pages)
         storage = Storage(coder, layers[0], both, 1, owner=owner)
         storage.update([Move(0, 0)])
