@@ -9,7 +9,7 @@ python=${PYTHON:-python3}
 
 # the package as it would be installed, with these libraries
 mkdir -p "$build/site/xquant_gguf/lib"
-tar -C "$root" --exclude=xquant_gguf/lib --exclude=__pycache__ -c xquant_gguf | tar -C "$build/site" -x
+tar -C "$root" --exclude=xquant_gguf/lib --exclude=__pycache__ -c xquant_gguf xquant_gguf_hook | tar -C "$build/site" -x
 cp "$build"/bin/lib*.so "$build/native/libxquant.so" "$root/native/include/xquant.h" \
   "$root/native/llama/xquant_llama.h" "$build/site/xquant_gguf/lib"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import subprocess
 import sys
@@ -225,17 +224,6 @@ def test_bad_metadata_is_refused_by_the_fork(smollm2: str) -> None:
                 smollm2, type_k=43, type_v=43, flash_attn=True, n_ctx=512, verbose=False, kv_overrides=overrides
             )
         assert message in fork.error()
-
-
-def test_llama_cpp_imported_first_is_one_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "llama_cpp").mkdir()
-    (tmp_path / "llama_cpp" / "__init__.py").write_text("")
-    program = "import sys; sys.path.insert(0, '.'); import llama_cpp; import xquant_gguf"
-    env = {**os.environ, "PYTHONPATH": ""}
-    out = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
-    )
-    assert "ImportError: llama_cpp was imported before xquant_gguf" in out.stderr
 
 
 def test_every_preset_generates(smollm2: str, prose: str) -> None:
