@@ -54,7 +54,7 @@ def test_streaming_logprobs_and_grammar(smollm2: str) -> None:
 def test_prefix_reuse(llm: Llama, prose: str) -> None:
     """Llama keeps the common prefix of two prompts: the cut lies inside a sealed page."""
     llm.reset()
-    llm._ctx.kv_cache_clear()
+    llm.session.clear()
     tokens = llm.tokenize(prose.encode())
     long, short = (llm.detokenize(tokens[:n]).decode(errors="ignore") for n in (1300, 600))
     first = llm(long, max_tokens=1, temperature=0)
@@ -67,7 +67,7 @@ def test_prefix_reuse(llm: Llama, prose: str) -> None:
 
 def test_save_and_load_state(llm: Llama, prose: str) -> None:
     llm.reset()
-    llm._ctx.kv_cache_clear()
+    llm.session.clear()
     tokens = llm.tokenize(prose.encode())[:700]
     llm.eval(tokens)
     state = llm.save_state()
@@ -242,4 +242,4 @@ def test_image_handlers_load_libmtmd_from_the_package(llm: Llama, smollm2: str) 
     assert Path(mtmd_cpp._libmtmd._name).parent == native.LIBRARY_DIR
     assert mtmd_cpp.mtmd_default_marker() == b"<__media__>"
     params = mtmd_cpp.mtmd_context_params_default()
-    assert mtmd_cpp.mtmd_init_from_file(smollm2.encode(), llm._model.model, params) is None
+    assert mtmd_cpp.mtmd_init_from_file(smollm2.encode(), llm.model, params) is None
