@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import llama_cpp
 
 from xquant_gguf import codec, fork, handover
-from xquant_gguf.arguments import LlamaOptions
+from xquant_gguf.arguments import LlamaOptions, check_names, check_numbers
 from xquant_gguf.inspect import CacheInfo
 from xquant_gguf.kv_types import LLAMA_TYPES, checked_kv_type, needs_flash_attention, number_of, warning_of
 from xquant_gguf.log import errors, refusal
@@ -45,6 +45,8 @@ class Llama(llama_cpp.Llama):
         Raises TypeError if an argument is unknown, ValueError if arguments contradict each other, or the model cannot
         have such a cache.
         """
+        check_names(options)
+        check_numbers(options)
         model_path = os.fspath(model_path)
         self._kv_type = checked_kv_type(kv_type, kv_plan, options)
         self._kv_plan = kv_plan
@@ -171,6 +173,8 @@ class Llama(llama_cpp.Llama):
 
         filename: a name or pattern that one file in the repository has.  The rest is as in llama_cpp and in Llama.
         """
+        check_names(options)  # before a download, not after it
+        check_numbers(options)
         checked_kv_type(kv_type, kv_plan, options)
         made: Self = super().from_pretrained(
             repo_id, filename, additional_files, local_dir, local_dir_use_symlinks, cache_dir,
