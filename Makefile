@@ -13,7 +13,7 @@ VENV   := .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 # Changes to these build the package again; an unchanged tree builds nothing.
-SOURCES := $(shell find native xquant_gguf tools -type f -not -path '*/lib/*' -not -path '*/__pycache__/*') \
+SOURCES := $(shell find native xquant_gguf xquant_gguf_hook tools -type f -not -path '*/lib/*' -not -path '*/__pycache__/*') \
            CMakeLists.txt pyproject.toml
 MODEL  ?=
 

@@ -9,7 +9,7 @@ python=${PYTHON:-python3}
 
 # the package as it would be installed, with these libraries
 cmake --install "$build" --prefix "$build/site" --component xquant > /dev/null
-tar -C "$root" --exclude=xquant_gguf/lib --exclude=__pycache__ -c xquant_gguf | tar -C "$build/site" -x
+tar -C "$root" --exclude=xquant_gguf/lib --exclude=__pycache__ -c xquant_gguf xquant_gguf_hook | tar -C "$build/site" -x
 
 cd "$root"
 # two tests limit the address space, of which ASan takes all, and ask for an address that ASan has

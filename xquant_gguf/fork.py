@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from cffi import FFI
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from xquant_gguf import native
 from xquant_gguf.plan import Layer, Plan, Shape, side_from_c
+from xquant_gguf_hook import finder
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,14 @@ GGML_TYPE_XQUANT: int = _BUILT_FROM["ggml_type"]
 
 def use() -> None:
     """Makes `import llama_cpp` load the fork; ImportError if another library or version is in the way."""
-    ours = str(native.library_path("llama").parent)
-    if "llama_cpp" in sys.modules:
-        loaded = getattr(getattr(sys.modules["llama_cpp"], "llama_cpp", None), "_lib", None)
-        path = getattr(loaded, "_name", "unknown")
-        if os.path.dirname(os.path.abspath(path)) != os.path.abspath(ours):
+    ours = native.library_path("llama").parent
+    loaded = sys.modules.get("llama_cpp.llama_cpp")
+    if loaded is not None:
+        path = Path(loaded._lib._name)
+        if not (path.exists() and path.parent.samefile(ours)):
             raise ImportError(
-                f"llama_cpp was imported before xquant_gguf and uses {path}: import xquant_gguf first, so that it "
-                f"uses the fork in {ours}"
+                f"llama_cpp was imported before xquant_gguf and has loaded {path}, since {finder.reason}; xquant_gguf "
+                f"needs the libraries in {ours}: import xquant_gguf before anything that imports llama_cpp"
             )
     found = version("llama-cpp-python")
     if found != LLAMA_CPP_PYTHON:
@@ -56,16 +57,45 @@ def use() -> None:
             f"llama-cpp-python is {found}; the fork is built from {LLAMA_CPP_PYTHON}, whose bindings must match it "
             f"exactly: pip install llama-cpp-python=={LLAMA_CPP_PYTHON}"
         )
-    os.environ["LLAMA_CPP_LIB_PATH"] = os.environ["MTMD_CPP_LIB"] = ours
+    finder.insist(str(ours))
+
+
+GGML = """
+const char * ggml_type_name(int type);
+int64_t ggml_blck_size(int type);
+size_t ggml_type_size(int type);
+"""
+"""What we need of ggml.h beside the bindings of llama_cpp."""
 
 
 @lru_cache(maxsize=1)
 def load() -> tuple[FFI, Any]:
     """The cffi instance and libllama, the same library that llama_cpp has loaded."""
     ffi = FFI()
+    ffi.cdef(GGML)
     for header in ("xquant.h", "xquant_llama.h"):
         ffi.cdef(native.declarations(native.LIBRARY_DIR / header))
     return ffi, ffi.dlopen(str(native.library_path("llama")))
+
+
+class GgmlType(NamedTuple):
+    """A type of tensor: its number, and the values and bytes of a block."""
+
+    number: int
+    values: int
+    bytes: int
+
+
+def ggml_types() -> dict[str, GgmlType]:
+    """All types of ggml by name, ours the last; ImportError if its number is another one than we were told."""
+    ffi, lib = load()
+    found: dict[str, GgmlType] = {}
+    for i in range(GGML_TYPE_XQUANT + 1):
+        name = ffi.string(lib.ggml_type_name(i)).decode()
+        found[name] = GgmlType(i, int(lib.ggml_blck_size(i)), int(lib.ggml_type_size(i)))
+    if found.get("xquant") != GgmlType(GGML_TYPE_XQUANT, 0, 0):
+        raise ImportError(f"{native.library_path('llama')} has no cache type xquant of number {GGML_TYPE_XQUANT}")
+    return found
 
 
 def error() -> str:

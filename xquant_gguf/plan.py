@@ -184,13 +184,23 @@ class Plan:
             raise ValueError(native.error())
 
     def true_bits(self, shapes: Sequence[Shape]) -> float:
-        """Bits per value of a sealed page, everything in it counted: codes, scales, zeros and padding."""
+        """Bits per value of a sealed page, everything in it counted: codes, scales, zeros and padding.
+
+        16 if there are no layers: then all that is cached is F16.
+        """
+        if not self.layers:
+            return 16.0
         pairs = list(zip(self.layers, shapes, strict=True))
         stored = sum(8 * block_bytes(layer, s) * s.heads for layer, s in pairs)
         return stored / sum(PAGE * (s.d + s.e) * s.heads for _, s in pairs)
 
     def equivalent_bits(self) -> float:
-        """Bits of codes per value, averaged over K, V and layers; borrowed codes count 0 (arXiv 2510.11236)."""
+        """Bits of codes per value, averaged over K, V and layers; borrowed codes count 0 (arXiv 2510.11236).
+
+        16 if there are no layers.
+        """
+        if not self.layers:
+            return 16.0
         sides = [side for layer in self.layers for side in (layer.k, layer.v)]
         return sum(side.bits for side in sides if side.owner < 0) / len(sides)
 
@@ -220,7 +230,7 @@ class Plan:
         return out
 
     @classmethod
-    def load(cls, source: str | Path | Mapping[str, Any] | Plan, n_layers: int, preset: str = "xquant") -> Plan:
+    def load(cls, source: PlanSource, n_layers: int, preset: str = "xquant") -> Plan:
         """A plan from a Plan, a dictionary or a JSON file; preset: where it starts from if it names none.
 
         {"preset": "xquant", "window": 128, "pinned": 1, "layers": {"0-3": {"k": {"bits": 4}}, "18": {...}}}: all keys
@@ -252,7 +262,11 @@ class Plan:
         return plan
 
 
-def named_preset(source: str | Path | Mapping[str, Any] | Plan) -> str | None:
+PlanSource = str | Path | Mapping[str, Any] | Plan
+"""What Llama's kv_plan takes."""
+
+
+def named_preset(source: PlanSource) -> str | None:
     """The preset that a plan, in any form that Plan.load takes, says it starts from; None if it names none."""
     if isinstance(source, Plan):
         return source.preset
@@ -313,6 +327,8 @@ def _layer_range(text: str, n_layers: int, where: str) -> Iterator[int]:
     if not first.isdecimal() or (last and not last.isdecimal()) or text.endswith("-"):
         raise ValueError(f"{where}: layers {text!r} must be a number or a range such as '0-3'")
     low, high = int(first), int(last or first)
+    if n_layers == 0:
+        raise ValueError(f"{where}: layers {text!r} cannot be: the model's cache has no layers to quantize")
     if low > high or high >= n_layers:
         raise ValueError(f"{where}: layers {text!r} must lie within 0 to {n_layers - 1}")
     return iter(range(low, high + 1))

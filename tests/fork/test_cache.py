@@ -11,6 +11,7 @@ import pytest
 from support import tiny_gguf
 from support.contexts import Context, Logits, llama_cpp
 from xquant_gguf import fork
+from xquant_gguf.divergence import Expected
 from xquant_gguf.plan import PAGE, Plan
 from xquant_gguf.plan import Shape as KvShape
 
@@ -34,10 +35,7 @@ def xquant(path: Path) -> Iterator[Context]:
 
 def kld(a: Logits, b: Logits) -> float:
     """Mean KL divergence of rows of logits."""
-    a, b = (
-        x - np.log(np.exp(x - x.max(1, keepdims=True)).sum(1, keepdims=True)) - x.max(1, keepdims=True) for x in (a, b)
-    )
-    return float((np.exp(a) * (a - b)).sum(1).mean())
+    return float(Expected(a).kld(b).mean())
 
 
 def reference(path: Path, tokens: list[int]) -> Logits:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -26,7 +27,6 @@ from support.oracle_cases import (
 )
 from xquant_gguf import Llama, native, synthetic
 from xquant_gguf.evaluate import evaluate
-from xquant_gguf.sizes import llama_cpp
 
 pytestmark = pytest.mark.cuda
 
@@ -144,7 +144,7 @@ def shifted(path: str, case: Case, shift: bool, **options: Any) -> NDArray[np.fl
         path, kv_plan=case.kv_plan(), n_ctx=2048, n_batch=n, n_ubatch=n, logits_all=True, verbose=False, **options
     )
     llama.eval(ids[:680])
-    memory = llama_cpp.llama_get_memory(llama._ctx.ctx)
+    memory = llama.session.memory
     assert llama_cpp.llama_memory_can_shift(memory)
     assert llama_cpp.llama_memory_seq_rm(memory, 0, 150, 250)
     if shift:

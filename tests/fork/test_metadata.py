@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
@@ -20,10 +21,9 @@ from hypothesis import strategies as st
 from support import tiny_gguf
 from xquant_gguf import Llama, fork
 from xquant_gguf.gguf_file import GGUFFile
-from xquant_gguf.llama import llama_cpp
 from xquant_gguf.metadata import Key, Provenance, copy_with_keys, plan_block, plan_keys, read_plan
 from xquant_gguf.plan import Layer, Plan, Side, ValueMap, shortest
-from xquant_gguf.sizes import DryModel, override_array
+from xquant_gguf.session import Model, override_array
 
 SHAPE = tiny_gguf.Shape(arch="mimo2", n_layer=5)  # the last layer is a sliding one
 N_HELD, E, HEADS = 4, SHAPE.value_length, SHAPE.n_head_kv
@@ -80,12 +80,9 @@ def plan_file(keys: Mapping[str, Key]) -> Iterator[Path]:
 
 
 def fork_reads(model: Path, path: Path) -> Plan:
-    with (
-        DryModel(str(model)) as dry,
-        fork.plan_provider(lambda shapes: path.read_bytes()),
-        dry.context("xquant", 1024) as ctx,
-    ):
-        found = fork.plan(ctx, "calibrated")
+    provided = fork.plan_provider(lambda shapes: path.read_bytes())
+    with Model(model, weights=False) as dry, provided, dry.session("xquant", n_ctx=1024) as session:
+        found = fork.plan(session.ctx, "calibrated")
     assert found is not None
     return found[0]
 

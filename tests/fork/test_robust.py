@@ -82,6 +82,11 @@ with Context(Path(sys.argv[1]), sys.argv[2], n_ctx=4096, n_seq=2, unified=False)
     assert (out.stdout, out.returncode) == ("copies\n", -signal.SIGABRT)
 
 
+def save_nothing(context: Context) -> None:
+    with pytest.raises(RuntimeError, match=r"cannot be saved: .*there is no such sequence"):
+        context.save(1000)
+
+
 WRONG: dict[str, Callable[[Context], object]] = {
     "remove": lambda c: llama_cpp.llama_memory_seq_rm(c.memory, 300, -1, -1),
     "copy": lambda c: llama_cpp.llama_memory_seq_cp(c.memory, 0, 9999, -1, -1),
@@ -93,7 +98,7 @@ WRONG: dict[str, Callable[[Context], object]] = {
     "divide by 0": lambda c: llama_cpp.llama_memory_seq_div(c.memory, 0, 0, -1, 0),
     "divide by -1": lambda c: llama_cpp.llama_memory_seq_div(c.memory, 0, 0, -1, -1),
     "positions": lambda c: llama_cpp.llama_memory_seq_pos_max(c.memory, 400),
-    "save": lambda c: c.save(1000),
+    "save": lambda c: save_nothing(c),
     "load": lambda c: c.load(c.save(0), 1000),
 }
 

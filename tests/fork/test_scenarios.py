@@ -93,7 +93,7 @@ def test_a_chat_reuses_its_prefix(make: Make, monkeypatch: pytest.MonkeyPatch) -
     talk += [{"role": "assistant", "content": answer}, {"role": "user", "content": text(50, seed=2)}]
     llm.create_chat_completion(talk, max_tokens=20, temperature=0)
     assert sum(sizes) - first < 200 < first
-    assert close(last_logits(llm), fed_in_one_go(make, llm._input_ids.tolist()))
+    assert close(last_logits(llm), fed_in_one_go(make, llm.input_ids[: llm.n_tokens].tolist()))
 
 
 def test_a_reused_prefix_may_end_anywhere(make: Make) -> None:
@@ -101,7 +101,7 @@ def test_a_reused_prefix_may_end_anywhere(make: Make) -> None:
     llm.create_completion(text(600), max_tokens=10, temperature=0)
     for n in (500, 200, 130, 20):
         llm.create_completion(text(n) + text(30, seed=n), max_tokens=2, temperature=0)
-        assert close(last_logits(llm), fed_in_one_go(make, llm._input_ids.tolist()))
+        assert close(last_logits(llm), fed_in_one_go(make, llm.input_ids[: llm.n_tokens].tolist()))
 
 
 def test_a_saved_state_goes_on_as_it_would_have(make: Make) -> None:
@@ -129,7 +129,7 @@ def test_prompt_caches(make: Make, kind: str, tmp_path: Path, monkeypatch: pytes
     sizes = evaluated(llm, monkeypatch)
     llm.create_completion(text(400) + text(20, seed=6), max_tokens=4, temperature=0)
     assert sum(sizes) < 40
-    assert close(last_logits(llm), fed_in_one_go(make, llm._input_ids.tolist()))
+    assert close(last_logits(llm), fed_in_one_go(make, llm.input_ids[: llm.n_tokens].tolist()))
 
 
 class Draft(LlamaDraftModel):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from xquant_gguf import Llama
+from xquant_gguf.divergence import Expected
 from xquant_gguf.evaluate import Tally, evaluate
 
 
@@ -15,7 +16,7 @@ def test_tally_on_numbers() -> None:
     """Two positions, two tokens: (1/2, 1/2) against (1/4, 3/4), and (9/10, 1/10) against itself."""
     reference, other = np.log([[0.5, 0.5], [0.9, 0.1]]), np.log([[0.25, 0.75], [0.9, 0.1]])
     tally = Tally()
-    tally.add(reference.astype(np.float32), other.astype(np.float32), np.array([1, 0]))
+    tally.add(Expected(reference.astype(np.float32)), other.astype(np.float32), np.array([1, 0]))
     result = tally.result()
     first = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     assert result["kld"] == pytest.approx(first / 2, rel=1e-6)

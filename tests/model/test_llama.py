@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import subprocess
 import sys
@@ -55,7 +54,7 @@ def test_streaming_logprobs_and_grammar(smollm2: str) -> None:
 def test_prefix_reuse(llm: Llama, prose: str) -> None:
     """Llama keeps the common prefix of two prompts: the cut lies inside a sealed page."""
     llm.reset()
-    llm._ctx.kv_cache_clear()
+    llm.session.clear()
     tokens = llm.tokenize(prose.encode())
     long, short = (llm.detokenize(tokens[:n]).decode(errors="ignore") for n in (1300, 600))
     first = llm(long, max_tokens=1, temperature=0)
@@ -68,7 +67,7 @@ def test_prefix_reuse(llm: Llama, prose: str) -> None:
 
 def test_save_and_load_state(llm: Llama, prose: str) -> None:
     llm.reset()
-    llm._ctx.kv_cache_clear()
+    llm.session.clear()
     tokens = llm.tokenize(prose.encode())[:700]
     llm.eval(tokens)
     state = llm.save_state()
@@ -227,17 +226,6 @@ def test_bad_metadata_is_refused_by_the_fork(smollm2: str) -> None:
         assert message in fork.error()
 
 
-def test_llama_cpp_imported_first_is_one_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "llama_cpp").mkdir()
-    (tmp_path / "llama_cpp" / "__init__.py").write_text("")
-    program = "import sys; sys.path.insert(0, '.'); import llama_cpp; import xquant_gguf"
-    env = {**os.environ, "PYTHONPATH": ""}
-    out = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
-    )
-    assert "ImportError: llama_cpp was imported before xquant_gguf" in out.stderr
-
-
 def test_every_preset_generates(smollm2: str, prose: str) -> None:
     for name in preset_names():
         llm = Llama(smollm2, kv_type=name, **OPTIONS)
@@ -254,4 +242,4 @@ def test_image_handlers_load_libmtmd_from_the_package(llm: Llama, smollm2: str) 
     assert Path(mtmd_cpp._libmtmd._name).parent == native.LIBRARY_DIR
     assert mtmd_cpp.mtmd_default_marker() == b"<__media__>"
     params = mtmd_cpp.mtmd_context_params_default()
-    assert mtmd_cpp.mtmd_init_from_file(smollm2.encode(), llm._model.model, params) is None
+    assert mtmd_cpp.mtmd_init_from_file(smollm2.encode(), llm.model, params) is None

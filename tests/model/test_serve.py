@@ -11,41 +11,53 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+from llama_cpp.server.settings import ServerSettings
 
 from xquant_gguf import cli, serve
 
 TALK = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-@pytest.fixture(scope="module")
-def url(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextmanager
+def serving(model: str, folder: Path, *options: str, **env: str) -> Iterator[tuple[str, Path]]:
+    """The address of a server of its own, and its log."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("serve") / "log"
-    options = ["--kv-type", "xquant", "--n-ctx", "1024", "--n_batch", "128", "--n_ubatch=128", "--port", str(port)]
-    options += ["--host", "127.0.0.1", "--interrupt-requests", "false", "--verbose", "false", "--model-alias", "small"]
-    command = [sys.executable, "-m", "xquant_gguf", "serve", smollm2, *options]
-    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, cwd=log.parent) as server:
+    log, url = folder / "log", f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "xquant_gguf", "serve", model, *options, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--n_batch", "128", "--n_ubatch=128", "--verbose", "false"]
+    with (
+        log.open("w") as file,
+        subprocess.Popen(command, stdout=file, stderr=file, cwd=folder, env={**os.environ, **env}) as server,
+    ):
         try:
             deadline = time.monotonic() + 120
             while True:
                 try:
-                    httpx.get(f"http://127.0.0.1:{port}/v1/models")
+                    httpx.get(f"{url}/v1/models")
                     break
                 except httpx.ConnectError:
                     assert server.poll() is None, log.read_text()
                     assert time.monotonic() < deadline, log.read_text()
                     time.sleep(0.2)
-            assert '"preset": "xquant", "equivalent_bits": 3.0, "true_bits": 3.25' in log.read_text()
-            yield f"http://127.0.0.1:{port}"
+            yield url, log
         finally:
             server.terminate()
+
+
+@pytest.fixture(scope="module")
+def url(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    options = ["--kv-type", "xquant", "--n-ctx", "1024", "--interrupt-requests", "false", "--model-alias", "small"]
+    with serving(smollm2, tmp_path_factory.mktemp("serve"), *options) as (address, log):
+        assert '"preset": "xquant", "equivalent_bits": 3.0, "true_bits": 3.25' in log.read_text()
+        yield address
 
 
 def say(words: str) -> dict[str, object]:
@@ -97,6 +109,42 @@ def test_the_cache_is_told(url: str) -> None:
     assert info["preset"] == "xquant"
     assert 0 < info["bytes_used"] <= info["bytes_allocated"]
     assert info["pages_open"] + info["pages_sealed"] + info["pages_free"] == 8
+
+
+def test_asking_for_the_cache_ends_no_answer(smollm2: str, tmp_path: Path) -> None:
+    """Any other request ends an answer that streams, unless --interrupt-requests is false.
+
+    $HOST, which some compilers' environments set to something else, does not count beside --host.
+    """
+    body = {"prompt": "One two three", "max_tokens": 80, "stream": True, "temperature": 0}
+    body["logit_bias"] = {"0": -100, "2": -100}  # no end of text
+    with serving(smollm2, tmp_path, "--n-ctx", "1024", HOST="x86_64-conda-linux-gnu") as (address, _):
+        used = [httpx.get(f"{address}/extras/kv_cache").json()["bytes_used"]]
+        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=120) as response:
+            lines = (line for line in response.iter_lines() if line.startswith("data: "))
+            told = [next(lines)]
+            used.append(httpx.get(f"{address}/extras/kv_cache").json()["bytes_used"])
+            told += lines
+        used.append(httpx.get(f"{address}/extras/kv_cache").json()["bytes_used"])
+    assert told[-1] == "data: [DONE]"
+    assert len(told) > 80
+    assert used[0] < used[1] <= used[2]
+
+
+def test_options_go_before_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOST", "x86_64-conda-linux-gnu")
+    monkeypatch.setenv("PORT", "99")
+    server, _ = serve.settings_of(["model.gguf", "--host", "127.0.0.1"])
+    assert (server.host, server.port) == ("127.0.0.1", 99)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"host": "127.0.0.2", "models": [{"model": "a.gguf"}]}))
+    server, _ = serve.settings_of(["--config-file", str(path)])
+    assert (server.host, server.port) == ("127.0.0.2", 99)
+
+
+def test_what_the_server_does_not_hand_on_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"rpc_servers is 'a:1': llama_cpp does not know it, leave it out"):
+        serve.application(ServerSettings(), [serve.Model(model="a.gguf", rpc_servers="a:1")])
 
 
 def test_configuration_files_name_caches(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_truthfulqa_is_the_sum_of_log_probabilities(f16: Llama, questions: Truth
             prefix += f16.tokenize(f"\n\nQ: {item.content.text}\nA:".encode(), add_bos=False)
             answer = f16.tokenize(f" {choice}".encode(), add_bos=False)
             assert got["tokens"] == len(prefix)
-            f16._ctx.kv_cache_clear()
+            f16.session.clear()
             tokens, rows = prefix + answer, []
             for i in range(0, len(tokens), 128):
                 rows.append(log_probabilities(f16, tokens[i : i + 128], i))
@@ -126,7 +126,7 @@ def test_greedy_answer_is_the_argmax(f16: Llama) -> None:
     prompt = f16.tokenize(b"The answer is")
     tokens: list[int] = []
     for _ in range(6):
-        f16._ctx.kv_cache_clear()
+        f16.session.clear()
         tokens.append(int(log_probabilities(f16, prompt + tokens, 0)[-1].argmax()))
     assert greedy_answer(f16, prompt, 6) == f16.detokenize(tokens).decode(errors="replace").strip()
 

@@ -1,4 +1,4 @@
-"""The user's cache folder, and hashes of what lies in it."""
+"""Where downloads are kept, in the user's cache folder, and their hashes."""
 
 from __future__ import annotations
 

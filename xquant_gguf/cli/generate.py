@@ -1,25 +1,22 @@
-"""The commands generate and inspect."""
+"""The command generate."""
 
 from __future__ import annotations
 
 import argparse
 import codecs
-import json
 import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
-from xquant_gguf.cli.options import UBATCH, Commands, add_command, at_least, cache_options, kv_type_of, threads_of
-from xquant_gguf.cli.text import bytes_table, table
-from xquant_gguf.llama import LLAMA_TYPES, Llama
-from xquant_gguf.metadata import carried_keys
-from xquant_gguf.plan import preset_names
-from xquant_gguf.sizes import inspect_cache
+from xquant_gguf.cli.options import Commands, add_command, at_least, cache_options, kv_type_of, threads_of
+from xquant_gguf.cli.text import bytes_table
+from xquant_gguf.inspect import inspect_cache
+from xquant_gguf.llama import Llama
 
 
-def generate(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     prompt = Path(args.prompt_file).read_text() if args.prompt_file else args.prompt
     kv_type = kv_type_of(args)
     llm = Llama(args.model, kv_type=kv_type, kv_plan=args.kv_plan, n_ctx=args.n_ctx, verbose=False, **threads_of(args))
@@ -63,43 +60,11 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def inspect(args: argparse.Namespace) -> int:
-    preset = kv_type_of(args)
-    if preset in LLAMA_TYPES:
-        raise ValueError(f"kv_type is {preset!r}, must be one of {', '.join(preset_names())} to inspect its plan")
-    info, sizes, n_ctx = inspect_cache(args.model, preset, args.kv_plan, n_ctx=args.n_ctx, n_ubatch=args.n_ubatch)
-    info["kernels"] = Llama.kernels()
-    carried = carried_keys(args.model)
-    if args.json:
-        keys = ("preset", "layers", "k_bits", "v_bits", "equivalent_bits", "true_bits", "window", "kernels")
-        settings = {"n_ctx": n_ctx, "n_ubatch": args.n_ubatch}
-        print(json.dumps({**{k: info[k] for k in keys}, **settings, "kv_bytes": sizes, "file": carried}, indent=2))
-        return 0
-    rows = [["layer", "K bits", "V bits"]]
-    rows += [[str(i), str(k), str(v)] for i, k, v in zip(info["layers"], info["k_bits"], info["v_bits"], strict=True)]
-    print(
-        f"{info['preset']}: {info['true_bits']:.3f} true bits, {info['equivalent_bits']:.3f} equivalent bits a value;"
-    )
-    print(f"the newest {info['window']} tokens in F16; kernels {info['kernels']}\n\n{table(rows)}\n")
-    print(bytes_table(sizes, n_ctx))
-    if carried:
-        print("\nin the file:")
-    for name, value in carried.items():
-        print(f"{name} = {' '.join(map(str, value)) if isinstance(value, list) else value}")
-    return 0
-
-
 def add(commands: Commands) -> None:
-    """Declares both."""
-    sub = add_command(commands, "generate", generate, "continue a prompt; speed and cache size afterwards", n_ctx=4096)
+    """Declares it."""
+    sub = add_command(commands, "generate", run, "continue a prompt; speed and cache size afterwards", n_ctx=4096)
     sub.add_argument("--prompt", default="The history of the computer begins", help="text to continue")
     sub.add_argument("--prompt-file", help="file with the text to continue")
     sub.add_argument("--max-tokens", type=at_least(1), default=128)
     sub.add_argument("--temperature", type=float, default=0.0)
-    cache_options(sub)
-    sub = add_command(
-        commands, "inspect", inspect, "what the cache stores, and its bytes at a context length", n_ctx=32768
-    )
-    sub.add_argument("--n-ubatch", type=at_least(1), default=512, help=UBATCH)
-    sub.add_argument("--json", action="store_true", help="print JSON")
     cache_options(sub)

@@ -9,7 +9,8 @@ import pytest
 
 from support import tiny_gguf
 from xquant_gguf import Llama
-from xquant_gguf.sizes import DryModel, inspect_cache, llama_cpp, xquant_overrides
+from xquant_gguf.inspect import inspect_cache
+from xquant_gguf.session import Model
 
 
 def write(path: Path, shape: tiny_gguf.Shape) -> str:
@@ -59,8 +60,6 @@ def test_a_plan_is_told_by_model_layers(sliding: str) -> None:
     plan = {"window": 256, "layers": {"1": {"k": {"bits": 2}}}}
     info, _, _ = inspect_cache(sliding, "xquant", plan, n_ctx=4096)
     assert (info["k_bits"], info["window"]) == ([4, 2], 256)
-    with xquant_overrides(sliding, "xquant", plan, {"general.name": "x"}) as overrides:
-        assert overrides == {"general.name": "x"}
 
 
 @pytest.mark.parametrize(
@@ -72,19 +71,20 @@ def test_a_plan_is_told_by_model_layers(sliding: str) -> None:
 )
 def test_bad_overrides_are_named(sliding: str, overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DryModel(sliding, overrides)
+        Model(sliding, weights=False, overrides=overrides)
 
 
 def test_overrides_of_every_kind_reach_the_model(sliding: str) -> None:
     values = {"general.name": "x", "mimo2.context_length": 1024, "mimo2.rope.freq_base": 5000.0}
-    with DryModel(sliding, {**values, "tokenizer.ggml.add_bos_token": False}) as model, model.context("f16", 0) as ctx:
-        assert llama_cpp.llama_n_ctx(ctx) == 1024
+    overrides = {**values, "tokenizer.ggml.add_bos_token": False}
+    with Model(sliding, weights=False, overrides=overrides) as model, model.session("f16", n_ctx=0) as session:
+        assert session.n_ctx == 1024
 
 
 def test_what_is_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"does not exist: .*missing\.gguf"):
-        DryModel(str(tmp_path / "missing.gguf"))
+        Model(tmp_path / "missing.gguf")
     path = tmp_path / "bad.gguf"
     path.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ValueError, match=r"Failed to load model from file: .*bad\.gguf"):
-        DryModel(str(path))
+        Model(path)
