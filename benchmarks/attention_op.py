@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from op_graph import F16, F32, Q4_0, Q8_0, Graph, load, read_speed, timed
 from xquant_gguf import codec, native
@@ -57,7 +58,7 @@ class Row:
     floor_ns: float
 
 
-def queries(graph: Graph, shape: Shape, n_queries: int) -> np.ndarray:
+def queries(graph: Graph, shape: Shape, n_queries: int) -> NDArray[np.float32]:
     _, n_head, _, width = shape
     return np.random.default_rng(1).standard_normal((n_head, n_queries, width), dtype=np.float32)
 
