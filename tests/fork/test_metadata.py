@@ -16,7 +16,7 @@ from support.plans import BAD, HEADS, MAPPED, SHAPE, array, changed, damaged_pla
 from xquant_gguf import Llama, fork
 from xquant_gguf.gguf_file import GGUFFile
 from xquant_gguf.llama import llama_cpp
-from xquant_gguf.metadata import Key, Provenance, copy_with_keys, read_plan
+from xquant_gguf.metadata import Key, Provenance, copy_with_keys, plan_block, read_plan
 from xquant_gguf.plan import Plan
 from xquant_gguf.sizes import DryModel, override_array
 

@@ -17,7 +17,7 @@ from xquant_gguf.metadata import plan_block, plan_keys
 from xquant_gguf.plan import Plan, Shape
 from xquant_gguf.sizes import override_array
 
-__all__ = ["TYPES", "Context", "Logits", "Page", "llama_cpp"]
+__all__ = ["TYPES", "Context", "Logits", "llama_cpp"]
 
 Logits = NDArray[np.float32]
 TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
