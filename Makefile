@@ -37,7 +37,7 @@ demo: all
 	  $(BIN)/xquant-gguf generate "$$model" --kv-type xquant --prompt-file README.md --n-ctx 8192 --max-tokens 100
 
 test: all
-	$(BIN)/pytest --cov
+	$(BIN)/pytest --cov=xquant_gguf
 
 test-arm: all
 	XQUANT_AARCH64=required $(BIN)/pytest tests/kernels -m arm
