@@ -15,7 +15,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support import tiny_gguf
-from xquant_gguf.metadata import Provenance, copy_with_keys, plan_file, plan_keys
+from xquant_gguf.metadata import Provenance, copy_with_keys, plan_block, plan_keys
 from xquant_gguf.plan import Plan, Side, ValueMap
 
 WIDTH, N_LAYER = 16, 3
@@ -48,8 +48,7 @@ def main(folder: Path) -> None:
         tiny_gguf.write(models / f"{name}.gguf", shape, tiny_gguf.random_weights(shape))
     for name, plan in plans().items():
         keys = plan_keys(plan, range(N_LAYER), N_LAYER, Provenance("seed", "ab" * 32, 7))
-        with plan_file(keys) as path:
-            (corpus / name).write_bytes(path.read_bytes())
+        (corpus / name).write_bytes(plan_block(keys))
         if name == "mixed":
             copy_with_keys(models / "plain.gguf", models / "mixed.gguf", keys)
 

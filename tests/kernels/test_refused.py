@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -264,14 +265,15 @@ def test_stores_that_cannot_be_made(here: Cpu) -> None:
         )
 
     assert init() == 0
-    for status, message in (
+    refused: list[tuple[Callable[[], int], str]] = [
         (lambda: init(n_pages=0), "shape: n_pages is 0"),
         (lambda: init(n_head_kv=40000), "shape: n_head_kv is 40000"),
         (lambda: init(d=60), "head widths are 60 and 64"),
         (lambda: init(Layer(replace(PLAIN.k, bits=9), V)), "bits is 9, must be 0 to 4"),
         (lambda: init(n_streams=2), "streams are 0 bytes of blocks and 0 bytes of rows apart"),
         (lambda: init(n_streams=2, streams=(1 << 20, (1 << 20) + 1)), "rows are 2 bytes"),
-    ):
+    ]
+    for status, message in refused:
         assert status() < 0
         assert message in native.error()
     assert lib.xq_store_init(store, c_layer(PLAIN), ffi.NULL, ffi.NULL, 0, rows, 0) < 0
