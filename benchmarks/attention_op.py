@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from op_graph import F16, F32, Q4_0, Q8_0, Graph, load, read_speed, timed
 from xquant_gguf import codec, native
@@ -57,7 +58,7 @@ class Row:
     floor_ns: float
 
 
-def queries(graph: Graph, shape: Shape, n_queries: int) -> np.ndarray:
+def queries(graph: Graph, shape: Shape, n_queries: int) -> NDArray[np.float32]:
     _, n_head, _, width = shape
     return np.random.default_rng(1).standard_normal((n_head, n_queries, width), dtype=np.float32)
 
@@ -90,7 +91,7 @@ def sides_of(layer: str) -> tuple[Side, Side]:
     return Side(int(layer[1]), PAGE), Side(int(layer[3]), 0, "lloyd", "log8", rotate=True)
 
 
-def blocks(layer: Any, at: Any, width: int, n_pages: int, rng: np.random.Generator) -> np.ndarray:
+def blocks(layer: Any, at: Any, width: int, n_pages: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Random sealed pages [page][block] of an xq_layer with the block layout `at`."""
     _, lib = native.load()
     k_param = (rng.random((n_pages, 2, width), dtype=np.float32) * 0.02).astype(np.float16)
@@ -107,7 +108,7 @@ def blocks(layer: Any, at: Any, width: int, n_pages: int, rng: np.random.Generat
     return out
 
 
-def aligned(graph: Graph, data: np.ndarray) -> Any:
+def aligned(graph: Graph, data: NDArray[Any]) -> Any:
     """A copy that starts on a cache line."""
     raw = np.zeros(data.nbytes + 64, np.uint8)
     offset = -raw.ctypes.data % 64

@@ -128,7 +128,8 @@ def soak(
     common.update(n_threads=n_threads, n_threads_batch=n_threads)
     ours, fresh, reference = (Session(load(model, kv, common)) for kv in (kv_type, kv_type, "f16"))
     rng = np.random.default_rng(1)
-    start, out = time.monotonic(), []
+    start = time.monotonic()
+    out: list[Measured] = []
     for turn in chats(ours.llm, text, rng, n_ctx):
         if turn.dropped:
             ours.drop(*turn.dropped)

@@ -38,6 +38,14 @@ def kld(a: Logits, b: Logits) -> float:
     return float(Expected(a).kld(b).mean())
 
 
+def same(a: Logits, b: Logits) -> bool:
+    """But for the order in which pages are summed up, which is another one where a sequence came to other pages.
+
+    Measured: 0, and 2e-6 in other pages; a page that was coded once more: 1e-2.
+    """
+    return bool(np.abs(a - b).max() <= 1e-4 * a.std())
+
+
 def reference(path: Path, tokens: list[int]) -> Logits:
     """Logits of the F16 cache."""
     with Context(path, "f16") as context:
@@ -160,11 +168,13 @@ def test_removing_the_middle_hides_it(path: Path) -> None:
 
 def test_a_full_cache_is_an_error_and_the_context_goes_on(path: Path) -> None:
     for kv_type in ("f16", "xquant"):
-        with Context(path, kv_type, n_ctx=1024) as context:
-            context.decode(TOKENS[:1000], 0)
+        with Context(path, kv_type, n_ctx=1024) as context, Context(path, kv_type, n_ctx=1024) as twin:
+            for c in (context, twin):
+                c.decode(TOKENS[:1000], 0)
             with pytest.raises(RuntimeError, match="llama_decode: 1"):
                 context.decode(TOKENS[1000:1100], 1000)
-            assert np.isfinite(context.decode(TOKENS[1000:1024], 1000)).all()
+            got, want = (c.decode(TOKENS[1000:1024], 1000) for c in (context, twin))
+            assert np.array_equal(got, want)
 
 
 @pytest.mark.parametrize("unified", [True, False])
@@ -212,7 +222,8 @@ def test_a_cleared_cache_is_as_a_new_one(path: Path, xquant: Context, data: bool
         for context in (xquant, new):
             with pytest.raises(ValueError, match="open cells"):
                 fork.read_rows(context.ctx, 0, "k", 0, 1, SHAPE.key_length)
-        assert np.array_equal(*(context.decode(TOKENS[400:1300], 0) for context in (xquant, new)))
+        got, want = (context.decode(TOKENS[400:1300], 0) for context in (xquant, new))
+        assert np.array_equal(got, want)
         assert xquant.save() == new.save()
 
 
@@ -290,22 +301,26 @@ def test_states_that_do_not_fit_are_refused(path: Path) -> None:
         assert llama_cpp.llama_memory_seq_pos_max(other.memory, 0) == 399
         for cut in (10, 100, len(state) // 2, len(state) - 1):
             assert saved.load(state[:cut], 0) == 0
-        saved.load(state, 0)
-        assert np.isfinite(saved.decode(TOKENS[700:800], 700)).all()
+        assert saved.save(0) == state
+        assert saved.load(state, 0) == len(state)
+        with Context(path, "xquant") as twin:
+            twin.decode(TOKENS[:700], 0)
+            assert same(*(context.decode(TOKENS[700:800], 700) for context in (saved, twin)))
 
 
 def test_a_damaged_state_never_crashes(path: Path) -> None:
     rng = np.random.default_rng(3)
-    with Context(path, "xquant") as saved:
-        saved.decode(TOKENS[:700], 0)
+    with Context(path, "xquant") as saved, Context(path, "xquant") as twin:
+        for context in (saved, twin):
+            context.decode(TOKENS[:700], 0)
         state = saved.save(0)
         for _ in range(200):
             damaged = bytearray(state)
             for at in rng.integers(0, min(len(state), 6000), 4):
                 damaged[at] = rng.integers(256)
             saved.load(bytes(damaged), 0)
-        saved.load(state, 0)
-        assert np.isfinite(saved.decode(TOKENS[700:800], 700)).all()
+        assert saved.load(state, 0) == len(state)  # whatever was taken before leaves nothing behind
+        assert same(*(context.decode(TOKENS[700:800], 700) for context in (saved, twin)))
 
 
 def test_two_contexts_in_any_order(path: Path) -> None:

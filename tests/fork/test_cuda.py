@@ -108,7 +108,7 @@ def test_states_travel_between_gpu_and_cpu(fork: Fork) -> None:
     case = CASES["gqa-xquant"]
     ids = tokens()
     n = case.n_ubatch
-    options = {"n_ctx": 2048, "n_batch": n, "n_ubatch": n, "logits_all": True, "verbose": False}
+    options: dict[str, Any] = {"n_ctx": 2048, "n_batch": n, "n_ubatch": n, "logits_all": True, "verbose": False}
     on_gpu, on_cpu = (
         Llama(str(fork.path(case.model)), kv_plan=case.kv_plan(), n_gpu_layers=layers, **options) for layers in (ALL, 0)
     )

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,10 @@ N_SEQ = 3
 # Eight pages; a page is sealed as soon as a micro-batch does not write it.  The finest codes, so that errors show.
 FINE = {"bits": 4, "group": 32, "fit": "minmax", "param": "f16", "eta": 0.0}
 SEALING = {"k": FINE, "v": {**FINE, "rotate": True}}
-PLANS = {"open": {"window": -1}, "sealing": {"window": 0, "pinned": 0, "layers": {"0": SEALING}}}
+PLANS: dict[str, dict[str, Any]] = {
+    "open": {"window": -1},
+    "sealing": {"window": 0, "pinned": 0, "layers": {"0": SEALING}},
+}
 # Largest error of a logit over the standard deviation of all logits of a batch: F16 rows, rounded again by each shift;
 # codes, made again by each shift.  Measured in 60 random examples: 3.8e-4, 0.097.
 BOUNDS = {"open": 2e-3, "sealing": 0.2}

@@ -116,10 +116,11 @@ def test_wrong_arguments_do_nothing(paths: dict[str, Path], name: str) -> None:
 def test_layers_heads_and_cells_out_of_range_have_no_rows(paths: dict[str, Path], where: tuple[int, int, int]) -> None:
     with Context(paths["plain"], "xquant") as context:
         context.decode(TOKENS[:100], 0)
+        before = fork.read_rows(context.ctx, 3, "k", 1, 100, 64)
         layer, head, n_cells = where
         with pytest.raises(ValueError, match="open cells"):
             fork.read_rows(context.ctx, layer, "k", head, n_cells, 64)
-        assert np.isfinite(fork.read_rows(context.ctx, 3, "k", 1, 100, 64)).all()
+        assert np.array_equal(fork.read_rows(context.ctx, 3, "k", 1, 100, 64), before)
 
 
 BATCHES = {
@@ -142,26 +143,40 @@ def test_wrong_batches_do_nothing(paths: dict[str, Path], name: str) -> None:
         assert np.array_equal(context.decode(TOKENS[600:610], 600), twin.decode(TOKENS[600:610], 600))
 
 
-@pytest.mark.parametrize("calls", [0, 100, 110, 160])
-def test_a_batch_that_was_aborted_loses_nothing(paths: dict[str, Path], calls: int) -> None:
-    """Between two nodes of a graph: what the remaining layers had to seal is sealed before the next micro-batch."""
-    left = [0]
+class Abort:
+    """A context's abort callback, which llama.cpp asks between two nodes of a graph."""
+
+    def __init__(self, context: Context) -> None:
+        self.asked, self.limit = 0, 1 << 62
+        self.callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(self.answer)
+        llama_cpp.llama_set_abort_callback(context.ctx, self.callback, None)
+
+    def answer(self, _: int) -> bool:
+        self.asked += 1
+        return self.asked > self.limit
+
+
+@pytest.mark.parametrize(("whole", "share"), [(0, 0.0), (0, 0.5), (0, 0.9), (1, 0.25), (1, 0.4), (2, 0.0)])
+def test_a_batch_that_was_aborted_loses_nothing(paths: dict[str, Path], whole: int, share: float) -> None:
+    """After whole micro-batches and a share of the next one's nodes; what it had to seal is sealed later."""
     with Context(paths["plain"], "xquant") as context, Context(paths["plain"], "xquant") as twin:
         for c in (context, twin):
             c.decode(TOKENS[:700], 0)
-
-        @ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
-        def abort(_: int) -> bool:
-            left[0] -= 1
-            return left[0] < 0
-
-        left[0] = calls
-        llama_cpp.llama_set_abort_callback(context.ctx, abort, None)
+        with Context(paths["plain"], "xquant") as counted:
+            counted.decode(TOKENS[:700], 0)
+            abort = Abort(counted)
+            ends = [0]
+            for first in (700, 828, 956):
+                counted.decode(TOKENS[first : min(first + 128, 1000)], first)
+                ends.append(abort.asked)
+        abort = Abort(context)
+        abort.limit = ends[whole] + int(share * (ends[whole + 1] - ends[whole]))
         with pytest.raises(RuntimeError, match="llama_decode: 2"):
             context.decode(TOKENS[700:1000], 700)
-        left[0] = 1 << 30
+        assert abort.asked == abort.limit + 1
+        abort.limit = 1 << 62
         end = llama_cpp.llama_memory_seq_pos_max(context.memory, 0) + 1
-        assert end == 700 + 128 * (calls // 80)  # a graph has about 80 nodes
+        assert end == 700 + 128 * whole
         for first in range(700, end, 128):
             twin.decode(TOKENS[first : first + 128], first)
         got, want = (c.decode(TOKENS[end:1100], end) for c in (context, twin))

@@ -6,7 +6,6 @@ import ctypes
 import re
 import resource
 import struct
-import time
 from base64 import b64encode
 from pathlib import Path
 
@@ -97,7 +96,10 @@ def test_a_sequence_goes_to_a_file_and_back(paths: dict[str, Path], tmp_path: Pa
 
 
 def test_lengths_that_no_state_has_are_refused_at_once(paths: dict[str, Path]) -> None:
-    """The name of the architecture comes first: a length of 4 GiB is not allocated (found by the fuzzer)."""
+    """The name of the architecture comes first: a length of 4 GiB is not allocated (found by the fuzzer).
+
+    There is no room for it, so that the message would be another one.
+    """
     with Context(paths["plain"], "xquant") as context:
         context.decode(TOKENS[:200], 0)
         state = bytearray(context.save())
@@ -105,13 +107,12 @@ def test_lengths_that_no_state_has_are_refused_at_once(paths: dict[str, Path]) -
         struct.pack_into("<I", state, 0, 2**32 - 1)
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        start = time.monotonic()
-        resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 30), hard))
+        resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), hard))
         try:
-            assert context.load(bytes(state)) == 0
+            with pytest.raises(RefusedState, match="a string is longer than what is left of the state"):
+                context.session.load(bytes(state))
         finally:
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        assert time.monotonic() - start < 0.5
 
 
 def test_a_state_of_no_architecture_is_refused(paths: dict[str, Path]) -> None:
@@ -244,8 +245,8 @@ def test_cells_of_one_sequence_in_sliding_layers_are_checked(paths: dict[str, Pa
 
 def test_a_state_may_come_from_a_cache_that_seals_at_other_times(paths: dict[str, Path]) -> None:
     """Codes where nothing is ever sealed are decoded; rows where slots are few are sealed."""
-    sizes = {"sealing": {}, "open": {"overrides": {"xquant.window": -1}}}
-    contexts = {name: Context(paths["plain"], "xquant", **size) for name, size in sizes.items()}
+    plans: dict[str, dict[str, int | str]] = {"sealing": {}, "open": {"xquant.window": -1}}
+    contexts = {name: Context(paths["plain"], "xquant", overrides=plan) for name, plan in plans.items()}
     states, want = {}, {}
     for name, context in contexts.items():
         context.decode(TOKENS[:1300], 0)
@@ -336,8 +337,8 @@ def refusals(paths: dict[str, Path]) -> dict[str, tuple[bytes, str]]:
         out["an earlier version"] = (state.replace(b"XQS3", b"XQS2"), "an earlier version of xquant_gguf (XQS2)")
         out["cut off"] = (state[:-1], "it was cut off, or is damaged")
         for n in (len(state) - 3, 2**24):  # one byte more than is left, and far more
-            name = struct.pack("<I", n) + state[4:]
-            out[f"a name of {n} bytes"] = (name, "a string is longer than what is left of the state")
+            named = struct.pack("<I", n) + state[4:]
+            out[f"a name of {n} bytes"] = (named, "a string is longer than what is left of the state")
     return out
 
 

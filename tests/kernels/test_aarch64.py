@@ -63,8 +63,8 @@ def test_big_endian_machines_are_refused_at_compile_time(tmp_path: Path) -> None
     compiler = os.environ.get("CXX", "c++")
     native = remote.ROOT / "native"
     flags = ["-std=c++17", f"-I{native / 'include'}", f"-I{native / 'common'}", "-U__BYTE_ORDER__"]
-    command = [compiler, *flags, "-D__BYTE_ORDER__=__ORDER_BIG_ENDIAN__", "-E"]
-    command.append(str(native / "cpu" / "codec_scalar.cpp"))
+    source = str(native / "cpu" / "codec_scalar.cpp")
+    command = [compiler, *flags, "-D__BYTE_ORDER__=__ORDER_BIG_ENDIAN__", "-E", source]
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert out.returncode != 0
     assert "big-endian machines are not supported" in out.stderr

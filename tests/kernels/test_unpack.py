@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from support.devices import Device
 from support.pages_of_codes import CASES, V, made, random_rows
@@ -20,7 +22,7 @@ UNPACKED = [
 ]
 
 
-def f16(x: np.ndarray) -> np.ndarray:
+def f16(x: NDArray[Any]) -> NDArray[np.float16]:
     return np.clip(x, -65504, 65504).astype(np.float16)
 
 

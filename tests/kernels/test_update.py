@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from support.codec_rows import GOLDEN, KINDS, made_rows
 from support.devices import Device
@@ -28,7 +29,7 @@ def outlying_rows(rng: np.random.Generator, n_streams: int, slots: int, d: int, 
     return (k * rng.lognormal(0, 0.7, d) + 3 * rng.standard_normal(d)).astype(np.float16), v
 
 
-def valid_tokens(rng: np.random.Generator) -> np.ndarray:
+def valid_tokens(rng: np.random.Generator) -> NDArray[np.bool_]:
     valid = rng.random(PAGE) < 0.5
     valid[rng.integers(PAGE)] = True
     return valid

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from support.clock import Clock, seconds
 from xquant_gguf import Llama, synthetic
-from xquant_gguf.bench import bench
+from xquant_gguf.bench import UNTIMED, bench
 from xquant_gguf.cli import main
 
 TINY = synthetic.Shape(n_layer=3, n_embd=128, n_ff=64, n_head=4, n_head_kv=2, head_dim=64, n_vocab=300)
@@ -31,23 +32,37 @@ def test_random_models_have_the_shape(model: Path) -> None:
     llm.close()
 
 
-def test_rows(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch)
     out = tmp_path / "out.json"
     options = ["--depths", "1200,0", "--kv-types", "f16,xquant", "--rounds", "1", "--n-prompt", "8", "--n-decode", "2"]
     assert main(["bench", str(model), *options, "--threads", "1", "--json", str(out)]) == 0
     rows = json.loads(out.read_text())["results"]
     assert [(r["depth"], r["kv_type"]) for r in rows] == [(0, "f16"), (0, "xquant"), (1200, "f16"), (1200, "xquant")]
-    assert all(r["prompt_tps"] > 0 and r["decode_tps"] > 0 for r in rows)
+    prompt, step = 8 / seconds(8), 1 / seconds(1)
+    assert [(r["prompt_tps"], r["decode_tps"]) for r in rows] == [pytest.approx((prompt, step))] * 4
     assert rows[1]["kv_bytes"] < rows[0]["kv_bytes"]
     assert len(capsys.readouterr().out.splitlines()) == 5
 
 
-def test_the_cache_is_as_before(model: Path) -> None:
+def test_the_cache_is_as_before(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Speed at a depth is that depth's: what is timed is cut off again."""
-    steps: list[str] = []
+    clock, steps = Clock(monkeypatch), list[str]()
     rows = bench(str(model), ["xquant"], [300, 40], rounds=2, n_prompt=8, n_decode=2, done=steps.append, n_threads=1)
     assert [r.depth for r in rows] == [40, 300]
     assert steps == ["fill", "warm up", "measure", "measure"] * 2
+
+    def timed(depth: int) -> list[tuple[int, int]]:
+        return [(depth, 8), *((depth + 8 + i, 1) for i in range(UNTIMED + 2))] * 3
+
+    assert clock.batches == [(0, 40), *timed(40), (40, 260), *timed(300)]
+
+
+def test_sequences_count_together(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three sequences: a prompt is a batch of its own for each, a step is one batch for all."""
+    Clock(monkeypatch)
+    (row,) = bench(str(model), ["f16"], [16], rounds=1, n_prompt=8, n_decode=2, parallel=3, n_threads=1)
+    assert (row.prompt_tps, row.decode_tps) == pytest.approx((8 / seconds(8), 3 / seconds(3)))
 
 
 @pytest.mark.parametrize(

@@ -31,18 +31,17 @@ def test_calibrate_finds_the_layer_that_does_not_matter(model: str, prose: str) 
     result = calibrate(model, Budget(2.5), text=prose, n_threads=1, progress=False)
     plan = result.plan
     assert 2.3 < plan.true_bits(result.shapes) <= 2.5
-    for name, total in (("k", 0.0), ("v", 0.0)):
+    for name in "kv":
         harm = result.sensitivity[name]
-        assert harm[DEAF] <= 0.05 * max(harm) + total
+        assert harm[DEAF] <= 0.05 * max(harm)
         bits = [getattr(layer, name).bits for layer in plan.layers]
         assert bits[DEAF] == min(bits)
-    assert plan.expected_kld is not None
-    assert plan.expected_kld > 0
     assert set(plan.maps) == {i for i, layer in enumerate(plan.layers) if layer.v.source >= 0}
-    assert (
-        calibrate(model, Budget(1.375, equivalent=True), text=prose, n_threads=1, progress=False).plan.equivalent_bits()
-        <= 1.375
-    )
+    small = calibrate(model, Budget(1.375, equivalent=True), text=prose, n_threads=1, progress=False).plan
+    assert small.equivalent_bits() <= 1.375
+    assert plan.expected_kld is not None
+    assert small.expected_kld is not None
+    assert 0 < plan.expected_kld < 0.5 * small.expected_kld  # measured: 1.5e-4 and 5.6e-4
 
 
 def test_maps_find_the_head_and_the_matrix() -> None:

@@ -8,16 +8,30 @@ from pathlib import Path
 
 import pytest
 
+from support.clock import Clock, seconds
+from xquant_gguf import Llama
 from xquant_gguf.cli import main
 from xquant_gguf.evaluate import evaluate
 
 
-def test_generate(smollm2: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], prose: str) -> None:
+def test_generate(
+    smollm2: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], prose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Llama generates, and the speeds at which it was read and generated."""
     prompt = tmp_path / "prompt.txt"
     prompt.write_text(prose[:1500])
+    llm = Llama(smollm2, kv_type="xquant", n_ctx=1024, verbose=False)
+    tokens = llm.tokenize(prompt.read_bytes(), special=True)
+    assert len(tokens) < llm.n_batch
+    drawn = llm.generate(tokens, temp=0.0, repeat_penalty=1.1)
+    text = llm.detokenize([token for token, _ in zip(drawn, range(5), strict=False)]).decode()
+    llm.close()
+    Clock(monkeypatch)
     assert main(["generate", smollm2, "--prompt-file", str(prompt), "--max-tokens", "5", "--n-ctx", "1024"]) == 0
     out = capfd.readouterr().out
-    assert "decode 5 tokens" in out
+    speeds = len(tokens) / seconds(len(tokens)), 1 / seconds(1)
+    told = f"prompt {len(tokens)} tokens, {speeds[0]:.1f} tokens/s; decode 5 tokens, {speeds[1]:.1f} tokens/s"
+    assert out.startswith(f"{text}\n\n{told}\n")
     for name in ("f16", "q8_0", "q4_0", "xquant"):
         assert f"\n{name} " in out
 
@@ -73,12 +87,15 @@ def test_evaluate(smollm2: str, tmp_path: Path, prose: str, capfd: pytest.Captur
     results = {r["kv_type"]: r for r in json.loads(out.read_text())["results"]}
     names = {"kv_type", "ppl", "kld", "kld_p99", "top1", "true_bits", "equivalent_bits", "kv_bytes"}
     assert all(set(r) >= names for r in results.values())
-    assert results["f16"]["kld"] == pytest.approx(0, abs=1e-9)
-    assert results["f16"]["top1"] == 1
-    assert 0.0005 < results["xquant"]["kld"] < 0.04
-    assert results["xquant"]["top1"] > 0.9
-    assert results["xquant"]["kld"] < results["xquant-tiny"]["kld"] < 0.6
-    assert results["f16"]["ppl"] < results["xquant-tiny"]["ppl"]
+    assert (results["f16"]["kld"], results["f16"]["top1"]) == (pytest.approx(0, abs=1e-9), 1)
+    # as measured with AVX2 kernels; other kernels round otherwise
+    for name, kld, top1, ppl in (
+        ("q4_0", 0.037, 0.89, 37.1), ("xquant", 0.0067, 0.94, 36.2), ("xquant-tiny", 0.030, 0.91, 36.6),
+    ):  # fmt: skip
+        told = results[name]
+        assert told["kld"] == pytest.approx(kld, rel=0.5)
+        assert told["top1"] == pytest.approx(top1, abs=0.03)
+        assert told["ppl"] == pytest.approx(ppl, rel=0.03)
 
 
 @pytest.mark.parametrize(

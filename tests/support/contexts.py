@@ -15,6 +15,8 @@ from xquant_gguf import fork
 from xquant_gguf.kv_types import LLAMA_TYPES
 from xquant_gguf.session import Logits, Model, RefusedState, Row
 
+__all__ = ["Context", "Logits", "llama_cpp"]
+
 
 class Context:
     """One model and one context.

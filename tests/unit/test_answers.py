@@ -10,7 +10,11 @@ import pytest
 from xquant_gguf.tasks.store import Answers
 
 SETTINGS: dict[str, Any] = {"model": "m.gguf", "lengths": (1, 2)}
-GIVEN = [("f16", "a", {"score": 0.5}), ("f16", "b", {"answer": "é\n\u2028"}), ("xquant", "a", {"score": 1.0})]
+GIVEN: list[tuple[str, str, dict[str, Any]]] = [
+    ("f16", "a", {"score": 0.5}),
+    ("f16", "b", {"answer": "é\n\u2028"}),
+    ("xquant", "a", {"score": 1.0}),
+]
 
 
 def fill(path: Path) -> None:

@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import numpy as np
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from support.pages import NONE, PAGE, SEALED, Plan, Table
 
 N_SEQ = 4
@@ -88,7 +89,9 @@ class Cache(RuleBasedStateMachine):
         before = self.table.states(stream)
         free = self.n_cells - len(self.used(stream))
         if not cells:
-            budget = self.table.n_pages if not self.seals else self.n_slots - min(-(-self.window // PAGE), self.n_slots - 1)
+            budget = (
+                self.table.n_pages if not self.seals else self.n_slots - min(-(-self.window // PAGE), self.n_slots - 1)
+            )
             assert n > free or len({c // PAGE for c in range(self.n_cells)}) > budget
             return
         assert len(set(cells)) == n

@@ -153,7 +153,7 @@ def test_no_bits_keep_the_mean() -> None:
 @pytest.mark.parametrize("n", [64, 80, 96])
 def test_hadamard_is_sylvesters_matrix(n: int) -> None:
     block = n & -n
-    matrix = np.ones((1, 1))
+    matrix: NDArray[np.float64] = np.ones((1, 1))
     while len(matrix) < block:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     full = np.kron(np.eye(n // block), matrix / np.sqrt(block))
