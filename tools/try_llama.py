@@ -22,8 +22,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import downloads
 import cpp_places
+import downloads
 import insert
 import llama_source
 from insert import Insertion, Problem

@@ -35,14 +35,15 @@ static void clear_key(const xq_side &side, int d, uint8_t *codes, int t) {
 
 static void clear_value(const xq_side &side, int e, uint8_t *codes, int t) {
     for (int j = 0; j < e; j += 16) {
-        each_part(side.bits, XQ_PAGE, codes + j / 16 * column_bytes(side.bits, XQ_PAGE), [&](uint8_t *column, int bits) {
-            const int rows = 32 / bits;
-            uint8_t *at = column + 64 * (t / rows) + t % 4;
-            const auto mask = (uint8_t)~(((1u << bits) - 1) << (bits * (t % rows / 4)));
-            for (int k = 0; k < 16; ++k) {
-                at[4 * k] &= mask;
-            }
-        });
+        each_part(side.bits, XQ_PAGE, codes + j / 16 * column_bytes(side.bits, XQ_PAGE),
+                  [&](uint8_t *column, int bits) {
+                      const int rows = 32 / bits;
+                      uint8_t *at = column + 64 * (t / rows) + t % 4;
+                      const auto mask = (uint8_t)~(((1u << bits) - 1) << (bits * (t % rows / 4)));
+                      for (int k = 0; k < 16; ++k) {
+                          at[4 * k] &= mask;
+                      }
+                  });
     }
 }
 

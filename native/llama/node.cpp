@@ -95,8 +95,7 @@ ggml_tensor *new_attend(ggml_context *ctx, const layer_tensors &l, ggml_tensor *
     const int64_t n_rows = q->ne[1] * q->ne[2], n_out = l.params.e * n_rows;
     const int64_t state = (l.params.v.flags & side_mapped ? 3 : 2) * (int64_t)l.params.e + 2;
     return finish(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_out + state * n_rows * options.n_parts),
-                  GGML_OP_XQUANT_ATTEND, params,
-                  {q, input, mask, rows, l.blocks, l.k_other, l.v_other, l.aux, sinks});
+                  GGML_OP_XQUANT_ATTEND, params, {q, input, mask, rows, l.blocks, l.k_other, l.v_other, l.aux, sinks});
 }
 
 ggml_tensor *new_unpack(ggml_context *ctx, const layer_tensors &l, ggml_tensor *rows, ggml_tensor *input, bool is_k,
@@ -177,8 +176,7 @@ static const int32_t *rows_of(const ggml_tensor *input, const xq_store &store) {
 static int run_update(const xq_backend &backend, const ggml_tensor *node, const xq_exec &exec) {
     ggml_tensor *const *src = node->src;
     const node_params p = params_of(node);
-    const xq_store store =
-        store_of(p, node, {update_rows, update_blocks, update_k_other, update_v_other, update_aux});
+    const xq_store store = store_of(p, node, {update_rows, update_blocks, update_k_other, update_v_other, update_aux});
     xq_update_args a = {};
     a.n_nonfinite = (uint64_t *)src[update_aux]->data;
     if (const ggml_tensor *moves = src[update_moves]) {
@@ -204,8 +202,7 @@ static int run_attend(const xq_backend &backend, const ggml_tensor *node, const 
     ggml_tensor *const *src = node->src;
     const ggml_tensor *q = src[attend_q], *mask = src[attend_mask], *sinks = src[attend_sinks];
     const node_params p = params_of(node);
-    const xq_store store =
-        store_of(p, node, {attend_rows, attend_blocks, attend_k_other, attend_v_other, attend_aux});
+    const xq_store store = store_of(p, node, {attend_rows, attend_blocks, attend_k_other, attend_v_other, attend_aux});
     const auto *input = (const int32_t *)src[attend_input]->data;
     xq_attend_args a = {};
     a.q = (const float *)q->data;
@@ -232,18 +229,17 @@ static int run_attend(const xq_backend &backend, const ggml_tensor *node, const 
     static std::atomic<bool> said{false};
     const char *kernel = backend.attend_kernel(&store); // null: the verb refuses the store
     if (kernel && strcmp(kernel, "general") == 0 && !said.exchange(true)) {
-        GGML_LOG_WARN("xquant: no tensor-core kernel for keys of width %d in %d bits and values of width %d in %d bits%s: "
-                      "a general one decodes such layers, which is slower\n",
-                      store.k.width, store.k.plan.bits, store.v.width, store.v.plan.bits,
-                      store.mapped ? ", mapped" : "");
+        GGML_LOG_WARN(
+            "xquant: no tensor-core kernel for keys of width %d in %d bits and values of width %d in %d bits%s: "
+            "a general one decodes such layers, which is slower\n",
+            store.k.width, store.k.plan.bits, store.v.width, store.v.plan.bits, store.mapped ? ", mapped" : "");
     }
     return backend.attend(&store, &a, &exec);
 }
 
 static int run_unpack(const xq_backend &backend, const ggml_tensor *node, const xq_exec &exec) {
     const node_params p = params_of(node);
-    const xq_store store =
-        store_of(p, node, {unpack_rows, unpack_blocks, unpack_k_other, unpack_v_other, unpack_aux});
+    const xq_store store = store_of(p, node, {unpack_rows, unpack_blocks, unpack_k_other, unpack_v_other, unpack_aux});
     const auto *input = (const int32_t *)node->src[unpack_input]->data;
     xq_unpack_args a = {};
     a.table = input + input_table;
@@ -260,7 +256,8 @@ static int run_unpack(const xq_backend &backend, const ggml_tensor *node, const 
 static int run_keys(const xq_backend &backend, const ggml_tensor *node, const xq_exec &exec) {
     const bool reads = node->op == GGML_OP_XQUANT_READ_KEYS;
     const ggml_tensor *pages = node->src[keys_pages], *keys = reads ? node : node->src[keys_keys];
-    const xq_store store = store_of(params_of(node), node, {keys_rows, keys_blocks, keys_k_other, keys_v_other, keys_aux});
+    const xq_store store =
+        store_of(params_of(node), node, {keys_rows, keys_blocks, keys_k_other, keys_v_other, keys_aux});
     xq_keys_args a = {};
     a.pages = (const int32_t *)pages->data;
     a.n_pages = (int32_t)pages->ne[1];

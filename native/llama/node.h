@@ -10,9 +10,9 @@
  *
  *     blocks  I8   [KV head * page * bytes of a block, stream], or [1] where nothing is ever sealed
  *     rows    F16  [elements of all slots, stream], as xq_store_init says
- *     aux     I8   counter of values that were not finite u64 | heads i32 [KV head] | arrivals u32 | map F32, each padded
- *                  to 64 bytes
- *     input   I32  first stream of the micro-batch | table [stream][page] | rows [token], padded as below
+ *     aux     I8   counter of values that were not finite u64 | heads i32 [KV head] | arrivals u32 | map F32, each
+ * padded to 64 bytes input   I32  first stream of the micro-batch | table [stream][page] | rows [token], padded as
+ * below
  *
  * What else a verb needs is in op_params: nothing in a node points into this process, so that a node may be run by
  * another.  node.cpp is part of ggml-base; ggml-cpu and ggml-cuda call compute() with their backends.
@@ -30,10 +30,28 @@ namespace xquant {
 /* ---- sources ---- */
 
 /* Others: blocks of the layer whose codes K reads, and of the one that V's codes or V's map read; else null. */
-enum update_src { update_rows, update_input, update_moves, update_k_cur, update_v_cur, update_blocks, update_k_other,
-                  update_v_other, update_aux };
-enum attend_src { attend_q, attend_input, attend_mask, attend_rows, attend_blocks, attend_k_other, attend_v_other,
-                  attend_aux, attend_sinks };
+enum update_src {
+    update_rows,
+    update_input,
+    update_moves,
+    update_k_cur,
+    update_v_cur,
+    update_blocks,
+    update_k_other,
+    update_v_other,
+    update_aux
+};
+enum attend_src {
+    attend_q,
+    attend_input,
+    attend_mask,
+    attend_rows,
+    attend_blocks,
+    attend_k_other,
+    attend_v_other,
+    attend_aux,
+    attend_sinks
+};
 enum unpack_src { unpack_input, unpack_rows, unpack_blocks, unpack_k_other, unpack_v_other, unpack_aux };
 enum keys_src { keys_pages, keys_rows, keys_blocks, keys_k_other, keys_v_other, keys_aux, keys_keys };
 

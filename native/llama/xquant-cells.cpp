@@ -1,7 +1,8 @@
 /* xquant-cells.cpp: cells and sequences: which cells a micro-batch gets, what moves before it, what may be done to
  * sequences.
  *
- * What llama.cpp would stop the process for is an error in the log: sequences that do not exist, positions out of range.
+ * What llama.cpp would stop the process for is an error in the log: sequences that do not exist, positions out of
+ * range.
  */
 #include "xquant-cells.h"
 
@@ -39,7 +40,7 @@ llama_memory_context_ptr kv_cache::init_batch(llama_batch_allocr &balloc, uint32
     auto out = llama_kv_cache::init_batch(balloc, n_ubatch, embd_all);
     // a micro-batch writes no more pages than there are slots: in a fragmented cache fewer tokens fit at a time
     return llama_memory_status_is_fail(out->get_status()) && n_ubatch > 1 ? init_batch(balloc, n_ubatch / 2, embd_all)
-                                                                         : std::move(out);
+                                                                          : std::move(out);
 }
 
 llama_memory_context_ptr kv_cache::init_update(llama_context *lctx, bool optimize) {
@@ -175,8 +176,8 @@ void kv_cache::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_po
     }
     const int64_t newest = v_cells[seq_to_stream[seq_id]].seq_pos_max(seq_id);
     if (newest + shift > max_position || (int64_t)shift < -max_position) {
-        LLAMA_LOG_ERROR("%s: xquant: shift is %d for positions up to %d, must be at least %d, and end at %d\n", __func__,
-                        shift, (int)newest, -max_position, max_position);
+        LLAMA_LOG_ERROR("%s: xquant: shift is %d for positions up to %d, must be at least %d, and end at %d\n",
+                        __func__, shift, (int)newest, -max_position, max_position);
     } else if (!get_can_shift()) {
         LLAMA_LOG_ERROR("%s: xquant: positions of this model cannot be shifted\n", __func__);
     } else {

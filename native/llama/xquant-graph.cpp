@@ -1,4 +1,5 @@
-/* xquant-graph.cpp: attention of a layer in a model's graph: update, then attend, or unpack and llama.cpp's own kernels.
+/* xquant-graph.cpp: attention of a layer in a model's graph: update, then attend, or unpack and llama.cpp's own
+ * kernels.
  */
 #include "xquant-kv-cache.h"
 
@@ -124,13 +125,12 @@ ggml_tensor *kv_cache::attend_unpacked(const llm_graph_context &graph, const lay
             graph.cb(node, is_k ? "xquant_k" : "xquant_v", il);
             return node;
         };
-        ggml_tensor *heads = ggml_view_3d(ctx, q, q->ne[0], n * n_rep, q->ne[2], q->nb[1], q->nb[2],
-                                          (size_t)(first * n_rep) * q->nb[1]);
+        ggml_tensor *heads =
+            ggml_view_3d(ctx, q, q->ne[0], n * n_rep, q->ne[2], q->nb[1], q->nb[2], (size_t)(first * n_rep) * q->nb[1]);
         ggml_tensor *sink =
             sinks ? ggml_view_1d(ctx, sinks, n * n_rep, (size_t)(first * n_rep) * sinks->nb[0]) : nullptr;
         ggml_tensor *k = unpacked(true), *v = unpacked(false);
-        ggml_tensor *part =
-            graph.build_attn_mha(heads, k, v, nullptr, mask, sink, nullptr, get_size(), scale, il);
+        ggml_tensor *part = graph.build_attn_mha(heads, k, v, nullptr, mask, sink, nullptr, get_size(), scale, il);
         out = out ? ggml_concat(ctx, out, part, 0) : part;
     }
     return out;
@@ -146,7 +146,9 @@ ggml_tensor *kv_cache::build_attention(const llm_graph_context &graph, ggml_tens
     ggml_context *ctx = graph.ctx0;
     ggml_tensor *input = input_of(graph), *rows = l.nodes.rows;
     if (k_cur && v_cur) {
-        const auto f32 = [&](ggml_tensor *x) { return x->type == GGML_TYPE_F32 ? x : ggml_cast(ctx, x, GGML_TYPE_F32); };
+        const auto f32 = [&](ggml_tensor *x) {
+            return x->type == GGML_TYPE_F32 ? x : ggml_cast(ctx, x, GGML_TYPE_F32);
+        };
         // attention may begin before the update has ended: all else that it reads comes first
         ggml_build_forward_expand(graph.gf, q);
         ggml_build_forward_expand(graph.gf, kq_mask);

@@ -23,8 +23,9 @@ void kv_cache::warn_of_nonfinite() {
     // reading a device's counters waits for it: only now and then
     if (!warned_ && n_batches_ % 256 == 1 && count_nonfinite() > 0) {
         warned_ = true;
-        LLAMA_LOG_WARN("xquant: keys or values that are not finite were stored as 0 or +-65504; with this model, use the "
-                       "cache type f32 or bf16\n");
+        LLAMA_LOG_WARN(
+            "xquant: keys or values that are not finite were stored as 0 or +-65504; with this model, use the "
+            "cache type f32 or bf16\n");
     }
 }
 

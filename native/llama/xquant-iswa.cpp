@@ -1,8 +1,8 @@
 /* xquant-iswa.cpp: models with sliding layers: our cache for the layers that do not slide, llama.cpp's own for those
  * that do.
  *
- * Of a state the sliding layers' part comes first: what follows is checked before anything changes, and if it is refused
- * the sliding layers get back what they held.
+ * Of a state the sliding layers' part comes first: what follows is checked before anything changes, and if it is
+ * refused the sliding layers get back what they held.
  */
 #include "xquant-kv-cache.h"
 

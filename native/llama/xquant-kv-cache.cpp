@@ -19,9 +19,10 @@ static bool runs_on(ggml_backend_dev_t device) {
     probe.op = GGML_OP_XQUANT_UPDATE;
     const bool known = ggml_backend_dev_supports_op(device, &probe);
     if (!known) {
-        LLAMA_LOG_WARN("%s: xquant: no XQuant kernels; the cache and the attention of its layers stay on the CPU, which "
-                       "is slower\n",
-                       ggml_backend_dev_name(device));
+        LLAMA_LOG_WARN(
+            "%s: xquant: no XQuant kernels; the cache and the attention of its layers stay on the CPU, which "
+            "is slower\n",
+            ggml_backend_dev_name(device));
     }
     return known;
 }
@@ -32,8 +33,8 @@ static const llama_memory_i::layer_filter_cb no_layers = [](int32_t) { return fa
 kv_cache::kv_cache(const llama_model &model, const llama_hparams &hparams, bool offload, bool unified, uint32_t kv_size,
                    uint32_t n_seq_max, uint32_t n_pad, const layer_filter_cb &filter, const layer_reuse_cb &reuse,
                    uint32_t n_ubatch)
-    : llama_kv_cache(model, hparams, GGML_TYPE_F16, GGML_TYPE_F16, false, offload, unified, kv_size, n_seq_max, n_pad, 0,
-                     LLAMA_SWA_TYPE_NONE, nullptr, no_layers, nullptr, nullptr),
+    : llama_kv_cache(model, hparams, GGML_TYPE_F16, GGML_TYPE_F16, false, offload, unified, kv_size, n_seq_max, n_pad,
+                     0, LLAMA_SWA_TYPE_NONE, nullptr, no_layers, nullptr, nullptr),
       d_(XQ_MAX_LAYERS), e_(XQ_MAX_LAYERS), by_model_layer_(hparams.n_layer_all) {
     const auto holds = [&](uint32_t il) { return hparams.has_kv(il) && (!filter || filter((int32_t)il)); };
     std::vector<int32_t> heads(XQ_MAX_LAYERS);
@@ -74,19 +75,15 @@ kv_cache::kv_cache(const llama_model &model, const llama_hparams &hparams, bool 
     clear(false);
 }
 
-void kv_cache::add_layer(int32_t il, bool offload,
-                         std::map<ggml_backend_buffer_type_t, ggml_context_ptr> &contexts) {
+void kv_cache::add_layer(int32_t il, bool offload, std::map<ggml_backend_buffer_type_t, ggml_context_ptr> &contexts) {
     auto l = std::make_unique<layer>();
     const auto earlier = [&](int32_t number) { return number < 0 ? l.get() : find(number); };
     const std::string name = "layer " + std::to_string(il);
     l->il = il;
     l->plan = plan_.layers[il];
-    l->shape = {d_[il],
-                e_[il],
-                (int32_t)hparams.n_head_kv(il),
-                table_->shape().n_pages(),
-                table_->shape().n_slots,
-                (int32_t)n_stream};
+    l->shape = {
+        d_[il],           e_[il], (int32_t)hparams.n_head_kv(il), table_->shape().n_pages(), table_->shape().n_slots,
+        (int32_t)n_stream};
     l->k_owner = earlier(l->plan.k.owner);
     l->v_owner = earlier(l->plan.v.owner);
     l->v_source = earlier(l->plan.v.source);
@@ -197,12 +194,13 @@ std::map<ggml_backend_buffer_type_t, size_t> kv_cache::memory_breakdown() const 
 
 /* ---- the classes that llama.cpp makes ---- */
 
-std::unique_ptr<llama_kv_cache>
-make_kv_cache(uint32_t n_ubatch, const llama_model &model, const llama_hparams &hparams, ggml_type type_k,
-              ggml_type type_v, bool v_trans, bool offload, bool unified, uint32_t kv_size, uint32_t n_seq_max,
-              uint32_t n_pad, uint32_t n_swa, llama_swa_type swa_type, llama_memory_t mem_other,
-              const llama_memory_i::layer_filter_cb &filter, const llama_memory_i::layer_reuse_cb &reuse,
-              const llama_memory_i::layer_share_cb &share) {
+std::unique_ptr<llama_kv_cache> make_kv_cache(uint32_t n_ubatch, const llama_model &model, const llama_hparams &hparams,
+                                              ggml_type type_k, ggml_type type_v, bool v_trans, bool offload,
+                                              bool unified, uint32_t kv_size, uint32_t n_seq_max, uint32_t n_pad,
+                                              uint32_t n_swa, llama_swa_type swa_type, llama_memory_t mem_other,
+                                              const llama_memory_i::layer_filter_cb &filter,
+                                              const llama_memory_i::layer_reuse_cb &reuse,
+                                              const llama_memory_i::layer_share_cb &share) {
     if (type_k != GGML_TYPE_XQUANT) {
         return std::make_unique<llama_kv_cache>(model, hparams, type_k, type_v, v_trans, offload, unified, kv_size,
                                                 n_seq_max, n_pad, n_swa, swa_type, mem_other, filter, reuse, share);

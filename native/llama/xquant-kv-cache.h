@@ -1,4 +1,5 @@
-/* xquant-kv-cache.h: a KV cache whose pages are open (F16) or sealed (codes), as llama.cpp's memory of attention layers.
+/* xquant-kv-cache.h: a KV cache whose pages are open (F16) or sealed (codes), as llama.cpp's memory of attention
+ * layers.
  *
  * llama_kv_cache keeps the cells: which position of which sequence lies in which cell.  xq::page_table says which page
  * of cells is open or sealed, and what must move.  Here lies the data, in tensors as node.h describes them:
@@ -8,8 +9,8 @@
  *     build_attention()  in the graph: rows are stored, then attention reads open and sealed pages
  *     state_*(), shift   both want nothing else of the table than where pages lie
  *
- * All moves go through settle(), which runs a small graph of its own and only then commits: whatever fails or is aborted
- * leaves every page where the table says that it is.
+ * All moves go through settle(), which runs a small graph of its own and only then commits: whatever fails or is
+ * aborted leaves every page where the table says that it is.
  */
 #pragma once
 
@@ -140,8 +141,7 @@ class kv_cache final : public llama_kv_cache {
                                  ggml_tensor *q, ggml_tensor *mask, ggml_tensor *sinks, float scale, int il) const;
     ggml_tensor *attend_codes(const llm_graph_context &graph, const layer &l, ggml_tensor *rows, ggml_tensor *input,
                               ggml_tensor *q, ggml_tensor *mask, ggml_tensor *sinks, float scale, int il) const;
-    template <typename F>
-    bool each_run(int32_t il, bool is_value, int32_t head, int32_t n_cells, const F &move) const;
+    template <typename F> bool each_run(int32_t il, bool is_value, int32_t head, int32_t n_cells, const F &move) const;
 
     uint64_t fingerprint() const;
     std::vector<saved_page> pages_to_save(uint32_t stream, llama_seq_id seq_id) const;
@@ -167,9 +167,9 @@ class kv_cache final : public llama_kv_cache {
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> buffers_;
     std::unique_ptr<xq::page_table> table_;
     runner runner_;
-    slot_info current_;        /* of the micro-batch that begin() prepared last */
-    uint64_t n_batches_ = 0;   /* micro-batches so far */
-    bool warned_ = false;      /* of values that are not finite */
+    slot_info current_;      /* of the micro-batch that begin() prepared last */
+    uint64_t n_batches_ = 0; /* micro-batches so far */
+    bool warned_ = false;    /* of values that are not finite */
 };
 
 /* The XQuant cache that is a context's memory, or the part of it for layers that do not slide; null: there is none. */

@@ -1,7 +1,7 @@
 /* xquant-plan.cpp: which contexts may have an XQuant cache, and the plan that theirs follows.
  *
- * Precedence: the plan that a provider gives (xquant_llama_set_plan_provider), a preset that kv_overrides name, the plan
- * of the model's file, the default preset.  A preset is laid over the layers that the cache holds, in order.
+ * Precedence: the plan that a provider gives (xquant_llama_set_plan_provider), a preset that kv_overrides name, the
+ * plan of the model's file, the default preset.  A preset is laid over the layers that the cache holds, in order.
  */
 #include "xquant-kv-cache.h"
 
@@ -35,8 +35,7 @@ static bool is_ours(const llama_memory_params &params) {
 }
 
 [[noreturn]] static void refuse_model(const llama_model &model, const std::string &why) {
-    refuse("architecture " + model.arch_name() + " cannot use it: " + why +
-           "; use the cache type f16 or q8_0 instead");
+    refuse("architecture " + model.arch_name() + " cannot use it: " + why + "; use the cache type f16 or q8_0 instead");
 }
 
 void check_context(const llama_model &model, const llama_memory_params &params, const llama_cparams &cparams) {

@@ -115,21 +115,22 @@ void kv_cache::put_rows(uint32_t stream, const saved_page &page, const std::vect
                 const size_t width = (size_t)(is_k ? l.shape.d : l.shape.e), size = width * sizeof(uint16_t);
                 std::vector<uint16_t> rows(cells.size() * width);
                 for (size_t i = 0; i < cells.size(); ++i) {
-                    const uint16_t *row =
-                        page.open ? from + (first + i) * width
-                                  : data.decoded[is_k ? 0 : 1][number].data() +
-                                        ((size_t)tokens[first + i] * l.shape.n_head_kv + head) * width;
+                    const uint16_t *row = page.open
+                                              ? from + (first + i) * width
+                                              : data.decoded[is_k ? 0 : 1][number].data() +
+                                                    ((size_t)tokens[first + i] * l.shape.n_head_kv + head) * width;
                     memcpy(rows.data() + i * width, row, size);
                 }
                 for (size_t i = 0, end; i < cells.size(); i = end) { // runs of neighbouring cells of a page
                     const uint32_t p = cells[i] / XQ_PAGE;
-                    for (end = i + 1; end < cells.size() && cells[end] == cells[end - 1] + 1 && cells[end] / XQ_PAGE == p;) {
+                    for (end = i + 1;
+                         end < cells.size() && cells[end] == cells[end - 1] + 1 && cells[end] / XQ_PAGE == p;) {
                         end++;
                     }
                     const int32_t slot = table_->state((int32_t)stream, (int32_t)p);
-                    ggml_backend_tensor_set(l.nodes.rows, rows.data() + i * width,
-                                            row_offset(l, is_k, (int32_t)stream, head, slot) + cells[i] % XQ_PAGE * size,
-                                            (end - i) * size);
+                    ggml_backend_tensor_set(
+                        l.nodes.rows, rows.data() + i * width,
+                        row_offset(l, is_k, (int32_t)stream, head, slot) + cells[i] % XQ_PAGE * size, (end - i) * size);
                 }
                 from += page.open ? tokens.size() * width : 0;
             }
@@ -152,7 +153,8 @@ void kv_cache::put_cell(uint32_t stream, uint32_t index, const saved_cell &cell)
 
 /* ---- pages ---- */
 
-/* An empty page whose cells reach as far as the saved one's, that of the same number if it can be; -1: there is none. */
+/* An empty page whose cells reach as far as the saved one's, that of the same number if it can be; -1: there is none.
+ */
 int32_t kv_cache::free_page_for(uint32_t stream, const saved_page &page) const {
     const cells_view view(*this);
     int32_t last = XQ_PAGE - 1;

@@ -40,7 +40,8 @@ bool kv_cache::shift_pages(llama_context *lctx, const std::vector<xq::page_move>
         angles = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, (int64_t)by.size());
         ggml_set_input(list);
         ggml_set_input(angles);
-        // all keys are read before any is written: a layer that borrows codes reads them before their owner has new ones
+        // all keys are read before any is written: a layer that borrows codes reads them before their owner has new
+        // ones
         std::map<const layer *, ggml_tensor *> keys;
         for (const auto &l : layers_) {
             if (hparams.has_rope((uint32_t)l->il)) {

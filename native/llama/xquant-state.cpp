@@ -107,7 +107,8 @@ void kv_cache::write_page(llama_io_write_i &io, uint32_t stream, const saved_pag
                 write(l->nodes.blocks, block_offset(*l, s, head, page.at), (size_t)l->block_bytes);
             } else if (!page.open) {
                 bytes.resize((size_t)l->block_bytes);
-                ggml_backend_tensor_get(l->nodes.blocks, bytes.data(), block_offset(*l, s, head, page.at), bytes.size());
+                ggml_backend_tensor_get(l->nodes.blocks, bytes.data(), block_offset(*l, s, head, page.at),
+                                        bytes.size());
                 xq_clear_tokens(&l->plan, l->shape.d, l->shape.e, page.valid, bytes.data());
                 io.write(bytes.data(), bytes.size());
             }

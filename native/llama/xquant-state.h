@@ -1,10 +1,10 @@
 /* xquant-state.h: the cache as a stream of bytes: a whole cache, or what one sequence has in it.
  *
  *     header  magic, bytes of a cell's extension, fingerprint of weights and plan, number of streams (0: one sequence)
- *     pages   per stream: where the next search for cells begins, how many pages, then of each: number, open or sealed, tokens since its newest one, bits of the cells
- *             that are saved, and per cell: position, shift that its key still lacks, sequences, extension
- *     data    page by page, layer by layer, KV head by KV head: the block, with nothing in it of cells that are not
- *             saved, or F16 rows of the saved cells: keys, then values
+ *     pages   per stream: where the next search for cells begins, how many pages, then of each: number, open or sealed,
+ * tokens since its newest one, bits of the cells that are saved, and per cell: position, shift that its key still
+ * lacks, sequences, extension data    page by page, layer by layer, KV head by KV head: the block, with nothing in it
+ * of cells that are not saved, or F16 rows of the saved cells: keys, then values
  *
  * Sealed pages come first, then open ones, the longest unwritten first: in this order they can be put back one by one.
  * A sequence's state holds what its own cells hold and nothing of others.  Nothing in it depends on the size of the

@@ -1,8 +1,8 @@
 /* xquant_llama.h: what libllama, built by us, exports beside llama.h.
  *
  * A context has an XQuant cache when it was created with type_k = type_v = GGML_TYPE_XQUANT.  Which plan the cache
- * follows is decided then: that of a provider (xquant_llama_set_plan_provider), a preset that kv_overrides of the model's
- * load name, the plan in the model's GGUF file (xquant-metadata.h), or the default preset.  kv_overrides:
+ * follows is decided then: that of a provider (xquant_llama_set_plan_provider), a preset that kv_overrides of the
+ * model's load name, the plan in the model's GGUF file (xquant-metadata.h), or the default preset.  kv_overrides:
  *
  *     xquant.preset   string   name of a preset, instead of the model's plan
  *     xquant.window   integer  newest tokens that stay F16; negative: never seal

@@ -1,7 +1,8 @@
 /* page_table.h: which pages of a cache are open, sealed or free, and what must move before cells are written.
  *
- * XQ_PAGE consecutive cells of a stream are a page, in all layers together.  A page is free (it has no cells), open (its
- * rows lie in one of the stream's slots) or sealed (it lies in codes).  The table knows no data and nobody who keeps it:
+ * XQ_PAGE consecutive cells of a stream are a page, in all layers together.  A page is free (it has no cells), open
+ * (its rows lie in one of the stream's slots) or sealed (it lies in codes).  The table knows no data and nobody who
+ * keeps it:
  *
  *     find_cells()   cells for new tokens                                               changes nothing
  *     plan()         what must be sealed and opened before cells are written            changes nothing
@@ -11,8 +12,8 @@
  * loses nothing: the table still says where the data lies, and the next plan says the same again.
  *
  * Rule of sealing: a page is sealed when at least `window` tokens were written after its newest one, unless it is among
- * the pinned first pages of a sequence.  If more slots are needed than are free, the pages that were written longest ago
- * are sealed early, the first of a sequence last: precision gives way, never correctness.
+ * the pinned first pages of a sequence.  If more slots are needed than are free, the pages that were written longest
+ * ago are sealed early, the first of a sequence last: precision gives way, never correctness.
  *
  * Rule of writing: a sequence writes into open pages that are its own, then into free pages, then into any open page,
  * and only then into sealed ones.  Pages of one sequence each keep what one user wrote out of another's scales and

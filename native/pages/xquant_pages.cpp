@@ -11,9 +11,7 @@ struct array_view : xq::cell_view {
     array_view(const xq::page_shape &shape, const xq_pages_cells &cells) : shape(shape), cells(cells) {}
 
     bool is_used(int32_t stream, int32_t cell) const override { return sequences(stream, cell) != 0; }
-    bool is_any_used(int32_t stream, int32_t page) const override {
-        return content(stream, page).lowest != INT32_MAX;
-    }
+    bool is_any_used(int32_t stream, int32_t page) const override { return content(stream, page).lowest != INT32_MAX; }
     xq::page_content content(int32_t stream, int32_t page) const override {
         xq::page_content out;
         for (int32_t cell = page * XQ_PAGE; cell < end_of(page); ++cell) {

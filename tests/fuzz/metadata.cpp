@@ -1,7 +1,8 @@
 /* metadata.cpp: fuzz target: plans in GGUF files.
  *
  * An input is a GGUF block.  It is read as the fork does when a model is loaded or a plan handed over; a plan that is
- * taken is then given to a tiny model ($XQUANT_FUZZ_MODELS/plain.gguf), of which a context is made: an error, or a context that decodes.
+ * taken is then given to a tiny model ($XQUANT_FUZZ_MODELS/plain.gguf), of which a context is made: an error, or a
+ * context that decodes.
  */
 #include "fuzz.h"
 

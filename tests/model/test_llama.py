@@ -236,7 +236,10 @@ def test_bad_metadata_is_refused_by_the_fork(smollm2: str) -> None:
         ({"xquant.window": 2**31 - 1}, "window is 2147483647, must be -1 (never seal) to 1048576 tokens"),
         ({"xquant.pinned": -1}, 'xquant.pinned = "-1" must be an integer from 0'),
         ({"xquant.pinned": 2**20}, "pinned is 1048576, must be 0 to 1024 pages"),
-        ({"xquant.layer.1": "k=4"}, "xquant.layer.1 is unknown; there are xquant.preset, xquant.window and xquant.pinned"),
+        (
+            {"xquant.layer.1": "k=4"},
+            "xquant.layer.1 is unknown; there are xquant.preset, xquant.window and xquant.pinned",
+        ),
     ):
         with pytest.raises(ValueError, match="Failed to create llama_context"):
             llama_cpp.Llama(
