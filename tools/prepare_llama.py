@@ -25,8 +25,9 @@ SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 SDIST = f"llama_cpp_python-{VERSION}.tar.gz"
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = sorted((ROOT / "native" / "llama").glob("insertions*.py"))
-# What the fork's libraries and front ends are built from; tests, documents and the web interface stay behind.
-PARTS = ("CMakeLists.txt", "LICENSE", "cmake", "common", "ggml", "include", "licenses", "src", "tools", "vendor")
+# What the fork and tests/upstream are built from; documents, examples and the web interface stay behind.
+FOLDERS = ("cmake", "common", "ggml", "include", "licenses", "src", "tests", "tools", "vendor")
+PARTS = ("CMakeLists.txt", "LICENSE", *FOLDERS)
 
 
 def fail(message: str) -> None:
