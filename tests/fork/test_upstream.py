@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from support import tiny_gguf, upstream
+from support.faults import Fault
 
 # one name a kind: plain, experts, biases, windows (iSWA), windows with sinks, ALiBi
 PLAIN = ("llama-dense", "llama-moe", "qwen2-dense", "gemma3-dense", "gpt-oss-moe", "bloom-dense")
@@ -66,10 +67,9 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
     return program
 
 
-def fails_with_xquant(case: str, reason: str, *values: Any) -> Any:
-    """A parameter set that F16 passes and XQuant does not pass yet."""
-    mark = pytest.mark.xfail(raises=AssertionError, strict=True, reason=reason)
-    return pytest.param(case, *values, marks=[] if case.startswith("f16") else mark)
+def with_xquant(fault: Fault, cases: tuple[str, ...] = CASES, *values: Any) -> list[Any]:
+    """Cases as parameters, beside other values: F16 passes, XQuant does not pass yet."""
+    return [(pytest if case.startswith("f16") else fault).param(case, *values) for case in cases]
 
 
 # ---- states ----
@@ -85,14 +85,15 @@ PARTS = {
     8: "a round trip changes no byte",
     9: "a damaged state is refused",
 }
-FAILS = {
-    2: "a sequence's state tells how many others share its cells (P3)",
-    9: "damage in rows or codes is not noticed",
+FAULTS = {
+    2: Fault("a sequence's state holds the place where the next cell is looked for (P3)"),
+    9: Fault("damage in rows or codes is not noticed"),
 }
 
 
 @pytest.mark.parametrize(
-    ("case", "part"), [fails_with_xquant(c, FAILS[p], p) if p in FAILS else (c, p) for c in CASES for p in PARTS]
+    ("case", "part"),
+    [value for p in PARTS for value in (with_xquant(FAULTS[p], CASES, p) if p in FAULTS else [(c, p) for c in CASES])],
 )
 def test_save_load_state(programs: Programs, case: str, part: int) -> None:
     for model in PLAIN:
@@ -102,10 +103,7 @@ def test_save_load_state(programs: Programs, case: str, part: int) -> None:
         assert passed, f"{model}: {PARTS[part]}: {run.parts.get(part, run.text)[-4000:]}"
 
 
-@pytest.mark.parametrize(
-    "case",
-    [fails_with_xquant(case, "only pages in which nothing else lies are taken (P2)") for case in CASES],
-)
+@pytest.mark.parametrize("case", with_xquant(Fault("only pages in which nothing else lies are taken (P2)")))
 def test_state_restore_fragmented(programs: Programs, case: str) -> None:
     run = programs("test-state-restore-fragmented", "tiny", case)
     assert run.status == 0, run.text[-2000:]
@@ -128,9 +126,7 @@ def test_thread_safety(programs: Programs, case: str) -> None:
 
 
 @pytest.mark.parametrize("model", HYBRID)
-@pytest.mark.parametrize(
-    "case", [fails_with_xquant(case, "hybrid models are refused, with a message") for case in ("f16", "xquant")]
-)
+@pytest.mark.parametrize("case", with_xquant(Fault("hybrid models are refused, with a message"), ("f16", "xquant")))
 def test_recurrent_state_rollback(programs: Programs, case: str, model: str) -> None:
     run = programs("test-recurrent-state-rollback", model, case)
     assert run.status == 0, run.text[-2000:]
