@@ -55,14 +55,25 @@ def test_more_of_them_than_pages_answer_as_with_f16(paths: dict[str, Path]) -> N
 
 
 @pytest.mark.parametrize("kv_type", ["xquant", "xquant-tiny"])
-def test_a_sequence_that_waits_keeps_what_it_has(paths: dict[str, Path], kv_type: str) -> None:
-    """A chat shares its pages with one that ended, and other requests come and go in the cells that this left."""
-    n, n_ubatch = 600, 64
+def test_a_sequence_that_waits_is_sealed_once(paths: dict[str, Path], kv_type: str) -> None:
+    """A chat shares its pages with one that ended, and other requests come and go in the cells that this left.
 
-    def run(kv_type: str) -> list[Logits]:
+    Then its newest tokens are sealed as well, since the window is of all that share the cache; but its pages, which are
+    opened and sealed again for the others, lose hardly more. SmolLM2, 16 tokens behind 600: 0.006 before; 0.037, 0.049
+    and 0.048 after one, three and six requests of 600; alone without a window, at 512 and 640 tokens, 0.037 and 0.045.
+    """
+    n, n_ubatch = 640, 64  # whole pages: alone, without a window, all but the first are sealed
+
+    def alone(kv_type: str) -> Logits:
+        sealed = {"xquant.window": 0, "xquant.pinned": 1}
+        with Context(paths["plain"], kv_type, n_ctx=1408, n_ubatch=n_ubatch, overrides=sealed) as context:
+            context.decode(TOKENS[:n], 0)
+            return context.decode(TOKENS[n : n + 24], n)
+
+    def among(kv_type: str) -> list[Logits]:
         with Context(paths["plain"], kv_type, n_ctx=1408, n_ubatch=n_ubatch, n_seq=2) as context:
-            for first in range(0, n, 50):
-                rows = range(first, first + 50)
+            for first in range(0, n, 32):
+                rows = range(first, first + 32)
                 context.feed([(TOKENS[i + 3000 * s], i, [s]) for i in rows for s in (0, 1)])
             out = []
             for request in range(5):
@@ -72,8 +83,8 @@ def test_a_sequence_that_waits_keeps_what_it_has(paths: dict[str, Path], kv_type
                 context.decode(TOKENS[5000 + 1000 * request :][:n], 0, [1])
             return out
 
-    want, got = run("f16"), run(kv_type)
+    want = among("f16")
     assert all(np.array_equal(want[0], logits) for logits in want)
-    divergence = [kld(a, b) for a, b in zip(want, got, strict=True)]
-    # its pages are sealed during the first request; what later ones add grows less: measured 14 % and 20 % in all
-    assert max(divergence) < 1.4 * divergence[1], divergence
+    divergence = [kld(a, b) for a, b in zip(want, among(kv_type), strict=True)]
+    # measured after four requests: 1.07 times as much with xquant, 1.03 with xquant-tiny
+    assert max(divergence) < 1.2 * kld(want[0], alone(kv_type)), divergence
