@@ -133,8 +133,8 @@ class Cpu(Device):
         self.name, self.kernels = f"cpu-{kernels}", kernels
         self.memory: dict[int, NDArray[np.uint8]] = {}
         self.backend = native.load()[1].xq_cpu()
-        process = ctypes.CDLL(None)
-        self.sanitizer = process if hasattr(process, "__asan_poison_memory_region") else None
+        process, name = ctypes.CDLL(None), "__asan_%s_memory_region"
+        self.poison, self.unpoison = (getattr(process, name % what, None) for what in ("poison", "unpoison"))
 
     def alloc(self, n: int) -> int:
         raw = np.empty(n + 256, np.uint8)
@@ -144,17 +144,17 @@ class Cpu(Device):
 
     def free(self, address: int) -> None:
         raw = self.memory.pop(address)
-        if self.sanitizer:
-            self.sanitizer.__asan_unpoison_memory_region(ctypes.c_void_p(raw.ctypes.data), ctypes.c_size_t(raw.nbytes))
+        if self.unpoison:
+            self.unpoison(ctypes.c_void_p(raw.ctypes.data), ctypes.c_size_t(raw.nbytes))
 
     def guard(self, address: int, n: int) -> None:
-        if self.sanitizer:
-            self.sanitizer.__asan_poison_memory_region(ctypes.c_void_p(address), ctypes.c_size_t(n))
+        if self.poison:
+            self.poison(ctypes.c_void_p(address), ctypes.c_size_t(n))
         else:
             super().guard(address, n)
 
     def is_untouched(self, address: int, n: int) -> bool:
-        return self.sanitizer is not None or super().is_untouched(address, n)
+        return self.poison is not None or super().is_untouched(address, n)
 
     def write(self, address: int, data: bytes) -> None:
         ffi, _ = native.load()

@@ -70,6 +70,7 @@ class Runner:
     def __init__(self, command: list[Any], kernels: str = "") -> None:
         env = {**os.environ, "XQUANT_KERNELS": kernels}
         self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        atexit.register(self.close)
 
     def ask(self, *command: bytes | int, gives: bool = False) -> bytes:
         """One command; what it gives, if it gives something.  Refused with its message if it fails."""
@@ -113,7 +114,6 @@ class Remote(Device):
         super().__init__()
         self.name, self.kernels = name, kernels
         self.runner = self.start(command, asked)
-        atexit.register(self.runner.close)
         if not asked:
             self.runner.ask(b"force", kernels.encode())
         self.sets = self.runner.ask(b"available", gives=True).decode().split(",")
