@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def path(paths: dict[str, Path]) -> str:
 
 
 def made(path: str, kv_type: str, n_ctx: int) -> Llama:
-    sizes = {"n_ctx": n_ctx, "n_batch": 128, "n_ubatch": 128, "n_threads": 1, "n_threads_batch": 1}
+    sizes: dict[str, Any] = {"n_ctx": n_ctx, "n_batch": 128, "n_ubatch": 128, "n_threads": 1, "n_threads_batch": 1}
     return Llama(path, kv_type=kv_type, verbose=False, **sizes)
 
 

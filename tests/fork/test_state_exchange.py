@@ -268,14 +268,14 @@ def test_a_state_saved_after_an_aborted_batch(paths: dict[str, Path], calls: int
     """The abort comes between two nodes of a graph, by which pages were to be sealed."""
     left = [1 << 30]
 
-    @ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
     def abort(_: int) -> bool:
         left[0] -= 1
         return left[0] < 0
 
+    callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(abort)
     with Context(paths["plain"], "xquant") as saved, Context(paths["plain"], "xquant") as loaded:
         saved.decode(TOKENS[:768], 0)
-        llama_cpp.llama_set_abort_callback(saved.ctx, abort, None)
+        llama_cpp.llama_set_abort_callback(saved.ctx, callback, None)
         left[0] = calls
         with pytest.raises(RuntimeError, match="llama_decode: 2"):
             saved.decode(TOKENS[768:1024], 768)
