@@ -18,7 +18,7 @@ from pathlib import Path
 import downloads
 
 VERSION_FILE = Path(__file__).resolve().parent.parent / "native" / "llama" / "version.json"
-# What the fork, its front ends and tests/upstream are built from; documents, examples and the web interface stay behind.
+# What the fork, its front ends and tests/upstream are built from; documents, examples and pages stay behind.
 FOLDERS = ("cmake", "common", "ggml", "include", "licenses", "scripts", "src", "tests", "tools", "vendor")
 PARTS = ("CMakeLists.txt", "LICENSE", *FOLDERS)
 

@@ -33,7 +33,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         CACHE: "void cache::clear() {\n    all();\n}\n\nvoid cache::mask() {\n    fill();\n}\n",
         GRAPH: "void graph() {\n}\n",
         Path("scripts/ui-assets.cmake"): "# what llama-server is built with\n",
-        Path("tests/test.cpp"): "int main() {}\n",
+        Path("docs/build.md"): "How to build.\n",
     }.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)
