@@ -37,6 +37,13 @@ kv_cache::slot_info kv_cache::find_slot(const llama_ubatch &ubatch, bool) const 
 }
 
 llama_memory_context_ptr kv_cache::init_batch(llama_batch_allocr &balloc, uint32_t n_ubatch, bool embd_all) {
+    // llama.cpp looks for all micro-batches' cells before the first is computed: pages that removal emptied are free
+    // now
+    std::vector<xq::page_write> nothing;
+    for (uint32_t s = 0; s < n_stream; ++s) {
+        nothing.push_back({(int32_t)s, {}});
+    }
+    table_->commit_seals(table_->plan(cells_view(*this), nothing, false));
     auto out = llama_kv_cache::init_batch(balloc, n_ubatch, embd_all);
     // a micro-batch writes no more pages than there are slots: in a fragmented cache fewer tokens fit at a time
     return llama_memory_status_is_fail(out->get_status()) && n_ubatch > 1 ? init_batch(balloc, n_ubatch / 2, embd_all)

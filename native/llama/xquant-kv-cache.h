@@ -145,7 +145,7 @@ class kv_cache final : public llama_kv_cache {
 
     uint64_t fingerprint() const;
     std::vector<saved_page> pages_to_save(uint32_t stream, llama_seq_id seq_id) const;
-    void write_page(llama_io_write_i &io, uint32_t stream, const saved_page &page, bool on_device) const;
+    void write_page(llama_io_write_i &io, uint32_t stream, const saved_page &page) const;
     saved_state parse(llama_io_read_i &io, llama_seq_id dest) const;
     saved_page parse_page(llama_io_read_i &io, llama_seq_id dest) const;
     saved_cell parse_cell(llama_io_read_i &io, llama_seq_id dest) const;

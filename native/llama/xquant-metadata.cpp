@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <sstream>
 #include <stdexcept>
 
 namespace xquant {
@@ -75,31 +76,26 @@ struct reader {
         return values;
     }
 
-    /* Entries of a string array as their places in names. */
-    std::vector<int32_t> choices(const std::string &key, size_t n, const std::vector<std::string> &names) const {
+    /* Entries of a string array as their places in a list of names, which commas separate. */
+    std::vector<int32_t> choices(const std::string &key, size_t n, const std::string &names) const {
         const int64_t id = array(key, GGUF_TYPE_STRING, n);
+        std::vector<std::string> known;
+        std::istringstream list(names);
+        for (std::string name; std::getline(list, name, ',');) {
+            known.push_back(name);
+        }
         std::vector<int32_t> values;
         for (size_t i = 0; i < n; ++i) {
             const std::string text = gguf_get_arr_str(file, id, i);
-            size_t choice = 0;
-            while (choice < names.size() && names[choice] != text) {
-                choice++;
+            const auto choice = std::find(known.begin(), known.end(), text);
+            if (choice == known.end()) {
+                bad(key + "[" + std::to_string(i) + "]", "\"" + text.substr(0, 64) + "\"", "one of " + names);
             }
-            if (choice == names.size()) {
-                std::string all = names[0];
-                for (size_t k = 1; k < names.size(); ++k) {
-                    all += ", " + names[k];
-                }
-                bad(key + "[" + std::to_string(i) + "]", "\"" + text.substr(0, 64) + "\"", "one of " + all);
-            }
-            values.push_back((int32_t)choice);
+            values.push_back((int32_t)(choice - known.begin()));
         }
         return values;
     }
 };
-
-const std::vector<std::string> fits = {"paper", "minmax", "clip", "lloyd", "lsq"}; /* enum xq_fit */
-const std::vector<std::string> scales = {"f16", "log8"};                           /* enum xq_param */
 
 void read_sides(const reader &file, const std::string &name, size_t n, std::vector<xq_layer> &layers,
                 xq_side xq_layer::*side) {
@@ -108,7 +104,8 @@ void read_sides(const reader &file, const std::string &name, size_t n, std::vect
     const auto bits = file.numbers<int32_t>(prefix + "bits", n), group = file.numbers<int32_t>(prefix + "group", n);
     const auto owner = file.numbers<int32_t>(prefix + "owner", n);
     const auto eta = file.numbers<float>(prefix + "eta", n);
-    const auto fit = file.choices(prefix + "fit", n, fits), scale = file.choices(prefix + "scale", n, scales);
+    const auto fit = file.choices(prefix + "fit", n, xq_fit_names());
+    const auto scale = file.choices(prefix + "scale", n, xq_param_names());
     const auto source = is_v ? file.numbers<int32_t>(prefix + "source", n) : std::vector<int32_t>(n, -1);
     const auto rotate = is_v ? file.numbers<int8_t>(prefix + "rotate", n) : std::vector<int8_t>(n, 0);
     for (size_t i = 0; i < n; ++i) {
@@ -194,7 +191,7 @@ uint64_t identify(llama_model_loader &loader) {
             hash.add(bytes, n);
         }
     }
-    return hash.value;
+    return hash.value();
 }
 
 } // namespace

@@ -12,34 +12,15 @@
 #include "ggml-cpp.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 
 namespace xquant {
 
-namespace {
-
-struct free_deleter {
-    void operator()(void *p) const { free(p); }
-};
 /* Memory that kernels may read: on cache lines, never null. */
-using aligned_bytes = std::unique_ptr<uint8_t, free_deleter>;
-
-aligned_bytes aligned(size_t size) {
-    aligned_bytes out((uint8_t *)aligned_alloc(64, (size + 127) / 64 * 64));
+static std::unique_ptr<uint8_t, free_deleter> aligned(size_t size) {
+    std::unique_ptr<uint8_t, free_deleter> out((uint8_t *)aligned_alloc(64, (size + 127) / 64 * 64));
     return out ? std::move(out) : throw std::bad_alloc();
 }
-
-} // namespace
-
-/* The data of one page, as it was saved, and as rows. */
-struct kv_cache::page_data {
-    aligned_bytes bytes;                           /* [layer][KV head]: block, or rows of keys and of values */
-    std::vector<std::vector<uint16_t>> decoded[2]; /* keys, values of each layer: F16 [XQ_PAGE][KV head][width] */
-
-    /* Decodes sealed pages of all layers, owners and sources of maps among them. */
-    void decode(const std::vector<std::unique_ptr<layer>> &layers);
-};
 
 void kv_cache::page_data::decode(const std::vector<std::unique_ptr<layer>> &layers) {
     if (!decoded[0].empty()) {
@@ -50,7 +31,7 @@ void kv_cache::page_data::decode(const std::vector<std::unique_ptr<layer>> &laye
     for (const auto &l : layers) {
         most_rows = std::max(most_rows, (size_t)xq_store_row_bytes(&l->shape) / (size_t)l->shape.n_slots);
     }
-    const aligned_bytes no_rows = aligned(most_rows);
+    const auto no_rows = aligned(most_rows);
     const int32_t sealed = XQ_SLOT_SEALED;
     for (const auto &l : layers) {
         xq_shape shape = l->shape;
@@ -220,12 +201,25 @@ void kv_cache::restore_page(uint32_t stream, const saved_page &page, page_data &
     }
 }
 
-void kv_cache::state_read(llama_io_read_i &io, llama_seq_id seq_id, llama_state_seq_flags) {
+void kv_cache::state_read(llama_io_read_i &from, llama_seq_id seq_id, llama_state_seq_flags) {
     if (seq_id >= 0 && !has_sequence(seq_id, __func__)) {
         refuse_state("there is no such sequence");
     }
-    const saved_state saved = parse(io, seq_id);
+    checked_reader io(from);
+    saved_state saved = parse(io, seq_id);
     check_room(saved, seq_id);
+    for (const auto &[stream, page] : saved.pages) {
+        const auto size = (size_t)page_bytes(page.open != 0, (int32_t)page.cells.size());
+        saved.data.push_back({aligned(size), {}});
+        io.read(saved.data.back().bytes.get(), size);
+    }
+    uint64_t checksum;
+    from.read(&checksum, sizeof(checksum));
+#ifndef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION // a fuzzer would never guess it
+    if (checksum != io.checksum()) {
+        refuse_state("its checksum does not fit: it is damaged");
+    }
+#endif
     const auto remove = [&] {
         if (seq_id < 0) {
             clear(false);
@@ -235,17 +229,14 @@ void kv_cache::state_read(llama_io_read_i &io, llama_seq_id seq_id, llama_state_
     };
     remove();
     try {
-        for (const auto &[stream, page] : saved.pages) {
-            const auto size = (size_t)page_bytes(page.open != 0, (int32_t)page.cells.size());
-            page_data data;
-            data.bytes = aligned(size);
-            io.read(data.bytes.get(), size);
-            restore_page(stream, page, data);
+        for (size_t i = 0; i < saved.pages.size(); ++i) {
+            restore_page(saved.pages[i].first, saved.pages[i].second, saved.data[i]);
+            saved.data[i] = {};
         }
         for (uint32_t s = 0; seq_id < 0 && s < n_stream && s < saved.heads.size(); ++s) {
             v_heads[s] = std::min(saved.heads[s], v_cells[s].size());
         }
-    } catch (...) { // the data could not be read to its end
+    } catch (...) { // a page could not be decoded, or moving others failed
         remove();
         throw;
     }

@@ -5,7 +5,6 @@
 #include "xquant-state.h"
 
 #include "xquant-cells.h"
-#include "xquant-hash.h"
 #include "xquant-offsets.h"
 
 #include "llama-hparams.h"
@@ -48,7 +47,7 @@ uint64_t kv_cache::fingerprint() const {
             hash.add(l->map->weight.data(), l->map->weight.size() * sizeof(l->map->weight[0]));
         }
     }
-    return hash.value;
+    return hash.value();
 }
 
 /* ---- save ---- */
@@ -87,24 +86,14 @@ std::vector<kv_cache::saved_page> kv_cache::pages_to_save(uint32_t stream, llama
     return out;
 }
 
-void kv_cache::write_page(llama_io_write_i &io, uint32_t stream, const saved_page &page, bool on_device) const {
+void kv_cache::write_page(llama_io_write_i &io, uint32_t stream, const saved_page &page) const {
     const auto s = (int32_t)stream;
     const bool whole = page.cells.size() == XQ_PAGE;
     std::vector<uint8_t> bytes;
-    const auto write = [&](ggml_tensor *t, size_t offset, size_t size) {
-        if (!on_device) {
-            io.write_tensor(t, offset, size);
-            return;
-        }
-        // the flag keeps tensors' data on the device, piece by piece as it is written: ours goes with the rest
-        bytes.resize(size);
-        ggml_backend_tensor_get(t, bytes.data(), offset, size);
-        io.write(bytes.data(), size);
-    };
     for (const auto &l : layers_) {
         for (int32_t head = 0; head < l->shape.n_head_kv; ++head) {
             if (!page.open && whole) {
-                write(l->nodes.blocks, block_offset(*l, s, head, page.at), (size_t)l->block_bytes);
+                io.write_tensor(l->nodes.blocks, block_offset(*l, s, head, page.at), (size_t)l->block_bytes);
             } else if (!page.open) {
                 bytes.resize((size_t)l->block_bytes);
                 ggml_backend_tensor_get(l->nodes.blocks, bytes.data(), block_offset(*l, s, head, page.at),
@@ -121,7 +110,7 @@ void kv_cache::write_page(llama_io_write_i &io, uint32_t stream, const saved_pag
                         t++;
                     }
                     if (t > first) {
-                        write(l->nodes.rows, base + first * row, (t - first) * row);
+                        io.write_tensor(l->nodes.rows, base + first * row, (t - first) * row);
                     }
                 }
             }
@@ -129,10 +118,11 @@ void kv_cache::write_page(llama_io_write_i &io, uint32_t stream, const saved_pag
     }
 }
 
-void kv_cache::state_write(llama_io_write_i &io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+void kv_cache::state_write(llama_io_write_i &to, llama_seq_id seq_id, llama_state_seq_flags) const {
     if (seq_id >= 0 && !has_sequence(seq_id, __func__)) {
         throw std::runtime_error("xquant: cannot save the state: there is no such sequence");
     }
+    checked_writer io(to);
     const uint32_t ext_bytes = has_cell_ext() ? sizeof(llama_kv_cell_ext) : 0;
     put(io, state_magic);
     put(io, ext_bytes);
@@ -160,9 +150,10 @@ void kv_cache::state_write(llama_io_write_i &io, llama_seq_id seq_id, llama_stat
     }
     for (uint32_t s = first; s < end; ++s) {
         for (const saved_page &page : saved[s - first]) {
-            write_page(io, s, page, (flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) != 0);
+            write_page(io, s, page);
         }
     }
+    put(to, io.checksum());
 }
 
 /* ---- read and check ---- */
@@ -263,7 +254,7 @@ kv_cache::saved_state kv_cache::parse(llama_io_read_i &io, llama_seq_id dest) co
                                     : "it holds a whole cache, not one sequence");
     }
     saved_state out;
-    int64_t n_bytes = 0;
+    int64_t n_bytes = sizeof(uint64_t); // the checksum
     for (uint32_t i = 0; i < std::max(n_streams, 1u); ++i) {
         out.heads.push_back(get<uint32_t>(io));
         const uint32_t n = get<uint32_t>(io);

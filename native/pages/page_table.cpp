@@ -47,18 +47,23 @@ class page_table::search {
 
     bool is_full(int32_t page) const { return taken[page] == ~0u; }
     bool is_touched(int32_t page) const { return writer[page] != nobody; }
+    /* Cells of a page that is neither open nor sealed: an earlier micro-batch of the same batch will open it. */
+    bool is_open(int32_t page) const {
+        const int32_t state = table.state(stream, page);
+        return state >= 0 || (state == XQ_SLOT_NONE && cells.is_any_used(stream, page));
+    }
 
     bool is(kind wanted, int32_t page, int32_t sequence) const {
         switch (wanted) {
         case own_open: // open before, or for this sequence's last cells
-            if (is_touched(page) ? writer[page] != sequence : table.state(stream, page) < 0) {
+            if (is_touched(page) ? writer[page] != sequence : !is_open(page)) {
                 return false;
             }
             return cells.is_any_used(stream, page) ? cells.is_own(stream, page, sequence) : is_touched(page);
         case empty:
             return !is_touched(page) && !cells.is_any_used(stream, page);
         case any_open:
-            return is_touched(page) || table.state(stream, page) >= 0;
+            return is_touched(page) || is_open(page);
         default:
             return true;
         }

@@ -303,4 +303,4 @@ def test_any_order_of_operations(tmp_path: Path) -> None:
     # a failure is told at once: looking for a shorter one takes minutes
     phases = (Phase.explicit, Phase.generate)
     options = settings(max_examples=80, stateful_step_count=12, deadline=None, derandomize=True, phases=phases)
-    run_state_machine_as_test(Caches, settings=options)
+    run_state_machine_as_test(Caches, settings=options)  # type: ignore[no-untyped-call]

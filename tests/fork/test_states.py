@@ -257,8 +257,9 @@ def test_a_state_may_come_from_a_cache_that_seals_at_other_times(paths: dict[str
         context = contexts[target]
         assert context.load(states[source], 0) == len(states[source])
         got = context.decode(TOKENS[1300:1350], 1300)
-        # where nothing is sealed that was not: as the source to rounding (measured: 3e-3 of apart)
-        near = 0.02 if target == "open" else 1.5
+        # where nothing is sealed that was not: as the source but for how its kernels round (measured of apart: scalar
+        # 6e-4, AVX-512 3e-3, AVX2 3e-2)
+        near = 0.1 if target == "open" else 1.5
         assert np.abs(got - want["sealing"]).mean() < near * apart
     for context in contexts.values():
         context.close()

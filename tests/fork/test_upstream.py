@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import pytest
 
 from support import tiny_gguf, upstream
-from support.faults import Fault
+from support.faults import Fault, cache_types
 
 # one name a kind: plain, experts, biases, windows (iSWA), windows with sinks, ALiBi
 PLAIN = ("llama-dense", "llama-moe", "qwen2-dense", "gemma3-dense", "gpt-oss-moe", "bloom-dense")
@@ -67,11 +66,6 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
     return program
 
 
-def with_xquant(fault: Fault, cases: tuple[str, ...] = CASES, *values: Any) -> list[Any]:
-    """Cases as parameters, beside other values: F16 passes, XQuant does not pass yet."""
-    return [(pytest if case.startswith("f16") else fault).param(case, *values) for case in cases]
-
-
 # ---- states ----
 
 PARTS = {
@@ -85,13 +79,10 @@ PARTS = {
     8: "a round trip changes no byte",
     9: "a damaged state is refused",
 }
-FAULTS = {9: Fault("damage in rows or codes is not noticed")}
 
 
-@pytest.mark.parametrize(
-    ("case", "part"),
-    [value for p in PARTS for value in (with_xquant(FAULTS[p], CASES, p) if p in FAULTS else [(c, p) for c in CASES])],
-)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("case", CASES)
 def test_save_load_state(programs: Programs, case: str, part: int) -> None:
     for model in PLAIN:
         run = programs("test-save-load-state", model, case)
@@ -123,7 +114,7 @@ def test_thread_safety(programs: Programs, case: str) -> None:
 
 
 @pytest.mark.parametrize("model", HYBRID)
-@pytest.mark.parametrize("case", with_xquant(Fault("hybrid models are refused, with a message"), ("f16", "xquant")))
+@pytest.mark.parametrize("case", cache_types(xquant=Fault("hybrid models are refused, with a message")))
 def test_recurrent_state_rollback(programs: Programs, case: str, model: str) -> None:
     run = programs("test-recurrent-state-rollback", model, case)
     assert run.status == 0, run.text[-2000:]

@@ -203,6 +203,15 @@ def test_sequences_do_not_share_pages_while_there_are_others() -> None:
         assert not pages & others
 
 
+def test_micro_batches_of_a_batch_fill_one_page() -> None:
+    """llama.cpp looks for the cells of all of them before the first is written."""
+    table = Table(1, 8 * PAGE, 6, 2, 2 * PAGE, 1)
+    written(table, [0] * (3 * PAGE))
+    first = table.find(0, [0] * 60, 0)
+    table.sequences[0, first] = 1
+    assert first + table.find(0, [0] * 60, 0) == list(range(3 * PAGE, 3 * PAGE + 120))
+
+
 def test_sequences_share_pages_when_there_are_no_others() -> None:
     table = Table(1, 2 * PAGE, 2, 0, -1, 0)
     cells = [cell for i in range(64) for cell in written(table, [0, 1, 2, 3], position=i)]
