@@ -14,6 +14,7 @@ import pytest
 
 from support import tiny_gguf
 from support.contexts import Context, llama_cpp
+from support.states import forged
 from support.tiny_gguf import MODELS
 from xquant_gguf import Llama
 from xquant_gguf.session import RefusedState
@@ -165,7 +166,7 @@ def test_every_field_of_a_state_is_checked(paths: dict[str, Path], field: str, v
         state = bytearray(context.save(0))
         struct.pack_into("<I", state, field_offsets(bytes(state))[field], value)
         before = context.save()
-        assert context.load(bytes(state), 0) == 0
+        assert context.load(forged(bytes(state)), 0) == 0
         assert context.save() == before
 
 
@@ -176,8 +177,8 @@ def test_sequences_of_a_cell_are_ascending(paths: dict[str, Path], sequences: tu
         state = context.save()
         at = field_offsets(state[1:])["sequences"] + 1  # the name of the architecture is a byte longer than a header
         assert state[at : at + 8] == struct.pack("<Ii", 1, 0)
-        forged = struct.pack(f"<I{len(sequences)}i", len(sequences), *sequences)
-        assert context.load(state[:at] + forged + state[at + 8 :]) == 0
+        cell = struct.pack(f"<I{len(sequences)}i", len(sequences), *sequences)
+        assert context.load(forged(state[:at] + cell + state[at + 8 :])) == 0
         assert context.save() == state
 
 
@@ -188,7 +189,7 @@ def test_cells_of_one_sequence_name_no_other(paths: dict[str, Path]) -> None:
         state = context.save(0)
         at = field_offsets(state)["sequences"]
         assert state[at : at + 8] == struct.pack("<Ii", 1, 0)
-        assert context.load(state[:at] + struct.pack("<I2i", 2, 0, 1) + state[at + 8 :], 0) == 0
+        assert context.load(forged(state[:at] + struct.pack("<I2i", 2, 0, 1) + state[at + 8 :]), 0) == 0
         assert context.save(0) == state
 
 
@@ -202,9 +203,9 @@ def test_the_numbers_of_pages_are_hints(paths: dict[str, Path]) -> None:
         assert [state[i : i + 4] for i in at] == [struct.pack("<I", i) for i in (1, 2)]
         want = context.decode(TOKENS[700:750], 700)
         for number in (0, 1, 2**32 - 1):
-            forged = bytearray(state)
-            struct.pack_into("<I", forged, at[1], number)
-            assert context.load(bytes(forged), 0) == len(state)
+            other = bytearray(state)
+            struct.pack_into("<I", other, at[1], number)
+            assert context.load(forged(bytes(other)), 0) == len(state)
             got = context.decode(TOKENS[700:750], 700)
             # pages are summed up in another order; measured: 1e-6
             assert np.abs(got - want).max() < 1e-4 * want.std()
@@ -222,8 +223,8 @@ def test_cells_of_sliding_layers_are_checked(paths: dict[str, Path], cell: tuple
         at = 4 + len(b"mimo2") + 8  # architecture, streams, cells
         first = struct.pack("<iIi", 0, 1, 0)
         assert state[at : at + len(first)] == first
-        forged = struct.pack("<iI" + "i" * (len(cell) - 2), *cell)
-        assert context.load(state[:at] + forged + state[at + len(first) :]) == 0
+        other = struct.pack("<iI" + "i" * (len(cell) - 2), *cell)
+        assert context.load(state[:at] + other + state[at + len(first) :]) == 0
         assert context.save() == state
         assert context.load(state) == len(state)
 
@@ -237,8 +238,8 @@ def test_cells_of_one_sequence_in_sliding_layers_are_checked(paths: dict[str, Pa
         at = 8 + 8  # the header, streams, cells
         first = struct.pack("<iIi", 0, 1, 0)
         assert state[at : at + len(first)] == first
-        forged = struct.pack("<iI" + "i" * (len(cell) - 2), *cell)
-        assert context.load(state[:at] + forged + state[at + len(first) :], 0) == 0
+        other = struct.pack("<iI" + "i" * (len(cell) - 2), *cell)
+        assert context.load(state[:at] + other + state[at + len(first) :], 0) == 0
         assert context.save(0) == state
         assert context.load(state, 0) == len(state)
 
@@ -336,6 +337,7 @@ def refusals(paths: dict[str, Path]) -> dict[str, tuple[bytes, str]]:
         state = saved.save()
         out["another version"] = (state.replace(b"XQS3", b"XQS9"), "not saved from an XQuant cache")
         out["an earlier version"] = (state.replace(b"XQS3", b"XQS2"), "an earlier version of xquant_gguf (XQS2)")
+        out["damaged"] = (state[:-100] + bytes(92) + state[-8:], "its checksum does not fit: it is damaged")
         out["cut off"] = (state[:-1], "it was cut off, or is damaged")
         for n in (len(state) - 3, 2**24):  # one byte more than is left, and far more
             named = struct.pack("<I", n) + state[4:]
