@@ -123,7 +123,7 @@ def info(ctx: Any) -> dict[str, Any] | None:
 def shapes(ctx: Any) -> tuple[list[Shape], int]:
     """Shapes of all model layers (heads 0: no keys and values), and the bytes of the context's cache, of any type."""
     ffi, lib = load()
-    d, e, heads = (ffi.new("int32_t[1024]") for _ in range(3))
+    d, e, heads = (ffi.new("int32_t[XQ_MAX_LAYERS]") for _ in range(3))
     size = ffi.new("int64_t *")
     n = lib.xquant_llama_get_shapes(_context(ctx), d, e, heads, size)
     return [Shape(d[i], e[i], heads[i]) for i in range(max(n, 0))], int(size[0])
@@ -200,7 +200,7 @@ def layers(ctx: Any) -> tuple[list[Shape], list[int], int]:
 def plan(ctx: Any, preset: str) -> tuple[Plan, list[Shape], list[int]] | None:
     """Plan in force, shapes and model layer numbers of the layers in the XQuant cache; None if there is none."""
     ffi, lib = load()
-    c, arrays = ffi.new("xq_plan *"), [ffi.new("int32_t[1024]") for _ in range(3)]
+    c, arrays = ffi.new("xq_plan *"), [ffi.new("int32_t[XQ_MAX_LAYERS]") for _ in range(3)]
     if lib.xquant_llama_get_plan(_context(ctx), c, *arrays) != 0:
         return None
     d, e, heads = arrays

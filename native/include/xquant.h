@@ -51,7 +51,6 @@ extern "C" {
 
 #define XQ_PAGE 128         /* tokens of a page */
 #define XQ_MAX_HEAD_DIM 512 /* D and E: multiples of 16 up to this */
-#define XQ_MAX_LAYERS 1024
 
 /* cdef: begin */
 
@@ -92,12 +91,14 @@ typedef struct xq_layer {
     xq_side v;
 } xq_layer;
 
+enum { XQ_MAX_LAYERS = 1024 };
+
 /* What a whole cache stores. window < 0: never seal. */
 typedef struct xq_plan {
     int32_t n_layers;
     int32_t window; /* newest tokens that stay open */
     int32_t pinned; /* first pages of a stream that stay open */
-    xq_layer layers[1024];
+    xq_layer layers[XQ_MAX_LAYERS];
 } xq_plan;
 
 /* Where the parts of a sealed block start, for one layer of head widths D and E. */

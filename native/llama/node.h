@@ -10,9 +10,9 @@
  *
  *     blocks  I8   [KV head * page * bytes of a block, stream], or [1] where nothing is ever sealed
  *     rows    F16  [elements of all slots, stream], as xq_store_init says
- *     aux     I8   counter of values that were not finite u64 | heads i32 [KV head] | arrivals u32 | map F32, each
- * padded to 64 bytes input   I32  first stream of the micro-batch | table [stream][page] | rows [token], padded as
- * below
+ *     aux     I8   counter u64 of values that were not finite | heads i32 [KV head] | arrivals u32 | map F32; each
+ *                  part is padded to 64 bytes
+ *     input   I32  first stream of the micro-batch | table [stream][page] | rows [token]; padded as below
  *
  * What else a verb needs is in op_params: nothing in a node points into this process, so that a node may be run by
  * another.  node.cpp is part of ggml-base; ggml-cpu and ggml-cuda call compute() with their backends.
