@@ -3,19 +3,21 @@
 # make test    the whole test suite
 # make test-arm  the kernels for 64-bit ARM, cross-built and run under qemu
 # make asan    the tests of what takes input from outside, with AddressSanitizer and UndefinedBehaviorSanitizer (clang)
-# make fuzz    TARGET=metadata, state or codec for SECONDS=60 with libFuzzer and both sanitizers (clang)
-# make lint    formatting, lint and types, as pre-commit runs them
-# make clean   removes .venv and build
+# make fuzz    TARGET=metadata, state, codec or verbs for SECONDS=60 with libFuzzer and both sanitizers (clang)
+# make llama VERSION=x.y.z (or SOURCE=folder)  tries another llama-cpp-python: do our insertions hold, the oracle tests
+# make fixes   writes docs/llama-cpp-fixes.md from native/llama/fixes.py
+# make lint    formatting, lint and types, as pre-commit runs them; needs Python alone: it builds nothing
+# make clean   removes .venv, .lint and build
 
 VENV   := .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 # Changes to these build the package again; an unchanged tree builds nothing.
-SOURCES := $(shell find native xquant_gguf tools -type f -not -path '*/lib/*' -not -path '*/__pycache__/*') \
+SOURCES := $(shell find native xquant_gguf xquant_gguf_hook tools -type f -not -path '*/lib/*' -not -path '*/__pycache__/*') \
            CMakeLists.txt pyproject.toml
 MODEL  ?=
 
-.PHONY: all demo test test-arm asan fuzz lint clean
+.PHONY: all demo test test-arm asan fuzz llama fixes lint clean
 all: $(VENV)/installed
 
 $(VENV)/created:
@@ -37,10 +39,10 @@ demo: all
 	  $(BIN)/xquant-gguf generate "$$model" --kv-type xquant --prompt-file README.md --n-ctx 8192 --max-tokens 100
 
 test: all
-	$(BIN)/pytest
+	$(BIN)/pytest --cov=xquant_gguf
 
 test-arm: all
-	XQUANT_AARCH64=required $(BIN)/pytest tests/test_aarch64.py
+	XQUANT_AARCH64=required $(BIN)/pytest tests/kernels -m arm
 
 TARGET  ?= metadata
 SECONDS ?= 60
@@ -50,15 +52,25 @@ asan: all
 fuzz: all
 	PYTHON=$(BIN)/python tests/fuzz/run.sh $(TARGET) $(SECONDS)
 
-$(VENV)/dev: $(VENV)/installed
-	$(BIN)/python -m pip install -q ruff mypy clang-format pre-commit
+llama: all
+	$(BIN)/python tools/try_llama.py $(if $(SOURCE),--source $(SOURCE),$(VERSION))
+
+fixes:
+	$(PYTHON) tools/list_fixes.py
+
+# The tools of pyproject.toml's dependency group lint, in an environment of their own (pip 25.1 is the first to read it).
+LINT := .lint
+$(LINT)/ready: pyproject.toml
+	$(PYTHON) -m venv $(LINT)
+	$(LINT)/bin/python -m pip install -q "pip>=25.1"
+	$(LINT)/bin/python -m pip install -q --group lint
 	touch $@
 
-lint: $(VENV)/dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'native/*.h' 'native/*.cpp' 'native/*.cu*' 'tests/*.cpp')
+lint: $(LINT)/ready
+	$(LINT)/bin/ruff check .
+	$(LINT)/bin/ruff format --check .
+	$(LINT)/bin/mypy
+	$(LINT)/bin/clang-format --dry-run --Werror $$(git ls-files 'native/*.h' 'native/*.cpp' 'native/*.cu*' 'tests/*.h' 'tests/*.cpp')
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(LINT) build

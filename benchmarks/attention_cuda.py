@@ -23,18 +23,22 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import gpu
 
+from support import gpu
+from support.devices import Buffer
+from support.pages_of_codes import random_rows
+from support.storage import SEALED, Storage
+from xquant_gguf import native
 from xquant_gguf.cli.text import table
 from xquant_gguf.plan import PAGE, Layer, Side
 
 HEADS, N_REP, WIDTH, PARTS, COPIES, LAUNCHES = 8, 4, 128, 16, 3, 20
 
 
-def milliseconds(work: Callable[[int, Any], None], rounds: int) -> float:
-    """Median time of one call, over rounds of LAUNCHES calls."""
+def milliseconds(work: Callable[[int, int], None], rounds: int) -> float:
+    """Median time of one call of work(number, stream), over rounds of LAUNCHES calls."""
 
-    def launches(stream: Any) -> None:
+    def launches(stream: int) -> None:
         for i in range(LAUNCHES):
             work(i, stream)
 
@@ -43,67 +47,62 @@ def milliseconds(work: Callable[[int, Any], None], rounds: int) -> float:
     return statistics.median(graph.milliseconds() for _ in range(rounds)) / LAUNCHES
 
 
-def copy_bandwidth() -> float:
+def copy_bandwidth(on: gpu.Cuda) -> float:
     """Bytes read and written per second."""
-    size = 1 << 28
-    to, start = gpu.Buffer(size), gpu.Buffer(size)
-    ffi, _ = gpu.load()
+    n = 1 << 28
+    to, start = on.alloc(n), on.alloc(n)
 
-    def copy(_: int, stream: Any) -> None:
-        at = ctypes.c_void_p(int(ffi.cast("uintptr_t", stream)))
-        n = ctypes.c_size_t(size)
-        gpu.check(gpu.driver().cuMemcpyDtoDAsync_v2(ctypes.c_uint64(to.at), ctypes.c_uint64(start.at), n, at))
+    def copy(_: int, stream: int) -> None:
+        addresses = ctypes.c_uint64(to), ctypes.c_uint64(start)
+        gpu.check(gpu.driver().cuMemcpyDtoDAsync_v2(*addresses, ctypes.c_size_t(n), ctypes.c_void_p(stream)))
 
-    return 2 * size / milliseconds(copy, 5) * 1e3
-
-
-def sealed_layer(layer: Layer, n_pages: int, rng: np.random.Generator) -> gpu.DeviceLayer:
-    """Random codes and plausible parameters in every page."""
-    window = tuple(rng.standard_normal((HEADS, 3, PAGE, WIDTH), dtype=np.float32).astype(np.float16) for _ in "kv")
-    out = gpu.DeviceLayer(layer, (window[0], window[1]), n_pages)
-    at = out.layout
-    blocks = rng.integers(0, 256, (HEADS * n_pages, at.bytes), dtype=np.uint8)
-    k_param = (rng.random((len(blocks), 2, WIDTH), dtype=np.float32) * 0.2).astype(np.float16)
-    blocks[:, at.k_param : at.k_param + 4 * WIDTH] = k_param.reshape(len(blocks), -1).view(np.uint8)
-    blocks[:, at.v_param : at.v_param + PAGE] = rng.integers(120, 140, (len(blocks), PAGE))
-    blocks[:, at.v_param + PAGE : at.v_param + 2 * PAGE] = rng.integers(-9, 9, (len(blocks), PAGE)).astype(np.int8)
-    out.blocks.set(blocks)
+    out = 2 * n / milliseconds(copy, 5) * 1e3
+    on.free(to)
+    on.free(start)
     return out
 
 
-def caller(layers: list[gpu.DeviceLayer], n_pages: int, rng: np.random.Generator) -> Callable[[int, Any], None]:
-    """One launch of attention and merge on layer i modulo their number."""
-    ffi, _ = gpu.load()
+def layer_of(name: str) -> Layer:
+    """k4v2: keys of four bits, values of two."""
+    return Layer(Side(int(name[1]), PAGE), replace(Side(int(name[3]), 0, "lloyd", "log8", rotate=True), eta=0.09))
+
+
+def sealed_layer(on: gpu.Cuda, layer: Layer, n_pages: int, rng: np.random.Generator) -> Storage:
+    """Random codes and plausible parameters in every page."""
+    out = Storage(on, layer, random_rows(rng, 1, HEADS, 3, WIDTH), n_pages)
+    blocks = rng.integers(0, 256, (HEADS * n_pages, out.layout.bytes), dtype=np.uint8)
+    k_param, v_param = (out.part_at(name)[1] for name in "kv")
+    scales = (rng.random((len(blocks), 2 * WIDTH), dtype=np.float32) * 0.2).astype(np.float16)
+    blocks[:, k_param] = scales.view(np.uint8)
+    blocks[:, v_param.start : v_param.start + PAGE] = rng.integers(120, 140, (len(blocks), PAGE))
+    blocks[:, v_param.start + PAGE : v_param.stop] = rng.integers(-9, 9, (len(blocks), PAGE)).astype(np.int8)
+    out.set_pages(blocks.reshape(1, HEADS, n_pages, -1))
+    return out
+
+
+def caller(
+    on: gpu.Cuda, layers: list[Storage], n_pages: int, rng: np.random.Generator
+) -> tuple[Callable[[int, int], None], list[Any]]:
+    """One launch of attention on layer i modulo their number; and what must live as long."""
+    ffi, lib = native.load()
     n_head = HEADS * N_REP
-    states = np.full(n_pages, gpu.SEALED, np.int32)
+    states = np.full(n_pages, SEALED, np.int32)
     states[0], states[-2], states[-1] = 0, 1, 2
-    keep = [
-        gpu.Buffer(rng.standard_normal((n_head, WIDTH), dtype=np.float32)),
-        gpu.Buffer(states),
-        gpu.Buffer(np.zeros(n_pages * PAGE, np.float16)),
-        gpu.Buffer(np.zeros(1, np.int32)),
-        gpu.Buffer(PARTS * n_head * (2 * WIDTH + 2) * 4),
-        gpu.Buffer(n_head * WIDTH * 4),
-        gpu.Buffer(np.zeros(HEADS, np.uint32)),
-    ]
-    a = ffi.new("xq_cuda_attend_args *")
-    a.q, a.q_head_stride, a.q_token_stride = keep[0].pointer("float"), 4 * WIDTH, 4 * WIDTH * n_head
-    a.table, a.mask, a.first_stream = (
-        keep[1].pointer("int32_t"),
-        keep[2].pointer("uint16_t"),
-        keep[3].pointer("int32_t"),
-    )
+    a = ffi.new("xq_attend_args *")
     a.n_head, a.n_tokens, a.n_streams, a.n_kv_pages, a.n_parts = n_head, 1, 1, n_pages, min(PARTS, n_pages)
-    a.scale, a.partial, a.out = WIDTH**-0.5, keep[4].pointer("float"), keep[5].pointer("float")
-    a.arrivals = keep[6].pointer("uint32_t")
-    keep_args: list[Any] = [keep, a]
-
-    def run(i: int, stream: Any) -> None:
-        layer = layers[i % len(layers)].c
-        assert keep_args
-        gpu.call("xq_cuda_attend", layer, a, stream)
-
-    return run
+    a.scale, a.q_head_stride, a.q_token_stride = WIDTH**-0.5, 4 * WIDTH, 4 * WIDTH * n_head
+    keep: list[Any] = [
+        a,
+        Buffer(on, rng.standard_normal((n_head, WIDTH), dtype=np.float32)),
+        Buffer(on, states),
+        Buffer(on, np.zeros(n_pages * PAGE, np.float16)),
+        Buffer(on, 4 * int(lib.xq_attend_states(layers[0].c, a))),
+        Buffer(on, n_head * WIDTH * 4),
+        Buffer(on, np.zeros(HEADS, np.uint32)),
+    ]
+    a.q, a.table, a.mask = keep[1].pointer("float"), keep[2].pointer("int32_t"), keep[3].pointer("uint16_t")
+    a.partial, a.out, a.arrivals = keep[4].pointer("float"), keep[5].pointer("float"), keep[6].pointer("uint32_t")
+    return lambda i, stream: on.enqueue("attend", layers[i % len(layers)].c, a, stream), keep
 
 
 def main() -> None:
@@ -113,18 +112,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json")
     args = parser.parse_args()
-    rng = np.random.default_rng(0)
-    bandwidth = copy_bandwidth()
+    rng, on = np.random.default_rng(0), gpu.Cuda()
+    bandwidth = copy_bandwidth(on)
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
     rows: list[dict[str, Any]] = []
     for n_tokens in map(int, args.tokens.split(",")):
         for name in args.layers.split(","):
-            v = Side(int(name[3]), 0, "lloyd", "log8", rotate=True)
-            layer = Layer(Side(int(name[1]), PAGE), replace(v, eta=0.09))
             n_pages = n_tokens // PAGE
-            layers = [sealed_layer(layer, n_pages, rng) for _ in range(COPIES)]
-            ms = milliseconds(caller(layers, n_pages, rng), args.rounds)
-            n_bytes = HEADS * n_pages * layers[0].layout.bytes
+            layers = [sealed_layer(on, layer_of(name), n_pages, rng) for _ in range(COPIES)]
+            attend, _keep = caller(on, layers, n_pages, rng)
+            ms = milliseconds(attend, args.rounds)
+            n_bytes = HEADS * n_pages * int(layers[0].layout.bytes)
             floor = n_bytes / bandwidth * 1e3
             rows.append({"tokens": n_tokens, "layer": name, "ms": ms, "bytes": n_bytes, "floor_ms": floor})
     lines = [["tokens", "layer", "ms", "GB/s", "floor, ms", "share"]]

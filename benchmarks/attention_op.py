@@ -4,7 +4,7 @@ usage: attention_op.py [--tokens 16384] [--shapes qwen,llama,small] [--layers k4
                        [--threads 1,2] [--prompt 64] [--seconds 1] [--json FILE]
 
 f16, q8_0, q4_0: ggml_flash_attn_ext over a cache laid out as llama.cpp lays it out.  The others: pages of codes through
-xq_attend and xq_attention_merge, split as the fork splits them.  All are nodes of ggml graphs, timed in interleaved
+the verb of attention, split as the fork splits them.  All are nodes of ggml graphs, timed in interleaved
 rounds over as many copies of the layer as outgrow the caches: the median, and the least, which a machine with other
 work still shows; both ratios.  ns: per cached token and KV head (prompt: and
 query row).  floor: the bytes that are read over the speed of a loop that only reads memory.  The data are random: speed
@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from op_graph import F16, F32, Q4_0, Q8_0, Graph, load, read_speed, timed
+from numpy.typing import NDArray
 
+from op_graph import F16, F32, Q4_0, Q8_0, Graph, load, read_speed, timed
 from xquant_gguf import codec, native
 from xquant_gguf.cli.text import table
 from xquant_gguf.plan import PAGE, Side, side_to_c
@@ -38,8 +39,8 @@ SHAPES: dict[str, Shape] = {
 GGML_TYPES = {"f16": (F16, 1, 2), "q8_0": (Q8_0, 32, 34), "q4_0": (Q4_0, 32, 18)}  # type, values and bytes of a block
 CACHE = 48 << 20  # bytes of copies that outgrow the caches
 MAX_COPIES = 28  # as many layers as a model has
-PIECES_PER_THREAD = 4  # as in xquant-graph.cpp
-MAX_ROWS = 64
+PIECES_PER_THREAD = 4  # as the fork splits them
+GROUP_ROWS = 64  # XQ_CPU_GROUP_ROWS
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Row:
     floor_ns: float
 
 
-def queries(graph: Graph, shape: Shape, n_queries: int) -> np.ndarray:
+def queries(graph: Graph, shape: Shape, n_queries: int) -> NDArray[np.float32]:
     _, n_head, _, width = shape
     return np.random.default_rng(1).standard_normal((n_head, n_queries, width), dtype=np.float32)
 
@@ -90,87 +91,69 @@ def sides_of(layer: str) -> tuple[Side, Side]:
     return Side(int(layer[1]), PAGE), Side(int(layer[3]), 0, "lloyd", "log8", rotate=True)
 
 
-def pages(graph: Graph, a: Any, layer: str, width: int, n_pages: int, rng: np.random.Generator) -> int:
-    """Random sealed pages of one KV head, in blocks as the fork stores them; their bytes."""
+def blocks(layer: Any, at: Any, width: int, n_pages: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Random sealed pages [page][block] of an xq_layer with the block layout `at`."""
     _, lib = native.load()
-    k, v = sides_of(layer)
-    side_to_c(a.k, k, "k")
-    side_to_c(a.v, v, "v")
-    a.k_code_bits, a.v_code_bits = k.bits, v.bits
     k_param = (rng.random((n_pages, 2, width), dtype=np.float32) * 0.02).astype(np.float16)
     v_param = np.stack([rng.integers(120, 140, (n_pages, PAGE)), rng.integers(-9, 9, (n_pages, PAGE))], 1)
-    k_bytes, v_bytes = (lib.xq_packed_bytes(*n) for n in ((k.bits, width, PAGE), (v.bits, PAGE, width)))
-    parts = [
-        rng.integers(0, 256, (n_pages, k_bytes), dtype=np.uint8),
-        k_param.view(np.uint8).reshape(n_pages, -1),
-        rng.integers(0, 256, (n_pages, v_bytes), dtype=np.uint8),
-        v_param.astype(np.uint8).reshape(n_pages, -1),
-    ]
-    sizes = [-(-part.shape[1] // 64) * 64 for part in parts]
-    raw = np.zeros(n_pages * sum(sizes) + 64, np.uint8)
+    k_bytes, v_bytes = (lib.xq_packed_bytes(*n) for n in ((layer.k.bits, width, PAGE), (layer.v.bits, PAGE, width)))
+    out = np.zeros((n_pages, at.bytes), np.uint8)
+    for start, part in (
+        (at.k_codes, rng.integers(0, 256, (n_pages, k_bytes), dtype=np.uint8)),
+        (at.k_param, k_param.view(np.uint8).reshape(n_pages, -1)),
+        (at.v_codes, rng.integers(0, 256, (n_pages, v_bytes), dtype=np.uint8)),
+        (at.v_param, v_param.astype(np.uint8).reshape(n_pages, -1)),
+    ):
+        out[:, start : start + part.shape[1]] = part
+    return out
+
+
+def aligned(graph: Graph, data: NDArray[Any]) -> Any:
+    """A copy that starts on a cache line."""
+    raw = np.zeros(data.nbytes + 64, np.uint8)
     offset = -raw.ctypes.data % 64
-    block = raw[offset : offset + n_pages * sum(sizes)].reshape(n_pages, -1)
-    start = graph.pointer("uint8_t[]", block)
-    for i, name in enumerate(("k_codes", "k_param", "v_codes", "v_param")):
-        block[:, sum(sizes[:i]) : sum(sizes[:i]) + parts[i].shape[1]] = parts[i]
-        setattr(a, name, start + sum(sizes[:i]))
-        setattr(a, f"{name}_stride", block.shape[1])
-    return int(n_pages * sum(sizes))
+    raw[offset : offset + data.nbytes] = data.reshape(-1)
+    return graph.pointer("uint8_t[]", raw) + offset
+
+
+def parts_of(n_threads: int, n_kv: int, n_rows: int, n_pages: int) -> int:
+    """As many as give each thread some pieces of work."""
+    n_groups = n_kv * -(-n_rows // GROUP_ROWS)
+    return min(max(-(-PIECES_PER_THREAD * n_threads // n_groups), 1), n_pages)
 
 
 def xquant_layer(layer: str, shape: Shape, n_tokens: int, n_queries: int, n_threads: int) -> tuple[Graph, int]:
     """One layer of sealed pages and its attention; the bytes of the pages."""
     _, n_head, n_kv, width = shape
-    _, lib = native.load()
+    ffi, lib = native.load()
     graph = Graph(0)
+    n_pages = n_tokens // PAGE
+    c, at = ffi.new("xq_layer *"), ffi.new("xq_block_layout *")
+    for side, into in zip(sides_of(layer), (c.k, c.v), strict=True):
+        side_to_c(into, side, layer)
+    lib.xq_block_layout_of(c, width, width, at)
     rng = np.random.default_rng(0)
-    n_rep, n_pages = n_head // n_kv, n_tokens // PAGE
-    n_rows = n_rep * n_queries
-    groups = [range(first, min(first + MAX_ROWS, n_rows)) for first in range(0, n_rows, MAX_ROWS)]
-    n_parts = min(max(-(-PIECES_PER_THREAD * n_threads // (n_kv * len(groups))), 1), n_pages)
-    pages_a_part = -(-n_pages // n_parts)
-    state = graph.pointer("float[]", np.empty(n_head * n_queries * n_parts * (2 * width + 2), np.float32))
-
-    def state_of(row: int, part: int) -> Any:
-        return state + (row * n_parts + part) * (2 * width + 2)
-
-    q = graph.pointer("float[]", queries(graph, shape, n_queries))
-    slots = graph.pointer("int32_t[]", np.full(n_pages, -1, np.int32))
-    window = graph.pointer("uint16_t[]", np.zeros(PAGE * width, np.uint16))
-    mask = graph.pointer("uint16_t[]", np.zeros(n_tokens, np.uint16))
-    tasks = graph.new("xq_attention[]", n_kv * len(groups) * n_parts)
-    n_bytes, at = 0, 0
-    heads = [graph.new("xq_attention *") for _ in range(n_kv)]
-    for head in heads:
-        head.d = head.e = width
-        head.scale = width**-0.5
-        head.page_slot, head.k_window, head.v_window = slots, window, window
-        n_bytes += pages(graph, head, layer, width, n_pages, rng)
-    for group in groups:
-        for part in range(n_parts):
-            for h, head in enumerate(heads):
-                a = tasks[at]
-                at += 1
-                graph.ffi.memmove(graph.ffi.addressof(a), head, graph.ffi.sizeof("xq_attention"))
-                rows = [h * n_rows + row for row in group]
-                a.n_rows = len(rows)
-                a.page_begin, a.page_end = (min(i * pages_a_part, n_pages) for i in (part, part + 1))
-                a.q = graph.new("const float *[]", [q + row * width for row in rows])
-                a.mask = graph.new("const uint16_t *[]", [mask] * len(rows))
-                a.partial = graph.new("float *[]", [state_of(row, part) for row in rows])
-    states = [state_of(row, part) for row in range(n_head * n_queries) for part in range(n_parts)]
-    job = {
-        "n_tasks": len(tasks), "n_rows": n_head * n_queries, "n_parts": n_parts, "e": width, "rotate": 1,
-        "tasks": tasks, "states": graph.new("const float *[]", states),
-        "out": graph.pointer("float[]", np.empty(n_head * n_queries * width, np.float32)),
-        "attend": graph.ffi.addressof(lib, "xq_attend"), "merge": graph.ffi.addressof(lib, "xq_attention_merge"),
-    }  # fmt: skip
-    pointer = graph.new("attention_job *", job)
-    graph.finish(graph.node("merge_node", pointer, graph.node("attend_node", pointer)))
-    graph.run(1)
-    if pointer.failed:
+    data = np.stack([blocks(c, at, width, n_pages, rng) for _ in range(n_kv)])
+    rows = graph.pointer("uint16_t[]", np.zeros(2 * n_kv * PAGE * width, np.uint16))
+    store, a = graph.new("xq_store *"), graph.new("xq_attend_args *")
+    area = ffi.new("xq_shape *", (width, width, n_kv, n_pages, 1, 1))
+    if lib.xq_store_init(store, c, area, aligned(graph, data), 0, rows, 0) != 0:
         raise ValueError(native.error())
-    return graph, n_bytes
+    a.q = graph.pointer("float[]", queries(graph, shape, n_queries))  # [head][query row][width]
+    a.q_head_stride, a.q_token_stride = 4 * width * n_queries, 4 * width
+    a.mask = graph.pointer("uint16_t[]", np.zeros(n_tokens, np.uint16))
+    a.table = graph.pointer("int32_t[]", np.full(n_pages, -1, np.int32))
+    a.n_head, a.n_tokens, a.n_streams, a.n_kv_pages = n_head, n_queries, 1, n_pages
+    a.scale, a.n_parts = width**-0.5, parts_of(n_threads, n_kv, n_queries * n_head // n_kv, n_pages)
+    a.partial = graph.pointer("float[]", np.empty(lib.xq_attend_states(store, a), np.float32))
+    a.arrivals = graph.pointer("uint32_t[]", np.zeros(n_kv * (-(-n_queries * n_head // n_kv // GROUP_ROWS)), np.uint32))
+    a.out = graph.pointer("float[]", np.empty(n_head * n_queries * width, np.float32))
+    job = graph.new("attend_job *", {"backend": lib.xq_cpu(), "store": store, "args": a})
+    graph.finish(graph.node("attend_node", job))
+    graph.run(1)
+    if job.failed:
+        raise ValueError(native.error())
+    return graph, data.nbytes
 
 
 def measure(

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from attention_op import sides_of
 from op_graph import load, read_speed, timed
-
 from xquant_gguf import codec, native
 from xquant_gguf.cli.text import table
 from xquant_gguf.plan import PAGE, side_to_c

@@ -1,5 +1,6 @@
-/* graph_nodes.c: our attention, and a plain read of memory, as nodes of a ggml graph: so they run in the same threads,
- * with the same barriers, as llama.cpp's own operation beside them.  Compiled by op_graph.py when a benchmark starts.
+/* graph_nodes.c: the verb of attention, and a plain read of memory, as nodes of a ggml graph: so they run in the same
+ * threads, with the same barriers, as llama.cpp's own operation beside them.  Compiled by op_graph.py when a benchmark
+ * starts.
  */
 #include "xquant.h"
 
@@ -7,16 +8,12 @@ struct ggml_tensor;
 
 /* cdef: begin */
 
-typedef struct attention_job {
-    int32_t n_tasks; /* KV heads times groups of rows times parts of the pages */
-    int32_t n_rows, n_parts, e, rotate;
-    const xq_attention *tasks;
-    const float *const *states; /* [n_rows][n_parts] */
-    float *out;                 /* [n_rows][e] */
-    int (*attend)(const xq_attention *);
-    int (*merge)(int32_t, const float *const *, int32_t, int32_t, float, const float *, float *);
+typedef struct attend_job {
+    const xq_backend *backend;
+    const xq_store *store;
+    const xq_attend_args *args;
     int32_t failed;
-} attention_job;
+} attend_job;
 
 typedef struct read_job {
     const uint64_t *data;
@@ -27,23 +24,11 @@ typedef struct read_job {
 /* cdef: end */
 
 void attend_node(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
-    attention_job *job = userdata;
+    attend_job *job = userdata;
     (void)dst;
-    for (int i = ith; i < job->n_tasks; i += nth) {
-        if (job->attend(&job->tasks[i]) != 0) {
-            job->failed = 1;
-        }
-    }
-}
-
-void merge_node(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
-    attention_job *job = userdata;
-    (void)dst;
-    for (int row = ith; row < job->n_rows; row += nth) {
-        if (job->merge(job->n_parts, job->states + (int64_t)row * job->n_parts, job->e, job->rotate, -__builtin_inff(),
-                       0, job->out + (int64_t)row * job->e) != 0) {
-            job->failed = 1;
-        }
+    const xq_exec exec = {ith, nth, 0};
+    if (job->backend->attend(job->store, job->args, &exec) != XQ_OK) {
+        job->failed = 1;
     }
 }
 

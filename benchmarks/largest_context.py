@@ -15,14 +15,13 @@ import ctypes
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import gpu
 
+from support import gpu
 from xquant_gguf import fork
 from xquant_gguf.cli.text import table
-from xquant_gguf.sizes import LLAMA_TYPES, DryModel, llama_cpp, override_array
+from xquant_gguf.session import DecodeError, Model
 from xquant_gguf.synthetic import write
 
 STEP, KEEP_FREE = 256, 1 << 30
@@ -35,63 +34,40 @@ def free_bytes() -> tuple[int, int]:
     return free.value, total.value
 
 
-def bytes_a_token(model: str, kv_type: str, n_ubatch: int) -> float:
+def bytes_a_token(path: str, kv_type: str, n_ubatch: int) -> float:
     """What inspect's sizes grow by."""
-    overrides = {} if kv_type in LLAMA_TYPES else {"xquant.preset": kv_type}
     sizes = []
-    with DryModel(model, overrides) as dry:
+    with Model(path, weights=False) as model:
         for n_ctx in (1 << 16, 1 << 17):
-            with dry.context(kv_type if kv_type in LLAMA_TYPES else "xquant", n_ctx, n_ubatch) as ctx:
-                info = fork.info(ctx)
-                sizes.append(info["bytes_allocated"] if info else fork.shapes(ctx)[1])
+            with model.session(kv_type, n_ctx=n_ctx, n_ubatch=n_ubatch, flash_attn=True) as context:
+                info = fork.info(context.ctx)
+                sizes.append(info["bytes_allocated"] if info else fork.shapes(context.ctx)[1])
     return float(sizes[1] - sizes[0]) / (1 << 16)
 
 
-class Model:
-    """All layers on the first GPU."""
+def fits(model: Model, kv_type: str, n_ctx: int, n_ubatch: int) -> bool:
+    """Whether a context can be made, leaves enough free and decodes a micro-batch."""
+    try:
+        with model.session(kv_type, n_ctx=n_ctx, n_ubatch=n_ubatch, flash_attn=True) as context:
+            if free_bytes()[0] < KEEP_FREE:
+                return False
+            context.decode([(5, i, (0,)) for i in range(n_ubatch)], "last")
+            context.wait()
+            return True
+    except (ValueError, DecodeError):
+        return False
 
-    def __init__(self, path: str, kv_type: str, n_ubatch: int) -> None:
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers, params.split_mode = -1, llama_cpp.LLAMA_SPLIT_MODE_NONE
-        self.overrides = override_array({} if kv_type in LLAMA_TYPES else {"xquant.preset": kv_type})
-        params.kv_overrides = self.overrides
-        self.model = llama_cpp.llama_model_load_from_file(path.encode(), params)
-        if not self.model:
-            raise ValueError(f"{path} could not be loaded")
-        self.kv_type, self.n_ubatch = kv_type, n_ubatch
 
-    def context(self, n_ctx: int) -> Any:
-        """Null if it does not fit."""
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, self.n_ubatch, self.n_ubatch
-        params.type_k = params.type_v = LLAMA_TYPES.get(self.kv_type, (fork.GGML_TYPE_XQUANT, 0))[0]
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        return llama_cpp.llama_init_from_model(self.model, params)
-
-    def fits(self, n_ctx: int) -> bool:
-        """Whether a context can be made, leaves enough free and decodes a micro-batch."""
-        ctx = self.context(n_ctx)
-        if not ctx or free_bytes()[0] < KEEP_FREE:
-            llama_cpp.llama_free(ctx)
-            return False
-        tokens = (ctypes.c_int32 * self.n_ubatch)(*[5] * self.n_ubatch)
-        done = llama_cpp.llama_decode(ctx, llama_cpp.llama_batch_get_one(tokens, self.n_ubatch)) == 0
-        llama_cpp.llama_synchronize(ctx)
-        llama_cpp.llama_free(ctx)
-        return done
-
-    def largest(self, guess: int) -> int:
-        low, high = 0, guess
-        while self.fits(high):
-            low, high = high, high * 5 // 4
-        low = low or high // 2
-        while high - low > max(STEP, low // 200):
-            middle = (low + high) // 2 // STEP * STEP
-            low, high = (middle, high) if self.fits(middle) else (low, middle)
-        return low
-
-    def close(self) -> None:
-        llama_cpp.llama_model_free(self.model)
+def largest(model: Model, kv_type: str, n_ubatch: int, guess: int) -> int:
+    """The largest n_ctx that fits."""
+    low, high = 0, guess
+    while fits(model, kv_type, high, n_ubatch):
+        low, high = high, high * 5 // 4
+    low = low or high // 2
+    while high - low > max(STEP, low // 200):
+        middle = (low + high) // 2 // STEP * STEP
+        low, high = (middle, high) if fits(model, kv_type, middle, n_ubatch) else (low, middle)
+    return low
 
 
 def main() -> None:
@@ -110,15 +86,13 @@ def main() -> None:
         for kv_type in args.kv_types.split(","):
             a_token = bytes_a_token(path, kv_type, args.n_ubatch)
             before, total = free_bytes()
-            model = Model(path, kv_type, args.n_ubatch)
-            weights = before - free_bytes()[0]
-            by_inspect = (before - weights) / a_token
-            n = model.largest(int(by_inspect * 0.9) // STEP * STEP)
-            ctx = model.context(n)
-            cache = a_token * n
-            others = before - weights - free_bytes()[0] - cache
-            llama_cpp.llama_free(ctx)
-            model.close()
+            with Model(path, n_gpu_layers=-1, one_gpu=True) as model:
+                weights = before - free_bytes()[0]
+                by_inspect = (before - weights) / a_token
+                n = largest(model, kv_type, args.n_ubatch, int(by_inspect * 0.9) // STEP * STEP)
+                with model.session(kv_type, n_ctx=n, n_ubatch=args.n_ubatch, flash_attn=True):
+                    cache = a_token * n
+                    others = before - weights - free_bytes()[0] - cache
             first = first or (n, by_inspect)
             ratios = f"{n / first[0]:.2f}", f"{by_inspect / first[1]:.2f}"
             mib = [f"{x / 2**20:.0f}" for x in (cache, others)]

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from cffi import FFI
+from numpy.typing import NDArray
 
 from xquant_gguf import native
 
@@ -45,7 +46,6 @@ int ggml_cpu_has_avx512(void);
 """
 NODE_FUNCTIONS = """
 void attend_node(void *, int, int, void *);
-void merge_node(void *, int, int, void *);
 void read_node(void *, int, int, void *);
 """
 
@@ -76,7 +76,7 @@ class Graph:
         self.plans: dict[int, Any] = {}
         self.graph = self.ffi.NULL
 
-    def pointer(self, ctype: str, array: np.ndarray) -> Any:
+    def pointer(self, ctype: str, array: NDArray[Any]) -> Any:
         """Of an array that lives as long as the graph."""
         self.keep.append(array)
         self.keep.append(self.ffi.from_buffer(ctype, array))
@@ -86,7 +86,7 @@ class Graph:
         self.keep.append(self.ffi.new(ctype, value))
         return self.keep[-1]
 
-    def tensor(self, kind: int, *ne: int, data: np.ndarray | None = None) -> Any:
+    def tensor(self, kind: int, *ne: int, data: NDArray[Any] | None = None) -> Any:
         """A tensor that holds data, byte for byte; 0 else."""
         tensor = self.base.ggml_new_tensor_4d(self.ctx, kind, *ne, *[1] * (4 - len(ne)))
         n = self.base.ggml_nbytes(tensor)

@@ -2,8 +2,8 @@
 
 usage: rounding.py MODEL --text FILE [--tokens 4096] [--presets xquant,xquant-small,xquant-tiny]
 
-Every layer's first KV head, all pages sealed, four queries each (tests/real_rows.py): the error of an output against
-float64 over the same codes, as a share of the output (norms).  scalar is the exact set.
+Every layer's first KV head, all pages sealed, four queries each (tests/support/real_rows.py): the error of an output
+against float64 over the same codes, as a share of the output (norms).  scalar is the exact set.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import real_rows
-
+from support import real_rows
 from xquant_gguf import codec
 from xquant_gguf.cli.text import table
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xquant_gguf.cli.text import table
+from xquant_gguf.divergence import Expected
 from xquant_gguf.evaluate import load, log_probabilities
 from xquant_gguf.llama import Llama
 
@@ -33,9 +34,9 @@ def scores(llm: Llama, tokens: list[int], n_tokens: int) -> list[NDArray[np.floa
     out, end = [], n_tokens
     for shifts in range(max(COUNTS) + 1):
         if shifts > 0:
-            llm._ctx.kv_cache_seq_shift(0, 0, -1, BY)
+            llm.session.shift(0, 0, -1, BY)
             end += BY
-        llm._ctx.kv_cache_seq_rm(0, end, -1)
+        llm.session.remove(0, end)
         # shifts are carried out when something is decoded
         scored = tokens[n_tokens:] if shifts in COUNTS else tokens[n_tokens : n_tokens + 1]
         rows = [log_probabilities(llm, [token], end + i)[0] for i, token in enumerate(scored)]
@@ -45,7 +46,7 @@ def scores(llm: Llama, tokens: list[int], n_tokens: int) -> list[NDArray[np.floa
 
 
 def kld(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    return float(np.einsum("ij,ij->i", np.exp(a), a - b, dtype=np.float64).mean())
+    return float(Expected(a).kld(b).mean())
 
 
 def main() -> int:

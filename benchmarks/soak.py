@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xquant_gguf.cli.text import table
+from xquant_gguf.divergence import Expected
 from xquant_gguf.evaluate import load, log_probabilities
 from xquant_gguf.llama import Llama
 
@@ -52,7 +53,7 @@ class Session:
         """Log-probabilities behind a prompt, of which the common beginning is kept, and how much that was."""
         n = next((i for i, (a, b) in enumerate(zip(self.tokens, prompt, strict=False)) if a != b), len(self.tokens))
         n = min(n, len(prompt) - 1)
-        self.llm._ctx.kv_cache_seq_rm(-1, n, -1)
+        self.llm.session.remove(0, n)
         for first in range(n, len(prompt), self.llm.n_batch):
             out = log_probabilities(self.llm, list(prompt[first : first + self.llm.n_batch]), first)
         self.tokens = list(prompt)
@@ -66,8 +67,8 @@ class Session:
 
     def drop(self, first: int, end: int) -> None:
         """Removes tokens and moves those behind them up."""
-        self.llm._ctx.kv_cache_seq_rm(0, first, end)
-        self.llm._ctx.kv_cache_seq_shift(0, end, -1, first - end)
+        self.llm.session.remove(0, first, end)
+        self.llm.session.shift(0, end, -1, first - end)
         del self.tokens[first:end]
 
 
@@ -127,7 +128,8 @@ def soak(
     common.update(n_threads=n_threads, n_threads_batch=n_threads)
     ours, fresh, reference = (Session(load(model, kv, common)) for kv in (kv_type, kv_type, "f16"))
     rng = np.random.default_rng(1)
-    start, out = time.monotonic(), []
+    start = time.monotonic()
+    out: list[Measured] = []
     for turn in chats(ours.llm, text, rng, n_ctx):
         if turn.dropped:
             ours.drop(*turn.dropped)
@@ -159,7 +161,7 @@ def soak(
 
 
 def kld(expected: NDArray[np.float32], got: NDArray[np.float32]) -> float:
-    return float(np.einsum("ij,ij->i", np.exp(expected), expected - got, dtype=np.float64).mean())
+    return float(Expected(expected).kld(got).mean())
 
 
 def mean(turns: Sequence[Measured], name: str) -> str:

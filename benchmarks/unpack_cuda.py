@@ -13,9 +13,14 @@ import argparse
 from typing import Any
 
 import numpy as np
-from attention_cuda import COPIES, HEADS, WIDTH, copy_bandwidth, gpu, milliseconds, sealed_layer, table
 
-from xquant_gguf.plan import PAGE, Layer, Side
+from attention_cuda import COPIES, HEADS, WIDTH, copy_bandwidth, layer_of, milliseconds, sealed_layer
+from support import gpu
+from support.devices import Buffer
+from support.storage import SEALED
+from xquant_gguf import native
+from xquant_gguf.cli.text import table
+from xquant_gguf.plan import PAGE
 
 
 def main() -> None:
@@ -24,30 +29,28 @@ def main() -> None:
     parser.add_argument("--layers", default="k4v2,k2v1")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    rng, ffi = np.random.default_rng(0), gpu.load()[0]
-    bandwidth = copy_bandwidth()
+    rng, on = np.random.default_rng(0), gpu.Cuda()
+    bandwidth = copy_bandwidth(on)
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
     lines = [["tokens", "layer", "keys, ms", "values, ms", "floor, ms", "share"]]
     for n_tokens in map(int, args.tokens.split(",")):
         n_pages = n_tokens // PAGE
-        states = np.full(n_pages, gpu.SEALED, np.int32)
+        states = np.full(n_pages, SEALED, np.int32)
         states[-2:] = 0, 1
-        keep = [gpu.Buffer(states), gpu.Buffer(np.zeros(1, np.int32)), gpu.Buffer(HEADS * n_tokens * WIDTH * 2)]
+        slots, rows = Buffer(on, states), Buffer(on, HEADS * n_tokens * WIDTH * 2)
         for name in args.layers.split(","):
-            v = Side(int(name[3]), 0, "lloyd", "log8", rotate=True, eta=0.09)
-            layers = [sealed_layer(Layer(Side(int(name[1]), PAGE), v), n_pages, rng) for _ in range(COPIES)]
+            layers = [sealed_layer(on, layer_of(name), n_pages, rng) for _ in range(COPIES)]
             ms = []
             for is_k in (1, 0):
-                a = ffi.new("xq_cuda_unpack_args *")
-                a.table, a.first_stream = keep[0].pointer("int32_t"), keep[1].pointer("int32_t")
+                a = native.load()[0].new("xq_unpack_args *")
+                a.table, a.rows = slots.pointer("int32_t"), rows.pointer("uint16_t")
                 a.n_streams, a.n_kv_pages, a.is_k, a.n_heads = 1, n_pages, is_k, HEADS
-                a.rows = keep[2].pointer("uint16_t")
 
-                def run(i: int, stream: Any, a: Any = a, layers: Any = layers) -> None:
-                    gpu.call("xq_cuda_unpack", layers[i % COPIES].c, a, stream)
+                def unpack(i: int, stream: int, a: Any = a, layers: Any = layers) -> None:
+                    on.enqueue("unpack", layers[i % COPIES].c, a, stream)
 
-                ms.append(milliseconds(run, args.rounds))
-            n_bytes = HEADS * n_pages * layers[0].layout.bytes + 4 * HEADS * n_tokens * WIDTH
+                ms.append(milliseconds(unpack, args.rounds))
+            n_bytes = HEADS * n_pages * int(layers[0].layout.bytes) + 4 * HEADS * n_tokens * WIDTH
             floor = n_bytes / bandwidth * 1e3
             lines.append([str(n_tokens), name, *(f"{x:.4f}" for x in ms), f"{floor:.4f}", f"{floor / sum(ms):.0%}"])
     print(table(lines))

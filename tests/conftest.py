@@ -8,12 +8,10 @@ from pathlib import Path
 # before numpy is imported: its threads and those of llama.cpp would wait for each other on a small machine
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import fetch_model
-import gpu
 import pytest
-import tiny_gguf
 
-ROOT = Path(__file__).resolve().parent.parent
+import fetch_model
+from support import gpu, tiny_gguf
 
 
 @pytest.fixture(scope="session")
@@ -24,8 +22,8 @@ def smollm2() -> str:
 
 @pytest.fixture(scope="session")
 def prose() -> str:
-    """A text of a few thousand tokens: our own documentation."""
-    return "\n".join((ROOT / name).read_text() for name in ("README.md", "native/include/xquant.h", "LICENSE"))
+    """A plain English text of a few thousand tokens, written for the tests; calibration does not see it."""
+    return (Path(__file__).parent / "support" / "prose.txt").read_text()
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +36,13 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         weights[f"blk.{shape.n_layer - 1}.attn_output.weight"] = weights["blk.0.attn_output.weight"]  # 0 if it slides
         out[name] = tiny_gguf.write(folder / f"{name}.gguf", shape, weights)
     return out
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what needs the real model: `-m "not smollm2"` runs without a network."""
+    for item in items:
+        if "smollm2" in getattr(item, "fixturenames", ()):
+            item.add_marker("smollm2")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

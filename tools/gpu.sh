@@ -35,14 +35,15 @@ configure() {
 }
 compile() {
   ninja -C "$build" fork > "$build/ninja.log" 2>&1 || { tail -n 40 "$build/ninja.log"; return 1; }
-  cp "$build"/bin/*.so "$build"/native/*.so native/include/xquant.h native/llama/xquant_llama.h xquant_gguf/lib/
+  cmake --install "$build" --prefix . --component xquant > /dev/null
 }
 
 step configure configure && step build compile && step load python3 -c 'from xquant_gguf import Llama' || finish
-step kernels python3 -m pytest -q -m cuda tests/test_cuda_kernels.py
-step fork python3 -m pytest -q -m cuda tests/test_cuda.py
+step kernels python3 -m pytest -q -m cuda tests/kernels
+step fork python3 -m pytest -q -m cuda tests/fork/test_cuda.py
 step attention python3 benchmarks/attention_cuda.py
 step unpack python3 benchmarks/unpack_cuda.py
+step memory python3 benchmarks/gpu_memory.py
 step bench python3 -m xquant_gguf bench --shape llama-8b --layers 8 --depths 0,32768,131072 \
   --kv-types f16,q4_0,xquant,xquant-tiny --n-prompt 512 --n-decode 64 --n-gpu-layers -1
 step parallel python3 -m xquant_gguf bench --shape llama-8b --layers 8 --depths 16384 --parallel 8 \

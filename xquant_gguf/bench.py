@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,9 +12,8 @@ import numpy as np
 
 from xquant_gguf.evaluate import load
 from xquant_gguf.gguf_file import GGUFFile
-from xquant_gguf.sizes import llama_cpp
-
-from llama_cpp._internals import LlamaContext  # isort: skip  (after sizes, which chooses the library)
+from xquant_gguf.inspect import CacheInfo
+from xquant_gguf.session import Session
 
 UNTIMED = 4
 """Tokens decoded between a prompt and the clock: on a GPU the first ones record the graph that the others replay."""
@@ -45,75 +43,64 @@ class Runner:
     """One model with one KV type; the cache of each sequence holds the first tokens of an endless random text."""
 
     def __init__(self, model: str, kv_type: str, n_ctx: int, parallel: int = 1, **options: Any) -> None:
-        self.parallel = parallel
+        self.parallel, self._n_ctx = parallel, n_ctx * parallel
         alone = n_ctx if parallel == 1 else min(n_ctx, 512)
-        self.llm = load(model, kv_type, {"n_ctx": alone, "verbose": False, **options})
+        self._llm = load(model, kv_type, {"n_ctx": alone, "verbose": False, **options})
+        self._session = self._llm.session
         if parallel > 1:  # Llama makes contexts of one sequence only
-            params = self.llm.context_params
-            params.n_ctx, params.n_seq_max, params.kv_unified = n_ctx * parallel, parallel, False
+            params = self._llm.context_params
+            params.n_ctx, params.n_seq_max, params.kv_unified = self._n_ctx, parallel, False
             params.n_batch = max(params.n_batch, parallel)
-            context = LlamaContext(model=self.llm._model, params=params, verbose=False)
-            self.llm._ctx = self.llm._stack.enter_context(contextlib.closing(context))
-        self.ctx = self.llm._ctx.ctx
-        self.tokens = np.random.default_rng(0).integers(3, self.llm.n_vocab(), n_ctx).tolist()
-        self.filled = 0
+            self._session = Session.make(self._llm.model, params)
+        types = self._llm.context_params.type_k, self._llm.context_params.type_v
+        self._cache = CacheInfo(self._session.ctx, kv_type, types)
+        self._tokens = np.random.default_rng(0).integers(3, self._session.n_vocab, n_ctx).tolist()
+        self._filled = 0
 
-    def _decode(self, rows: Sequence[tuple[int, int]]) -> None:
-        """One batch of (sequence, position)."""
-        batch = llama_cpp.llama_batch_init(len(rows), 0, 1)
-        try:
-            batch.n_tokens = len(rows)
-            for i, (sequence, position) in enumerate(rows):
-                batch.token[i], batch.pos[i] = self.tokens[position], position
-                batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
-                batch.logits[i] = i == len(rows) - 1 or self.parallel == len(rows)
-            if code := llama_cpp.llama_decode(self.ctx, batch):
-                raise RuntimeError(f"llama_decode returned {code}")
-        finally:
-            llama_cpp.llama_batch_free(batch)
+    def close(self) -> None:
+        """Frees model and contexts."""
+        self._session.close()
+        self._llm.close()
 
-    def prompt(self, first: int, end: int) -> None:
+    def _prompt(self, first: int, end: int) -> None:
         """Tokens first .. end - 1 of every sequence, in batches."""
+        size = self._session.n_batch
         for s in range(self.parallel):
-            for i in range(first, end, self.llm.n_batch):
-                self._decode([(s, position) for position in range(i, min(i + self.llm.n_batch, end))])
+            for i in range(first, end, size):
+                self._session.decode([(self._tokens[at], at, (s,)) for at in range(i, min(i + size, end))], "last")
 
-    def step(self, position: int) -> None:
-        """One token of every sequence."""
-        self._decode([(s, position) for s in range(self.parallel)])
+    def _steps(self, first: int, end: int) -> None:
+        """Tokens first .. end - 1 of all sequences together, one by one."""
+        for at in range(first, end):
+            self._session.decode([(self._tokens[at], at, (s,)) for s in range(self.parallel)])
+            self._session.wait()
 
     def fill(self, depth: int) -> None:
-        self.prompt(self.filled, depth)
-        self.filled = depth
-        self.wait()
-
-    def wait(self) -> None:
-        llama_cpp.llama_synchronize(self.ctx)
+        """Fills the cache up to a depth, of each sequence."""
+        self._prompt(self._filled, depth)
+        self._filled = depth
+        self._session.wait()
 
     def measure(self, n_prompt: int, n_decode: int) -> tuple[float, float]:
         """Prompt and decode tokens/s at the depth that is filled; the cache is left as it was."""
-        depth, decoded = self.filled, self.filled + n_prompt + UNTIMED
+        prompt = self._filled + n_prompt
+        decode = prompt + UNTIMED
         start = time.perf_counter()
-        self.prompt(depth, depth + n_prompt)
-        self.wait()
+        self._prompt(self._filled, prompt)
+        self._session.wait()
         middle = time.perf_counter()
-        for i in range(depth + n_prompt, decoded):
-            self.step(i)
-            self.wait()
+        self._steps(prompt, decode)
         begin = time.perf_counter()
-        for i in range(decoded, decoded + n_decode):
-            self.step(i)
-            self.wait()
+        self._steps(decode, decode + n_decode)
         end = time.perf_counter()
         for s in range(self.parallel):
-            llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.ctx), s, depth, -1)
+            self._session.remove(s, self._filled)
         return self.parallel * n_prompt / (middle - start), self.parallel * n_decode / (end - begin)
 
-    def cache_bytes(self, n_ctx: int) -> tuple[int, int]:
+    def cache_bytes(self) -> tuple[int, int]:
         """Bytes of the cache, and those that tokens take."""
-        info = self.llm.kv_cache_info()
-        allocated = int(info["bytes_allocated"])
-        return allocated, int(info["bytes_used"]) if self.llm.is_xquant else allocated * self.filled // n_ctx
+        info = self._cache.now(self._filled * self.parallel)
+        return int(info["bytes_allocated"]), int(info["bytes_used"])
 
 
 def bench(
@@ -163,8 +150,8 @@ def bench(
                 done("measure")
         for kv_type, runner, found in zip(kv_types, runners, runs, strict=True):
             prompt, decode = (statistics.median(run[i] for run in found) for i in (0, 1))
-            allocated, used = runner.cache_bytes(n_ctx)
+            allocated, used = runner.cache_bytes()
             rows.append(Row(kv_type, depth, prompt, decode, allocated, weights + used))
     for runner in runners:
-        runner.llm.close()
+        runner.close()
     return rows

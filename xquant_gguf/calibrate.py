@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from xquant_gguf import codec
 from xquant_gguf.allocate import Choice, allocate, spread
+from xquant_gguf.inspect import model_layers
 from xquant_gguf.metadata import Key, Provenance, plan_keys
 from xquant_gguf.plan import PAGE, Layer, Plan, Shape, Side, ValueMap, block_bytes, shortest
-from xquant_gguf.probe import Probe, Reading, Rows
-from xquant_gguf.sizes import model_layers
+from xquant_gguf.probe import Probe, Reading, Rows, check_layers
 
 TEXT = Path(__file__).parent / "data" / "calibration.txt"
 FIT_TOKENS = 2048
@@ -225,6 +225,7 @@ def calibrate(
 def unmeasured(model_path: str, budget: Budget, preset: str | None = None) -> Calibration:
     """A preset for a model, or else what data_free makes of the budget; no weights are loaded."""
     shapes, layers, n_layers = model_layers(str(model_path))
+    check_layers(model_path, layers)
     plan = Plan.from_preset(preset, len(layers)) if preset else data_free(shapes, budget)
     return Calibration(plan, layers, n_layers, shapes, Provenance(f"{_tool()} {preset or 'data-free'}"), {})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from xquant_gguf.llama import Llama, llama_cpp
+from xquant_gguf.divergence import Expected, Logits, log_sums
+from xquant_gguf.llama import Llama
 
 
 @dataclass
@@ -24,12 +24,12 @@ class Tally:
     agree: int = 0
     scored: int = 0
 
-    def add(self, reference: NDArray[np.float32], logp: NDArray[np.float32], targets: NDArray[np.int64]) -> None:
-        """reference, logp [positions, vocabulary]: log-probabilities of the F16 cache and of this one."""
-        rows = np.arange(len(targets))
-        self.nll.append(-logp[rows, targets].astype(np.float64))
-        self.kld.append(np.einsum("ij,ij->i", np.exp(reference), reference - logp, dtype=np.float64))
-        self.agree += int((reference.argmax(1) == logp.argmax(1)).sum())
+    def add(self, expected: Expected, logits: Logits, targets: NDArray[np.int64]) -> None:
+        """logits [position][vocabulary] of this type, for positions of which the F16 cache's are expected."""
+        sums = log_sums(logits)
+        self.nll.append(sums - logits[np.arange(len(targets)), targets])
+        self.kld.append(expected.kld(logits, sums))
+        self.agree += int((expected.best == logits.argmax(1)).sum())
         self.scored += len(targets)
 
     def result(self) -> dict[str, float]:
@@ -44,21 +44,16 @@ class Tally:
         }
 
 
-def log_probabilities(llm: Llama, tokens: Sequence[int], n_past: int) -> NDArray[np.float32]:
-    """Decodes tokens at positions n_past .. and gives log-probabilities [token, vocabulary]."""
-    llm._batch.set_batch(tokens, n_past, logits_all=True)
-    llm._ctx.decode(llm._batch)
-    n = len(tokens) * llm.n_vocab()
-    pointer = ctypes.cast(llama_cpp.llama_get_logits(llm._ctx.ctx), ctypes.POINTER(ctypes.c_float * n))
-    logits = np.frombuffer(pointer.contents, dtype=np.float32).reshape(len(tokens), -1).copy()
-    logits -= logits.max(1, keepdims=True)
-    logits -= np.log(np.exp(logits).sum(1, keepdims=True))
-    return logits
+def log_probabilities(llm: Llama, tokens: Sequence[int], n_past: int) -> Logits:
+    """Decodes tokens at positions n_past .. and gives log-probabilities [token][vocabulary]."""
+    logits = llm.session.answer(tokens, n_past)
+    return logits - log_sums(logits)[:, None].astype(np.float32)
 
 
 def load(model_path: str, kv: str, common: Mapping[str, Any]) -> Llama:
     """A model with a cache, flash attention on; kv: a kv_type, or a JSON file with a plan.  common: of Llama."""
-    return Llama(model_path, **{"kv_plan" if kv.endswith(".json") else "kv_type": kv}, flash_attn=True, **common)
+    options: dict[str, Any] = {**common, "kv_plan" if kv.endswith(".json") else "kv_type": kv}
+    return Llama(model_path, flash_attn=True, **options)
 
 
 def evaluate(
@@ -83,38 +78,38 @@ def evaluate(
     """
     common: dict[str, Any] = {"n_ctx": n_ctx, "n_batch": n_ubatch, "n_ubatch": n_ubatch, "verbose": False}
     common.update(n_threads=n_threads, n_threads_batch=n_threads, n_gpu_layers=n_gpu_layers)
-    reference = load(model_path, "f16", common)
-    models = {kv: reference if kv == "f16" else load(model_path, kv, common) for kv in kv_types}
-    n_ctx = n_ctx or reference.n_ctx()
-    tokens = reference.tokenize(text.encode(), special=False)[:n_tokens]
+    models = {kv: load(model_path, kv, common) for kv in dict.fromkeys(("f16", *kv_types))}
+    sessions = {kv: llm.session for kv, llm in models.items()}
+    n_ctx = n_ctx or models["f16"].n_ctx()
+    tokens = models["f16"].tokenize(text.encode(), special=False)[:n_tokens]
     if len(tokens) < n_tokens or min(n_tokens, n_ctx) <= skip + 1:
         raise ValueError(
             f"the text has {len(tokens)} tokens: {n_tokens} were asked for, and more than {skip + 1} needed"
         )
 
-    tallies = {kv: Tally() for kv in kv_types}
-    bar = tqdm(total=n_tokens * len({"f16", *kv_types}), unit="token", disable=not progress)
+    tallies = {kv: Tally() for kv in models}
+    bar = tqdm(total=n_tokens * len(models), unit="token", disable=not progress)
     for start in range(0, n_tokens, n_ctx):
         window = tokens[start : start + n_ctx]
-        for llm in (reference, *models.values()):
-            llm._ctx.kv_cache_clear()
+        for session in sessions.values():
+            session.clear()
         for first in range(0, len(window), n_ubatch):
             chunk = window[first : first + n_ubatch]
             # the last token of a window has no next one to be scored against
             low, high = max(skip - first, 0), min(len(chunk), len(window) - 1 - first)
             targets = np.array(window[first + low + 1 : first + high + 1], dtype=np.int64)
-            expected = log_probabilities(reference, chunk, first)
-            bar.update(len(chunk))
-            for kv, llm in models.items():
-                logp = expected if llm is reference else log_probabilities(llm, chunk, first)
-                bar.update(0 if llm is reference else len(chunk))
+            expected = None
+            for kv, session in sessions.items():
+                logits = session.answer(chunk, first)[low:high]
+                bar.update(len(chunk))
                 if low < high:
-                    tallies[kv].add(expected[low:high], logp[low:high], targets)
+                    expected = expected or Expected(logits)  # the first is the F16 cache
+                    tallies[kv].add(expected, logits, targets)
     bar.close()
 
     results = []
-    for kv, llm in models.items():
-        info = llm.kv_cache_info()
+    for kv in kv_types:
+        info = models[kv].kv_cache_info()
         bits = {name: info[name] for name in ("true_bits", "equivalent_bits")}
         results.append({"kv_type": kv, **tallies[kv].result(), **bits, "kv_bytes": info["bytes_allocated"]})
     settings = {"model": Path(model_path).name, "tokens": n_tokens, "n_ctx": n_ctx, "skip": skip, "n_ubatch": n_ubatch}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from cffi import FFI
@@ -16,21 +18,38 @@ from numpy.typing import NDArray
 
 from xquant_gguf import native
 from xquant_gguf.plan import Layer, Plan, Shape, side_from_c
+from xquant_gguf_hook import finder
 
-LLAMA_CPP_PYTHON = "0.3.36"
-GGML_TYPE_XQUANT = 43
+
+@dataclass(frozen=True)
+class Page:
+    """A page of a cache: its slot if it is open, or SEALED or FREE; cells in it; tokens written since its newest."""
+
+    state: int
+    n_cells: int
+    age: int
+
+    @property
+    def is_open(self) -> bool:
+        return self.state >= 0
+
+
+SEALED, FREE = -1, -2
+_BUILT_FROM = native.built_from()
+LLAMA_CPP_PYTHON: str = _BUILT_FROM["llama_cpp_python"]
+GGML_TYPE_XQUANT: int = _BUILT_FROM["ggml_type"]
 
 
 def use() -> None:
     """Makes `import llama_cpp` load the fork; ImportError if another library or version is in the way."""
-    ours = str(native.library_path("llama").parent)
-    if "llama_cpp" in sys.modules:
-        loaded = getattr(getattr(sys.modules["llama_cpp"], "llama_cpp", None), "_lib", None)
-        path = getattr(loaded, "_name", "unknown")
-        if os.path.dirname(os.path.abspath(path)) != os.path.abspath(ours):
+    ours = native.library_path("llama").parent
+    loaded = sys.modules.get("llama_cpp.llama_cpp")
+    if loaded is not None:
+        path = Path(loaded._lib._name)
+        if not (path.exists() and path.parent.samefile(ours)):
             raise ImportError(
-                f"llama_cpp was imported before xquant_gguf and uses {path}: import xquant_gguf first, so that it "
-                f"uses the fork in {ours}"
+                f"llama_cpp was imported before xquant_gguf and has loaded {path}, since {finder.reason}; xquant_gguf "
+                f"needs the libraries in {ours}: import xquant_gguf before anything that imports llama_cpp"
             )
     found = version("llama-cpp-python")
     if found != LLAMA_CPP_PYTHON:
@@ -38,16 +57,45 @@ def use() -> None:
             f"llama-cpp-python is {found}; the fork is built from {LLAMA_CPP_PYTHON}, whose bindings must match it "
             f"exactly: pip install llama-cpp-python=={LLAMA_CPP_PYTHON}"
         )
-    os.environ["LLAMA_CPP_LIB_PATH"] = os.environ["MTMD_CPP_LIB"] = ours
+    finder.insist(str(ours))
+
+
+GGML = """
+const char * ggml_type_name(int type);
+int64_t ggml_blck_size(int type);
+size_t ggml_type_size(int type);
+"""
+"""What we need of ggml.h beside the bindings of llama_cpp."""
 
 
 @lru_cache(maxsize=1)
 def load() -> tuple[FFI, Any]:
     """The cffi instance and libllama, the same library that llama_cpp has loaded."""
     ffi = FFI()
+    ffi.cdef(GGML)
     for header in ("xquant.h", "xquant_llama.h"):
         ffi.cdef(native.declarations(native.LIBRARY_DIR / header))
     return ffi, ffi.dlopen(str(native.library_path("llama")))
+
+
+class GgmlType(NamedTuple):
+    """A type of tensor: its number, and the values and bytes of a block."""
+
+    number: int
+    values: int
+    bytes: int
+
+
+def ggml_types() -> dict[str, GgmlType]:
+    """All types of ggml by name, ours the last; ImportError if its number is another one than we were told."""
+    ffi, lib = load()
+    found: dict[str, GgmlType] = {}
+    for i in range(GGML_TYPE_XQUANT + 1):
+        name = ffi.string(lib.ggml_type_name(i)).decode()
+        found[name] = GgmlType(i, int(lib.ggml_blck_size(i)), int(lib.ggml_type_size(i)))
+    if found.get("xquant") != GgmlType(GGML_TYPE_XQUANT, 0, 0):
+        raise ImportError(f"{native.library_path('llama')} has no cache type xquant of number {GGML_TYPE_XQUANT}")
+    return found
 
 
 def error() -> str:
@@ -75,19 +123,53 @@ def info(ctx: Any) -> dict[str, Any] | None:
 def shapes(ctx: Any) -> tuple[list[Shape], int]:
     """Shapes of all model layers (heads 0: no keys and values), and the bytes of the context's cache, of any type."""
     ffi, lib = load()
-    d, e, heads = (ffi.new("int32_t[1024]") for _ in range(3))
+    d, e, heads = (ffi.new("int32_t[XQ_MAX_LAYERS]") for _ in range(3))
     size = ffi.new("int64_t *")
     n = lib.xquant_llama_get_shapes(_context(ctx), d, e, heads, size)
     return [Shape(d[i], e[i], heads[i]) for i in range(max(n, 0))], int(size[0])
 
 
-def use_plan(model: Any, path: Path | None) -> None:
-    """Makes later contexts of a model follow the plan in a GGUF file; None: the default preset."""
+@contextmanager
+def plan_provider(give: Callable[[list[Shape]], bytes]) -> Iterator[None]:
+    """While it is open, XQuant caches made on this thread follow the plans that `give` returns, as GGUF blocks.
+
+    give: called with the shapes of all model layers (heads 0: not in the cache) when a cache is made; what it raises is
+    raised when the context closes.
+    """
     ffi, lib = load()
-    address = ctypes.cast(model, ctypes.c_void_p).value
-    name = ffi.NULL if path is None else ffi.new("char[]", os.fsencode(path))
-    if lib.xquant_llama_use_plan(ffi.cast("struct llama_model *", address), name) != 0:
-        raise ValueError(f"{path} is not a GGUF file with a plan")
+    blocks, errors = [], []
+
+    @ffi.callback("xquant_llama_plan_fn")  # type: ignore[untyped-decorator]
+    def asked(_: Any, n: int, d: Any, e: Any, heads: Any, block: Any, size: Any) -> int:
+        try:
+            blocks.append(ffi.from_buffer(give([Shape(d[i], e[i], heads[i]) for i in range(n)])))
+        except Exception as error:  # raised below: it cannot pass through C
+            errors.append(error)
+            return -1
+        block[0], size[0] = blocks[-1], len(blocks[-1])
+        return 1
+
+    lib.xquant_llama_set_plan_provider(asked, ffi.NULL)
+    try:
+        yield
+    except ValueError:
+        if not errors:
+            raise
+    finally:
+        lib.xquant_llama_set_plan_provider(ffi.NULL, ffi.NULL)
+    if errors:
+        raise errors[0]
+
+
+def pages(ctx: Any, stream: int = 0) -> list[Page]:
+    """The pages of a stream of a context's XQuant cache."""
+    ffi, lib = load()
+    n = lib.xquant_llama_get_pages(_context(ctx), stream, 0, ffi.NULL)
+    if n < 0:
+        raise ValueError(f"stream {stream}: the context has no XQuant cache with such a stream")
+    out = ffi.new("xquant_llama_page[]", max(n, 1))
+    lib.xquant_llama_get_pages(_context(ctx), stream, n, out)
+    return [Page(out[i].state, out[i].n_cells, out[i].age) for i in range(n)]
 
 
 def read_rows(ctx: Any, layer: int, name: str, head: int, n_cells: int, width: int) -> NDArray[np.float16]:
@@ -118,7 +200,7 @@ def layers(ctx: Any) -> tuple[list[Shape], list[int], int]:
 def plan(ctx: Any, preset: str) -> tuple[Plan, list[Shape], list[int]] | None:
     """Plan in force, shapes and model layer numbers of the layers in the XQuant cache; None if there is none."""
     ffi, lib = load()
-    c, arrays = ffi.new("xq_plan *"), [ffi.new("int32_t[1024]") for _ in range(3)]
+    c, arrays = ffi.new("xq_plan *"), [ffi.new("int32_t[XQ_MAX_LAYERS]") for _ in range(3)]
     if lib.xquant_llama_get_plan(_context(ctx), c, *arrays) != 0:
         return None
     d, e, heads = arrays

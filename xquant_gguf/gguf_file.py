@@ -19,7 +19,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
-_NUMBERS = {
+NUMBERS = {
     GGUFValueType.UINT8: "<u1",
     GGUFValueType.INT8: "<i1",
     GGUFValueType.UINT16: "<u2",
@@ -92,11 +92,11 @@ class GGUFFile:
             if entry.sub == GGUFValueType.STRING:
                 return [self._text() for _ in range(entry.count)]
             assert entry.sub is not None
-            kind = np.dtype(_NUMBERS[entry.sub])
+            kind = np.dtype(NUMBERS[entry.sub])
             return np.frombuffer(self._bytes, kind, entry.count, entry.at)
         if entry.type == GGUFValueType.STRING:
             return self._text()
-        return np.frombuffer(self._bytes, _NUMBERS[entry.type], 1, entry.at)[0].item()
+        return np.frombuffer(self._bytes, NUMBERS[entry.type], 1, entry.at)[0].item()
 
     def span(self, first: int, end: int) -> bytes:
         """Bytes of the file."""
@@ -145,7 +145,7 @@ class GGUFFile:
                 length = self._bounded(self._number("<Q"), 1, "bytes in a string")
                 self._at += length
         else:
-            size = np.dtype(_NUMBERS[element]).itemsize
+            size = np.dtype(NUMBERS[element]).itemsize
             self._at += size * self._bounded(count, size, f"numbers in {name}")
         if name in self.keys:
             raise self._bad(f"has the key {name} twice")

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import sys
 import warnings
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from xquant_gguf import fork, native
-from xquant_gguf.plan import MADE, Plan, named_preset, preset_names
-from xquant_gguf.sizes import LLAMA_TYPES, cache_info, llama_cpp, warning_of, xquant_overrides
+import llama_cpp
 
-_TYPE_NAMES = {number: name for name, (number, _) in LLAMA_TYPES.items()} | {fork.GGML_TYPE_XQUANT: "xquant"}
+from xquant_gguf import codec, fork, handover
+from xquant_gguf.arguments import LlamaOptions, check_names, check_numbers
+from xquant_gguf.inspect import CacheInfo
+from xquant_gguf.kv_types import LLAMA_TYPES, checked_kv_type, needs_flash_attention, number_of, warning_of
+from xquant_gguf.log import errors, refusal
+from xquant_gguf.plan import PlanSource
+from xquant_gguf.session import RefusedState, Session
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
 
 
 class Llama(llama_cpp.Llama):
-    """llama_cpp.Llama with kv_type and kv_plan; everything else is as it is there."""
+    """llama_cpp.Llama with kv_type and kv_plan; everything else is as it is there, but that unknown arguments and
+    states that do not fit are errors which leave everything as it was."""
+
+    _made = False
+    """Whether there is something to close."""
 
     def __init__(
         self,
         model_path: str,
         *,
         kv_type: str | None = None,
-        kv_plan: str | Path | Mapping[str, Any] | Plan | None = None,
-        **kwargs: Any,
+        kv_plan: PlanSource | None = None,
+        **options: Unpack[LlamaOptions],
     ) -> None:
         """Loads a GGUF model.
 
@@ -33,43 +42,49 @@ class Llama(llama_cpp.Llama):
         llama.cpp's own types (f16, q8_0, q4_0, ...); None: llama.cpp's default.  kv_plan: what each layer stores, as a
         Plan, a dictionary or a JSON file; implies XQuant.  Quantized caches turn flash attention on.
 
-        Raises ValueError if arguments contradict each other, or the model cannot have such a cache.
+        Raises TypeError if an argument is unknown, ValueError if arguments contradict each other, or the model cannot
+        have such a cache.
         """
-        self._stack = contextlib.ExitStack()  # llama_cpp closes it even if a check below raises
-        self._kv_type = checked_kv_type(kv_type, kv_plan, kwargs)
+        check_names(options)
+        check_numbers(options)
+        model_path = os.fspath(model_path)
+        self._kv_type = checked_kv_type(kv_type, kv_plan, options)
         self._kv_plan = kv_plan
-        self._given_overrides = kwargs.get("kv_overrides")
-        kwargs["verbose"] = verbose = kwargs.get("verbose", True)
-        if self._kv_type in LLAMA_TYPES:
-            kwargs["type_k"] = kwargs["type_v"] = LLAMA_TYPES[self._kv_type][0]
-            if LLAMA_TYPES[self._kv_type][1] < 16:
-                kwargs["flash_attn"] = True
-        elif self._kv_type is not None:
-            kwargs["type_k"] = kwargs["type_v"] = fork.GGML_TYPE_XQUANT
-            kwargs["flash_attn"] = True
-        with contextlib.ExitStack() as files:
-            if self.is_xquant:
-                given = kwargs.get("kv_overrides")
-                kwargs["kv_overrides"] = files.enter_context(
-                    xquant_overrides(model_path, str(self._kv_type), kv_plan, given)
-                )
-            try:
-                super().__init__(model_path, **kwargs)
-            except ValueError as error:
-                reason = fork.error() if self.is_xquant else ""
-                if reason:
-                    raise ValueError(f"{model_path} with kv_type {self._kv_type!r}: {reason}") from error
-                raise
+        if self._kv_type is not None:
+            options["type_k"] = options["type_v"] = number_of(self._kv_type)
+            if needs_flash_attention(self._kv_type):
+                options["flash_attn"] = True
+        with handover.following(self._kv_type, kv_plan):
+            self._load(model_path, options)
+        name = self._kv_type or "xquant"
+        self._cache = CacheInfo(self.ctx, name, (self.context_params.type_k, self.context_params.type_v))
         info = self.kv_cache_info()
-        if verbose:
+        if self.verbose:
             print(f"xquant_gguf: {info}", file=sys.stderr)
-        if self.is_xquant and (text := warning_of(info)):
+        if self.is_xquant and not options.get("vocab_only") and (text := warning_of(info)):
             warnings.warn(text, stacklevel=2)
+
+    def _load(self, model_path: str, options: LlamaOptions) -> None:
+        self._made = True
+        with errors() as said:
+            try:
+                super().__init__(model_path, **options)
+            except ValueError as error:
+                if said or (self.is_xquant and fork.error()):
+                    raise ValueError(f"{model_path} with kv_type {self._kv_type!r}: {refusal(said)}") from error
+                raise
 
     @property
     def is_xquant(self) -> bool:
         """Whether the cache is an XQuant one."""
         return self._kv_type is not None and self._kv_type not in LLAMA_TYPES
+
+    @property
+    def session(self) -> Session:
+        """The context, for what llama_cpp does not offer: sequences, logits, states; it stays Llama's own."""
+        if not self._made or self.ctx is None:
+            raise ValueError(f"{self.model_path} was closed")
+        return Session(self.model, self.ctx)
 
     def kv_cache_info(self) -> dict[str, Any]:
         """What the KV cache stores and how much memory it takes.
@@ -80,38 +95,56 @@ class Llama(llama_cpp.Llama):
         kernel set in force; expected_kld: the KL divergence from F16 that calibration measured.  For sliding-window
         models the F16 cache of the sliding layers is in the bytes, and in bytes_sliding.
         """
-        kv_type = self._kv_type or _TYPE_NAMES.get(self.context_params.type_k, "f16")
-        info = cache_info(self._ctx.ctx, kv_type)
-        return self._plain_info(kv_type) if info is None else {**info, "kernels": self.kernels()}
-
-    def _plain_info(self, kv_type: str) -> dict[str, Any]:
-        shapes, allocated = fork.shapes(self._ctx.ctx)
-        bits = LLAMA_TYPES[kv_type][1]
-        layers = [i for i, shape in enumerate(shapes) if shape.heads > 0]
-        return {
-            "preset": kv_type,
-            "layers": layers,
-            "k_bits": [bits for _ in layers],
-            "v_bits": [bits for _ in layers],
-            "equivalent_bits": bits,
-            "true_bits": bits,
-            "window": 0,
-            "bytes_allocated": allocated,
-            "bytes_used": allocated * min(self.n_tokens, self.n_ctx()) // max(self.n_ctx(), 1),
-            "bytes_sliding": 0,
-            "pages_open": 0,
-            "pages_sealed": 0,
-            "pages_free": 0,
-            "nonfinite": 0,
-            "expected_kld": None,
-            "kernels": "llama.cpp",
-        }
+        if self.ctx is None:
+            raise ValueError(f"{self.model_path} was closed")
+        return self._cache.now(self.n_tokens)
 
     @staticmethod
     def kernels() -> str:
         """Name of the kernel set in force."""
-        ffi, lib = native.load()
-        return str(ffi.string(lib.xq_kernels()).decode())
+        return codec.kernels()
+
+    # ---- what llama_cpp does, with errors that leave everything as it was ----
+
+    def save_state(self) -> llama_cpp.LlamaState:
+        """The context's state and what Llama knows of it; RuntimeError with llama.cpp's reason if it cannot be had."""
+        with errors() as said:
+            state = super().save_state()
+        if state.llama_state_size == 0:
+            raise RuntimeError(f"the state cannot be saved: {'; '.join(said) or 'llama.cpp does not say why'}")
+        return state
+
+    def load_state(self, state: llama_cpp.LlamaState) -> None:
+        """Puts a saved state back, also one of another n_ctx or n_batch.
+
+        RefusedState, a RuntimeError, says why a state does not fit; then the object is as it was before, or empty if
+        llama.cpp has emptied the cache.
+        """
+        n = int(state.n_tokens)
+        if n > len(self.input_ids):
+            raise RefusedState(f"the state was refused: it has {n} tokens, this context {len(self.input_ids)}")
+        session = self.session
+        length = session.length()
+        try:
+            session.load(state.llama_state[: state.llama_state_size])
+        except RefusedState as error:
+            if session.length() != length:
+                self.reset()
+            if self.verbose:  # llama_cpp's prompt caches do not tell of it
+                print(f"xquant_gguf: {error}", file=sys.stderr)
+            raise
+        self.input_ids[:n] = state.input_ids[:n]
+        self.n_tokens = n
+        self._requires_eval = True  # logits are not part of a state
+        self.set_seed(state.seed)
+        if self.scores.shape[1:] == state.scores.shape[1:]:
+            rows = min(n, len(self.scores), len(state.scores))
+            self.scores[:rows] = state.scores[:rows]
+
+    def close(self) -> None:
+        """Frees model and context."""
+        if self._made:
+            super().close()
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
@@ -119,42 +152,35 @@ class Llama(llama_cpp.Llama):
             del state["type_k"], state["type_v"]
             if self.is_xquant:
                 del state["flash_attn"]
-            state.update(kv_type=self._kv_type, kv_plan=self._kv_plan, kv_overrides=self._given_overrides)
+            state.update(kv_type=self._kv_type, kv_plan=self._kv_plan)
         return state
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str,
+        filename: str | None,
+        additional_files: list[str] | None = None,
+        local_dir: str | os.PathLike[str] | None = None,
+        local_dir_use_symlinks: bool | Literal["auto"] = "auto",
+        cache_dir: str | os.PathLike[str] | None = None,
+        *,
+        kv_type: str | None = None,
+        kv_plan: PlanSource | None = None,
+        **options: Unpack[LlamaOptions],
+    ) -> Self:
+        """Loads a model from the Hugging Face hub, with the package huggingface-hub.
 
-def checked_kv_type(kv_type: str | None, kv_plan: Any, kwargs: Mapping[str, Any]) -> str | None:
-    """The kv_type in force; ValueError if arguments (kwargs: the others of Llama) contradict each other."""
-    presets = preset_names()
-    if kv_type is not None and kv_type not in presets and kv_type not in LLAMA_TYPES:
-        raise ValueError(f"kv_type is {kv_type!r}, must be one of {', '.join((*presets, *LLAMA_TYPES))}")
-    if kv_plan is not None:
-        if kv_type in LLAMA_TYPES:
-            raise ValueError(f"kv_plan is given, but kv_type is {kv_type!r}: must be an XQuant preset or left out")
-        named = named_preset(kv_plan)
-        if (
-            kv_type is not None
-            and named is not None
-            and named != kv_type
-            and (named not in MADE or kv_type != "xquant")
-        ):
-            raise ValueError(f"kv_plan says preset {named!r}, but kv_type is {kv_type!r}: leave one of them out")
-        kv_type = kv_type or named or "xquant"
-        kv_type = "xquant" if kv_type in MADE else kv_type
-        if kv_type not in presets:
-            raise ValueError(f"kv_plan: preset is {kv_type!r}, must be one of {', '.join(presets)}")
-    if kv_type is None:
-        return None
-    for name in ("type_k", "type_v"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{name} is {kwargs[name]!r} beside kv_type {kv_type!r}: leave one of them out")
-    quantized = kv_type in presets or LLAMA_TYPES[kv_type][1] < 16
-    if quantized and kwargs.get("flash_attn") is False:
-        raise ValueError(f"flash_attn is False, but kv_type {kv_type!r} needs flash attention: leave it out")
-    named_keys = [key for key in kwargs.get("kv_overrides") or {} if key.startswith("xquant.")]
-    if kv_type in presets and named_keys:
-        raise ValueError(f"kv_overrides has {named_keys[0]!r} beside kv_type or kv_plan: leave one of them out")
-    return kv_type
+        filename: a name or pattern that one file in the repository has.  The rest is as in llama_cpp and in Llama.
+        """
+        check_names(options)  # before a download, not after it
+        check_numbers(options)
+        checked_kv_type(kv_type, kv_plan, options)
+        made: Self = super().from_pretrained(
+            repo_id, filename, additional_files, local_dir, local_dir_use_symlinks, cache_dir,
+            kv_type=kv_type, kv_plan=kv_plan, **options,
+        )  # fmt: skip
+        return made
 
 
-__all__ = ["LLAMA_TYPES", "Llama", "llama_cpp"]
+__all__ = ["LLAMA_TYPES", "Llama", "RefusedState", "llama_cpp"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import secrets
 import struct
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from gguf import GGUFValueType, GGUFWriter
+from gguf import GGUFValueType
 
-from xquant_gguf.gguf_file import MAGIC, GGUFFile
+from xquant_gguf.gguf_file import MAGIC, NUMBERS, GGUFFile
 from xquant_gguf.plan import Layer, Plan, Side, ValueMap, renumbered, shortest
 
 VERSION = 1
@@ -81,24 +80,30 @@ def plan_keys(
     return {PREFIX + name: key for name, key in keys.items()}
 
 
-def _write_keys(path: Path, keys: Mapping[str, Key]) -> None:
-    """A GGUF file of keys alone."""
-    writer = GGUFWriter(path, "xquant")
+def _string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _values(values: Sequence[Any], kind: GGUFValueType) -> bytes:
+    return b"".join(map(_string, values)) if kind == STRING else np.asarray(values, NUMBERS[kind]).tobytes()
+
+
+def packed(keys: Mapping[str, Key]) -> bytes:
+    """The bytes of keys as they stand in a GGUF file."""
+    out = []
     for name, key in keys.items():
-        writer.add_key_value(name, key.value, key.type, key.sub)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
+        out += [_string(name), struct.pack("<I", key.type)]
+        if key.sub is None:
+            out.append(_values([key.value], key.type))
+        else:
+            out += [struct.pack("<IQ", key.sub, len(key.value)), _values(key.value, key.sub)]
+    return b"".join(out)
 
 
-@contextmanager
-def plan_file(keys: Mapping[str, Key]) -> Iterator[Path]:
-    """A temporary GGUF file of keys, for the override xquant.plan_file and xquant_llama_use_plan."""
-    with tempfile.TemporaryDirectory(prefix="xq") as folder:
-        path = Path(folder) / "plan.gguf"
-        _write_keys(path, keys)
-        yield path
+def plan_block(keys: Mapping[str, Key]) -> bytes:
+    """A GGUF file of keys alone, in memory: what the fork is given as a plan."""
+    return struct.pack("<4sIQQ", MAGIC, 3, 0, len(keys)) + packed(keys)
 
 
 # ---- reading ----
@@ -270,19 +275,10 @@ def copy_with_keys(
             dst.write(struct.pack("<4sIQQ", MAGIC, file.version, file.n_tensors, len(kept) + len(keys)))
             for entry in kept:
                 _copy_bytes(src, dst, entry.start, entry.end, moved)
-            dst.write(_packed(keys))
+            dst.write(packed(keys))
             _copy_bytes(src, dst, *file.tensors, moved)
             dst.write(bytes(-dst.tell() % file.alignment))
             _copy_bytes(src, dst, file.data, source.stat().st_size, moved)
         for part, copy in zip(parts[1:], out[1:], strict=True):
             with part.open("rb") as src, copy.open("wb") as dst:
                 _copy_bytes(src, dst, 0, part.stat().st_size, moved)
-
-
-def _packed(keys: Mapping[str, Key]) -> bytes:
-    """The bytes of keys as they stand in a GGUF file."""
-    if not keys:
-        return b""
-    with plan_file(keys) as path:
-        file = GGUFFile(path)
-        return file.span(min(file.keys[name].start for name in keys), file.tensors[0])

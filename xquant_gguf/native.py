@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 from cffi import FFI
 
-LIBRARY_DIR = Path(__file__).parent / "lib"
+from xquant_gguf_hook import library_folder, library_folders
+
+LIBRARY_DIR = library_folder() or library_folders()[0]
 
 
 def declarations(header: Path) -> str:
@@ -24,7 +27,17 @@ def library_path(name: str) -> Path:
         path = LIBRARY_DIR / f"lib{name}{suffix}"
         if path.exists():
             return path
-    raise OSError(f"lib{name} is not in {LIBRARY_DIR}: build the package (`make`, or `pip install .`)")
+    searched = " or ".join(map(str, library_folders()))
+    raise OSError(f"lib{name} is not in {searched}: build the package (`make`, or `pip install .`)")
+
+
+def built_from() -> dict[str, Any]:
+    """What native/llama/version.json said when the libraries were built."""
+    path = LIBRARY_DIR / "version.json"
+    if not path.exists():
+        raise OSError(f"{path} is missing: build the package (`make`, or `pip install .`)")
+    pins: dict[str, Any] = json.loads(path.read_text())
+    return pins
 
 
 @lru_cache(maxsize=1)

@@ -16,8 +16,6 @@ import numpy as np
 
 from xquant_gguf import native
 
-FITS = ("paper", "minmax", "clip", "lloyd", "lsq")
-PARAMS = ("f16", "log8")
 PAGE = 128
 """Tokens of a page."""
 MADE = ("calibrated", "data-free")
@@ -67,11 +65,25 @@ class Shape:
     heads: int
 
 
+def _names(function: str) -> tuple[str, ...]:
+    ffi, lib = native.load()
+    names: str = ffi.string(getattr(lib, function)()).decode()
+    return tuple(names.split(","))
+
+
 def preset_names() -> tuple[str, ...]:
     """Names of the presets, each also a kv_type."""
-    ffi, lib = native.load()
-    names: str = ffi.string(lib.xq_plan_preset_names()).decode()
-    return tuple(names.split(","))
+    return _names("xq_plan_preset_names")
+
+
+def fit_names() -> tuple[str, ...]:
+    """What Side.fit may be, in the order of enum xq_fit."""
+    return _names("xq_fit_names")
+
+
+def param_names() -> tuple[str, ...]:
+    """What Side.param may be, in the order of enum xq_param."""
+    return _names("xq_param_names")
 
 
 def shortest(x: float) -> float:
@@ -82,15 +94,18 @@ def shortest(x: float) -> float:
 def side_from_c(c: Any, number: Callable[[int], int] = int) -> Side:
     """A Side from an xq_side; number: what to call the layers that it reads."""
     owner, source = (-1 if layer < 0 else number(layer) for layer in (c.owner, c.source))
-    return Side(c.bits, c.group, FITS[c.fit], PARAMS[c.param], bool(c.rotate), owner, shortest(c.eta), source)
+    fit, param = fit_names()[c.fit], param_names()[c.param]
+    return Side(c.bits, c.group, fit, param, bool(c.rotate), owner, shortest(c.eta), source)
 
 
 def side_to_c(c: Any, side: Side, where: str) -> None:
     """Fills an xq_side."""
-    for name, value, names in (("fit", side.fit, FITS), ("param", side.param, PARAMS)):
+    for name, names in (("fit", fit_names()), ("param", param_names())):
+        value = getattr(side, name)
         if value not in names:
             raise ValueError(f"{where}: {name} is {value!r}, must be one of {', '.join(names)}")
-    c.bits, c.group, c.fit, c.param = side.bits, side.group, FITS.index(side.fit), PARAMS.index(side.param)
+        setattr(c, name, names.index(value))
+    c.bits, c.group = side.bits, side.group
     c.rotate, c.owner, c.eta, c.source = int(side.rotate), side.owner, side.eta, side.source
 
 
@@ -109,6 +124,12 @@ def renumbered(layer: Layer, numbers: Sequence[int]) -> Layer:
         return i if i < 0 else numbers[i]
 
     return Layer(*(replace(s, owner=name(s.owner), source=name(s.source)) for s in (layer.k, layer.v)))
+
+
+def _checked(n: int) -> int:
+    if n < 0:
+        raise ValueError(native.error())
+    return n
 
 
 def block_bytes(layer: Layer, shape: Shape) -> int:
@@ -146,42 +167,56 @@ class Plan:
         layers = tuple(Layer(*(side_from_c(side) for side in (c.layers[i].k, c.layers[i].v))) for i in range(n_layers))
         return cls(name, layers, c.window, c.pinned)
 
-    def check(self, shapes: Sequence[Shape] | None = None) -> None:
-        """ValueError if a field is out of range or does not fit the shapes: names layer, field and what is allowed."""
-        ffi, lib = native.load()
-        c = ffi.new("xq_plan *")
+    def _c_plan(self) -> Any:
+        c = native.load()[0].new("xq_plan *")
         c.n_layers, c.window, c.pinned = len(self.layers), self.window, self.pinned
         for i, layer in enumerate(self.layers):
             c.layers[i] = _c_layer(layer, f"layer {i}")[0]
+        return c
+
+    def check(self, shapes: Sequence[Shape] | None = None) -> None:
+        """ValueError if a field is out of range or does not fit the shapes: names layer, field and what is allowed."""
+        ffi, lib = native.load()
+        c = self._c_plan()
         d = ffi.new("int32_t[]", [s.d for s in shapes]) if shapes else ffi.NULL
         e = ffi.new("int32_t[]", [s.e for s in shapes]) if shapes else ffi.NULL
         if lib.xq_plan_check(c, d, e) != 0:
             raise ValueError(native.error())
 
     def true_bits(self, shapes: Sequence[Shape]) -> float:
-        """Bits per value of a sealed page, everything in it counted: codes, scales, zeros and padding."""
+        """Bits per value of a sealed page, everything in it counted: codes, scales, zeros and padding.
+
+        16 if there are no layers: then all that is cached is F16.
+        """
+        if not self.layers:
+            return 16.0
         pairs = list(zip(self.layers, shapes, strict=True))
         stored = sum(8 * block_bytes(layer, s) * s.heads for layer, s in pairs)
         return stored / sum(PAGE * (s.d + s.e) * s.heads for _, s in pairs)
 
     def equivalent_bits(self) -> float:
-        """Bits of codes per value, averaged over K, V and layers; borrowed codes count 0 (arXiv 2510.11236)."""
+        """Bits of codes per value, averaged over K, V and layers; borrowed codes count 0 (arXiv 2510.11236).
+
+        16 if there are no layers.
+        """
+        if not self.layers:
+            return 16.0
         sides = [side for layer in self.layers for side in (layer.k, layer.v)]
         return sum(side.bits for side in sides if side.owner < 0) / len(sides)
 
     def slots(self, n_ctx: int, n_ubatch: int = 512, n_seq: int = 1) -> int:
-        """Pages that have room in F16: pinned, window, one micro-batch and one more; at most all of n_ctx."""
-        pages = -(-n_ctx // PAGE)
-        if self.window < 0:
-            return pages
-        return min(pages, self.pinned * n_seq + -(-self.window * n_seq // PAGE) + -(-n_ubatch // PAGE) + 1)
+        """Pages that have room in F16: pinned, window, one micro-batch and one more; at most all of n_ctx.
+
+        What sequences beyond the first add is at most an eighth of all.
+        """
+        return _checked(native.load()[1].xq_plan_slots(self._c_plan(), -(-n_ctx // PAGE), n_ubatch, n_seq))
 
     def cache_bytes(self, shapes: Sequence[Shape], n_ctx: int, n_ubatch: int = 512, n_seq: int = 1) -> int:
         """Bytes that a cache of n_ctx cells allocates: blocks and window slots (page tables, a few KiB, apart)."""
-        pages, slots = -(-n_ctx // PAGE), self.slots(n_ctx, n_ubatch, n_seq)
-        sealed = sum(block_bytes(layer, s) * s.heads for layer, s in zip(self.layers, shapes, strict=True))
-        rows = sum(2 * PAGE * (s.d + s.e) * s.heads for s in shapes)
-        return slots * rows + (pages * sealed if slots < pages else 0)
+        ffi, lib = native.load()
+        d, e, heads = (ffi.new("int32_t[]", [getattr(s, x) for s in shapes]) for x in ("d", "e", "heads"))
+        slots = self.slots(n_ctx, n_ubatch, n_seq)
+        return _checked(lib.xq_cache_bytes(self._c_plan(), d, e, heads, -(-n_ctx // PAGE), slots))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as a dictionary that Plan.load reads back."""
@@ -195,7 +230,7 @@ class Plan:
         return out
 
     @classmethod
-    def load(cls, source: str | Path | Mapping[str, Any] | Plan, n_layers: int, preset: str = "xquant") -> Plan:
+    def load(cls, source: PlanSource, n_layers: int, preset: str = "xquant") -> Plan:
         """A plan from a Plan, a dictionary or a JSON file; preset: where it starts from if it names none.
 
         {"preset": "xquant", "window": 128, "pinned": 1, "layers": {"0-3": {"k": {"bits": 4}}, "18": {...}}}: all keys
@@ -227,7 +262,11 @@ class Plan:
         return plan
 
 
-def named_preset(source: str | Path | Mapping[str, Any] | Plan) -> str | None:
+PlanSource = str | Path | Mapping[str, Any] | Plan
+"""What Llama's kv_plan takes."""
+
+
+def named_preset(source: PlanSource) -> str | None:
     """The preset that a plan, in any form that Plan.load takes, says it starts from; None if it names none."""
     if isinstance(source, Plan):
         return source.preset
@@ -288,6 +327,8 @@ def _layer_range(text: str, n_layers: int, where: str) -> Iterator[int]:
     if not first.isdecimal() or (last and not last.isdecimal()) or text.endswith("-"):
         raise ValueError(f"{where}: layers {text!r} must be a number or a range such as '0-3'")
     low, high = int(first), int(last or first)
+    if n_layers == 0:
+        raise ValueError(f"{where}: layers {text!r} cannot be: the model's cache has no layers to quantize")
     if low > high or high >= n_layers:
         raise ValueError(f"{where}: layers {text!r} must lie within 0 to {n_layers - 1}")
     return iter(range(low, high + 1))

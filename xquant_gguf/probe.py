@@ -6,62 +6,47 @@ the cells of what stands before it, whenever keys or values in these cells were 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xquant_gguf import fork
-from xquant_gguf.metadata import plan_file, plan_keys
+from xquant_gguf.divergence import Expected, Logits
 from xquant_gguf.plan import PAGE, Plan
-from xquant_gguf.sizes import llama_cpp, set_verbose
+from xquant_gguf.session import Model, Session
 
-Floats = NDArray[np.float32]
 Rows = NDArray[np.float16]  # [KV head][token][width]
 Where = tuple[int, str]  # layer of the cache, "k" or "v"
+
+
+def check_layers(model_path: str, layers: Sequence[int]) -> None:
+    """ValueError if an XQuant cache holds no layers of a model."""
+    if not layers:
+        raise ValueError(f"{model_path}: all layers slide, and sliding layers stay F16: there is nothing to choose")
 
 
 class Probe:
     """A loaded model; a context manager.  Everything runs on the CPU."""
 
     def __init__(self, model_path: str, n_threads: int | None = None) -> None:
-        self.model_path, self.n_threads = model_path, n_threads
-        set_verbose(False)
-        llama_cpp.llama_backend_init()
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = 0
-        self._no_devices = (ctypes.c_void_p * 1)()
-        params.devices = ctypes.addressof(self._no_devices)
-        self._model = llama_cpp.llama_model_load_from_file(model_path.encode(), params)
-        if not self._model:
-            raise ValueError(f"Failed to load model from file: {model_path}")
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self.n_vocab = llama_cpp.llama_vocab_n_tokens(self._vocab)
-        with self._context(None, 2 * PAGE, 2 * PAGE) as ctx:
-            self.shapes, self.layers, self.n_layers = fork.layers(ctx)
+        self._model = Model(model_path)
+        self._n_threads = n_threads
+        self.shapes, self.layers, self.n_layers = self._model.cache_layers
+        check_layers(model_path, self.layers)
         self._f16 = replace(Plan.from_preset("xquant", len(self.layers)), window=-1)
 
     def __enter__(self) -> Probe:
         return self
 
     def __exit__(self, *_: object) -> None:
-        llama_cpp.llama_model_free(self._model)
+        self._model.close()
 
     def tokenize(self, text: str) -> list[int]:
         """Tokens of a text, without special ones."""
-        raw = text.encode()
-        n = len(raw)
-        for _ in range(2):  # a negative answer is the room that it needs
-            out = (llama_cpp.llama_token * max(n, 1))()
-            n = llama_cpp.llama_tokenize(self._vocab, raw, len(raw), out, len(out), False, False)
-            if n >= 0:
-                return list(out[:n])
-            n = -n
-        raise ValueError(f"{self.model_path}: its vocabulary cannot tokenize the text")
+        return self._model.tokenize(text)
 
     @contextmanager
     def reading(
@@ -70,94 +55,57 @@ class Probe:
         """The first n_read tokens of a text in an F16 cache, and passages of `length` tokens that begin at starts."""
         passages = [list(enumerate(tokens[first : first + length], first)) for first in starts]
         n_scored = len(passages) * length
-        with self._context(self._f16, n_read + n_scored, max(n_scored, 2 * PAGE), len(passages) + 1) as ctx:
-            yield Reading(self, ctx, tokens[:n_read], passages)
+        size = n_read + n_scored, max(n_scored, 2 * PAGE), len(passages) + 1
+        with self._session(self._f16, *size) as session:
+            yield Reading(self, session, tokens[:n_read], passages)
 
     def kld(self, plan: Plan, tokens: Sequence[int], skip: int) -> NDArray[np.float64]:
         """KL divergences from the F16 cache under a plan, in micro-batches of a page; skip: first ones not scored."""
-        out: list[NDArray[np.float64]] = []
-        expected: list[Expected] = []
-        for followed in (self._f16, plan):
-            with self._context(followed, len(tokens), PAGE) as ctx:
-                for first in range(0, len(tokens), PAGE):
-                    page = [(0, i, tokens[i]) for i in range(first, min(first + PAGE, len(tokens)))]
-                    logits = self.decode(ctx, page, first >= skip)
-                    if logits is None:
-                        continue
-                    if followed is self._f16:
-                        expected.append(Expected(logits))
-                    else:
-                        out.append(expected[len(out)].kld(logits))
-        return np.concatenate(out)
+        scored = [first for first in range(0, len(tokens), PAGE) if first >= skip]
+        expected = [Expected(logits) for logits in self._pages(self._f16, tokens, scored)]
+        found = zip(expected, self._pages(plan, tokens, scored), strict=True)
+        return np.concatenate([right.kld(logits) for right, logits in found])
 
-    def decode(self, ctx: Any, items: Sequence[tuple[int, int, int]], wanted: bool) -> Floats | None:
-        """Decodes one micro-batch of (sequence, position, token); logits [token][vocabulary] of all of them, or None.
+    def _pages(self, plan: Plan, tokens: Sequence[int], scored: Sequence[int]) -> Iterator[Logits]:
+        """Logits of the pages of a text that begin at `scored`, one by one."""
+        with self._session(plan, len(tokens), PAGE) as session:
+            for first in range(0, len(tokens), PAGE):
+                page = tokens[first : first + PAGE]
+                rows = [(token, first + i, (0,)) for i, token in enumerate(page)]
+                session.decode(rows, "all" if first in scored else "none")
+                if first in scored:
+                    yield session.logits(len(rows))
 
-        They are valid until the next call.
-        """
-        batch = llama_cpp.llama_batch_init(len(items), 0, 1)
-        try:
-            batch.n_tokens = len(items)
-            for i, (sequence, position, token) in enumerate(items):
-                batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
-                batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
-            if llama_cpp.llama_decode(ctx, batch) != 0:
-                raise ValueError(f"{self.model_path}: llama.cpp could not decode {len(items)} tokens")
-        finally:
-            llama_cpp.llama_batch_free(batch)
-        if not wanted:
-            return None
-        pointer = ctypes.cast(llama_cpp.llama_get_logits(ctx), ctypes.POINTER(ctypes.c_float))
-        return np.ctypeslib.as_array(pointer, (len(items), self.n_vocab))
-
-    @contextmanager
-    def _context(self, plan: Plan | None, n_ctx: int, n_ubatch: int, n_seq: int = 1) -> Iterator[Any]:
-        """A context that follows a plan, or the default preset; its sequences share their cells."""
-        self._follow(plan)
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_ubatch, n_ubatch
-        params.n_seq_max, params.kv_unified, params.swa_full = n_seq, True, True
-        params.type_k = params.type_v = fork.GGML_TYPE_XQUANT
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        if self.n_threads:
-            params.n_threads = params.n_threads_batch = self.n_threads
-        ctx = llama_cpp.llama_init_from_model(self._model, params)
-        if not ctx:
-            raise ValueError(f"{self.model_path}: {fork.error() or 'llama.cpp cannot make a context'}")
-        try:
-            yield ctx
-        finally:
-            llama_cpp.llama_free(ctx)
-
-    def _follow(self, plan: Plan | None) -> None:
-        if plan is None:
-            fork.use_plan(self._model, None)
-            return
-        with plan_file(plan_keys(plan, self.layers, self.n_layers)) as path:
-            fork.use_plan(self._model, path)
+    def _session(self, plan: Plan, n_ctx: int, n_ubatch: int, n_seq: int = 1) -> Session:
+        """A context that follows a plan; its sequences share their cells."""
+        return self._model.session(
+            "xquant", n_ctx=n_ctx, n_ubatch=n_ubatch, n_seq=n_seq, n_threads=self._n_threads, swa_full=True, plan=plan
+        )
 
 
 class Reading:
     """A text in an F16 cache.  rows: its keys and values, as the cache stores them."""
 
     def __init__(
-        self, probe: Probe, ctx: Any, tokens: Sequence[int], passages: Sequence[Sequence[tuple[int, int]]]
+        self, probe: Probe, session: Session, tokens: Sequence[int], passages: Sequence[Sequence[tuple[int, int]]]
     ) -> None:
         """passages: (position, token) of those to be scored; each is a sequence of its own behind its first cells."""
-        self._probe, self._ctx, self._memory = probe, ctx, llama_cpp.llama_get_memory(ctx)
-        n_ubatch = llama_cpp.llama_n_ubatch(ctx)
-        for first in range(0, len(tokens), n_ubatch):
-            some = enumerate(tokens[first : first + n_ubatch], first)
-            probe.decode(ctx, [(0, position, token) for position, token in some], False)
+        self._probe, self._session = probe, session
+        for first in range(0, len(tokens), session.n_ubatch):
+            some = enumerate(tokens[first : first + session.n_ubatch], first)
+            session.decode([(token, position, (0,)) for position, token in some], "none")
         numbered = list(zip(probe.layers, probe.shapes, strict=True))
         self.rows: dict[Where, Rows] = {
-            (i, name): np.stack([fork.read_rows(ctx, layer, name, h, len(tokens), width) for h in range(shape.heads)])
+            (i, name): np.stack(
+                [fork.read_rows(session.ctx, layer, name, h, len(tokens), width) for h in range(shape.heads)]
+            )
             for i, (layer, shape) in enumerate(numbered)
             for name, width in (("k", shape.d), ("v", shape.e))
         }
-        self._passages = [[(s, *item) for item in passage] for s, passage in enumerate(passages, 1)]
-        for (sequence, first, _), *_ in self._passages:
-            llama_cpp.llama_memory_seq_cp(self._memory, 0, sequence, 0, first)
+        self._starts = {s: passage[0][0] for s, passage in enumerate(passages, 1)}
+        self._scored = [(token, at, (s,)) for s, passage in enumerate(passages, 1) for at, token in passage]
+        for sequence, first in self._starts.items():
+            session.copy(0, sequence, 0, first)
         self._expected = Expected(self._answer()) if passages else None
 
     def kld(self, changed: Mapping[Where, Rows]) -> NDArray[np.float64]:
@@ -172,37 +120,10 @@ class Reading:
     def _write(self, changed: Mapping[Where, Rows]) -> None:
         for (i, name), rows in changed.items():
             for h, head in enumerate(rows):
-                fork.write_rows(self._ctx, self._probe.layers[i], name, h, head)
+                fork.write_rows(self._session.ctx, self._probe.layers[i], name, h, head)
 
-    def _answer(self) -> Floats:
-        for (sequence, first, _), *_ in self._passages:
-            llama_cpp.llama_memory_seq_rm(self._memory, sequence, first, -1)
-        logits = self._probe.decode(self._ctx, [item for passage in self._passages for item in passage], True)
-        assert logits is not None
-        return logits
-
-
-class Expected:
-    """What the F16 cache answers, logits [token][vocabulary]; token by token, since vocabularies are large."""
-
-    def __init__(self, logits: Floats) -> None:
-        self._p = np.empty_like(logits)
-        self._entropy = np.empty(len(logits))
-        for i, x in enumerate(logits):
-            logp = x - _log_sum(x)
-            np.exp(logp, out=self._p[i])
-            self._entropy[i] = _dot(self._p[i], logp)
-
-    def kld(self, logits: Floats) -> NDArray[np.float64]:
-        """KL divergence of other logits, token by token."""
-        cross = [_dot(p, x) - _log_sum(x) for p, x in zip(self._p, logits, strict=True)]
-        return self._entropy - np.array(cross)
-
-
-def _dot(x: Floats, y: Floats) -> float:
-    return float(np.einsum("i,i->", x, y, dtype=np.float64))
-
-
-def _log_sum(x: Floats) -> float:
-    top = x.max()
-    return float(top) + float(np.log(np.exp(x - top).sum(dtype=np.float64)))
+    def _answer(self) -> Logits:
+        for sequence, first in self._starts.items():
+            self._session.remove(sequence, first)
+        self._session.decode(self._scored)
+        return self._session.logits(len(self._scored))

@@ -6,11 +6,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
-from unittest.mock import patch
 
+import llama_cpp
 import uvicorn
 import yaml
 from fastapi import Depends
@@ -20,10 +21,38 @@ from llama_cpp.server.model import LlamaProxy
 from llama_cpp.server.settings import ConfigFileSettings, ModelSettings, ServerSettings
 from pydantic import Field
 
-from xquant_gguf.llama import LLAMA_TYPES, Llama, llama_cpp
+from xquant_gguf.kv_types import LLAMA_TYPES
+from xquant_gguf.llama import Llama
 from xquant_gguf.plan import preset_names
 
 KV_TYPE = f"One of {', '.join((*preset_names(), *LLAMA_TYPES))} (default: xquant)."
+
+
+class Served(Llama):
+    """A Llama that always has a word on its cache ready, also while another thread decodes.
+
+    told: what kv_cache_info said of the whole cache, without its layers, after the last tokens.
+    """
+
+    def __init__(self, model_path: str, **options: Any) -> None:
+        super().__init__(model_path, **_known(options))
+        self._tell()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> Served:
+        return super().from_pretrained(*args, **_known(options))
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        super().eval(tokens)
+        self._tell()
+
+    def _tell(self) -> None:
+        self.told = {name: value for name, value in self.kv_cache_info().items() if not isinstance(value, list)}
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    """Without what llama_cpp's server hands to Llama although Llama does not know it."""
+    return {name: value for name, value in options.items() if name not in ("rpc_servers", "mul_mat_q")}
 
 
 class Model(ModelSettings):
@@ -37,14 +66,17 @@ class Model(ModelSettings):
         """What llama_cpp's server is to make instead of llama_cpp.Llama."""
         settings = self
 
-        class Configured(Llama):
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if settings.rpc_servers is not None:
+            raise ValueError(f"rpc_servers is {settings.rpc_servers!r}: llama_cpp does not know it, leave it out")
+
+        class Configured(Served):
+            def __init__(self, model_path: str, **options: Any) -> None:
                 if "flash_attn" not in settings.model_fields_set:
-                    del kwargs["flash_attn"]  # the server's default is no, which contradicts a quantized cache
+                    del options["flash_attn"]  # the server's default is no, which contradicts a quantized cache
                 kv_type = settings.kv_type
                 if kv_type is None and settings.kv_plan is None and settings.type_k is None and settings.type_v is None:
                     kv_type = "xquant"
-                super().__init__(*args, kv_type=kv_type, kv_plan=settings.kv_plan, **kwargs)
+                super().__init__(model_path, **{**options, "kv_type": kv_type, "kv_plan": settings.kv_plan})
 
         return Configured
 
@@ -56,19 +88,30 @@ class Config(ConfigFileSettings):
 
 
 class Proxy(LlamaProxy):
-    """Loads models when they are asked for, as llama_cpp's server does, with their KV caches."""
+    """Loads models when they are asked for, as llama_cpp's server does, with their KV caches.
 
-    @staticmethod
-    def load_llama_from_model_settings(settings: Model) -> Llama:
-        with patch.object(llama_cpp, "Llama", settings.llama()):
-            llama = LlamaProxy.load_llama_from_model_settings(settings)
-        print(f"xquant-gguf: {settings.model_alias}: {json.dumps(summary(llama))}", file=sys.stderr, flush=True)
+    current: the name of the model that was loaded last, and the model.
+    """
+
+    current: tuple[str, Served]
+
+    def load_llama_from_model_settings(self, settings: Model) -> Served:
+        with _in_place_of(llama_cpp, "Llama", settings.llama()):
+            llama: Served = LlamaProxy.load_llama_from_model_settings(settings)
+        self.current = settings.model_alias, llama
+        print(f"xquant-gguf: {settings.model_alias}: {json.dumps(llama.told)}", file=sys.stderr, flush=True)
         return llama
 
 
-def summary(llama: Llama) -> dict[str, Any]:
-    """What kv_cache_info says of the whole cache, without its layers."""
-    return {name: value for name, value in llama.kv_cache_info().items() if not isinstance(value, list)}
+@contextmanager
+def _in_place_of(module: Any, name: str, value: Any) -> Iterator[None]:
+    """A module's name stands for something else meanwhile: llama_cpp's server knows no other way to another Llama."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -108,11 +151,13 @@ def _underscores(word: str) -> str:
 
 def application(server_settings: ServerSettings, models: Sequence[Model]) -> Any:
     """llama_cpp's FastAPI application over our Llama; the first model is loaded at once."""
-    with patch.object(server, "LlamaProxy", Proxy):
+    proxy = Proxy(list(models))
+    with _in_place_of(server, "LlamaProxy", lambda models: proxy):
         app = server.create_app(server_settings=server_settings, model_settings=list(models))
 
-    async def kv_cache(llama_proxy: Any = Depends(server.get_llama_proxy)) -> dict[str, Any]:  # noqa: B008
-        return {"model": llama_proxy._current_model_alias, **summary(llama_proxy._current_model)}
+    async def kv_cache() -> dict[str, Any]:  # takes no lock: whoever waits for it ends the answer that streams now
+        model, llama = proxy.current
+        return {"model": model, **llama.told}
 
     secured = [Depends(server.authenticate)]
     app.add_api_route("/extras/kv_cache", kv_cache, summary="KV cache", tags=["Extras"], dependencies=secured)
@@ -124,8 +169,8 @@ def serve(argv: Sequence[str]) -> int:
     server_settings, models = settings_of(argv)
     uvicorn.run(
         application(server_settings, models),
-        host=os.getenv("HOST", server_settings.host),
-        port=int(os.getenv("PORT", server_settings.port)),
+        host=server_settings.host,  # options first, then $HOST: its settings read the environment themselves
+        port=server_settings.port,
         ssl_keyfile=server_settings.ssl_keyfile,
         ssl_certfile=server_settings.ssl_certfile,
     )

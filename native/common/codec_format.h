@@ -29,6 +29,10 @@ XQ_BOTH int units_of(int bits, int n_i) {
 XQ_BOTH int column_bytes(int bits, int n_i) {
     return 64 * (bits == 3 ? units_of(2, n_i) + units_of(1, n_i) : units_of(bits, n_i));
 }
+/* Bytes of a whole matrix of codes. */
+XQ_BOTH int64_t packed_bytes(int bits, int n_i, int n_j) {
+    return (int64_t)(n_j / 16) * column_bytes(bits, n_i);
+}
 /* Elements of a group; n: of the whole side. */
 XQ_BOTH int group_length(const xq_side &side, int n) {
     return side.group == 0 || side.group > n ? n : side.group;
@@ -36,6 +40,15 @@ XQ_BOTH int group_length(const xq_side &side, int n) {
 /* Parameters of one group: [2][n_i], or [n_i] without codes. */
 XQ_BOTH int parameter_bytes(const xq_side &side, int n_i) {
     return side.bits == 0 ? 2 * n_i : side.param == XQ_PARAM_F16 ? 4 * n_i : 2 * n_i;
+}
+/* Bytes of a page's codes, 0 where there are none of its own, and of its parameters, one group after the other. */
+XQ_BOTH int64_t page_codes_bytes(const xq_side &side, bool is_k, int width) {
+    const int n_i = is_k ? width : XQ_PAGE, n_j = is_k ? XQ_PAGE : width;
+    return side.bits == 0 || side.owner >= 0 ? 0 : packed_bytes(side.bits, n_i, n_j);
+}
+XQ_BOTH int64_t page_param_bytes(const xq_side &side, bool is_k, int width) {
+    const int n_i = is_k ? width : XQ_PAGE, n_j = is_k ? XQ_PAGE : width;
+    return (int64_t)(n_j / group_length(side, n_j)) * parameter_bytes(side, n_i);
 }
 /* Largest power of two that divides n: the length of a Hadamard block. */
 XQ_BOTH int hadamard_block(int n) {

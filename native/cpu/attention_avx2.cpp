@@ -1,6 +1,6 @@
 /* attention_avx2.cpp: attention for AVX2, FMA and F16C.  See attention_pages.h for the equations, attention_x86_open.h
  * for open pages, and attention_avx2_codes.h for the product with codes.  What its rounding costs is measured in
- * tests/test_attention.py.
+ * tests/kernels/test_attend.py.
  */
 #include "attention_avx2_codes.h"
 #include "attention_avx2_open.h"
@@ -8,9 +8,9 @@
 
 namespace xq {
 
-namespace avx2_attention {
+namespace {
 
-#include "attention_x86_sealed.h"
+#include "attention_sealed.h"
 
 struct avx2_set : open_pages, sealed_pages {
     static bool softmax(float *s, float scale, float softcap, const uint16_t *mask, float slope, float *max,
@@ -44,16 +44,16 @@ struct avx2_set : open_pages, sealed_pages {
             }
         }
         const __m256 total = _mm256_add_ps(totals[0], totals[1]);
-        *sum = (highest > *max ? *sum * std::exp(*max - highest) : *sum) + horizontal_sum(total);
+        *sum = (highest > *max ? *sum * expf(*max - highest) : *sum) + horizontal_sum(total);
         *max = highest;
         return true;
     }
 };
 
-} // namespace avx2_attention
+} // namespace
 
-void attend_avx2(const xq_attention &args) {
-    attend<avx2_attention::avx2_set>(args);
+void attend_avx2(const attention &args) {
+    attend<avx2_set>(args);
 }
 
 } // namespace xq

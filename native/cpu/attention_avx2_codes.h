@@ -10,11 +10,10 @@
 #include "attention_avx2_fold.h"
 #include "codec_format.h"
 
-#include <algorithm>
 #include <utility>
 
 namespace xq {
-namespace avx2_attention {
+namespace {
 
 /* Vectors a that share one pass over the codes: what the registers hold. */
 constexpr int max_vectors = 6;
@@ -58,10 +57,8 @@ template <int R> struct accumulators {
         const __m256i x = _mm256_set1_epi32(four);
         left = _mm256_add_epi16(left, _mm256_maddubs_epi16(codes_left, x));
         right = _mm256_add_epi16(right, _mm256_maddubs_epi16(codes_right, x));
-#if defined(__GNUC__)
         // one after the other: a compiler that adds up in a tree runs out of registers
         asm volatile("" : "+x"(left), "+x"(right));
-#endif
         rest.add(a + 1, i, codes_left, codes_right);
     }
     /* total [R][16] += the sums, in 32 bits */
@@ -101,7 +98,7 @@ static void multiply_vectors(int n_i, int n_j, const uint8_t *codes, lookahead a
         alignas(32) int32_t total[R * 16] = {};
         for (int u = 0; u < units;) {
             accumulators<R> sums;
-            for (const int end = std::min(u + units_a_flush, units); u < end; ++u) {
+            for (const int end = least(u + units_a_flush, units); u < end; ++u) {
                 ahead.lines(1);
                 add_unit<B>(sums, unit_t(codes, u, units), a, u * unit_t::rows,
                             std::make_integer_sequence<int, unit_t::groups>());
@@ -155,5 +152,5 @@ static inline void multiply(int bits, const parameters &p, int n_j, const uint8_
     }
 }
 
-} // namespace avx2_attention
+} // namespace
 } // namespace xq

@@ -9,7 +9,7 @@
 #include <cstring>
 
 namespace xq {
-namespace avx2_attention {
+namespace {
 
 struct vector {
     using type = __m256;
@@ -25,7 +25,7 @@ struct vector {
         const __m256i k =
             _mm256_sub_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)e)), _mm256_set1_epi32(161));
         const __m256 fraction =
-            _mm256_permutevar8x32_ps(_mm256_setr_ps(XQ_LOG8_STEPS), _mm256_and_si256(k, _mm256_set1_epi32(7)));
+            _mm256_permutevar8x32_ps(_mm256_loadu_ps(log8_steps), _mm256_and_si256(k, _mm256_set1_epi32(7)));
         const __m256i exponent = _mm256_slli_epi32(_mm256_srai_epi32(k, 3), 23);
         s = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(fraction), exponent));
         const __m256 eighths = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)q)));
@@ -83,5 +83,5 @@ static inline void fold(const parameters &p, const float *x, folded &out) {
     out.offset -= out.step * p.middle * horizontal_sum(_mm256_cvtepi32_ps(sum));
 }
 
-} // namespace avx2_attention
+} // namespace
 } // namespace xq

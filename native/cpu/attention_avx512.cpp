@@ -9,7 +9,7 @@ namespace xq {
 
 namespace {
 
-#include "attention_x86_sealed.h"
+#include "attention_sealed.h"
 
 struct avx512_set : open_pages, sealed_pages {
     static bool softmax(float *s, float scale, float softcap, const uint16_t *mask, float slope, float *max,
@@ -45,7 +45,7 @@ struct avx512_set : open_pages, sealed_pages {
             _mm512_store_ps(s + 16 * i, p);
             total = _mm512_add_ps(total, p);
         }
-        *sum = (highest > *max ? *sum * std::exp(*max - highest) : *sum) + _mm512_reduce_add_ps(total);
+        *sum = (highest > *max ? *sum * expf(*max - highest) : *sum) + _mm512_reduce_add_ps(total);
         *max = highest;
         return true;
     }
@@ -65,7 +65,7 @@ struct avx512_set : open_pages, sealed_pages {
 
 } // namespace
 
-void attend_avx512(const xq_attention &args) {
+void attend_avx512(const attention &args) {
     attend<avx512_set>(args);
 }
 

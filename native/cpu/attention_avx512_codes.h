@@ -12,7 +12,6 @@
 #include "vec_avx2.h"
 #include "vec_avx512.h"
 
-#include <algorithm>
 #include <cstring>
 #include <immintrin.h>
 
@@ -36,7 +35,7 @@ struct vector {
     static void load_log8(const uint8_t *e, const uint8_t *q, type &s, type &c) {
         const __m512i k =
             _mm512_sub_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)e)), _mm512_set1_epi32(161));
-        const __m512 steps = _mm512_castps256_ps512(_mm256_setr_ps(XQ_LOG8_STEPS));
+        const __m512 steps = _mm512_castps256_ps512(_mm256_loadu_ps(log8_steps));
         const __m512 fraction = _mm512_permutexvar_ps(_mm512_and_si512(k, _mm512_set1_epi32(7)), steps);
         const __m512i exponent = _mm512_slli_epi32(_mm512_srai_epi32(k, 3), 23);
         s = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(fraction), exponent));

@@ -1,11 +1,11 @@
-/* attention_neon.h: attention for NEON, compiled once per kernel set: neon, neon_dotprod, neon_i8mm (XQ_SET).  See
- * attention_pages.h for the equations.
+/* attention_neon.h: attention for NEON, compiled once per kernel set: neon, neon-dotprod (XQ_NEON_DOTPROD) and
+ * neon-i8mm (XQ_NEON_I8MM as well).  See attention_pages.h for the equations.
  *
  * Open pages: exact in single precision; F16 is converted in registers.
  *
  * Sealed pages: a[i] = q_i s_i (or p_i s_i) is rounded to 8 bits with one scale a row and group, and multiplied with
  * the codes in whole numbers: the three sets differ in the instruction for that alone and give the same bits.  What
- * the rounding costs is measured in tests/test_attention.py; the codes are centred first, which keeps it small:
+ * the rounding costs is measured in tests/kernels/test_attend.py; the codes are centred first, which keeps it small:
  *
  *     sum_i a_i c_ij = step * (sum_i a8_i c_ij - middle * sum_i a8_i) + middle * sum_i a_i
  */
@@ -13,7 +13,7 @@
 #include "attention_pages.h"
 
 namespace xq {
-namespace XQ_SET {
+namespace {
 
 /* ---- open pages ---- */
 
@@ -71,7 +71,9 @@ static inline void add_rows(int e, const float *const *p, const uint16_t *v, con
     }
 }
 
-struct neon_set {
+#include "attention_sealed.h"
+
+struct neon_set : sealed_pages {
     static void open_scores(int d, int n, const float *const *q, const uint16_t *k, float *const *scores) {
         by_rows(n, [&](auto rows, int row) { dot_rows<rows>(d, q + row, k, scores + row); });
     }
@@ -93,25 +95,6 @@ struct neon_set {
             }
         }
         by_rows(n, [&](auto rows, int row) { add_rows<rows>(e, p + row, v, seen, n_seen, out + row); });
-    }
-
-    static void sealed_scores(const xq_attention &a, int page, int n, const float *const *q, float *const *scores) {
-        const uint8_t *param = a.k_param + page * a.k_param_stride, *block = a.k_codes + page * a.k_codes_stride;
-        const int64_t column = column_bytes(a.k_code_bits, a.d);
-        for (int t0 = 0; t0 < XQ_PAGE; t0 += a.k.group, param += parameter_bytes(a.k, a.d)) {
-            multiply(a.k.bits, parameters(a.k, a.d, param, a.k_param_stride), a.k.group, block + t0 / 16 * column, n, q,
-                     t0, scores, true);
-        }
-    }
-
-    static void sealed_values(const xq_attention &a, int page, int n, const float *const *p, float *const *out) {
-        const uint8_t *param = a.v_param + page * a.v_param_stride, *block = a.v_codes + page * a.v_codes_stride;
-        const int group = group_length(a.v, a.e);
-        const int64_t column = column_bytes(a.v_code_bits, XQ_PAGE);
-        for (int j0 = 0; j0 < a.e; j0 += group, param += parameter_bytes(a.v, XQ_PAGE)) {
-            multiply(a.v.bits, parameters(a.v, XQ_PAGE, param, a.v_param_stride), group, block + j0 / 16 * column, n, p,
-                     j0, out, false);
-        }
     }
 
     static bool softmax(float *s, float scale, float softcap, const uint16_t *mask, float slope, float *max,
@@ -140,11 +123,11 @@ struct neon_set {
             vst1q_f32(s + t, p);
             total = vaddq_f32(total, p);
         }
-        *sum = (highest > *max ? *sum * std::exp(*max - highest) : *sum) + vaddvq_f32(total);
+        *sum = (highest > *max ? *sum * expf(*max - highest) : *sum) + vaddvq_f32(total);
         *max = highest;
         return true;
     }
 };
 
-} // namespace XQ_SET
+} // namespace
 } // namespace xq

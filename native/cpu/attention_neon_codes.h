@@ -10,10 +10,8 @@
 #include "attention_neon_fold.h"
 #include "codec_format.h"
 
-#include <algorithm>
-
 namespace xq {
-namespace XQ_SET {
+namespace {
 
 /* Rows of a step, in sixteens: as many as one unit of the narrowest part holds, or two units of four bits.  The last
  * step may read past the rows into the part that follows in the same 16 columns; a is 0 there. */
@@ -69,12 +67,12 @@ static void multiply_vectors(int n_i, int n_j, const uint8_t *block, const folde
     const int64_t column = column_bytes(B, n_i);
     const int8_t *a[max_vectors];
     for (int r = 0; r < max_vectors; ++r) {
-        a[r] = f[std::min(r, R - 1)].a;
+        a[r] = f[least(r, R - 1)].a;
     }
     for (int j = 0; j < n_j; j += 16, block += column) {
         sums<R> s;
         for (int step = 0; step < steps;) {
-            for (const int end = std::min(step + std::min(steps_a_settle, steps), steps); step < end; ++step) {
+            for (const int end = least(step + least(steps_a_settle, steps), steps); step < end; ++step) {
                 add_rows16<B, 0, R>(s, block, step, units, a);
                 if constexpr (sixteens<B> == 2) {
                     add_rows16<B, 1, R>(s, block, step, units, a);
@@ -108,13 +106,13 @@ template <int B> static multiply_function multiply_for(int n_vectors) {
 }
 
 /* y[row][j] (+)= sum_i x[row][i] (zero_i + scale_i c[i][j]) for n rows and n_j columns, j from j0.  bits 0: no codes.
- */
-static inline void multiply(int bits, const parameters &p, int n_j, const uint8_t *block, int n, const float *const *x,
-                            int j0, float *const *y, bool overwrite) {
+ * Where the codes of the next page lie is not looked at: what helps on real CPUs was not measured. */
+static inline void multiply(int bits, const parameters &p, int n_j, const uint8_t *block, int64_t, int n,
+                            const float *const *x, int j0, float *const *y, bool overwrite) {
     folded f[max_vectors];
     float *out[max_vectors];
     for (int row = 0; row < n; row += max_vectors) {
-        const int n_vectors = std::min(max_vectors, n - row);
+        const int n_vectors = least(max_vectors, n - row);
         for (int r = 0; r < n_vectors; ++r) {
             fold(p, x[row + r], f[r]);
             out[r] = y[row + r] + j0;
@@ -127,5 +125,5 @@ static inline void multiply(int bits, const parameters &p, int n_j, const uint8_
     }
 }
 
-} // namespace XQ_SET
+} // namespace
 } // namespace xq

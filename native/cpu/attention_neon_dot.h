@@ -16,7 +16,7 @@
 #include <arm_neon.h>
 
 namespace xq {
-namespace XQ_SET {
+namespace {
 
 struct codes {
     int8x16_t group[4]; /* [4 columns][4 rows] each */
@@ -136,5 +136,5 @@ template <> struct sums<3> : pair_sums<4> {};
 
 #endif
 
-} // namespace XQ_SET
+} // namespace
 } // namespace xq

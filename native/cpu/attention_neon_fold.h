@@ -9,7 +9,7 @@
 #include <cstring>
 
 namespace xq {
-namespace XQ_SET {
+namespace {
 
 struct vector {
     using type = float32x4_t;
@@ -22,9 +22,8 @@ struct vector {
 
     /* 2^((e - 161) / 8), and q / 8 times that. */
     static void load_log8(const uint8_t *e, const uint8_t *q, type &s, type &c) {
-        static const float steps[8] = {XQ_LOG8_STEPS};
         const uint8x16x2_t table = {
-            {vreinterpretq_u8_f32(vld1q_f32(steps)), vreinterpretq_u8_f32(vld1q_f32(steps + 4))}};
+            {vreinterpretq_u8_f32(vld1q_f32(log8_steps)), vreinterpretq_u8_f32(vld1q_f32(log8_steps + 4))}};
         const int32x4_t k =
             vsubq_s32(vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(four(e))))), vdupq_n_s32(161));
         const uint32x4_t index = vandq_u32(vreinterpretq_u32_s32(k), vdupq_n_u32(7)); // of four bytes
@@ -83,5 +82,5 @@ static inline void fold(const parameters &p, const float *x, folded &out) {
     out.offset -= out.step * p.middle * (float)vaddvq_s32(sum);
 }
 
-} // namespace XQ_SET
+} // namespace
 } // namespace xq

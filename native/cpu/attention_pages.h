@@ -11,48 +11,43 @@
  * so that one primitive serves both, y[j] += sum_i a[i] c[i][j].
  *
  * A masked token takes no part, whatever lies in its cell: its score is replaced, not added to, and its p is 0.
+ *
+ * Scratch lies on the stack: 80 KiB at most.
  */
 #pragma once
 
 #include "codec_format.h"
 #include "half.h"
+#include "inline.h"
 #include "kernels.h"
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
 
 namespace xq {
+namespace {
 
-/* Rows that share one pass over a page; their scores lie on the stack. */
-constexpr int block_rows = 64;
-
-/* Where the state of a row lies in partial: maximum, sum of p, then the sums of p v [e]. */
+/* Where the state of a row lies: maximum, sum of p, then the sums of p v [e]. */
 struct row_state {
     float *max, *sum, *sealed, *open, *source;
-    row_state(float *partial, int e)
-        : max(partial), sum(partial + 1), sealed(partial + 2), open(sealed + e), source(open + e) {}
+    row_state(float *state, int e)
+        : max(state), sum(state + 1), sealed(state + 2), open(sealed + e), source(open + e) {}
 };
 /* Numbers of the sums of a row: sealed, open and, if mapped, source. */
-static inline int n_sums(const xq_attention &a) {
-    return (a.mapped ? 3 : 2) * a.e;
+inline int n_sums(const attention &a) {
+    return (a.mapped ? 3 : 2) * a.v.width;
 }
-/* The same pages with the values of the layer that a map reads. */
-static inline xq_attention source_of(const xq_attention &a) {
-    xq_attention b = a;
-    b.v = a.source;
-    b.v_code_bits = a.source.bits;
-    b.v_codes = a.source_codes;
-    b.v_param = a.source_param;
-    b.v_codes_stride = a.source_codes_stride;
-    b.v_param_stride = a.source_param_stride;
-    return b;
+
+inline void fill(float *x, int n, float value) {
+    for (int i = 0; i < n; ++i) {
+        x[i] = value;
+    }
 }
 
 enum mask_kind { mask_none, mask_zero, mask_mixed }; /* nothing visible; all visible, nothing to add; else */
 
-static inline mask_kind kind_of(const uint16_t *mask /* [XQ_PAGE] */) {
+inline mask_kind kind_of(const uint16_t *mask /* [XQ_PAGE] */) {
     uint64_t first, any_other = 0;
     memcpy(&first, mask, 8);
     for (int t = 0; t < XQ_PAGE; t += 4) {
@@ -67,7 +62,7 @@ static inline mask_kind kind_of(const uint16_t *mask /* [XQ_PAGE] */) {
 }
 
 /* Calls f<R>(first row) over n rows, four at a time while there are four. */
-template <typename F> static inline void by_rows(int n, const F &f) {
+template <typename F> inline void by_rows(int n, const F &f) {
     int row = 0;
     for (; row + 4 <= n; row += 4) {
         f(std::integral_constant<int, 4>(), row);
@@ -81,89 +76,92 @@ template <typename F> static inline void by_rows(int n, const F &f) {
     }
 }
 
-template <typename Set> void attend_block(const xq_attention &a, int first, int n_rows) {
-    alignas(64) float scores[block_rows][XQ_PAGE];
-    const float *q[block_rows];
-    float *p[block_rows], *sums[block_rows], *source_sums[block_rows];
-    int rows[block_rows];
-    const xq_attention source = source_of(a);
+/* Rows that see something of a page. */
+struct seen_rows {
+    int n = 0;
+    int row[XQ_CPU_GROUP_ROWS];
+    mask_kind kind[XQ_CPU_GROUP_ROWS];
 
-    for (int page = a.page_begin; page < a.page_end; ++page) {
-        const int32_t slot = a.page_slot[page];
-        if (slot == -2) {
-            continue;
-        }
-        mask_kind kinds[block_rows];
-        int n = 0; // rows that see something of this page
-        for (int row = first; row < first + n_rows; ++row) {
+    seen_rows(const attention &a, int page) {
+        for (int r = 0; r < a.n_rows; ++r) {
             // the rows of one token share its mask
-            const bool same = n > 0 && a.mask && a.mask[row] == a.mask[rows[n - 1]];
-            const mask_kind kind = same     ? kinds[n - 1]
-                                   : a.mask ? kind_of(a.mask[row] + (int64_t)page * XQ_PAGE)
-                                            : mask_zero;
-            if (kind == mask_none) {
-                continue;
-            }
-            kinds[n] = kind;
-            rows[n] = row;
-            q[n] = a.q[row];
-            p[n] = scores[n];
-            n++;
-        }
-        if (n == 0) {
-            continue;
-        }
-
-        const bool open = slot >= 0;
-        if (open) {
-            Set::open_scores(a.d, n, q, a.k_window + (int64_t)slot * XQ_PAGE * a.d, p);
-        } else {
-            Set::sealed_scores(a, page, n, q, p);
-        }
-        int kept = 0; // rows with a finite score
-        for (int i = 0; i < n; ++i) {
-            const int row = rows[i];
-            row_state state(a.partial[row], a.e);
-            const uint16_t *mask = kinds[i] == mask_zero ? nullptr : a.mask[row] + (int64_t)page * XQ_PAGE;
-            const float before = *state.max;
-            if (!Set::softmax(p[i], a.scale, a.softcap, mask, a.slope ? a.slope[row] : 1.0f, state.max, state.sum)) {
-                continue;
-            }
-            if (*state.max != before) {
-                const float factor = std::exp(before - *state.max);
-                for (int j = 0; j < n_sums(a); ++j) {
-                    state.sealed[j] *= factor;
-                }
-            }
-            sums[kept] = open ? state.open : state.sealed;
-            source_sums[kept] = state.source;
-            p[kept] = p[i];
-            kept++;
-        }
-        if (kept == 0) {
-            continue;
-        }
-        if (open) {
-            Set::open_values(a.e, kept, p, a.v_window + (int64_t)slot * XQ_PAGE * a.e, sums);
-        } else {
-            Set::sealed_values(a, page, kept, p, sums);
-            if (a.mapped) {
-                Set::sealed_values(source, page, kept, p, source_sums);
+            const bool same = n > 0 && a.mask && a.mask[r] == a.mask[row[n - 1]];
+            const mask_kind of = same ? kind[n - 1] : a.mask ? kind_of(a.mask[r] + (int64_t)page * XQ_PAGE) : mask_zero;
+            if (of != mask_none) {
+                row[n] = r;
+                kind[n++] = of;
             }
         }
     }
+};
+
+/* One page, for the rows that see something of it.  In line: it saves a twentieth over open pages. */
+template <typename Set> XQ_INLINE void attend_page(const attention &a, int page) {
+    alignas(64) float scores[XQ_CPU_GROUP_ROWS][XQ_PAGE];
+    const float *q[XQ_CPU_GROUP_ROWS];
+    float *p[XQ_CPU_GROUP_ROWS], *sums[XQ_CPU_GROUP_ROWS], *source_sums[XQ_CPU_GROUP_ROWS];
+    const int32_t slot = a.page_slot[page];
+    const seen_rows seen(a, page);
+    if (seen.n == 0) {
+        return;
+    }
+    for (int i = 0; i < seen.n; ++i) {
+        q[i] = a.q[seen.row[i]];
+        p[i] = scores[i];
+    }
+    const bool open = slot >= 0;
+    if (open) {
+        Set::open_scores(a.k.width, seen.n, q, slot_rows(a.k, slot), p);
+    } else {
+        Set::sealed_scores(a.k, page, seen.n, q, p);
+    }
+    int kept = 0; // rows with a finite score
+    for (int i = 0; i < seen.n; ++i) {
+        const int row = seen.row[i];
+        const row_state state(a.states[row], a.v.width);
+        const uint16_t *mask = seen.kind[i] == mask_zero ? nullptr : a.mask[row] + (int64_t)page * XQ_PAGE;
+        const float before = *state.max;
+        if (!Set::softmax(p[i], a.scale, a.softcap, mask, a.slope ? a.slope[row] : 1.0f, state.max, state.sum)) {
+            continue;
+        }
+        if (*state.max != before) {
+            const float factor = expf(before - *state.max);
+            for (int j = 0; j < n_sums(a); ++j) {
+                state.sealed[j] *= factor;
+            }
+        }
+        sums[kept] = open ? state.open : state.sealed;
+        source_sums[kept] = state.source;
+        p[kept] = p[i];
+        kept++;
+    }
+    if (kept == 0) {
+        return;
+    }
+    if (open) {
+        Set::open_values(a.v.width, kept, p, slot_rows(a.v, slot), sums);
+        return;
+    }
+    Set::sealed_values(a.v, page, kept, p, sums);
+    if (a.mapped) {
+        Set::sealed_values(a.source, page, kept, p, source_sums);
+    }
 }
 
-template <typename Set> void attend(const xq_attention &a) {
+/* Writes, per row, the state of an online softmax over the pages.  A row that sees no cell: -inf, 0, zeros. */
+template <typename Set> void attend(const attention &a) {
     for (int row = 0; row < a.n_rows; ++row) {
-        const row_state state(a.partial[row], a.e);
-        std::fill(state.sealed, state.sealed + n_sums(a), 0.0f);
+        const row_state state(a.states[row], a.v.width);
+        fill(state.sealed, n_sums(a), 0.0f);
         *state.max = -INFINITY;
         *state.sum = 0.0f;
     }
-    for (int first = 0; first < a.n_rows; first += block_rows) {
-        attend_block<Set>(a, first, std::min(block_rows, a.n_rows - first));
+    for (int page = a.page_begin; page < a.page_end; ++page) {
+        if (a.page_slot[page] != XQ_SLOT_NONE) {
+            attend_page<Set>(a, page);
+        }
     }
 }
 
+} // namespace
 } // namespace xq

@@ -9,17 +9,15 @@
  */
 #pragma once
 
-#include "xquant.h"
+#include "codec_format.h"
 
 #include <cstdint>
 
 namespace xq {
+namespace {
 
 /* Numbers i: channels of a key or tokens of a page. */
 constexpr int max_i = XQ_MAX_HEAD_DIM;
-
-/* 2^(i / 8): what the lowest three bits of a LOG8 scale say. */
-#define XQ_LOG8_STEPS 1.0f, 1.09050775f, 1.18920708f, 1.29683959f, 1.41421354f, 1.54221082f, 1.68179286f, 1.83400810f
 
 /* Scale and centre of n numbers that share them along the other axis: read once a page, used for every row.
  *
@@ -33,7 +31,7 @@ template <typename Vector> struct parameters_of {
     /* The same parameters of the next page lie `ahead` bytes on. */
     parameters_of(const xq_side &side, int count, const uint8_t *param, int64_t ahead)
         : n(count), middle((float)((1 << side.bits) - 1) * 0.5f) {
-        const int bytes = side.bits == 0 || side.param != XQ_PARAM_F16 ? 2 * n : 4 * n;
+        const int bytes = parameter_bytes(side, n);
         for (int i = 0; i < bytes; i += 64) {
             Vector::prefetch(param + ahead + i);
         }
@@ -53,4 +51,5 @@ template <typename Vector> struct parameters_of {
     }
 };
 
+} // namespace
 } // namespace xq

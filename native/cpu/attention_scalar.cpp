@@ -17,7 +17,7 @@ void load_parameters(const xq_side &side, int n, const uint8_t *param, float *sc
             scale[i] = half_to_float(h[i]);
             zero[i] = half_to_float(h[n + i]);
         } else {
-            scale[i] = std::exp2((float)((int)param[i] - 161) / 8.0f);
+            scale[i] = exp2f((float)((int)param[i] - 161) / 8.0f);
             const float centre = (float)(int8_t)param[n + i] * scale[i] / 8.0f;
             zero[i] = centre - scale[i] * (float)((1 << side.bits) - 1) / 2.0f;
         }
@@ -72,32 +72,33 @@ struct scalar_set {
         }
     }
 
-    static void sealed_scores(const xq_attention &a, int page, int n, const float *const *q, float *const *scores) {
-        const uint8_t *param = a.k_param + page * a.k_param_stride, *codes = a.k_codes + page * a.k_codes_stride;
+    static void sealed_scores(const side_view &k, int page, int n, const float *const *q, float *const *scores) {
+        const uint8_t *param = page_param(k, page), *codes = page_codes(k, page);
+        const int d = k.width, group = k.plan.group;
         float scale[XQ_MAX_HEAD_DIM], zero[XQ_MAX_HEAD_DIM], folded[XQ_MAX_HEAD_DIM];
-        for (int t0 = 0; t0 < XQ_PAGE; t0 += a.k.group, param += parameter_bytes(a.k, a.d)) {
-            load_parameters(a.k, a.d, param, scale, zero);
+        for (int t0 = 0; t0 < XQ_PAGE; t0 += group, param += parameter_bytes(k.plan, d)) {
+            load_parameters(k.plan, d, param, scale, zero);
             for (int row = 0; row < n; ++row) {
                 float constant = 0.0f;
-                for (int i = 0; i < a.d; ++i) {
+                for (int i = 0; i < d; ++i) {
                     folded[i] = q[row][i] * scale[i];
                     constant += q[row][i] * zero[i];
                 }
-                std::fill(scores[row] + t0, scores[row] + t0 + a.k.group, constant);
-                for (int t = t0; t < t0 + a.k.group && a.k.bits > 0; t += 16) {
-                    multiply_codes(a.k_code_bits, a.d, codes + t / 16 * column_bytes(a.k_code_bits, a.d), folded,
+                fill(scores[row] + t0, group, constant);
+                for (int t = t0; t < t0 + group && k.plan.bits > 0; t += 16) {
+                    multiply_codes(k.plan.bits, d, codes + t / 16 * column_bytes(k.plan.bits, d), folded,
                                    scores[row] + t);
                 }
             }
         }
     }
 
-    static void sealed_values(const xq_attention &a, int page, int n, const float *const *p, float *const *out) {
-        const uint8_t *param = a.v_param + page * a.v_param_stride, *codes = a.v_codes + page * a.v_codes_stride;
-        const int group = group_length(a.v, a.e);
+    static void sealed_values(const side_view &v, int page, int n, const float *const *p, float *const *out) {
+        const uint8_t *param = page_param(v, page), *codes = page_codes(v, page);
+        const int group = group_length(v.plan, v.width);
         float scale[XQ_PAGE], zero[XQ_PAGE], folded[XQ_PAGE];
-        for (int j0 = 0; j0 < a.e; j0 += group, param += parameter_bytes(a.v, XQ_PAGE)) {
-            load_parameters(a.v, XQ_PAGE, param, scale, zero);
+        for (int j0 = 0; j0 < v.width; j0 += group, param += parameter_bytes(v.plan, XQ_PAGE)) {
+            load_parameters(v.plan, XQ_PAGE, param, scale, zero);
             for (int row = 0; row < n; ++row) {
                 float constant = 0.0f;
                 for (int t = 0; t < XQ_PAGE; ++t) {
@@ -106,9 +107,9 @@ struct scalar_set {
                 }
                 for (int j = j0; j < j0 + group; j += 16) {
                     float y[16];
-                    std::fill(y, y + 16, constant);
-                    if (a.v.bits > 0) {
-                        multiply_codes(a.v_code_bits, XQ_PAGE, codes + j / 16 * column_bytes(a.v_code_bits, XQ_PAGE),
+                    fill(y, 16, constant);
+                    if (v.plan.bits > 0) {
+                        multiply_codes(v.plan.bits, XQ_PAGE, codes + j / 16 * column_bytes(v.plan.bits, XQ_PAGE),
                                        folded, y);
                     }
                     for (int k = 0; k < 16; ++k) {
@@ -126,23 +127,23 @@ struct scalar_set {
         for (int t = 0; t < XQ_PAGE; ++t) {
             s[t] *= scale;
             if (softcap > 0.0f) {
-                s[t] = softcap * std::tanh(s[t] / softcap);
+                s[t] = softcap * tanhf(s[t] / softcap);
             }
             if (mask) {
                 const float m = half_to_float(mask[t]);
                 s[t] = m == -INFINITY ? -INFINITY : s[t] + slope * m;
             }
-            top = std::max(top, s[t]);
+            top = s[t] > top ? s[t] : top;
         }
         if (top == -INFINITY) {
             return false;
         }
         float total = 0.0f;
         for (int t = 0; t < XQ_PAGE; ++t) {
-            s[t] = std::exp(s[t] - top);
+            s[t] = expf(s[t] - top);
             total += s[t];
         }
-        *sum = *sum * std::exp(*max - top) + total;
+        *sum = *sum * expf(*max - top) + total;
         *max = top;
         return true;
     }
@@ -150,7 +151,7 @@ struct scalar_set {
 
 } // namespace
 
-void attend_scalar(const xq_attention &args) {
+void attend_scalar(const attention &args) {
     attend<scalar_set>(args);
 }
 

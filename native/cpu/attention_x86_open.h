@@ -22,7 +22,7 @@ struct open_pages {
             to_float(v + t0 * e, open_tokens * e, values);
             for (int t = 0; t < open_tokens; ++t) {
                 if (!(seen >> t & 1)) {
-                    std::fill(values + t * e, values + (t + 1) * e, 0.0f);
+                    fill(values + t * e, e, 0.0f);
                 }
             }
             by_rows(n, [&](auto rows, int row) { add_rows<rows>(e, p + row, values, t0, open_tokens, out + row); });

@@ -5,7 +5,7 @@ using namespace xq;
 
 namespace {
 
-/* XQ_OK if a side can be sealed at this width; codes: whether own codes, and the owner's, are given as they must be. */
+/* XQ_OK if a side can be sealed, or read, at this width; codes: its own or its owner's, of code_bits. */
 int check(const xq_side *side, bool is_k, int32_t width, const void *rows, int64_t stride, const void *param,
           const void *codes, int32_t code_bits) {
     if (!side || !rows || !param) {
@@ -26,13 +26,17 @@ int check(const xq_side *side, bool is_k, int32_t width, const void *rows, int64
     return XQ_OK;
 }
 
-/* The set in force, for one call that is about to be made; null as active_kernels(). */
-const kernel_set *kernels() {
-    const kernel_set *set = active_kernels();
-    if (set) {
-        set->calls->fetch_add(1, std::memory_order_relaxed);
+/* Calls f(kernel set in force) and counts it; status: of the checks. */
+template <typename F> int with_kernels(int status, const F &f) {
+    if (status != XQ_OK) {
+        return status;
     }
-    return set;
+    const kernel_set *set = active_kernels();
+    if (!set) {
+        return XQ_ERR_KERNELS;
+    }
+    set->calls->fetch_add(1, std::memory_order_relaxed);
+    return f(*set);
 }
 
 int check_matrix(int32_t bits, int32_t n_i, int32_t n_j) {
@@ -43,14 +47,25 @@ int check_matrix(int32_t bits, int32_t n_i, int32_t n_j) {
     return XQ_OK;
 }
 
+/* As check, for sealing: which codes are meant. */
+int check_seal(const xq_side *side, bool is_k, int32_t width, const void *rows, int64_t stride, const void *valid,
+               const uint8_t *codes, const void *param, const uint8_t *owner_codes, int32_t owner_bits) {
+    const bool own = side && side->owner < 0;
+    const int status =
+        check(side, is_k, width, rows, stride, param, own ? codes : owner_codes, own ? side->bits : owner_bits);
+    return status != XQ_OK || valid ? status : fail(XQ_ERR_ARGUMENT, "valid must not be null");
+}
+
+/* Codes that are not the side's own are only read. */
+sealed_side page_of(const xq_side *side, int32_t width, const uint8_t *codes, const uint8_t *param) {
+    return {*side, width, const_cast<uint8_t *>(codes), const_cast<uint8_t *>(param)};
+}
+
 } // namespace
 
 int64_t xq_packed_bytes(int32_t bits, int32_t n_i, int32_t n_j) {
-    if (const int status = check_matrix(bits, n_i, n_j); status != XQ_OK) {
-        return status;
-    }
-    const auto units = [n_i](int b) { return ((int64_t)n_i * b + 31) / 32; };
-    return (int64_t)n_j / 16 * 64 * (bits == 3 ? units(2) + units(1) : units(bits));
+    const int status = check_matrix(bits, n_i, n_j);
+    return status == XQ_OK ? packed_bytes(bits, n_i, n_j) : status;
 }
 
 int xq_pack(int32_t bits, int32_t n_i, int32_t n_j, const uint8_t *codes, uint8_t *packed) {
@@ -65,12 +80,10 @@ int xq_pack(int32_t bits, int32_t n_i, int32_t n_j, const uint8_t *codes, uint8_
             return fail(XQ_ERR_ARGUMENT, "code %d does not fit %d bits", codes[i], bits);
         }
     }
-    const kernel_set *set = kernels();
-    if (!set) {
-        return XQ_ERR_KERNELS;
-    }
-    set->pack(bits, n_i, n_j, codes, packed);
-    return XQ_OK;
+    return with_kernels(XQ_OK, [&](const kernel_set &set) {
+        set.pack(bits, n_i, n_j, codes, packed);
+        return XQ_OK;
+    });
 }
 
 int xq_unpack(int32_t bits, int32_t n_i, int32_t n_j, const uint8_t *packed, uint8_t *codes) {
@@ -80,70 +93,43 @@ int xq_unpack(int32_t bits, int32_t n_i, int32_t n_j, const uint8_t *packed, uin
     if (!codes || !packed) {
         return fail(XQ_ERR_ARGUMENT, "codes and packed must not be null");
     }
-    const kernel_set *set = kernels();
-    if (!set) {
-        return XQ_ERR_KERNELS;
-    }
-    set->unpack(bits, n_i, n_j, packed, codes);
-    return XQ_OK;
+    return with_kernels(XQ_OK, [&](const kernel_set &set) {
+        set.unpack(bits, n_i, n_j, packed, codes);
+        return XQ_OK;
+    });
 }
 
 int xq_seal_k(const xq_side *side, int32_t d, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
               uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int32_t owner_bits) {
-    const bool own = side && side->owner < 0;
-    const int status =
-        check(side, true, d, rows, stride, param, own ? codes : owner_codes, own ? side->bits : owner_bits);
-    if (status != XQ_OK || !valid) {
-        return status != XQ_OK ? status : fail(XQ_ERR_ARGUMENT, "valid must not be null");
-    }
-    const kernel_set *set = kernels();
-    if (!set) {
-        return XQ_ERR_KERNELS;
-    }
-    return set->seal_k(*side, d, rows, stride, valid, codes, param, own ? nullptr : owner_codes, owner_bits);
+    const int status = check_seal(side, true, d, rows, stride, valid, codes, param, owner_codes, owner_bits);
+    return with_kernels(status, [&](const kernel_set &set) {
+        return set.seal_k(page_of(side, d, side->owner < 0 ? codes : owner_codes, param), rows, stride, valid);
+    });
 }
 
 int xq_seal_v(const xq_side *side, int32_t e, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
               uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int32_t owner_bits, const float *predicted) {
-    const bool own = side && side->owner < 0;
-    const int status =
-        check(side, false, e, rows, stride, param, own ? codes : owner_codes, own ? side->bits : owner_bits);
-    if (status != XQ_OK || !valid) {
-        return status != XQ_OK ? status : fail(XQ_ERR_ARGUMENT, "valid must not be null");
-    }
-    const kernel_set *set = kernels();
-    if (!set) {
-        return XQ_ERR_KERNELS;
-    }
-    return set->seal_v(*side, e, rows, stride, valid, codes, param, own ? nullptr : owner_codes, owner_bits, predicted);
+    const int status = check_seal(side, false, e, rows, stride, valid, codes, param, owner_codes, owner_bits);
+    return with_kernels(status, [&](const kernel_set &set) {
+        return set.seal_v(page_of(side, e, side->owner < 0 ? codes : owner_codes, param), rows, stride, valid,
+                          {predicted, nullptr, nullptr});
+    });
 }
 
 int xq_unseal_k(const xq_side *side, int32_t d, const uint8_t *codes, int32_t code_bits, const uint8_t *param,
                 uint16_t *rows, int64_t stride) {
-    const int status = check(side, true, d, rows, stride, param, codes, code_bits);
-    if (status != XQ_OK) {
-        return status;
-    }
-    const kernel_set *set = kernels();
-    if (!set) {
-        return XQ_ERR_KERNELS;
-    }
-    set->unseal_k(*side, d, codes, code_bits, param, rows, stride);
-    return XQ_OK;
+    return with_kernels(check(side, true, d, rows, stride, param, codes, code_bits), [&](const kernel_set &set) {
+        set.unseal_k(page_of(side, d, codes, param), rows, stride);
+        return XQ_OK;
+    });
 }
 
 int xq_unseal_v(const xq_side *side, int32_t e, const uint8_t *codes, int32_t code_bits, const uint8_t *param,
                 uint16_t *rows, int64_t stride, const float *predicted) {
-    const int status = check(side, false, e, rows, stride, param, codes, code_bits);
-    if (status != XQ_OK) {
-        return status;
-    }
-    const kernel_set *set = kernels();
-    if (!set) {
-        return XQ_ERR_KERNELS;
-    }
-    set->unseal_v(*side, e, codes, code_bits, param, rows, stride, predicted);
-    return XQ_OK;
+    return with_kernels(check(side, false, e, rows, stride, param, codes, code_bits), [&](const kernel_set &set) {
+        set.unseal_v(page_of(side, e, codes, param), rows, stride, {predicted, nullptr, nullptr});
+        return XQ_OK;
+    });
 }
 
 int xq_predict_v(const xq_side *source, int32_t e, const uint8_t *codes, const uint8_t *param, const float *weight,
@@ -155,15 +141,10 @@ int xq_predict_v(const xq_side *source, int32_t e, const uint8_t *codes, const u
         return fail(XQ_ERR_ARGUMENT, "the source of a map must have codes of its own");
     }
     const int status = check(source, false, e, weight, e, param, codes, source ? source->bits : 0);
-    if (status != XQ_OK) {
-        return status;
-    }
-    const kernel_set *set = kernels();
-    if (!set) {
-        return XQ_ERR_KERNELS;
-    }
-    set->predict_v(*source, e, codes, param, weight, predicted);
-    return XQ_OK;
+    return with_kernels(status, [&](const kernel_set &set) {
+        set.predict_v(page_of(source, e, codes, param), weight, predicted);
+        return XQ_OK;
+    });
 }
 
 int xq_hadamard(float *x, int32_t n_rows, int32_t n) {
@@ -173,10 +154,8 @@ int xq_hadamard(float *x, int32_t n_rows, int32_t n) {
     if (n_rows < 0 || n < 1 || n > 1 << 20) {
         return fail(XQ_ERR_ARGUMENT, "n_rows is %d, must be 0 or more; n is %d, must be 1 to %d", n_rows, n, 1 << 20);
     }
-    const kernel_set *set = kernels();
-    if (!set) {
-        return XQ_ERR_KERNELS;
-    }
-    set->hadamard(x, n_rows, n);
-    return XQ_OK;
+    return with_kernels(XQ_OK, [&](const kernel_set &set) {
+        set.hadamard(x, n_rows, n);
+        return XQ_OK;
+    });
 }

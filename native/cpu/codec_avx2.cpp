@@ -1,6 +1,5 @@
 /* codec_avx2.cpp: the codec for AVX2 with F16C, which the AVX-512 set uses as well; the same bytes as every other set.
  */
-#define XQ_SET avx2
 #define XQ_SET_AVX2
 #include "codec_seal.h"
 
@@ -8,19 +7,12 @@
 
 namespace xq {
 
-void attend_avx2(const xq_attention &args);
-void attend_avx512(const xq_attention &args);
+void attend_avx2(const attention &args);
+void attend_avx512(const attention &args);
 
 static std::atomic<uint64_t> calls, calls_512;
 
-const kernel_set kernels_avx2 = {
-    "avx2",         has_avx2,       avx2::pack,      avx2::unpack,   avx2::seal_k, avx2::seal_v,
-    avx2::unseal_k, avx2::unseal_v, avx2::predict_v, avx2::hadamard, attend_avx2,  &calls,
-};
-
-const kernel_set kernels_avx512 = {
-    "avx512",       has_avx512,     avx2::pack,      avx2::unpack,   avx2::seal_k,  avx2::seal_v,
-    avx2::unseal_k, avx2::unseal_v, avx2::predict_v, avx2::hadamard, attend_avx512, &calls_512,
-};
+constexpr kernel_set kernels_avx2 = codec_and(attend_avx2, "avx2", has_avx2, &calls);
+constexpr kernel_set kernels_avx512 = codec_and(attend_avx512, "avx512", has_avx512, &calls_512);
 
 } // namespace xq

@@ -1,5 +1,4 @@
-/* codec_lanes.h: the codec, a vector of groups at a time: one group a lane.  Compiled once per kernel set, in its
- * namespace.
+/* codec_lanes.h: the codec, a vector of groups at a time: one group a lane.  Compiled once per kernel set.
  *
  *     seal:    zero, scale from the group's values;  code = round((x - zero) / scale), clamped to 0 .. 2^B - 1
  *     unseal:  x^ = zero + scale * code       (XQ_PARAM_LOG8: centre + scale * (code - (2^B - 1) / 2))
@@ -8,13 +7,12 @@
  * that lanes are the rows i and elements the columns j of the code matrix of xquant.h.  Every lane goes through the
  * same sequence of single-precision operations (sums in the order of j, nothing contracted), so that all sets and
  * reference.py give the same bytes.  A vector is as wide as the set's registers: compilers take wider ones apart,
- * element by element.  Codes are packed 16 rows i at a time.  Scratch lies on the stack: 24 KiB at most.
+ * element by element.  Codes are packed 16 rows i at a time.  Scratch lies on the stack: 49 KiB at most, by values.
  */
 #include "codec_format.h"
 #include "half.h"
 #include "kernels.h"
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 #if defined(XQ_SET_AVX2)
@@ -24,7 +22,7 @@
 #endif
 
 namespace xq {
-namespace XQ_SET { // the name of the kernel set that includes this file
+namespace {
 
 #if defined(XQ_SET_AVX2)
 constexpr int n_lanes = 8;
@@ -82,9 +80,14 @@ static inline lanes load_half(const uint16_t *p /* [n_lanes] */) {
 #endif
 }
 
-/* Rounded half to even; what is too large becomes +-65504. */
+/* Not-a-numbers to 0, what is too large to +-65504. */
+static inline lanes clamped(lanes x) {
+    return low(high(x == x ? x : splat(0.0f), splat(-65504.0f)), splat(65504.0f));
+}
+
+/* Rounded half to even, clamped: parameters of a loaded state may make anything. */
 static inline void store_half(uint16_t *p /* [n_lanes] */, lanes x) {
-    x = low(high(x, splat(-65504.0f)), splat(65504.0f));
+    x = clamped(x);
 #if defined(XQ_SET_AVX2)
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(XQ_SET_NEON)
@@ -136,11 +139,11 @@ static inline lanes round_half(lanes x) {
     return load_half(h);
 }
 
-/* Not-a-numbers to 0, infinities to +-65504; adds their number to count. */
+/* Clamped; adds the number of those that were not finite to count. */
 static inline lanes finite(lanes x, int_lanes &count) {
     const int_lanes bad = !(absolute(x) <= 65504.0f);
     count -= bad; // a true lane is -1
-    return low(high(x == x ? x : splat(0.0f), splat(-65504.0f)), splat(65504.0f));
+    return clamped(x);
 }
 
 /* ---- packing: the unit order of xquant.h for 16 rows i ---- */
@@ -317,5 +320,5 @@ static inline parameters load_parameters(const xq_side &side, const uint8_t *at,
     return p;
 }
 
-} // namespace XQ_SET
+} // namespace
 } // namespace xq

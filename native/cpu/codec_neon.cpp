@@ -1,6 +1,5 @@
 /* codec_neon.cpp: the codec for 64-bit ARM, the same bytes as every other set, and the three kernel sets that share it:
  * their attention differs in the instruction that multiplies codes. */
-#define XQ_SET neon
 #define XQ_SET_NEON
 #include "codec_seal.h"
 
@@ -8,25 +7,18 @@
 
 namespace xq {
 
-void attend_neon(const xq_attention &args);
-void attend_neon_dotprod(const xq_attention &args);
-void attend_neon_i8mm(const xq_attention &args);
+void attend_neon(const attention &args);
+void attend_neon_dotprod(const attention &args);
+void attend_neon_i8mm(const attention &args);
 
 static std::atomic<uint64_t> calls, calls_dotprod, calls_i8mm;
 
-const kernel_set kernels_neon = {
-    "neon",         [] { return true; }, neon::pack,      neon::unpack,   neon::seal_k, neon::seal_v,
-    neon::unseal_k, neon::unseal_v,      neon::predict_v, neon::hadamard, attend_neon,  &calls,
-};
+static bool always() {
+    return true;
+}
 
-const kernel_set kernels_neon_dotprod = {
-    "neon-dotprod", has_dotprod,    neon::pack,      neon::unpack,   neon::seal_k,        neon::seal_v,
-    neon::unseal_k, neon::unseal_v, neon::predict_v, neon::hadamard, attend_neon_dotprod, &calls_dotprod,
-};
-
-const kernel_set kernels_neon_i8mm = {
-    "neon-i8mm",    has_i8mm,       neon::pack,      neon::unpack,   neon::seal_k,     neon::seal_v,
-    neon::unseal_k, neon::unseal_v, neon::predict_v, neon::hadamard, attend_neon_i8mm, &calls_i8mm,
-};
+constexpr kernel_set kernels_neon = codec_and(attend_neon, "neon", always, &calls);
+constexpr kernel_set kernels_neon_dotprod = codec_and(attend_neon_dotprod, "neon-dotprod", has_dotprod, &calls_dotprod);
+constexpr kernel_set kernels_neon_i8mm = codec_and(attend_neon_i8mm, "neon-i8mm", has_i8mm, &calls_i8mm);
 
 } // namespace xq

@@ -3,7 +3,7 @@
 #include "codec_lanes.h"
 
 namespace xq {
-namespace XQ_SET {
+namespace {
 
 #include "codec_fit.h"
 
@@ -15,22 +15,22 @@ struct matrix {
     int group;    /* elements of a group */
 };
 
-static inline matrix key_matrix(const xq_side &side, int d) {
-    return {side, d, XQ_PAGE, side.group};
+static inline matrix key_matrix(const sealed_side &page) {
+    return {page.plan, page.width, XQ_PAGE, page.plan.group};
 }
-static inline matrix value_matrix(const xq_side &side, int e) {
-    return {side, XQ_PAGE, e, group_length(side, e)};
+static inline matrix value_matrix(const sealed_side &page) {
+    return {page.plan, XQ_PAGE, page.width, group_length(page.plan, page.width)};
 }
 
 /* x [n_j]: lanes i0 .. i0 + n_lanes - 1.  codes: of element j at j * n_packed; read if borrowed, else written. */
-static inline void seal_lanes(const matrix &m, const lanes *x, int i0, uint8_t *codes, uint8_t *param, bool borrowed) {
+static inline void seal_lanes(const matrix &m, const lanes *x, int i0, uint8_t *codes, uint8_t *param) {
     const xq_side &side = m.side;
     for (int j0 = 0; j0 < m.n_j; j0 += m.group, param += parameter_bytes(side, m.n_i)) {
         const auto g = make_group(side, x + j0, m.group);
         uint8_t *const c = codes + j0 * n_packed;
         const parameters p = fit(g, [&](int j) { return load_codes(c + j * n_packed); });
         store_parameters(side, param, m.n_i, i0, p);
-        if (side.bits == 0 || borrowed) {
+        if (side.bits == 0 || side.owner >= 0) {
             continue;
         }
         const parameters grid = grid_of(g, p);
@@ -51,14 +51,14 @@ static inline void unseal_lanes(const matrix &m, lanes *x, int i0, const uint8_t
 }
 
 /* codes [n_j][n_packed] of rows i0 .. i0 + n_packed - 1 to the unit order, and back. */
-static inline void pack_rows(const matrix &m, int bits, int i0, const uint8_t *codes, uint8_t *packed) {
+static inline void pack_rows(const matrix &m, int i0, const uint8_t *codes, uint8_t *packed) {
     for (int j = 0; j < m.n_j; ++j) {
-        put_codes(bits, m.n_i, packed, j, i0, codes + j * n_packed);
+        put_codes(m.side.bits, m.n_i, packed, j, i0, codes + j * n_packed);
     }
 }
-static inline void unpack_rows(const matrix &m, int bits, int i0, const uint8_t *packed, uint8_t *codes) {
+static inline void unpack_rows(const matrix &m, int i0, const uint8_t *packed, uint8_t *codes) {
     for (int j = 0; j < m.n_j; ++j) {
-        get_codes(bits, m.n_i, packed, j, i0, codes + j * n_packed);
+        get_codes(m.side.bits, m.n_i, packed, j, i0, codes + j * n_packed);
     }
 }
 
@@ -94,62 +94,74 @@ static inline int total(int_lanes count) {
 
 /* All rows of one side.  load(i, x) fills x [n_j] with lanes i .. i + n_lanes - 1. */
 template <typename F>
-static inline void seal_rows(const matrix &m, lanes *x, uint8_t *c /* [n_j][n_packed] */, uint8_t *codes,
-                             uint8_t *param, const uint8_t *owner_codes, int owner_bits, const F &load) {
+static inline void seal_rows(const sealed_side &page, const matrix &m, lanes *x /* [n_j] */,
+                             uint8_t *c /* [n_j][n_packed] */, const F &load) {
+    const bool own = page.plan.owner < 0, has_codes = page.plan.bits > 0;
     for (int i0 = 0; i0 < m.n_i; i0 += n_packed) {
-        if (owner_codes) {
-            unpack_rows(m, owner_bits, i0, owner_codes, c);
+        if (has_codes && !own) {
+            unpack_rows(m, i0, page.codes, c);
         }
         for (int i = 0; i < n_packed; i += n_lanes) {
             load(i0 + i, x);
-            seal_lanes(m, x, i0 + i, c + i, param, owner_codes != nullptr);
+            seal_lanes(m, x, i0 + i, c + i, page.param);
         }
-        if (m.side.bits > 0 && !owner_codes) {
-            pack_rows(m, m.side.bits, i0, c, codes);
-        }
-    }
-}
-
-/* The way back.  store(i, x) takes lanes i .. i + n_lanes - 1. */
-template <typename F>
-static inline void unseal_rows(const matrix &m, lanes *x, uint8_t *c /* [n_j][n_packed] */, const uint8_t *codes,
-                               int code_bits, const uint8_t *param, const F &store) {
-    for (int i0 = 0; i0 < m.n_i; i0 += n_packed) {
-        if (m.side.bits > 0) {
-            unpack_rows(m, code_bits, i0, codes, c);
-        }
-        for (int i = 0; i < n_packed; i += n_lanes) {
-            unseal_lanes(m, x, i0 + i, c + i, param);
-            store(i0 + i, x);
+        if (has_codes && own) {
+            pack_rows(m, i0, c, page.codes);
         }
     }
 }
 
-static int seal_k(const xq_side &side, int d, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
-                  uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int owner_bits) {
+/* Lanes i .. i + n_lanes - 1 of a sealed page into x [n_j].  For lanes in order: c [n_j][n_packed] holds the codes of
+ * n_packed rows, from the first of their lanes on. */
+static inline void unseal_at(const sealed_side &page, const matrix &m, int i, lanes *x, uint8_t *c) {
+    if (page.plan.bits > 0 && i % n_packed == 0) {
+        unpack_rows(m, i, page.codes, c);
+    }
+    unseal_lanes(m, x, i, c + i % n_packed, page.param);
+}
+
+/* ---- keys ---- */
+
+static inline lanes load_key(const uint16_t *p /* [n_lanes] */, int_lanes &bad) {
+    return finite(load_half(p), bad);
+}
+static inline lanes load_key(const float *p, int_lanes &bad) {
+    return round_half(finite(load(p), bad));
+}
+static inline void store_key(uint16_t *p /* [n_lanes] */, lanes x) {
+    store_half(p, x);
+}
+static inline void store_key(float *p, lanes x) {
+    store(p, round_half(x));
+}
+
+template <typename T>
+static int seal_keys(const sealed_side &page, const T *rows, int64_t stride, const uint32_t valid[4]) {
     int source[XQ_PAGE];
     sources(valid, source);
     lanes scratch[XQ_PAGE];
     uint8_t c[XQ_PAGE * n_packed];
     int_lanes bad = {};
-    seal_rows(key_matrix(side, d), scratch, c, codes, param, owner_codes, owner_bits, [&](int i, lanes *x) {
+    seal_rows(page, key_matrix(page), scratch, c, [&](int i, lanes *x) {
         for (int t = 0; t < XQ_PAGE; ++t) {
-            x[t] = finite(load_half(rows + source[t] * stride + i), bad);
+            x[t] = load_key(rows + source[t] * stride + i, bad);
         }
     });
     return total(bad);
 }
 
-static void unseal_k(const xq_side &side, int d, const uint8_t *codes, int code_bits, const uint8_t *param,
-                     uint16_t *rows, int64_t stride) {
-    lanes scratch[XQ_PAGE];
+template <typename T> static void unseal_keys(const sealed_side &page, T *rows, int64_t stride) {
+    lanes x[XQ_PAGE];
     uint8_t c[XQ_PAGE * n_packed];
-    unseal_rows(key_matrix(side, d), scratch, c, codes, code_bits, param, [&](int i, const lanes *x) {
+    for (int i = 0; i < page.width; i += n_lanes) {
+        unseal_at(page, key_matrix(page), i, x, c);
         for (int t = 0; t < XQ_PAGE; ++t) {
-            store_half(rows + t * stride + i, x[t]);
+            store_key(rows + t * stride + i, x[t]);
         }
-    });
+    }
 }
+
+/* ---- values ---- */
 
 /* Transposes n_lanes by n_lanes. */
 static inline void transpose(const lanes in[n_lanes], lanes out[n_lanes]) {
@@ -188,15 +200,60 @@ static inline void transpose(const lanes in[n_lanes], lanes out[n_lanes]) {
 #endif
 }
 
-static int seal_v(const xq_side &side, int e, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
-                  uint8_t *codes, uint8_t *param, const uint8_t *owner_codes, int owner_bits,
-                  const float *predicted /* [e][XQ_PAGE] */) {
+/* Calls add(j, x) with what a map makes of its source's page, lanes i .. i + n_lanes - 1 of channel j, for all j.  For
+ * lanes in order: u [e] and c [e][n_packed] are scratch.
+ *
+ * Sums in the order of the source's channels, nothing contracted: every set predicts the same bits.  Finite, so that
+ * what is left over is: codes and parameters of a loaded state may be anything. */
+template <typename F>
+static inline void predict_at(const sealed_side &source, const float *weight /* [e][e] */, int i, lanes *u, uint8_t *c,
+                              const F &add) {
+    constexpr int together = 8; // channels that share the loads of the source: what the registers hold
+    const int e = source.width;
+    int_lanes bad = {};
+    unseal_at(source, value_matrix(source), i, u, c);
+    for (int j0 = 0; j0 < e; j0 += together) {
+        lanes sum[together] = {};
+        for (int k = 0; k < e; ++k) {
+            const float *w = weight + (int64_t)k * e + j0;
+            for (int j = 0; j < together; ++j) {
+                sum[j] = sum[j] + u[k] * w[j];
+            }
+        }
+        for (int j = 0; j < together; ++j) {
+            add(j0 + j, finite(sum[j], bad));
+        }
+    }
+}
+
+static void predict_v(const sealed_side &source, const float *weight, float *predicted /* [e][XQ_PAGE] */) {
+    lanes u[XQ_MAX_HEAD_DIM];
+    uint8_t c[XQ_MAX_HEAD_DIM * n_packed];
+    for (int i = 0; i < XQ_PAGE; i += n_lanes) {
+        predict_at(source, weight, i, u, c, [&](int j, lanes x) { store(predicted + j * XQ_PAGE + i, x); });
+    }
+}
+
+/* As predict_at, whether the values are told or made; calls nothing if they are not mapped. */
+template <typename F>
+static inline void each_predicted(const prediction &from, int e, int i, lanes *u, uint8_t *c, const F &add) {
+    for (int j = 0; j < e && from.values; ++j) {
+        add(j, load(from.values + j * XQ_PAGE + i));
+    }
+    if (from.source) {
+        predict_at(*from.source, from.weight, i, u, c, add);
+    }
+}
+
+static int seal_v(const sealed_side &page, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
+                  const prediction &predicted) {
+    const int e = page.width;
     int source[XQ_PAGE];
     sources(valid, source);
-    lanes scratch[XQ_MAX_HEAD_DIM];
-    uint8_t c[XQ_MAX_HEAD_DIM * n_packed];
+    lanes scratch[XQ_MAX_HEAD_DIM], u[XQ_MAX_HEAD_DIM];
+    uint8_t c[XQ_MAX_HEAD_DIM * n_packed], source_codes[XQ_MAX_HEAD_DIM * n_packed];
     int_lanes bad = {};
-    seal_rows(value_matrix(side, e), scratch, c, codes, param, owner_codes, owner_bits, [&](int i, lanes *x) {
+    seal_rows(page, value_matrix(page), scratch, c, [&](int i, lanes *x) {
         for (int j = 0; j < e; j += n_lanes) {
             lanes block[n_lanes];
             for (int k = 0; k < n_lanes; ++k) {
@@ -204,25 +261,22 @@ static int seal_v(const xq_side &side, int e, const uint16_t *rows, int64_t stri
             }
             transpose(block, x + j);
         }
-        if (side.rotate) {
+        if (page.plan.rotate) {
             transform(x, e);
         }
-        for (int j = 0; j < e && predicted; ++j) {
-            x[j] = x[j] - load(predicted + j * XQ_PAGE + i);
-        }
+        each_predicted(predicted, e, i, u, source_codes, [&](int j, lanes p) { x[j] = x[j] - p; });
     });
     return total(bad);
 }
 
-static void unseal_v(const xq_side &side, int e, const uint8_t *codes, int code_bits, const uint8_t *param,
-                     uint16_t *rows, int64_t stride, const float *predicted /* [e][XQ_PAGE] */) {
-    lanes scratch[XQ_MAX_HEAD_DIM];
-    uint8_t c[XQ_MAX_HEAD_DIM * n_packed];
-    unseal_rows(value_matrix(side, e), scratch, c, codes, code_bits, param, [&](int i, lanes *x) {
-        for (int j = 0; j < e && predicted; ++j) {
-            x[j] = x[j] + load(predicted + j * XQ_PAGE + i);
-        }
-        if (side.rotate) {
+static void unseal_v(const sealed_side &page, uint16_t *rows, int64_t stride, const prediction &predicted) {
+    const int e = page.width;
+    lanes x[XQ_MAX_HEAD_DIM], u[XQ_MAX_HEAD_DIM];
+    uint8_t c[XQ_MAX_HEAD_DIM * n_packed], source_codes[XQ_MAX_HEAD_DIM * n_packed];
+    for (int i = 0; i < XQ_PAGE; i += n_lanes) {
+        unseal_at(page, value_matrix(page), i, x, c);
+        each_predicted(predicted, e, i, u, source_codes, [&](int j, lanes p) { x[j] = x[j] + p; });
+        if (page.plan.rotate) {
             transform(x, e);
         }
         for (int j = 0; j < e; j += n_lanes) {
@@ -232,32 +286,46 @@ static void unseal_v(const xq_side &side, int e, const uint8_t *codes, int code_
                 store_half(rows + (i + k) * stride + j, block[k]);
             }
         }
-    });
+    }
 }
 
-/* Sums in the order of the source's channels, nothing contracted: every set predicts the same bits.  Finite, so that
- * what is left over is: codes and parameters of a loaded state may be anything. */
-static void predict_v(const xq_side &source, int e, const uint8_t *codes, const uint8_t *param,
-                      const float *weight /* [e][e] */, float *predicted /* [e][XQ_PAGE] */) {
-    constexpr int together = 8; // channels that share the loads of the source: what the registers hold
-    lanes scratch[XQ_MAX_HEAD_DIM];
-    uint8_t c[XQ_MAX_HEAD_DIM * n_packed];
+/* ---- F16 rows ---- */
+
+static int to_half(const float *x, int n, uint16_t *half) {
     int_lanes bad = {};
-    unseal_rows(value_matrix(source, e), scratch, c, codes, source.bits, param, [&](int i, const lanes *u) {
-        for (int j0 = 0; j0 < e; j0 += together) {
-            lanes sum[together] = {};
-            for (int k = 0; k < e; ++k) {
-                const float *w = weight + (int64_t)k * e + j0;
-                for (int j = 0; j < together; ++j) {
-                    sum[j] = sum[j] + u[k] * w[j];
-                }
-            }
-            for (int j = 0; j < together; ++j) {
-                store(predicted + (j0 + j) * XQ_PAGE + i, finite(sum[j], bad));
-            }
-        }
-    });
+    for (int i = 0; i < n; i += n_lanes) {
+        store_half(half + i, finite(load(x + i), bad));
+    }
+    return total(bad);
 }
 
-} // namespace XQ_SET
+static void to_float(const uint16_t *half, int n, float *x) {
+    for (int i = 0; i < n; i += n_lanes) {
+        store(x + i, load_half(half + i));
+    }
+}
+
+/* ---- the set ---- */
+
+static constexpr kernel_set codec_and(void (*attend)(const attention &), const char *name, bool (*supported)(),
+                                      std::atomic<uint64_t> *calls) {
+    return {name,
+            supported,
+            pack,
+            unpack,
+            seal_keys<uint16_t>,
+            seal_keys<float>,
+            seal_v,
+            unseal_keys<uint16_t>,
+            unseal_keys<float>,
+            unseal_v,
+            predict_v,
+            hadamard,
+            to_half,
+            to_float,
+            attend,
+            calls};
+}
+
+} // namespace
 } // namespace xq

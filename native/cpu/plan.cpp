@@ -1,31 +1,15 @@
-/* plan.cpp: what each layer stores: presets, checks, text form, sizes.  The one description of all of them.
- *
- * Text form of a layer: the fields of xq_side in order, separated by commas, the sides by a space:
- *
- *     k=<bits>,<group>,<fit>,<param>,<eta>,<owner> v=<bits>,<group>,<fit>,<param>,<eta>,<owner>[,rot][,map:<source>]
- */
+/* plan.cpp: what each layer stores: presets, names, checks, sizes.  The one description of all of them. */
+#include "codec_format.h"
 #include "kernels.h"
 
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
+#include <algorithm>
 #include <cstring>
-#include <initializer_list>
+#include <string>
 
 namespace xq {
 
 static const char *const fit_names[] = {"paper", "minmax", "clip", "lloyd", "lsq"};
 static const char *const param_names[] = {"f16", "log8"};
-static const char *const preset_names[] = {"xquant", "xquant-small", "xquant-tiny", "xquant-paper", "xquant-paper-128"};
-
-template <size_t N> static int index_of(const char *const (&names)[N], const char *name) {
-    for (size_t i = 0; i < N; ++i) {
-        if (strcmp(names[i], name) == 0) {
-            return (int)i;
-        }
-    }
-    return -1;
-}
 
 /* ---- presets ---- */
 
@@ -44,8 +28,15 @@ static xq_side paper_side(int bits, int group, int owner) {
     return {bits, group, XQ_FIT_PAPER, XQ_PARAM_F16, 0, owner, -1, bits == 1 ? 1.0f / 6.0f : 0.045f};
 }
 
+static void uniform(xq_plan *plan, int k_bits, int v_bits) {
+    for (int32_t l = 0; l < plan->n_layers; ++l) {
+        plan->layers[l] = {key_side(k_bits), value_side(v_bits)};
+    }
+}
+
 /* The paper's 1.375 schedule (32 layers: k_q 30, v_q 2, k_m 32, v_m 16), scaled to n layers. */
-static void paper_plan(int32_t n, int32_t group, xq_plan *plan) {
+static void paper(xq_plan *plan, int32_t group) {
+    const int32_t n = plan->n_layers;
     const int32_t k_q = (30 * n + 16) / 32, v_q = 2, v_m = n / 2;
     plan->pinned = 0;
     for (int32_t l = 0; l < n; ++l) {
@@ -55,126 +46,61 @@ static void paper_plan(int32_t n, int32_t group, xq_plan *plan) {
     }
 }
 
+/* fill: sets the layers of a plan with a window of one page and one pinned page. */
+static const struct {
+    const char *name;
+    void (*fill)(xq_plan *plan);
+} presets[] = {
+    {"xquant", [](xq_plan *plan) { uniform(plan, 4, 2); }},
+    {"xquant-small", [](xq_plan *plan) { uniform(plan, 3, 2); }},
+    {"xquant-tiny", [](xq_plan *plan) { uniform(plan, 2, 1); }},
+    {"xquant-paper", [](xq_plan *plan) { paper(plan, 32); }},
+    {"xquant-paper-128", [](xq_plan *plan) { paper(plan, 128); }},
+};
+
+/* The names of a table, separated by commas. */
+template <typename T, typename F> static std::string joined(const T &table, const F &name_of) {
+    std::string names;
+    for (const auto &entry : table) {
+        names += (names.empty() ? "" : ",") + std::string(name_of(entry));
+    }
+    return names;
+}
+
 } // namespace xq
 
 using namespace xq;
 
 const char *xq_plan_preset_names(void) {
-    return "xquant,xquant-small,xquant-tiny,xquant-paper,xquant-paper-128";
+    static const std::string names = joined(presets, [](const auto &preset) { return preset.name; });
+    return names.c_str();
+}
+
+const char *xq_fit_names(void) {
+    static const std::string names = joined(fit_names, [](const char *name) { return name; });
+    return names.c_str();
+}
+
+const char *xq_param_names(void) {
+    static const std::string names = joined(param_names, [](const char *name) { return name; });
+    return names.c_str();
 }
 
 int xq_plan_preset(const char *name, int32_t n_layers, xq_plan *plan) {
     if (!name || !plan || n_layers < 0 || n_layers > XQ_MAX_LAYERS) {
         return fail(XQ_ERR_ARGUMENT, "xq_plan_preset: n_layers is %d, must be 0 to %d", n_layers, XQ_MAX_LAYERS);
     }
-    const int preset = index_of(preset_names, name);
-    if (preset < 0) {
-        return fail(XQ_ERR_PLAN, "preset \"%.64s\" is unknown; there are %s", name, xq_plan_preset_names());
-    }
-    memset(plan, 0, sizeof(*plan));
-    plan->n_layers = n_layers;
-    plan->window = 128;
-    plan->pinned = 1;
-    if (preset >= 3) {
-        paper_plan(n_layers, preset == 3 ? 32 : 128, plan);
-        return XQ_OK;
-    }
-    for (int32_t l = 0; l < n_layers; ++l) {
-        plan->layers[l] = {key_side(4 - preset), value_side(preset == 2 ? 1 : 2)};
-    }
-    return XQ_OK;
-}
-
-/* ---- text form ---- */
-
-static int format_side(const xq_side &side, char *text, size_t size) {
-    char map[24] = "";
-    if (side.source >= 0) {
-        snprintf(map, sizeof(map), ",map:%d", side.source);
-    }
-    return snprintf(text, size, "%d,%d,%s,%s,%.9g,%d%s%s", side.bits, side.group, fit_names[side.fit],
-                    param_names[side.param], (double)side.eta, side.owner, side.rotate ? ",rot" : "", map);
-}
-
-static bool names_valid(const xq_side &side) {
-    return side.fit >= 0 && side.fit <= XQ_FIT_LSQ && side.param >= 0 && side.param <= XQ_PARAM_LOG8;
-}
-
-int xq_layer_format(const xq_layer *layer, char *text, size_t text_size) {
-    if (!layer || !text || !names_valid(layer->k) || !names_valid(layer->v)) {
-        return fail(XQ_ERR_ARGUMENT, "xq_layer_format: not a layer");
-    }
-    char k[96], v[96];
-    format_side(layer->k, k, sizeof(k));
-    format_side(layer->v, v, sizeof(v));
-    const int n = snprintf(text, text_size, "k=%s v=%s", k, v);
-    return n >= 0 && (size_t)n < text_size ? XQ_OK
-                                           : fail(XQ_ERR_ARGUMENT, "xq_layer_format: %d bytes are needed", n + 1);
-}
-
-static bool parse_int(const char *text, int32_t *value) {
-    char *end;
-    const long n = strtol(text, &end, 10);
-    *value = (int32_t)n;
-    return end != text && *end == '\0' && n >= -(1 << 20) && n <= 1 << 20;
-}
-
-/* text: one side without its name; it is cut into fields in place. */
-static bool parse_side(char *text, xq_side *side) {
-    char *fields[9];
-    int n = 0;
-    for (char *at = text; at && n < 9; ++n) {
-        fields[n] = at;
-        at = strchr(at, ',');
-        if (at) {
-            *at++ = '\0';
+    for (const auto &preset : presets) {
+        if (strcmp(preset.name, name) == 0) {
+            memset(plan, 0, sizeof(*plan));
+            plan->n_layers = n_layers;
+            plan->window = 128;
+            plan->pinned = 1;
+            preset.fill(plan);
+            return XQ_OK;
         }
     }
-    if (n < 6) {
-        return false;
-    }
-    int at = 6;
-    side->rotate = at < n && strcmp(fields[at], "rot") == 0;
-    at += side->rotate;
-    side->source = -1;
-    if (at < n && strncmp(fields[at], "map:", 4) == 0) {
-        if (!parse_int(fields[at] + 4, &side->source) || side->source < 0) {
-            return false;
-        }
-        at++;
-    }
-    char *end;
-    side->fit = index_of(fit_names, fields[2]);
-    side->param = index_of(param_names, fields[3]);
-    side->eta = strtof(fields[4], &end);
-    return at == n && parse_int(fields[0], &side->bits) && parse_int(fields[1], &side->group) && side->fit >= 0 &&
-           side->param >= 0 && end != fields[4] && *end == '\0' && parse_int(fields[5], &side->owner);
-}
-
-int xq_layer_parse(const char *text, xq_layer *layer) {
-    if (!text || !layer) {
-        return fail(XQ_ERR_ARGUMENT, "xq_layer_parse: null");
-    }
-    char copy[256];
-    char *space = nullptr;
-    if (strlen(text) < sizeof(copy)) {
-        strcpy(copy, text);
-        space = strchr(copy, ' ');
-    }
-    if (!space || strncmp(copy, "k=", 2) != 0 || strncmp(space + 1, "v=", 2) != 0) {
-        return fail(XQ_ERR_PLAN, "layer \"%.200s\" must be of the form k=... v=...", text);
-    }
-    *space = '\0';
-    xq_layer parsed;
-    if (!parse_side(copy + 2, &parsed.k) || !parse_side(space + 3, &parsed.v)) {
-        return fail(XQ_ERR_PLAN,
-                    "layer \"%.200s\": a side is bits,group,fit,param,eta,owner[,rot][,map:source] with fit one of "
-                    "paper, minmax, "
-                    "clip, lloyd, lsq and param f16 or log8",
-                    text);
-    }
-    *layer = parsed;
-    return XQ_OK;
+    return fail(XQ_ERR_PLAN, "preset \"%.64s\" is unknown; there are %s", name, xq_plan_preset_names());
 }
 
 /* ---- checks ---- */
@@ -298,18 +224,16 @@ int xq_plan_check(const xq_plan *plan, const int32_t *d, const int32_t *e) {
 
 /* ---- sizes ---- */
 
-/* Bytes of the parameters of one side of a block: n numbers a group, groups along the other axis. */
-static int32_t param_bytes(const xq_side &side, bool is_k, int32_t width) {
-    const int32_t length = is_k ? XQ_PAGE : width, n = is_k ? width : XQ_PAGE;
-    const int32_t group = side.group == 0 || side.group > length ? length : side.group;
-    const int32_t numbers = side.bits == 0 ? 1 : 2, bytes = side.bits == 0 || side.param == XQ_PARAM_F16 ? 2 : 1;
-    return length / group * numbers * n * bytes;
-}
-
 int xq_block_layout_of(const xq_layer *layer, int32_t d, int32_t e, xq_block_layout *layout) {
     if (!layer || !layout || d < 16 || e < 16 || d > XQ_MAX_HEAD_DIM || e > XQ_MAX_HEAD_DIM || d % 16 || e % 16) {
         return fail(XQ_ERR_ARGUMENT, "head widths are %d and %d, must be multiples of 16 from 16 to %d", d, e,
                     XQ_MAX_HEAD_DIM);
+    }
+    for (const bool is_k : {true, false}) {
+        const int status = check_fields(is_k ? layer->k : layer->v, 0, is_k, is_k ? d : e);
+        if (status != XQ_OK) {
+            return status;
+        }
     }
     int64_t at = 0;
     const auto take = [&at](int64_t bytes) {
@@ -317,13 +241,53 @@ int xq_block_layout_of(const xq_layer *layer, int32_t d, int32_t e, xq_block_lay
         at += (bytes + 63) / 64 * 64;
         return bytes > 0 ? (int32_t)start : -1;
     };
-    const auto code_bytes = [](const xq_side &side, int32_t n_i, int32_t n_j) {
-        return side.owner >= 0 || side.bits == 0 ? 0 : xq_packed_bytes(side.bits, n_i, n_j);
-    };
-    layout->k_codes = take(code_bytes(layer->k, d, XQ_PAGE));
-    layout->k_param = take(param_bytes(layer->k, true, d));
-    layout->v_codes = take(code_bytes(layer->v, XQ_PAGE, e));
-    layout->v_param = take(param_bytes(layer->v, false, e));
+    layout->k_codes = take(page_codes_bytes(layer->k, true, d));
+    layout->k_param = take(page_param_bytes(layer->k, true, d));
+    layout->v_codes = take(page_codes_bytes(layer->v, false, e));
+    layout->v_param = take(page_param_bytes(layer->v, false, e));
     layout->bytes = (int32_t)at;
     return XQ_OK;
+}
+
+static int64_t pages_of(int64_t tokens) {
+    return (tokens + XQ_PAGE - 1) / XQ_PAGE;
+}
+
+int32_t xq_plan_slots(const xq_plan *plan, int32_t n_pages, int32_t n_ubatch, int32_t n_seq) {
+    if (!plan || n_pages < 1 || n_ubatch < 1 || n_seq < 1) {
+        return fail(XQ_ERR_ARGUMENT,
+                    "xq_plan_slots: %d pages, micro-batches of %d tokens, %d sequences: must be above 0", n_pages,
+                    n_ubatch, n_seq);
+    }
+    if (plan->window < 0) {
+        return n_pages;
+    }
+    // sequences that share a stream each want their window and their pinned pages
+    const auto wanted = [&](int64_t n) { return plan->pinned * n + pages_of(plan->window * n); };
+    const int64_t others = std::min<int64_t>(wanted(n_seq) - wanted(1), n_pages / 8);
+    return (int32_t)std::min<int64_t>(wanted(1) + others + pages_of(n_ubatch) + 1, n_pages);
+}
+
+int64_t xq_cache_bytes(const xq_plan *plan, const int32_t *d, const int32_t *e, const int32_t *n_head_kv,
+                       int32_t n_pages, int32_t n_slots) {
+    if (!d || !e || !n_head_kv) {
+        return fail(XQ_ERR_ARGUMENT, "xq_cache_bytes: d, e and n_head_kv must not be null");
+    }
+    if (const int status = xq_plan_check(plan, d, e); status != XQ_OK) {
+        return status;
+    }
+    int64_t bytes = 0;
+    for (int32_t l = 0; l < plan->n_layers; ++l) {
+        if (d[l] == 0) {
+            continue;
+        }
+        const xq_shape shape = {d[l], e[l], n_head_kv[l], n_pages, n_slots, 1};
+        const int64_t rows = xq_store_row_bytes(&shape);
+        const int64_t blocks = n_slots < n_pages ? xq_store_block_bytes(&plan->layers[l], &shape) : 0;
+        if (rows < 0 || blocks < 0) {
+            return XQ_ERR_ARGUMENT;
+        }
+        bytes += rows + blocks;
+    }
+    return bytes;
 }

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 #include <immintrin.h>
-#include <initializer_list>
 
 namespace xq {
+namespace {
 
 /* Into the second cache: a page and the work on it fill the first.  Always in line: gcc takes a call of a function that
  * only prefetches for one without effect, and drops it. */
@@ -45,8 +45,9 @@ static inline __m256 exp_non_positive(__m256 x) {
     const __m256 t = _mm256_mul_ps(x, _mm256_set1_ps(1.44269504f));
     const __m256 n = _mm256_round_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m256 r = _mm256_sub_ps(t, n);
+    constexpr float polynomial[] = {0.00967554096f, 0.0555071309f, 0.240221202f, 0.693146944f, 1.0f};
     __m256 y = _mm256_set1_ps(0.00132764725f);
-    for (const float c : {0.00967554096f, 0.0555071309f, 0.240221202f, 0.693146944f, 1.0f}) {
+    for (const float c : polynomial) {
         y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(c));
     }
     const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
@@ -62,4 +63,5 @@ static inline __m256 tanh(__m256 x) {
     return _mm256_or_ps(y, _mm256_and_ps(sign, x));
 }
 
+} // namespace
 } // namespace xq

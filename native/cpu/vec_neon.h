@@ -3,9 +3,9 @@
 
 #include <arm_neon.h>
 #include <cstdint>
-#include <initializer_list>
 
 namespace xq {
+namespace {
 
 static inline float32x4_t load_half(const uint16_t *p /* [4] */) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
@@ -18,8 +18,9 @@ static inline float32x4_t exp_non_positive(float32x4_t x) {
     const float32x4_t n = vrndnq_f32(vmulq_n_f32(clamped, 1.44269504f));
     float32x4_t r = vfmsq_f32(clamped, n, vdupq_n_f32(0.693359375f));
     r = vfmsq_f32(r, n, vdupq_n_f32(-2.12194440e-4f));
+    constexpr float polynomial[] = {1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f};
     float32x4_t y = vdupq_n_f32(1.0f / 720.0f);
-    for (const float c : {1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f}) {
+    for (const float c : polynomial) {
         y = vfmaq_f32(vdupq_n_f32(c), y, r);
     }
     const int32x4_t scaled = vaddq_s32(vreinterpretq_s32_f32(y), vshlq_n_s32(vcvtq_s32_f32(n), 23));
@@ -33,4 +34,5 @@ static inline float32x4_t tanh(float32x4_t x) {
     return vbslq_f32(vdupq_n_u32(0x80000000u), x, y);
 }
 
+} // namespace
 } // namespace xq

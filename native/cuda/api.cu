@@ -1,4 +1,9 @@
-/* api.cu: the C ABI of xquant_cuda.h: checks arguments, chooses kernels. */
+/* api.cu: the five verbs of xq_cuda(): checks arguments, chooses kernels.
+ *
+ * check.h says what every backend refuses; here stands what a GPU cannot do besides: read 16 bytes at an address that
+ * is not a multiple of 16, and have more than 65,535 blocks along y or z.
+ */
+#include "check.h"
 #include "launch.h"
 
 #include <atomic>
@@ -7,10 +12,11 @@
 
 namespace xq {
 
-static thread_local char message[256];
+static thread_local char message[512];
 static constexpr int max_devices = 64;
+static constexpr int max_blocks = 65535; /* along y or z of a grid */
 
-static int fail_cuda(int status, const char *format, ...) {
+int fail(int status, const char *format, ...) {
     va_list args;
     va_start(args, format);
     vsnprintf(message, sizeof(message), format, args);
@@ -20,123 +26,150 @@ static int fail_cuda(int status, const char *format, ...) {
 
 int launched(const char *what) {
     const cudaError_t error = cudaGetLastError();
-    return error == cudaSuccess
-               ? XQ_OK
-               : fail_cuda(XQ_ERR_KERNELS, "%s could not be launched: %s", what, cudaGetErrorString(error));
+    return error == cudaSuccess ? XQ_OK
+                                : fail(XQ_ERR_KERNELS, "%s could not be launched: %s", what, cudaGetErrorString(error));
+}
+
+/* An attribute of the current device, asked once; known: 0 where it was not. */
+static int attribute(cudaDeviceAttr name, std::atomic<int> (&known)[max_devices]) {
+    int device = 0, value = 0;
+    cudaGetDevice(&device);
+    if (device < max_devices && known[device] > 0) {
+        return known[device];
+    }
+    cudaDeviceGetAttribute(&value, name, device);
+    if (device < max_devices) {
+        known[device] = value;
+    }
+    return value;
 }
 
 int shared_limit() {
-    static std::atomic<int> limits[max_devices]; // asked at every launch; 0: not asked yet
-    int device = 0, bytes = 0;
-    cudaGetDevice(&device);
-    if (device < max_devices && limits[device] > 0) {
-        return limits[device];
-    }
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (device < max_devices) {
-        limits[device] = bytes;
-    }
-    return bytes;
-}
-
-static bool width_ok(int32_t n) {
-    return n >= 16 && n <= XQ_MAX_HEAD_DIM && n % 16 == 0;
+    static std::atomic<int> limits[max_devices];
+    return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, limits);
 }
 
 bool can_launch_early() {
     static std::atomic<int> majors[max_devices];
-    int device = 0, major = 0;
-    cudaGetDevice(&device);
-    if (device < max_devices && majors[device] > 0) {
-        return majors[device] >= 9;
-    }
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    if (device < max_devices) {
-        majors[device] = major;
-    }
-    return major >= 9;
+    return attribute(cudaDevAttrComputeCapabilityMajor, majors) >= 9;
 }
 
-static int check(const xq_cuda_layer *l) {
-    if (!l || !width_ok(l->d) || !width_ok(l->e) || l->n_head_kv < 1 || l->n_pages < 1 || l->n_slots < 1) {
-        return fail_cuda(XQ_ERR_ARGUMENT, "layer: head widths must be multiples of 16 from 16 to %d", XQ_MAX_HEAD_DIM);
+/* ---- what a GPU cannot do ---- */
+
+static int64_t address(const void *p) {
+    return (int64_t)(uintptr_t)p;
+}
+
+/* verb: for the message. */
+static bool is_aligned(const char *verb, const xq_side_store &side) {
+    return multiples(verb, {{"address of codes", address(side.codes), 16},
+                            {"codes_page", side.codes_page, 16},
+                            {"codes_head", side.codes_head, 16},
+                            {"codes_stream", side.codes_stream, 16},
+                            {"address of param", address(side.param), 16},
+                            {"param_page", side.param_page, 16},
+                            {"param_head", side.param_head, 16},
+                            {"param_stream", side.param_stream, 16},
+                            {"address of rows", address(side.rows), 16},
+                            {"rows_head", side.rows_head, 8},
+                            {"rows_stream", side.rows_stream, 8}});
+}
+
+static bool is_aligned(const xq_store &store) {
+    return is_aligned("store.k on a GPU", store.k) && is_aligned("store.v on a GPU", store.v) &&
+           (!store.mapped || is_aligned("store.source on a GPU", store.source));
+}
+
+static bool runs(const char *verb, const xq_exec *exec) {
+    return none_null(verb, {{"exec", exec}});
+}
+
+static cudaStream_t cuda_stream(const xq_exec *exec) {
+    return (cudaStream_t)exec->cuda_stream;
+}
+
+/* ---- verbs ---- */
+
+static const char *error() {
+    return message;
+}
+
+static int update(const xq_store *store, const xq_update_args *args, const xq_exec *exec) {
+    if (!runs("update", exec) || !accepts_update(store, args) || !is_aligned(*store) ||
+        !in_range("update on a GPU",
+                  {{"n_seals", args->n_seals, 0, max_blocks}, {"n_unseals", args->n_unseals, 0, max_blocks}})) {
+        return XQ_ERR_ARGUMENT;
     }
-    if (!l->blocks || !l->k_blocks || !l->v_blocks || !l->window ||
-        (l->mapped && (!l->source_blocks || !l->map_heads || !l->map))) {
-        return fail_cuda(XQ_ERR_ARGUMENT, "layer: blocks, window and map must not be null");
+    return launch_update(*store, *args, cuda_stream(exec));
+}
+
+/* Blocks of both kernels, and row numbers times heads, which are divided by multiplying (decode_shape.h). */
+static bool fits_grid(const xq_store &store, const xq_attend_args &args) {
+    const int64_t n_rep = args.n_head / store.n_head_kv, n_rows = args.n_tokens * n_rep; // of a KV head
+    const int64_t n_groups = (n_rows + XQ_CUDA_GROUP_ROWS - 1) / XQ_CUDA_GROUP_ROWS;
+    const char *verb = "attend on a GPU";
+    return in_range(verb, {{"n_streams * n_tokens", (int64_t)args.n_streams * args.n_tokens, 1, max_blocks},
+                           {"n_streams * groups of query rows", args.n_streams * n_groups, 1, max_blocks}}) &&
+           in_range(verb, {{"n_tokens * (n_head / n_head_kv)^2", n_rows * n_rep, 1, INT32_MAX}});
+}
+
+static int attend(const xq_store *store, const xq_attend_args *args, const xq_exec *exec) {
+    if (!runs("attend", exec) || !accepts_attend(store, args) || !is_aligned(*store) || !fits_grid(*store, *args) ||
+        !multiples("attend on a GPU", {{"address of q", address(args->q), 16},
+                                       {"q_head_stride", args->q_head_stride, 16},
+                                       {"q_token_stride", args->q_token_stride, 16},
+                                       {"address of mask", address(args->mask), 8},
+                                       {"mask_token_stride", args->mask ? args->mask_token_stride : 0, 8},
+                                       {"mask_stream_stride", args->mask ? args->mask_stream_stride : 0, 8},
+                                       {"address of partial", address(args->partial), 8},
+                                       {"address of out", address(args->out), 8}})) {
+        return XQ_ERR_ARGUMENT;
     }
-    return XQ_OK;
+    if (args->n_kv_pages > (int64_t)args->n_parts * XQ_CUDA_PART_PAGES) {
+        return fail(XQ_ERR_ARGUMENT, "attend on a GPU: n_kv_pages is %d in n_parts, %d; a part has at most %d",
+                    args->n_kv_pages, args->n_parts, XQ_CUDA_PART_PAGES);
+    }
+    if (decode_covers(*store)) {
+        return launch_decode(*store, *args, cuda_stream(exec));
+    }
+    const int status = launch_general(*store, *args, cuda_stream(exec));
+    return status != XQ_OK ? status : launch_merge(*store, *args, cuda_stream(exec));
+}
+
+static int unpack(const xq_store *store, const xq_unpack_args *args, const xq_exec *exec) {
+    if (!runs("unpack", exec) || !accepts_unpack(store, args) || !is_aligned(*store) ||
+        !multiples("unpack on a GPU", {{"address of rows", address(args->rows), 16}}) ||
+        !in_range("unpack on a GPU",
+                  {{"n_kv_pages", args->n_kv_pages, 1, max_blocks},
+                   {"n_streams * n_heads", (int64_t)args->n_streams * args->n_heads, 1, max_blocks}})) {
+        return XQ_ERR_ARGUMENT;
+    }
+    return launch_unpack(*store, *args, cuda_stream(exec));
+}
+
+static bool accepts_gpu_keys(const char *verb, const xq_store *store, const xq_keys_args *args, const xq_exec *exec) {
+    return runs(verb, exec) && accepts_keys(verb, store, args) && is_aligned(*store) &&
+           in_range(verb, {{"n_pages on a GPU", args->n_pages, 1, max_blocks}});
+}
+
+static int read_keys(const xq_store *store, const xq_keys_args *args, const xq_exec *exec) {
+    return accepts_gpu_keys("read_keys", store, args, exec) ? launch_read_keys(*store, *args, cuda_stream(exec))
+                                                            : XQ_ERR_ARGUMENT;
+}
+
+static int write_keys(const xq_store *store, const xq_keys_args *args, const xq_exec *exec) {
+    return accepts_gpu_keys("write_keys", store, args, exec) ? launch_write_keys(*store, *args, cuda_stream(exec))
+                                                             : XQ_ERR_ARGUMENT;
+}
+
+static const char *attend_kernel(const xq_store *store) {
+    return !accepts_store(store) ? nullptr : decode_covers(*store) ? "decode" : "general";
 }
 
 } // namespace xq
 
-using namespace xq;
-
-const char *xq_cuda_error(void) {
-    return message;
-}
-
-int xq_cuda_update(const xq_cuda_layer *layer, const xq_cuda_update_args *args, void *stream) {
-    if (const int status = check(layer); status != XQ_OK) {
-        return status;
-    }
-    if (!args || args->n_tokens < 0 || !args->n_seal || !args->n_unseal || !args->n_nonfinite) {
-        return fail_cuda(XQ_ERR_ARGUMENT, "update: counts must not be null");
-    }
-    return launch_update(*layer, *args, (cudaStream_t)stream);
-}
-
-const char *xq_cuda_attend_kernel(const xq_cuda_layer *layer) {
-    return decode_covers(*layer) ? "decode" : "general";
-}
-
-int xq_cuda_attend(const xq_cuda_layer *layer, const xq_cuda_attend_args *args, void *stream) {
-    if (const int status = check(layer); status != XQ_OK) {
-        return status;
-    }
-    if (!args || !args->q || !args->table || !args->partial || !args->out || !args->arrivals || args->n_head < 1 ||
-        args->n_head % layer->n_head_kv != 0 || args->n_tokens < 1 || args->n_streams < 1 || args->n_parts < 1 ||
-        args->n_kv_pages < 0 || args->scale <= 0.0f || args->n_kv_pages > layer->n_pages) {
-        return fail_cuda(XQ_ERR_ARGUMENT, "attend: a pointer is null or a count is out of range");
-    }
-    if (args->n_kv_pages > (int64_t)args->n_parts * XQ_CUDA_PART_PAGES) {
-        return fail_cuda(XQ_ERR_ARGUMENT, "attend: %d pages in %d parts, must be at most %d each", args->n_kv_pages,
-                         args->n_parts, XQ_CUDA_PART_PAGES);
-    }
-    if (decode_covers(*layer)) {
-        return launch_decode(*layer, *args, (cudaStream_t)stream);
-    }
-    const int status = launch_general(*layer, *args, (cudaStream_t)stream);
-    return status != XQ_OK ? status : launch_merge(*layer, *args, (cudaStream_t)stream);
-}
-
-int xq_cuda_unpack(const xq_cuda_layer *layer, const xq_cuda_unpack_args *args, void *stream) {
-    if (const int status = check(layer); status != XQ_OK) {
-        return status;
-    }
-    if (!args || !args->table || !args->first_stream || !args->rows || args->n_streams < 1 || args->n_kv_pages < 1 ||
-        args->n_kv_pages > layer->n_pages || args->first_head < 0 || args->n_heads < 1 ||
-        args->n_heads > layer->n_head_kv - args->first_head) {
-        return fail_cuda(XQ_ERR_ARGUMENT, "unpack: a pointer is null or a count is out of range");
-    }
-    return launch_unpack(*layer, *args, (cudaStream_t)stream);
-}
-
-static int check_shift(const xq_cuda_layer *layer, const xq_cuda_shift_args *args) {
-    if (const int status = check(layer); status != XQ_OK) {
-        return status;
-    }
-    return args && args->pages && args->keys && args->n_pages >= 1
-               ? XQ_OK
-               : fail_cuda(XQ_ERR_ARGUMENT, "shift: a pointer is null or there are no pages");
-}
-
-int xq_cuda_read_keys(const xq_cuda_layer *layer, const xq_cuda_shift_args *args, void *stream) {
-    const int status = check_shift(layer, args);
-    return status == XQ_OK ? launch_read_keys(*layer, *args, (cudaStream_t)stream) : status;
-}
-
-int xq_cuda_write_keys(const xq_cuda_layer *layer, const xq_cuda_shift_args *args, void *stream) {
-    const int status = check_shift(layer, args);
-    return status == XQ_OK ? launch_write_keys(*layer, *args, (cudaStream_t)stream) : status;
+const xq_backend *xq_cuda(void) {
+    static const xq_backend backend = {"cuda",     xq::error,     xq::update,     xq::attend,
+                                       xq::unpack, xq::read_keys, xq::write_keys, xq::attend_kernel};
+    return &backend;
 }

@@ -6,18 +6,21 @@
 namespace xq {
 
 // each has a file of its own: they compile side by side
-extern template int launch_decode_of<128, true, 1>(const xq_cuda_layer &, const xq_cuda_attend_args &, cudaStream_t);
-extern template int launch_decode_of<128, true, 2>(const xq_cuda_layer &, const xq_cuda_attend_args &, cudaStream_t);
-extern template int launch_decode_of<128, false, 2>(const xq_cuda_layer &, const xq_cuda_attend_args &, cudaStream_t);
-extern template int launch_decode_of<64, true, 1>(const xq_cuda_layer &, const xq_cuda_attend_args &, cudaStream_t);
-extern template int launch_decode_of<64, true, 2>(const xq_cuda_layer &, const xq_cuda_attend_args &, cudaStream_t);
-extern template int launch_decode_of<64, false, 2>(const xq_cuda_layer &, const xq_cuda_attend_args &, cudaStream_t);
+extern template int launch_decode_of<128, true, 1>(const xq_store &, const xq_attend_args &, cudaStream_t);
+extern template int launch_decode_of<128, true, 2>(const xq_store &, const xq_attend_args &, cudaStream_t);
+extern template int launch_decode_of<128, false, 2>(const xq_store &, const xq_attend_args &, cudaStream_t);
+extern template int launch_decode_of<64, true, 1>(const xq_store &, const xq_attend_args &, cudaStream_t);
+extern template int launch_decode_of<64, true, 2>(const xq_store &, const xq_attend_args &, cudaStream_t);
+extern template int launch_decode_of<64, false, 2>(const xq_store &, const xq_attend_args &, cudaStream_t);
 
-template <int E, int R> static decode_shape shape_of(const xq_cuda_layer &l) {
-    decode_shape shape = {staging(l)};
-    constexpr int size = team_warp<E>::size;
-    const int page = shape.at.bytes, limit = shared_limit() - (int)sizeof(page_list) - 6144;
-    for (int n = max_warps(R, l.plan.k.bits + l.plan.v.bits) / size; n > 0 && shape.n_teams == 0; --n) {
+static_assert(n_rows<2> == XQ_CUDA_GROUP_ROWS, "a tile has a counter of arrivals");
+
+template <int E, int R> static decode_shape shape_of(const xq_store &store) {
+    decode_shape shape = {};
+    shape.parts = staging(store);
+    constexpr int size = warp_place<E>::size;
+    const int page = shape.parts.bytes, limit = shared_limit() - (int)sizeof(page_list) - 6144;
+    for (int n = max_warps(R, store.k.plan.bits + store.v.plan.bits) / size; n > 0 && shape.n_teams == 0; --n) {
         const int n_open = std::min(max_open, n * size);
         const int before = (n_open * (int)sizeof(sums<E, R>) + n * room_bytes<R> + 127) / 128 * 128;
         // cp.async is waited for as far as the last page but one
@@ -33,32 +36,35 @@ template <int E, int R> static decode_shape shape_of(const xq_cuda_layer &l) {
     return shape;
 }
 
-decode_shape decode_shape_of(const xq_cuda_layer &l, int rows_of_lane) {
+decode_shape decode_shape_of(const xq_store &store, int rows_of_lane) {
     if (rows_of_lane == 1) {
-        return l.e == 128 ? shape_of<128, 1>(l) : shape_of<64, 1>(l);
+        return store.v.width == 128 ? shape_of<128, 1>(store) : shape_of<64, 1>(store);
     }
-    return l.e == 128 ? shape_of<128, 2>(l) : shape_of<64, 2>(l);
+    return store.v.width == 128 ? shape_of<128, 2>(store) : shape_of<64, 2>(store);
 }
 
-bool decode_covers(const xq_cuda_layer &l) {
-    const xq_side &k = l.plan.k, &v = l.plan.v;
-    return (l.d == 64 || l.d == 128) && l.e == l.d && k.bits >= 1 && k.bits <= 4 && (v.bits == 2 || v.bits == 1) &&
-           (v.group == 0 || v.group >= l.e) && !l.mapped && decode_shape_of(l, 2).n_teams > 0;
+bool decode_covers(const xq_store &store) {
+    const xq_side_store &k = store.k, &v = store.v;
+    return (k.width == 64 || k.width == 128) && v.width == k.width && k.plan.bits >= 1 && k.plan.bits <= 4 &&
+           (v.plan.bits == 2 || v.plan.bits == 1) && group_length(v.plan, v.width) == v.width && !store.mapped &&
+           decode_shape_of(store, 2).n_teams > 0;
 }
 
 template <int D>
-static int launch_width(bool plain, const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream) {
+static int launch_width(bool plain, const xq_store &store, const xq_attend_args &args, cudaStream_t stream) {
     if (!plain) {
-        return launch_decode_of<D, false, 2>(l, a, stream);
+        return launch_decode_of<D, false, 2>(store, args, stream);
     }
-    return a.n_tokens == 1 && a.n_head / l.n_head_kv <= 4 ? launch_decode_of<D, true, 1>(l, a, stream)
-                                                          : launch_decode_of<D, true, 2>(l, a, stream);
+    return args.n_tokens == 1 && args.n_head / store.n_head_kv <= 4 ? launch_decode_of<D, true, 1>(store, args, stream)
+                                                                    : launch_decode_of<D, true, 2>(store, args, stream);
 }
 
-int launch_decode(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream) {
-    const bool plain = l.plan.k.group == XQ_PAGE && l.plan.k.param == XQ_PARAM_F16 && l.plan.v.param == XQ_PARAM_LOG8 &&
-                       a.softcap <= 0.0f && a.max_bias <= 0.0f;
-    return l.d == 128 ? launch_width<128>(plain, l, a, stream) : launch_width<64>(plain, l, a, stream);
+int launch_decode(const xq_store &store, const xq_attend_args &args, cudaStream_t stream) {
+    const xq_side &k = store.k.plan, &v = store.v.plan;
+    const bool plain = k.group == XQ_PAGE && k.param == XQ_PARAM_F16 && v.param == XQ_PARAM_LOG8 &&
+                       args.softcap <= 0.0f && args.max_bias <= 0.0f;
+    return store.k.width == 128 ? launch_width<128>(plain, store, args, stream)
+                                : launch_width<64>(plain, store, args, stream);
 }
 
 } // namespace xq

@@ -6,8 +6,11 @@
  * what all of them sum up.  Which page is which is read once, before copies are asked for: behind them any read waits
  * long.
  *
- * The launch may overtake the update before it (programmatic dependent launch): while there is nothing to seal or
- * unseal, only open pages wait for it.
+ * Where args.after_update is set, the launch may overtake the update before it (programmatic dependent launch), which
+ * wrote rows and moved no page.  That update itself waited for the launch before it to end before it let this one
+ * begin. So all that was enqueued before the update is in memory: sealed pages, table, q and mask may be read at once.
+ * Open pages, which the update writes, wait for its end, and so does the first write: the update may still read what
+ * lies where this launch writes.
  *
  * Queries and folded vectors are rounded to F16 (relative error 2^-11), p as attend_values.cuh says; sums are single
  * precision.
@@ -17,18 +20,18 @@
  */
 #pragma once
 
-#include "attend.cuh"
-#include "attend_page.cuh"
+#include "alibi.h"
 #include "decode_shape.h"
 #include "join.cuh"
 #include "launch.h"
-#include "stage.cuh"
 
 #include <type_traits>
 
 namespace xq {
 
 namespace {
+
+/* ---- which page is which ---- */
 
 /* Pages of a block's part: sealed ones from the front on, open ones, with their slots, from the back. */
 struct page_list {
@@ -38,38 +41,47 @@ struct page_list {
     uint8_t seen[size];
 };
 
-/* Lists the n pages of a block's part.  Of more tokens than one, most may see none of a page, which is then left out.
- * mask: of the first token of the tile, or null.  Called by all threads. */
-__device__ void list_pages(page_list &list, const xq_cuda_attend_args &a, const int32_t *table, const char *mask,
-                           int n_tokens, int n, int warp, int n_warps, int lane) {
-    const auto page_of = [&](int nth) { return blockIdx.x + nth * a.n_parts; };
-    const bool looks = mask && a.n_tokens > 1;
-    if (looks) {
-        for (int nth = warp; nth < n; nth += n_warps) {
-            const char *at = mask + (page_of(nth) * XQ_PAGE + 4 * lane) * (int)sizeof(__half);
-            bool some = false;
+/* Notes which of the n pages of a block's part are seen by any of n_tokens tokens.  mask: of the first of them.  By all
+ * threads. */
+__device__ inline void find_seen_pages(page_list &list, const xq_attend_args &args, const uint16_t *mask, int n_tokens,
+                                       int n) {
+    const int warp = threadIdx.x / 32, n_warps = blockDim.x / 32, lane = threadIdx.x % 32;
+    for (int nth = warp; nth < n; nth += n_warps) {
+        const int page = blockIdx.x + nth * args.n_parts;
+        const char *at = (const char *)mask + (page * XQ_PAGE + 4 * lane) * (int)sizeof(__half);
+        bool some = false;
 #pragma unroll 1
-            for (int token = 0; token < n_tokens; ++token) {
-                const uint2 x = *(const uint2 *)(at + token * a.mask_token_stride);
-                some |= x.x != 0xfc00fc00u || x.y != 0xfc00fc00u; // -inf twice
-            }
-            list.seen[nth] = __any_sync(~0u, some);
+        for (int token = 0; token < n_tokens; ++token) {
+            const uint2 x = *(const uint2 *)(at + token * args.mask_token_stride);
+            some |= x.x != 0xfc00fc00u || x.y != 0xfc00fc00u; // -inf twice
         }
-        __syncthreads();
+        list.seen[nth] = __any_sync(~0u, some);
     }
-    if (warp == 0) {
+    __syncthreads();
+}
+
+/* Lists the n pages of a block's part.  Of more tokens than one, most may see none of a page, which is then left out.
+ * table: [page] of the stream.  mask: of the first token of the tile, or null.  By all threads. */
+__device__ inline void list_pages(page_list &list, const xq_attend_args &args, const int32_t *table,
+                                  const uint16_t *mask, int n_tokens, int n) {
+    const bool looks = mask && args.n_tokens > 1;
+    if (looks) {
+        find_seen_pages(list, args, mask, n_tokens, n);
+    }
+    if (threadIdx.x < 32) {
+        const int lane = threadIdx.x;
         int n_sealed = 0, n_open = 0;
 #pragma unroll 1
         for (int base = 0; base < n; base += 32) {
-            const int nth = base + lane;
-            const int slot = nth < n && (!looks || list.seen[nth]) ? table[page_of(nth)] : page_free;
-            const uint32_t sealed = __ballot_sync(~0u, slot == page_sealed), open = __ballot_sync(~0u, slot >= 0);
+            const int nth = base + lane, page = blockIdx.x + nth * args.n_parts;
+            const int slot = nth < n && (!looks || list.seen[nth]) ? table[page] : XQ_SLOT_NONE;
+            const uint32_t sealed = __ballot_sync(~0u, slot == XQ_SLOT_SEALED), open = __ballot_sync(~0u, slot >= 0);
             const uint32_t before = (1u << lane) - 1;
-            if (slot == page_sealed) {
-                list.pages[n_sealed + __popc(sealed & before)] = page_of(nth);
+            if (slot == XQ_SLOT_SEALED) {
+                list.pages[n_sealed + __popc(sealed & before)] = page;
             } else if (slot >= 0) {
                 const int at = page_list::size - 1 - n_open - __popc(open & before);
-                list.pages[at] = page_of(nth);
+                list.pages[at] = page;
                 list.slots[at] = slot;
             }
             n_sealed += __popc(sealed);
@@ -81,20 +93,31 @@ __device__ void list_pages(page_list &list, const xq_cuda_attend_args &a, const 
     __syncthreads();
 }
 
-/* Reads a tile's rows of q: rounded, scaled to below 1, in the order of the codes, to shared memory by one warp, for it
- * is the same for all; what takes the scale back, in q. */
+/* Asks for the table, if the stream is what it usually is: what leads to it takes as long as itself. */
+__device__ inline void prefetch_table(const xq_store &store, const xq_attend_args &args, const block_task &task) {
+    if (threadIdx.x < 64) {
+        const int page = task.part + (int)threadIdx.x * args.n_parts;
+        if (page < args.n_kv_pages) {
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(table_of(store, args.table, task.nth_stream) + page));
+        }
+    }
+}
+
+/* ---- query rows ---- */
+
+/* Reads a tile's rows of q: rounded, scaled to below 1, in the order of the codes, to shared memory by the block's
+ * first warp, for it is the same for all; what takes the scale back, in `rows`. */
 template <int D, int KB, int R>
-__device__ void load_rows(uint2 (*shared)[32], bool stores, rows<R> &q, const xq_cuda_attend_args &a,
-                          const decode_call &c, int first, int nth_stream, int lane) {
+__device__ void load_queries(uint2 (*queries)[32], row_tile<R> &rows, const xq_attend_args &args,
+                             const decode_call &call, const block_task &task, const lane_place &place) {
     using wk = walk<KB, D>;
-    const int g = lane / 4, t = lane % 4, row = min(first + row_of_column<R>(g), c.rows_of_head - 1);
-    const auto *x = (const float *)((const char *)a.q + (blockIdx.y * c.n_rep + c.rest_of(row)) * a.q_head_stride +
-                                    (nth_stream * a.n_tokens + c.token_of(row)) * a.q_token_stride);
+    const int t = place.t, row = min(task.first_row + row_of_column<R>(place.g), call.rows_of_head - 1);
+    const float *q = query_at(args, task.nth_stream, call.token_of(row), task.head * call.n_rep + call.rest_of(row));
     float4 channels[wk::products];
     float top = 0.0f;
 #pragma unroll
     for (int n = 0; n < wk::products; ++n) {
-        channels[n] = wk::has(n, t) ? *(const float4 *)(x + wk::row(n, t)) : float4{};
+        channels[n] = wk::has(n, t) ? *(const float4 *)(q + wk::row(n, t)) : float4{};
     }
 #pragma unroll
     for (int n = 0; n < wk::low::products; ++n) {
@@ -108,15 +131,82 @@ __device__ void load_rows(uint2 (*shared)[32], bool stores, rows<R> &q, const xq
 #pragma unroll
     for (int n = 0; n < wk::products; ++n) {
         const float weight = wk::weight(n) * factor;
-        if (stores) {
-            shared[n][lane] = {halves(channels[n].x * weight, channels[n].y * weight),
-                               halves(channels[n].z * weight, channels[n].w * weight)};
+        if (threadIdx.x < 32) {
+            queries[n][place.lane] = {halves(channels[n].x * weight, channels[n].y * weight),
+                                      halves(channels[n].z * weight, channels[n].w * weight)};
         }
     }
     for (int r = 0; r < R; ++r) { // the columns 2 t and 2 t + 1
-        q.factor[r] = power_of_two(__shfl_sync(~0u, exponent, 4 * (2 * t + r))) * a.scale * log2e;
+        rows.factor[r] = power_of_two(__shfl_sync(~0u, exponent, 4 * (2 * t + r))) * args.scale * log2e;
     }
 }
+
+/* What a lane needs of its R rows. */
+template <int D, int KB, bool PLAIN, int R>
+__device__ row_tile<R> load_rows(uint2 (*queries)[32], const xq_attend_args &args, const decode_call &call,
+                                 const block_task &task, const lane_place &place) {
+    row_tile<R> rows = {};
+    load_queries<D, KB>(queries, rows, args, call, task, place);
+    rows.queries = queries;
+    rows.softcap = args.softcap * log2e;
+    for (int r = 0; r < R; ++r) {
+        const int row = task.first_row + R * place.t + r;
+        const bool exists = row < call.rows_of_head;
+        const int head = task.head * call.n_rep + call.rest_of(row);
+        rows.absent[r] = exists ? 0.0f : -INFINITY;
+        rows.slope[r] = PLAIN ? log2e : slope_of(args.max_bias, head, args.n_head) * log2e;
+        rows.mask[r] = exists ? (const __half *)mask_at(args, task.nth_stream, call.token_of(row)) : nullptr;
+    }
+    return rows;
+}
+
+/* ---- pages ---- */
+
+/* Pieces of open pages, by a warp: every step-th of n from `nth` on.  k, v: of the KV head. */
+template <int D, int KB, bool PLAIN, int E, int R>
+__device__ void add_open_pages(sums<E, R> &sum, const row_tile<R> &rows, const page_list &list, const side_view &k,
+                               const side_view &v, int nth, int n, int step, const warp_place<E> &warp) {
+    constexpr int pieces = XQ_PAGE / piece;
+    open_state<E, R> state;
+    state.clear();
+#pragma unroll 1
+    for (int item = nth; item < n; item += step) {
+        const int listed = page_list::size - 1 - item / pieces, first = item % pieces * piece;
+        const int64_t row = (int64_t)list.slots[listed] * XQ_PAGE + first;
+        const open_piece at = {(const __half *)k.rows + row * D, (const __half *)v.rows + row * E,
+                               list.pages[listed] * XQ_PAGE + first};
+        add_open_piece<D, KB, PLAIN>(state, rows, at, {(__half *)sum.out}, warp);
+    }
+    __syncwarp();
+    store_state(sum, state, warp);
+}
+
+/* Sealed pages of the list, by a team: every n_teams-th, as they come through `ring`, which holds the first ones.
+ * masks: of the team's first page. */
+template <int D, int KB, typename VALUES, bool PLAIN, int E, int R>
+__device__ void add_sealed_pages(typename VALUES::state_of &state, const row_tile<R> &rows, const page_list &list,
+                                 page_ring<E> &ring, page_masks<E, R> &masks, const team_room<VALUES, R> &room,
+                                 const xq_store &store, const decode_shape &shape, const warp_place<E> &warp) {
+    const int n_sealed = list.n_sealed;
+#pragma unroll 1
+    for (int j = warp.team; j < n_sealed; j += shape.n_teams) {
+        const int number = list.pages[j];
+        const bool masked = masks.any();
+        if (j + shape.n_teams < n_sealed) { // they come from afar, and later still behind copies
+            masks.load(rows, list.pages[j + shape.n_teams], warp);
+        }
+        const page_in_shared page = {ring.wait(), shape.parts, store.k.plan, store.v.plan, number, masked};
+        add_sealed_page<D, KB, VALUES, PLAIN>(state, rows, page, room, warp, [&] {
+            if (j >= shape.n_teams) {
+                const int last = j + (shape.depth - 1) * shape.n_teams;
+                ring.refill(last < list.n_sealed ? list.pages[last] : -1);
+            }
+        });
+        ring.next();
+    }
+}
+
+/* ---- a block ---- */
 
 /* How a layer's values are multiplied: LOG8 parameters have scales above 0. */
 template <int E, int VB, bool PLAIN, int R>
@@ -126,161 +216,113 @@ using values_of = std::conditional_t<PLAIN, byte_values<E, VB, R>, half_values<E
  * their place, at last, the teams' sums. */
 template <int D, int E, int KB, int VB, bool PLAIN, int R>
 __global__ void __launch_bounds__(32 * max_warps(R, KB + VB), 1)
-    decode_kernel(const __grid_constant__ xq_cuda_layer l, const __grid_constant__ xq_cuda_attend_args a,
-                  const __grid_constant__ decode_call c) {
+    decode_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_attend_args args,
+                  const __grid_constant__ decode_call call) {
     extern __shared__ __align__(128) uint8_t shared[];
-    using of_team = team_warp<E>;
     using values = values_of<E, VB, PLAIN, R>;
-    using ring_of_team = page_ring<of_team::size>;
-    __shared__ typename ring_of_team::marks marks;
+    __shared__ typename page_ring<E>::marks marks;
     __shared__ page_list list;
-    __shared__ uint2 shared_q[walk<KB, D>::products][32];
+    __shared__ uint2 queries[walk<KB, D>::products][32];
     __shared__ float2 tops[max_warps(R, KB + VB)][n_rows<R>], shares[max_warps(R, KB + VB)][n_rows<R>];
-    const staged &at = c.at;
-    const int n_warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const of_team mine = {warp / of_team::size, warp % of_team::size};
-    const int nth_stream = c.n_tiles == 1 ? blockIdx.z : blockIdx.z / (unsigned)c.n_tiles;
-    const int first_row = (blockIdx.z - nth_stream * c.n_tiles) * n_rows<R>;
+    const decode_shape &shape = call.shape;
+    const auto warp = warp_place<E>::here();
+    const int nth_stream = call.n_tiles == 1 ? blockIdx.z : blockIdx.z / (unsigned)call.n_tiles;
+    const int first_row = (blockIdx.z - nth_stream * call.n_tiles) * n_rows<R>;
+    const block_task task = {(int)blockIdx.x, (int)blockIdx.y, nth_stream, first_row};
+    prefetch_table(store, args, task);
 
-    if (warp < 2) { // the table, if the stream is what it usually is: what leads to it takes as long as itself
-        const int page = blockIdx.x + (32 * warp + lane) * a.n_parts;
-        if (page < a.n_kv_pages) {
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(a.table + (int64_t)nth_stream * l.n_pages + page));
-        }
-    }
-    const int stream = stream_of(a, nth_stream);
-    bool waited = !a.n_seal || *a.n_seal + *a.n_unseal > 0;
-    if (waited) {
+    if (!args.after_update) {
         wait_for_previous();
     }
-    const int32_t *table = a.table + (int64_t)stream * l.n_pages;
-    const char *mask = a.mask ? (const char *)a.mask + nth_stream * a.mask_stream_stride : nullptr;
-    rows<R> q = {};
-    load_rows<D, KB>(shared_q, warp == 0, q, a, c, first_row, nth_stream, lane);
-    const folded_rows qb = {shared_q, lane};
-    q.softcap = a.softcap * log2e;
-    for (int r = 0; r < R; ++r) {
-        const int row = first_row + R * t + r;
-        const bool exists = row < c.rows_of_head;
-        q.absent[r] = exists ? 0.0f : -INFINITY;
-        q.slope[r] = PLAIN ? log2e : slope_of(a.max_bias, blockIdx.y * c.n_rep + c.rest_of(row), a.n_head) * log2e;
-        q.mask[r] = mask && exists ? (const __half *)(mask + c.token_of(row) * a.mask_token_stride) : nullptr;
-    }
-    const side_view k = c.k.at(stream, blockIdx.y), v = c.v.at(stream, blockIdx.y);
-    // of the part: one less for the last ones
-    const int n_pages = c.n_pages - ((c.n_pages - 1) * a.n_parts + (int)blockIdx.x >= a.n_kv_pages);
-    const int first_token = c.token_of(first_row),
-              last_token = c.token_of(min(first_row + n_rows<R>, c.rows_of_head) - 1);
-    ring_of_team ring(shared + c.buffers, marks, c.depth, at, mine.number, mine.member, lane);
-    auto *open = (sums<E, R> *)shared;
-    const typename values::room p = {
-        (decltype(values::room::at))(shared + c.buffers - (c.n_teams - mine.number) * room_bytes<R>)};
+    const int stream = stream_of(args.first_stream, task.nth_stream);
+    const row_tile<R> rows = load_rows<D, KB, PLAIN, R>(queries, args, call, task, warp);
+    const side_view k = side_at(store.k, stream, task.head), v = side_at(store.v, stream, task.head);
+
+    page_ring<E> ring(shared + shape.buffers, marks, shape.depth, shape.parts, warp);
     ring.begin();
     if (threadIdx.x == 0) {
-        ring_of_team::prepare(marks, k, v);
+        page_ring<E>::prepare(marks, k, v);
     }
-    list_pages(list, a, table, mask ? mask + first_token * a.mask_token_stride : nullptr, last_token - first_token + 1,
-               n_pages, warp, n_warps, lane);
-    const auto page_at = [&](int j) { return j < list.n_sealed ? list.pages[j] : -1; };
+    // of the part: one less for the last ones
+    const int n_pages = call.n_pages - ((call.n_pages - 1) * args.n_parts + task.part >= args.n_kv_pages);
+    const int first_token = call.token_of(task.first_row);
+    const int last_token = call.token_of(min(task.first_row + n_rows<R>, call.rows_of_head) - 1);
+    list_pages(list, args, table_of(store, args.table, stream), mask_at(args, task.nth_stream, first_token),
+               last_token - first_token + 1, n_pages);
 
-    masks<E, R> ahead; // of the team's next page: they come from afar, and later still behind copies
-    if (mine.number < list.n_sealed) {
-        ahead.load(q, list.pages[mine.number], mine, g);
+    page_masks<E, R> masks;
+    if (warp.team < list.n_sealed) {
+        masks.load(rows, list.pages[warp.team], warp);
     }
-
 #pragma unroll 1
-    for (int n = 0; n < c.depth; ++n) {
-        ring.fill_first(page_at(mine.number + n * c.n_teams), n);
+    for (int n = 0; n < shape.depth; ++n) {
+        const int nth = warp.team + n * shape.n_teams;
+        ring.fill_first(nth < list.n_sealed ? list.pages[nth] : -1, n);
     }
 
-    // open pages: by the last warps, which may have fewer sealed ones
-    constexpr int pieces = XQ_PAGE / piece;
-    const int nth = n_warps - 1 - warp, n_pieces = nth < c.n_open ? list.n_open * pieces : 0;
-    if (nth < n_pieces) {
-        if (!waited) {
-            wait_for_previous();
-            waited = true;
-        }
-        open_state<E, R> of_open;
-        of_open.clear();
-#pragma unroll 1
-        for (int item = nth; item < n_pieces; item += c.n_open) {
-            const int listed = page_list::size - 1 - item / pieces, first = item % pieces * piece;
-            const int64_t row = (int64_t)list.slots[listed] * XQ_PAGE + first;
-            open_piece<D, E, KB, PLAIN>(of_open, q, qb, k.window + row * D, v.window + row * E,
-                                        list.pages[listed] * XQ_PAGE + first, {(__half *)open[nth].out}, lane);
-        }
-        __syncwarp();
-        store(open[nth], of_open, lane);
+    auto *open = (sums<E, R> *)shared;
+    const int nth_open = blockDim.x / 32 - 1 - threadIdx.x / 32; // the last warps, which may have fewer sealed pages
+    const int n_pieces = nth_open < shape.n_open ? list.n_open * (XQ_PAGE / piece) : 0;
+    if (nth_open < n_pieces) {
+        wait_for_previous(); // it writes rows
+        add_open_pages<D, KB, PLAIN>(open[nth_open], rows, list, k, v, nth_open, n_pieces, shape.n_open, warp);
     }
 
-    typename values::state_of st;
-    st.clear();
-    const int n_sealed = list.n_sealed;
-#pragma unroll 1
-    for (int j = mine.number; j < n_sealed; j += c.n_teams) {
-        const int number = list.pages[j];
-        const bool masked = ahead.any();
-        if (j + c.n_teams < n_sealed) {
-            ahead.load(q, list.pages[j + c.n_teams], mine, g);
-        }
-        const uint8_t *page = ring.wait([&] { mine.meet(); });
-        sealed_page<D, E, KB, values, PLAIN>(st, q, qb, k.plan, v.plan, page, at, number, masked, p, tops, mine, lane,
-                                             [&] {
-                                                 if (j >= c.n_teams) {
-                                                     ring.refill(page_at(j + (c.depth - 1) * c.n_teams));
-                                                 }
-                                             });
-        ring.next();
-    }
+    const team_room<values, R> room = {
+        {(decltype(values::room::at))(shared + shape.buffers - (shape.n_teams - warp.team) * room_bytes<R>)}, tops};
+    typename values::state_of state;
+    state.clear();
+    add_sealed_pages<D, KB, values, PLAIN>(state, rows, list, ring, masks, room, store, shape, warp);
     float zero[R];
-    values::finish(st, zero, g);
-    if (!waited) {
-        wait_for_previous(); // it may still read what lies where this launch writes
-    }
+    values::finish(state, zero, warp);
+    wait_for_previous(); // it may still read what lies where this launch writes
     launch_next();
-    auto *teams = (sums<E, R> *)(shared + c.buffers);
+    auto *teams = (sums<E, R> *)(shared + shape.buffers);
     __syncthreads(); // pages lay there
-    store(teams[mine.number], st, zero, shares, mine, lane);
+    store_state(teams[warp.team], state, zero, shares, warp);
     __syncthreads();
-    finish_rows(teams, list.n_open > 0 ? open : nullptr, l, a, c, first_row, nth_stream, lane);
+    finish_rows(teams, list.n_open > 0 ? open : nullptr, store.v.plan.rotate, args, call, task, warp.lane);
 }
 
+/* ---- launches ---- */
+
 template <int D, int KB, int VB, bool PLAIN, int R>
-int launch(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream) {
-    const decode_shape shape = decode_shape_of(l, R);
+int launch(const xq_store &store, const xq_attend_args &args, cudaStream_t stream) {
     const auto kernel = decode_kernel<D, D, KB, VB, PLAIN, R>;
-    decode_call c = {views_of(l, key_view), views_of(l, value_view), shape.at, shape.n_teams, shape.depth, shape.n_open,
-                     shape.buffers,         a.n_head / l.n_head_kv};
-    c.rows_of_head = a.n_tokens * c.n_rep;
-    c.n_tiles = (c.rows_of_head + n_rows<R> - 1) / n_rows<R>;
-    c.n_pages = (a.n_kv_pages + a.n_parts - 1) / a.n_parts;
-    c.inverse = ((1u << 20) + c.n_rep - 1) / c.n_rep;
-    const dim3 grid(a.n_parts, l.n_head_kv, c.n_tiles * a.n_streams);
-    if (allow_shared(kernel, shape.shared)) {
-        launch_early(kernel, grid, shape.n_teams * team_warp<D>::size * 32, shape.shared, stream, l, a, c);
+    decode_call call = {};
+    call.shape = decode_shape_of(store, R);
+    call.n_rep = args.n_head / store.n_head_kv;
+    call.rows_of_head = args.n_tokens * call.n_rep;
+    call.n_tiles = (call.rows_of_head + n_rows<R> - 1) / n_rows<R>;
+    call.n_pages = (args.n_kv_pages + args.n_parts - 1) / args.n_parts;
+    call.inverse = ((1u << 31) + call.n_rep - 1) / call.n_rep;
+    const dim3 grid(args.n_parts, store.n_head_kv, call.n_tiles * args.n_streams);
+    if (allow_shared(kernel, call.shape.shared)) {
+        launch_early(kernel, grid, call.shape.n_teams * warp_place<D>::size * 32, call.shape.shared, stream, store,
+                     args, call);
     }
     return launched("decode attention");
 }
 
 template <int D, int KB, bool PLAIN, int R>
-int launch_values(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream) {
-    return l.plan.v.bits == 2 ? launch<D, KB, 2, PLAIN, R>(l, a, stream) : launch<D, KB, 1, PLAIN, R>(l, a, stream);
+int launch_values(const xq_store &store, const xq_attend_args &args, cudaStream_t stream) {
+    return store.v.plan.bits == 2 ? launch<D, KB, 2, PLAIN, R>(store, args, stream)
+                                  : launch<D, KB, 1, PLAIN, R>(store, args, stream);
 }
 
 } // namespace
 
 template <int D, bool PLAIN, int R>
-int launch_decode_of(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream) {
-    switch (l.plan.k.bits) {
+int launch_decode_of(const xq_store &store, const xq_attend_args &args, cudaStream_t stream) {
+    switch (store.k.plan.bits) {
     case 4:
-        return launch_values<D, 4, PLAIN, R>(l, a, stream);
+        return launch_values<D, 4, PLAIN, R>(store, args, stream);
     case 3:
-        return launch_values<D, 3, PLAIN, R>(l, a, stream);
+        return launch_values<D, 3, PLAIN, R>(store, args, stream);
     case 2:
-        return launch_values<D, 2, PLAIN, R>(l, a, stream);
+        return launch_values<D, 2, PLAIN, R>(store, args, stream);
     default:
-        return launch_values<D, 1, PLAIN, R>(l, a, stream);
+        return launch_values<D, 1, PLAIN, R>(store, args, stream);
     }
 }
 

@@ -3,6 +3,6 @@
 
 namespace xq {
 
-template int launch_decode_of<64, true, 1>(const xq_cuda_layer &, const xq_cuda_attend_args &, cudaStream_t);
+template int launch_decode_of<64, true, 1>(const xq_store &, const xq_attend_args &, cudaStream_t);
 
 } // namespace xq

@@ -6,7 +6,7 @@
  * scores and a channel for the sums.  The folded vectors q_i s_i and p_t s_t lie in shared memory.  A masked token
  * takes no part, whatever lies in its cell.
  */
-#include "attend.cuh"
+#include "alibi.h"
 #include "codec.cuh"
 #include "launch.h"
 
@@ -59,7 +59,7 @@ __device__ void fold(const xq_side &side, const uint8_t *param, int n, const flo
 }
 
 __device__ float sealed_score(scratch &s, const side_view &k, int page) {
-    const uint8_t *param = k.param + page * k.param_stride, *codes = k.codes + page * k.codes_stride;
+    const uint8_t *param = page_param(k, page), *codes = page_codes(k, page);
     for (int tile = 0; tile < XQ_PAGE / k.plan.group; ++tile) {
         fold(k.plan, param + tile * parameter_bytes(k.plan, k.width), k.width, s.q, s.folded + tile * k.width,
              s.constant + tile, s.reduce);
@@ -77,7 +77,7 @@ __device__ float sealed_score(scratch &s, const side_view &k, int page) {
 }
 
 __device__ void add_sealed_values(scratch &s, const side_view &v, int page, float *out /* [width / threads] */) {
-    const uint8_t *param = v.param + page * v.param_stride, *codes = v.codes + page * v.codes_stride;
+    const uint8_t *param = page_param(v, page), *codes = page_codes(v, page);
     const int length = group_length(v.plan, v.width);
     for (int g = 0; g < v.width / length; ++g) {
         fold(v.plan, param + g * parameter_bytes(v.plan, XQ_PAGE), XQ_PAGE, s.p, s.folded + g * XQ_PAGE, s.constant + g,
@@ -86,53 +86,66 @@ __device__ void add_sealed_values(scratch &s, const side_view &v, int page, floa
     __syncthreads();
     for (int j = threadIdx.x, n = 0; j < v.width; j += threads, ++n) {
         const float *folded = s.folded + j / length * XQ_PAGE;
-        out[n] += s.constant[j / length];
+        float sum = s.constant[j / length];
         for (int t = 0; t < XQ_PAGE && v.plan.bits > 0; t += 4) {
             const uint32_t c = codes_of(v.plan.bits, XQ_PAGE, codes, j, t);
-            out[n] += folded[t] * (float)(c & 0xffu) + folded[t + 1] * (float)(c >> 8 & 0xffu) +
-                      folded[t + 2] * (float)(c >> 16 & 0xffu) + folded[t + 3] * (float)(c >> 24);
+            sum += folded[t] * (float)(c & 0xffu) + folded[t + 1] * (float)(c >> 8 & 0xffu) +
+                   folded[t + 2] * (float)(c >> 16 & 0xffu) + folded[t + 3] * (float)(c >> 24);
         }
+        out[n] += sum;
+    }
+}
+
+/* rows: [XQ_PAGE][width] of an open page; tokens without weight are not read. */
+__device__ void add_open_values(const scratch &s, const __half *rows, int width, float *out /* [width / threads] */) {
+    for (int j = threadIdx.x, n = 0; j < width; j += threads, ++n) {
+        float sum = 0.0f;
+        for (int t = 0; t < XQ_PAGE; ++t) {
+            if (s.p[t] != 0.0f) {
+                sum += s.p[t] * __half2float(rows[t * width + j]);
+            }
+        }
+        out[n] += sum;
     }
 }
 
 /* grid (head, token of all streams, part) */
-__global__ void __launch_bounds__(threads) general_kernel(const xq_cuda_layer l, const xq_cuda_attend_args a) {
+__global__ void __launch_bounds__(threads)
+    general_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_attend_args args) {
     __shared__ scratch s;
-    const int head = blockIdx.x, token = blockIdx.y, tid = threadIdx.x;
-    const int n_rep = a.n_head / l.n_head_kv, of_stream = token % a.n_tokens, nth_stream = token / a.n_tokens;
-    const int stream = stream_of(a, nth_stream);
-    const side_view k = key_view(l, stream, head / n_rep), v = value_view(l, stream, head / n_rep);
-    const float *q = (const float *)((const char *)a.q + head * a.q_head_stride + token * a.q_token_stride);
-    const auto *mask = a.mask ? (const __half *)((const char *)a.mask + of_stream * a.mask_token_stride +
-                                                 nth_stream * a.mask_stream_stride)
-                              : nullptr;
-    const int32_t *table = a.table + (int64_t)stream * l.n_pages;
-    const float slope = slope_of(a.max_bias, head, a.n_head);
-    for (int i = tid; i < l.d; i += threads) {
+    const int head = blockIdx.x, tid = threadIdx.x;
+    const int token = blockIdx.y % args.n_tokens, nth_stream = blockIdx.y / args.n_tokens;
+    const int stream = stream_of(args.first_stream, nth_stream), head_kv = head / (args.n_head / store.n_head_kv);
+    const side_view k = side_at(store.k, stream, head_kv), v = side_at(store.v, stream, head_kv);
+    const float *q = query_at(args, nth_stream, token, head);
+    const auto *mask = (const __half *)mask_at(args, nth_stream, token);
+    const int32_t *table = table_of(store, args.table, stream);
+    const float slope = slope_of(args.max_bias, head, args.n_head);
+    for (int i = tid; i < k.width; i += threads) {
         s.q[i] = q[i];
     }
 
     float sealed[max_width / threads] = {}, open[max_width / threads] = {}, source[max_width / threads] = {};
     float top = -INFINITY, total = 0.0f;
-    const range pages = pages_of_part(a, blockIdx.z);
+    const page_range pages = pages_of_part(args, blockIdx.z);
     for (int page = pages.begin; page < pages.end; ++page) {
         const int slot = table[page];
         const float m = mask ? __half2float(mask[page * XQ_PAGE + tid]) : 0.0f;
-        if (slot == page_free || __syncthreads_and(m == -INFINITY)) {
+        if (slot == XQ_SLOT_NONE || __syncthreads_and(m == -INFINITY)) {
             continue;
         }
         float score = 0.0f;
-        if (slot == page_sealed) {
+        if (slot == XQ_SLOT_SEALED) {
             score = sealed_score(s, k, page);
         } else {
-            const __half *row = k.window + ((int64_t)slot * XQ_PAGE + tid) * l.d;
-            for (int i = 0; i < l.d; ++i) {
+            const __half *row = open_rows(k, slot) + tid * k.width;
+            for (int i = 0; i < k.width; ++i) {
                 score += s.q[i] * __half2float(row[i]);
             }
         }
-        score *= a.scale;
-        if (a.softcap > 0.0f) {
-            score = a.softcap * tanhf(score / a.softcap);
+        score *= args.scale;
+        if (args.softcap > 0.0f) {
+            score = args.softcap * tanhf(score / args.softcap);
         }
         score = m == -INFINITY ? -INFINITY : score + slope * m;
         const float before = top;
@@ -148,29 +161,23 @@ __global__ void __launch_bounds__(threads) general_kernel(const xq_cuda_layer l,
             open[n] *= factor;
             source[n] *= factor;
         }
-        if (slot == page_sealed) {
+        if (slot == XQ_SLOT_SEALED) {
             add_sealed_values(s, v, page, sealed);
-            if (l.mapped) {
+            if (store.mapped) {
                 __syncthreads();
-                add_sealed_values(s, source_view(l, stream, head / n_rep), page, source);
+                add_sealed_values(s, source_at(store, stream, head_kv), page, source);
             }
         } else {
-            for (int j = tid, n = 0; j < l.e; j += threads, ++n) {
-                for (int t = 0; t < XQ_PAGE; ++t) {
-                    if (s.p[t] != 0.0f) {
-                        open[n] += s.p[t] * __half2float(v.window[((int64_t)slot * XQ_PAGE + t) * l.e + j]);
-                    }
-                }
-            }
+            add_open_values(s, open_rows(v, slot), v.width, open);
         }
         __syncthreads();
     }
-    float *state = state_of(l, a, blockIdx.z, token, head);
-    for (int j = tid, n = 0; j < l.e; j += threads, ++n) {
+    float *state = state_at(store, args, blockIdx.z, attend_row(args, nth_stream, token, head));
+    for (int j = tid, n = 0; j < v.width; j += threads, ++n) {
         state[2 + j] = sealed[n];
-        state[2 + l.e + j] = open[n];
-        if (l.mapped) {
-            state[2 + 2 * l.e + j] = source[n];
+        state[2 + v.width + j] = open[n];
+        if (store.mapped) {
+            state[2 + 2 * v.width + j] = source[n];
         }
     }
     if (tid == 0) {
@@ -181,8 +188,9 @@ __global__ void __launch_bounds__(threads) general_kernel(const xq_cuda_layer l,
 
 } // namespace
 
-int launch_general(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream) {
-    general_kernel<<<dim3(a.n_head, a.n_tokens * a.n_streams, a.n_parts), threads, 0, stream>>>(l, a);
+int launch_general(const xq_store &store, const xq_attend_args &args, cudaStream_t stream) {
+    const dim3 grid(args.n_head, args.n_tokens * args.n_streams, args.n_parts);
+    general_kernel<<<grid, threads, 0, stream>>>(store, args);
     return launched("general attention");
 }
 

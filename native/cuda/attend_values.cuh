@@ -11,11 +11,30 @@
 #pragma once
 
 #include "online_softmax.cuh"
-#include "team.cuh"
+#include "stage.cuh"
 
 namespace xq {
 
 namespace {
+
+/* Scale and zero point (code 0) of four rows i .. i + 3. */
+__device__ void load_four(const xq_side &side, const uint8_t *at, int n, int i, float scale[4], float zero[4]) {
+    if (side.param == XQ_PARAM_F16) {
+        const uint2 s = *(const uint2 *)((const __half *)at + i), z = *(const uint2 *)((const __half *)at + n + i);
+        const float2 s0 = __half22float2(as_half2(s.x)), s1 = __half22float2(as_half2(s.y));
+        const float2 z0 = __half22float2(as_half2(z.x)), z1 = __half22float2(as_half2(z.y));
+        scale[0] = s0.x, scale[1] = s0.y, scale[2] = s1.x, scale[3] = s1.y;
+        zero[0] = z0.x, zero[1] = z0.y, zero[2] = z1.x, zero[3] = z1.y;
+        return;
+    }
+    const uint32_t es = *(const uint32_t *)(at + i), qs = *(const uint32_t *)(at + n + i);
+    const float middle = (float)((1 << side.bits) - 1) * 0.5f;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+        scale[w] = quick_exp2((float)(es >> 8 * w & 0xffu) * 0.125f - log8_zero * 0.125f);
+        zero[w] = scale[w] * ((float)(int8_t)(qs >> 8 * w) * 0.125f - middle);
+    }
+}
 
 /* p in shared memory: [n_rows][stride] halves, in the order that a product's operand B takes them in. */
 template <int TOKENS, int R> struct half_p {
@@ -47,47 +66,48 @@ template <int CHUNKS, int R> struct byte_sums {
 /* ---- F16 ---- */
 
 template <int E, int VB, int R> struct half_values {
-    using team = team_warp<E>;
+    using warp_of = warp_place<E>;
     using walk_of = walk<VB, XQ_PAGE>;
-    using state_of = state<half_sums<team::channel_chunks, R>>;
+    using state_of = softmax_state<half_sums<warp_of::channel_chunks, R>>;
     using room = half_p<XQ_PAGE, R>; /* of a team */
 
     /* Bits that the codes of tokens 32 c + 4 g .. + 3 are shifted by. */
     static __device__ int shift_of(int g) { return VB * (g % (8 / VB)); }
 
-    /* This warp's tokens: scores s, still to be brought to base 2 as `to` says, become p s in p; max: of the page. */
+    /* This warp's tokens: scores s, still pending, become p s in p; max: of the page. */
     template <int N>
-    static __device__ void store(state_of &st, float (&s)[R][N], const affine<R> &to, const float (&max)[R],
-                                 const xq_side &v, const uint8_t *param, const room &p, const team &warp, int lane) {
-        raise_max(st, max);
-        exponentiate(st, s, to);
-        const int g = lane / 4, t = lane % 4;
+    static __device__ void store(state_of &state, float (&s)[R][N], const pending_scale<R> &pending,
+                                 const float (&max)[R], const page_in_shared &page, const room &p,
+                                 const warp_of &warp) {
+        raise_max(state, max);
+        exponentiate(state, s, pending);
+        const int g = warp.g, t = warp.t;
         float scale[4], zero[4], top = 0.0f;
-        load_four(v, param, XQ_PAGE, 4 * lane, scale, zero);
+        load_four(page.v, page.v_param(), XQ_PAGE, 4 * warp.lane, scale, zero);
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
             top = fmaxf(top, fabsf(scale[w]));
         }
         const int exponent = (int)(warp_max(__float_as_uint(top)) >> 23) - 127;
-        if (exponent > st.sums.exponent) { // the same on all lanes of a team
-            const float back = power_of_two(::max(st.sums.exponent - exponent, -126));
+        if (exponent > state.sums.exponent) { // the same on all lanes of a team
+            const float back = power_of_two(::max(state.sums.exponent - exponent, -126));
             for (int r = 0; r < R; ++r) {
-                st.scale(r, back);
+                state.scale(r, back);
             }
-            st.sums.exponent = exponent;
+            state.sums.exponent = exponent;
         }
-        const float unit = power_of_two(13 - st.sums.exponent - shift_of(g)); // products stay below 2^14
+        const float unit = power_of_two(13 - state.sums.exponent - shift_of(g)); // products stay below 2^14
 #pragma unroll
-        for (int n = 0; n < team::chunks; ++n) {
+        for (int n = 0; n < warp_of::chunks; ++n) {
             const int first = 32 * warp.chunk(n) + 4 * g;
-            load_four(v, param, XQ_PAGE, first, scale, zero);
+            load_four(page.v, page.v_param(), XQ_PAGE, first, scale, zero);
 #pragma unroll
             for (int r = 0; r < R; ++r) {
                 float x[4];
 #pragma unroll
                 for (int w = 0; w < 4; ++w) {
                     x[w] = s[r][4 * n + w] * (scale[w] * unit);
-                    st.zero[r] += s[r][4 * n + w] * (zero[w] * unit);
+                    state.zero[r] += s[r][4 * n + w] * (zero[w] * unit);
                 }
                 *(uint2 *)(p.row(R * t + r) + first) = make_uint2(halves(x[0], x[2]), halves(x[1], x[3]));
             }
@@ -95,9 +115,8 @@ template <int E, int VB, int R> struct half_values {
     }
 
     /* When all p s of the page are there. */
-    static __device__ void add(state_of &st, const uint8_t *codes, const uint8_t *, const room &p, const team &warp,
-                               int lane) {
-        const int g = lane / 4, t = lane % 4;
+    static __device__ void add(state_of &state, const page_in_shared &page, const room &p, const warp_of &warp) {
+        const int g = warp.g, t = warp.t;
         uint32_t b[walk_of::products][2];
 #pragma unroll
         for (int n = 0; n < walk_of::products; ++n) {
@@ -106,23 +125,23 @@ template <int E, int VB, int R> struct half_values {
             b[n][1] = x.y;
         }
 #pragma unroll
-        for (int n = 0; n < team::channel_chunks; ++n) {
+        for (int n = 0; n < warp_of::channel_chunks; ++n) {
             uint4 words[walk_of::steps];
-            walk_of::load(words, codes, warp.channel_chunk(n), lane);
-            walk_of::add(st.sums.out[n], words, b);
+            walk_of::load(words, page.v_codes(), warp.channel_chunk(n), warp);
+            walk_of::add(state.sums.out[n], words, b);
         }
     }
 
     /* Sums to their unit; zero: what is to be added to every channel, this warp's share. */
-    static __device__ void finish(state_of &st, float (&zero)[R], int g) {
-        const float unit = power_of_two(st.sums.exponent - 13);
+    static __device__ void finish(state_of &state, float (&zero)[R], const warp_of &warp) {
+        const float unit = power_of_two(state.sums.exponent - 13);
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-            zero[r] = st.zero[r] * unit * power_of_two(shift_of(g));
+            zero[r] = state.zero[r] * unit * power_of_two(shift_of(warp.g));
             for (int step = 4; step < 32; step *= 2) {
                 zero[r] += __shfl_xor_sync(~0u, zero[r], step);
             }
-            st.scale(r, unit * code_unit);
+            state.scale(r, unit * code_unit);
         }
     }
 };
@@ -146,9 +165,9 @@ template <int VB, int R> struct byte_p {
 };
 
 template <int E, int VB, int R> struct byte_values {
-    using team = team_warp<E>;
+    using warp_of = warp_place<E>;
     using walk_of = walk<VB, XQ_PAGE>;
-    using state_of = state<byte_sums<team::channel_chunks, R>>;
+    using state_of = softmax_state<byte_sums<warp_of::channel_chunks, R>>;
     using room = byte_p<VB, R>;
 
     /* Planes of a nibble: codes of the high one are shifted down first. */
@@ -157,24 +176,26 @@ template <int E, int VB, int R> struct byte_values {
     static __device__ int shift_of(int plane) { return VB * (plane % planes); }
 
     template <int N>
-    static __device__ void store(state_of &st, float (&s)[R][N], const affine<R> &to, const float (&max)[R],
-                                 const xq_side &, const uint8_t *param, const room &p, const team &warp, int lane) {
-        raise_max(st, max);
-        const int g = lane / 4, t = lane % 4;
-        const uint32_t mine = *(const uint32_t *)(param + 4 * lane);
+    static __device__ void store(state_of &state, float (&s)[R][N], const pending_scale<R> &pending,
+                                 const float (&max)[R], const page_in_shared &page, const room &p,
+                                 const warp_of &warp) {
+        raise_max(state, max);
+        const int g = warp.g, t = warp.t;
+        const uint8_t *param = page.v_param();
+        const uint32_t mine = *(const uint32_t *)(param + 4 * warp.lane);
         const uint32_t top = ::max(::max(mine & 0xffu, mine >> 8 & 0xffu), ::max(mine >> 16 & 0xffu, mine >> 24));
         const int exponent = ((int)warp_max(top) - log8_zero) >> 3;
 #pragma unroll
         for (int r = 0; r < R; ++r) {
             const float safe = max[r] == -INFINITY ? 0.0f : max[r];
-            const float weight = max[r] == -INFINITY ? 0.0f : quick_exp2(max[r] - st.max[r]);
-            st.sum[r] += weight * exponentiate(s[r], to.factor[r], to.constant[r] - safe);
-            st.sums.weight[r] = weight * power_of_two(exponent - top_bits);
+            const float weight = max[r] == -INFINITY ? 0.0f : quick_exp2(max[r] - state.max[r]);
+            state.sum[r] += weight * exponentiate(s[r], pending.factor[r], pending.constant[r] - safe);
+            state.sums.weight[r] = weight * power_of_two(exponent - top_bits);
         }
         // 2^((e - 161) / 8 + 15 - exponent - shift); 0x4b0000ee is 2^23 + e
         const float constant = (float)(top_bits - exponent - shift_of(g)) - log8_zero * 0.125f - 1048576.0f;
 #pragma unroll
-        for (int n = 0; n < team::chunks; ++n) {
+        for (int n = 0; n < warp_of::chunks; ++n) {
             const int quad = 8 * warp.chunk(n) + g;
             const uint32_t e = *(const uint32_t *)(param + 4 * quad);
             float scale[4];
@@ -197,10 +218,9 @@ template <int E, int VB, int R> struct byte_values {
         }
     }
 
-    static __device__ void add(state_of &st, const uint8_t *codes, const uint8_t *param, const room &p,
-                               const team &warp, int lane) {
-        const int g = lane / 4, t = lane % 4;
-        add_zero(st, param, p, warp, lane);
+    static __device__ void add(state_of &state, const page_in_shared &page, const room &p, const warp_of &warp) {
+        const int g = warp.g, t = warp.t;
+        add_zero(state, page.v_param(), p, warp);
         uint4 b[R][2];
 #pragma unroll
         for (int r = 0; r < R; ++r) { // columns: low and high bytes of a row, four rows
@@ -209,9 +229,9 @@ template <int E, int VB, int R> struct byte_values {
             b[r][1] = *(const uint4 *)(at + p.half);
         }
 #pragma unroll
-        for (int n = 0; n < team::channel_chunks; ++n) {
+        for (int n = 0; n < warp_of::channel_chunks; ++n) {
             uint4 words[walk_of::steps];
-            walk_of::load(words, codes, warp.channel_chunk(n), lane);
+            walk_of::load(words, page.v_codes(), warp.channel_chunk(n), warp);
 #pragma unroll
             for (int w = 0; w < 4; w += 2) {
                 int y[R][4] = {};
@@ -231,16 +251,17 @@ template <int E, int VB, int R> struct byte_values {
 #pragma unroll
                 for (int r = 0; r < R; ++r) {
                     for (int k = 0; k < 2; ++k) {
-                        st.sums.out[n][r][w + k] += st.sums.weight[r] * (float)(y[r][2 * k] + 256 * y[r][2 * k + 1]);
+                        state.sums.out[n][r][w + k] +=
+                            state.sums.weight[r] * (float)(y[r][2 * k] + 256 * y[r][2 * k + 1]);
                     }
                 }
             }
         }
     }
 
-    static __device__ void finish(state_of &st, float (&zero)[R], int) {
+    static __device__ void finish(state_of &state, float (&zero)[R], const warp_of &) {
         for (int r = 0; r < R; ++r) {
-            zero[r] = st.zero[r];
+            zero[r] = state.zero[r];
         }
     }
 
@@ -250,9 +271,9 @@ template <int E, int VB, int R> struct byte_values {
     }
 
     /* This warp's share of the products of p s with zero points: z = (q + 128 - n) / 8, codes' middle in n. */
-    static __device__ void add_zero(state_of &st, const uint8_t *param, const room &p, const team &warp, int lane) {
-        constexpr int share = products / team::size, n = 128 + 4 * ((1 << VB) - 1);
-        const int g = lane / 4, t = lane % 4, first = warp.member * share;
+    static __device__ void add_zero(state_of &state, const uint8_t *param, const room &p, const warp_of &warp) {
+        constexpr int share = products / warp_of::size, n = 128 + 4 * ((1 << VB) - 1);
+        const int g = warp.g, t = warp.t, first = warp.member * share;
 #pragma unroll
         for (int r = 0; r < R; ++r) {
             int total = 0;
@@ -268,7 +289,7 @@ template <int E, int VB, int R> struct byte_values {
                                *(const uint32_t *)(at + p.half));
                 total += (y[0] + 256 * y[1] - n * (y[2] + 256 * y[3])) * (1 << shift_of(k));
             }
-            st.zero[r] += st.sums.weight[r] * power_of_two(shift_of(first) - 3) * (float)total;
+            state.zero[r] += state.sums.weight[r] * power_of_two(shift_of(first) - 3) * (float)total;
         }
     }
 };

@@ -1,4 +1,4 @@
-/* codec.cuh: blocks, codes and parameters as the kernels see them; xquant.h has the layout.
+/* codec.cuh: codes, parameters and rows as the kernels see them; xquant.h has the layout, store.h says where they lie.
  *
  * Four consecutive rows i of one column j are four bytes of one word, at the bits of their plane, so that the primitive
  * of all kernels is four codes at a time:
@@ -7,57 +7,15 @@
  */
 #pragma once
 
-#include "codec_format.h"
-#include "xquant_cuda.h"
+#include "store.h"
 
 #include <cuda_fp16.h>
 
 namespace xq {
 
-constexpr int page_sealed = -1, page_free = -2;
-
-/* ---- storage ---- */
-
-/* One side (keys or values) of one KV head. */
-struct side_view {
-    xq_side plan;
-    int width;
-    bool own;               /* codes of its own, not of another layer */
-    uint8_t *codes, *param; /* of page 0; null where absent */
-    int64_t codes_stride, param_stride;
-    __half *window; /* [slot][XQ_PAGE][width] */
-};
-
-__host__ __device__ inline side_view key_view(const xq_cuda_layer &l, int stream, int head) {
-    const int64_t block = (int64_t)head * l.n_pages;
-    uint8_t *codes = l.k_blocks + stream * l.k_stream + block * l.k_owner.bytes + l.k_owner.k_codes;
-    uint8_t *param = l.blocks + stream * l.blocks_stream + block * l.own.bytes + l.own.k_param;
-    __half *window = (__half *)((char *)l.window + stream * l.window_stream);
-    window += (int64_t)head * l.n_slots * XQ_PAGE * l.d;
-    return {l.plan.k, l.d, l.plan.k.owner < 0, codes, param, l.k_owner.bytes, l.own.bytes, window};
-}
-
-__host__ __device__ inline side_view value_view(const xq_cuda_layer &l, int stream, int head) {
-    const int64_t block = (int64_t)head * l.n_pages;
-    uint8_t *codes = l.v_blocks + stream * l.v_stream + block * l.v_owner.bytes + l.v_owner.v_codes;
-    uint8_t *param = l.blocks + stream * l.blocks_stream + block * l.own.bytes + l.own.v_param;
-    __half *window = (__half *)((char *)l.window + stream * l.window_stream);
-    window += (int64_t)l.n_slots * XQ_PAGE * ((int64_t)l.n_head_kv * l.d + (int64_t)head * l.e);
-    return {l.plan.v, l.e, l.plan.v.owner < 0, codes, param, l.v_owner.bytes, l.own.bytes, window};
-}
-
-/* The values that a map of this head reads; window: null. */
-__device__ inline side_view source_view(const xq_cuda_layer &l, int stream, int head) {
-    const int64_t block = (int64_t)l.map_heads[head] * l.n_pages * l.source_layout.bytes + stream * l.source_stream;
-    uint8_t *at = (uint8_t *)l.source_blocks + block;
-    return {l.source,
-            l.e,
-            true,
-            at + l.source_layout.v_codes,
-            at + l.source_layout.v_param,
-            l.source_layout.bytes,
-            l.source_layout.bytes,
-            nullptr};
+/* [XQ_PAGE][width] of an open page. */
+__device__ inline __half *open_rows(const side_view &side, int slot) {
+    return (__half *)slot_rows(side, slot);
 }
 
 /* ---- codes ---- */

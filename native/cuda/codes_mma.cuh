@@ -22,6 +22,16 @@ namespace xq {
 
 constexpr float code_unit = 16777216.0f;
 
+/* A lane of a warp, as the operands of products divide them. */
+struct lane_place {
+    int lane, g, t; /* lane / 4, lane % 4 */
+
+    static __device__ lane_place here() {
+        const int lane = threadIdx.x % 32;
+        return {lane, lane / 4, lane % 4};
+    }
+};
+
 __device__ inline void multiply(float c[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                 uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
@@ -148,12 +158,12 @@ template <int BITS, int N> struct walk {
         return product < low::products ? low::has(product / low::planes, t)
                                        : high::has((product - low::products) / high::planes, t);
     }
-    static __device__ void load(uint4 *words, const uint8_t *codes, int chunk, int lane) {
-        const int g = lane / 4, t = lane % 4;
-        const uint8_t *at = codes + (2 * chunk + g / 4) * bytes + 64 * t + 16 * (g % 4);
-        low::load(words, at, t);
+    /* words [steps] of columns 32 chunk .. 32 chunk + 31. */
+    static __device__ void load(uint4 *words, const uint8_t *codes, int chunk, const lane_place &place) {
+        const uint8_t *at = codes + (2 * chunk + place.g / 4) * bytes + 64 * place.t + 16 * (place.g % 4);
+        low::load(words, at, place.t);
         if (BITS == 3) {
-            high::load(words + low::steps, at + 64 * low::units, t);
+            high::load(words + low::steps, at + 64 * low::units, place.t);
         }
     }
     static __device__ void add(float c[2][4], const uint4 *words, const uint32_t (*b)[2]) {

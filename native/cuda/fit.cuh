@@ -73,8 +73,8 @@ __device__ inline void pack_codes(const matrix &m, const float *x, int i0, uint8
 }
 
 /* The token whose value token t has: itself, or the first valid one. */
-__device__ inline int source_of(const int32_t *valid /* [4] */, int t) {
-    if ((uint32_t)valid[t / 32] >> (t % 32) & 1u) {
+__device__ inline int source_of(const uint32_t *valid /* [4] */, int t) {
+    if (valid[t / 32] >> (t % 32) & 1u) {
         return t;
     }
     int word = 0;

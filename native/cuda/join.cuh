@@ -14,7 +14,6 @@
  */
 #pragma once
 
-#include "attend.cuh"
 #include "attend_open.cuh"
 #include "decode_shape.h"
 
@@ -23,6 +22,12 @@ namespace xq {
 namespace {
 
 constexpr int max_open = 8; /* warps of a block over open pages */
+
+/* What a block does: a tile of the query rows of one KV head, from first_row on, over a part of a stream's pages: every
+ * n_parts-th, from page `part` on. */
+struct block_task {
+    int part, head, nth_stream, first_row;
+};
 
 /* What a team, or a warp over open pages, sums up.  A warp's p of open pages lies there at first. */
 template <int E, int R> struct sums {
@@ -37,44 +42,44 @@ template <typename SUMS> __device__ float4 channels_of(SUMS &x, int c, int r, fl
 /* A team's state to shared memory; zero: this warp's share of what is added to every channel.  shares: room for each
  * warp of the block. */
 template <int E, int R, typename STATE>
-__device__ void store(sums<E, R> &all, STATE &st, const float (&zero)[R], float2 (*shares)[n_rows<R>],
-                      const team_warp<E> &warp, int lane) {
-    const int g = lane / 4, t = lane % 4;
+__device__ void store_state(sums<E, R> &all, STATE &state, const float (&zero)[R], float2 (*shares)[n_rows<R>],
+                            const warp_place<E> &warp) {
+    const int g = warp.g, t = warp.t;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
         for (int step = 4; step < 32; step *= 2) {
-            st.sum[r] += __shfl_xor_sync(~0u, st.sum[r], step);
+            state.sum[r] += __shfl_xor_sync(~0u, state.sum[r], step);
         }
         if (g == 0) {
-            shares[warp.first() + warp.member][R * t + r] = make_float2(st.sum[r], zero[r]);
+            shares[warp.first_warp() + warp.member][R * t + r] = make_float2(state.sum[r], zero[r]);
         }
     }
     warp.meet();
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-        float2 total = shares[warp.first()][R * t + r];
+        float2 total = shares[warp.first_warp()][R * t + r];
         for (int k = 1; k < warp.size; ++k) {
-            const float2 other = shares[warp.first() + k][R * t + r];
+            const float2 other = shares[warp.first_warp() + k][R * t + r];
             total.x += other.x, total.y += other.y;
         }
-        all.head[R * t + r] = make_float2(st.max[r], total.x);
+        all.head[R * t + r] = make_float2(state.max[r], total.x);
 #pragma unroll
         for (int n = 0; n < warp.channel_chunks; ++n) {
-            *(float4 *)&all.out[R * t + r][32 * warp.channel_chunk(n) + 4 * g] = channels_of(st.sums, n, r, total.y);
+            *(float4 *)&all.out[R * t + r][32 * warp.channel_chunk(n) + 4 * g] = channels_of(state.sums, n, r, total.y);
         }
     }
 }
-template <int E, int R> __device__ void store(sums<E, R> &all, open_state<E, R> &st, int lane) {
-    const int g = lane / 4, t = lane % 4;
+template <int E, int R> __device__ void store_state(sums<E, R> &all, open_state<E, R> &state, const lane_place &place) {
+    const int g = place.g, t = place.t;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
         for (int step = 4; step < 32; step *= 2) {
-            st.sum[r] += __shfl_xor_sync(~0u, st.sum[r], step);
+            state.sum[r] += __shfl_xor_sync(~0u, state.sum[r], step);
         }
-        all.head[R * t + r] = make_float2(st.max[r], st.sum[r]);
+        all.head[R * t + r] = make_float2(state.max[r], state.sum[r]);
 #pragma unroll
         for (int c = 0; c < E / 32; ++c) {
-            *(float4 *)&all.out[R * t + r][32 * c + 4 * g] = channels_of(st.sums, c, r, 0.0f);
+            *(float4 *)&all.out[R * t + r][32 * c + 4 * g] = channels_of(state.sums, c, r, 0.0f);
         }
     }
 }
@@ -86,7 +91,7 @@ __device__ inline float warp_max_of(float x) {
     return x;
 }
 
-template <int N> __device__ void store(float *to, const float (&x)[N]) {
+template <int N> __device__ void store_channels(float *to, const float (&x)[N]) {
 #pragma unroll
     for (int k = 0; k < N; k += 2) {
         *(float2 *)(to + k) = make_float2(x[k], x[k + 1]);
@@ -161,27 +166,27 @@ template <int E> __device__ void transform_row(float (&x)[E / 32], int lane) {
     }
 }
 
-/* Writes a row's output. */
+/* Writes a row's output, [E] at `out`. */
 template <int E>
-__device__ void finish_row(float (&x)[E / 32], float sum, float top, const xq_cuda_attend_args &a, int64_t row,
-                           int head, int lane) {
+__device__ void finish_row(float (&x)[E / 32], float sum, float top, const float *sinks, int head, float *out,
+                           int lane) {
     constexpr int width = E / 32;
-    const float sink = a.sinks ? a.sinks[head] * log2e : -INFINITY;
+    const float sink = sinks ? sinks[head] * log2e : -INFINITY;
     const float max = fmaxf(top, sink), weight = top == -INFINITY ? 0.0f : quick_exp2(top - max);
     const float total = sum * weight + (sink == -INFINITY ? 0.0f : quick_exp2(sink - max));
     const float factor = total > 0.0f ? weight / total : 0.0f;
     for (int k = 0; k < width; ++k) {
         x[k] *= factor;
     }
-    store(a.out + row * E + width * lane, x);
+    store_channels(out + width * lane, x);
 }
 
 /* Row r of a block: what its teams summed up, and what its warps did over open pages, null: none. */
 template <int E, int R>
 __device__ void join_block(float (&x)[E / 32], float &sum, float &top, const sums<E, R> *teams, const sums<E, R> *open,
-                           const decode_call &c, bool rotate, int r, int lane) {
+                           const decode_shape &shape, bool rotate, int r, int lane) {
     constexpr int step = sizeof(sums<E, R>) / sizeof(float);
-    join_states<E, false>(x, sum, top, teams->out[r], step, &teams->head[r], step / 2, c.n_teams, lane);
+    join_states<E, false>(x, sum, top, teams->out[r], step, &teams->head[r], step / 2, shape.n_teams, lane);
     if (rotate) {
         transform_row<E>(x, lane);
     }
@@ -189,7 +194,7 @@ __device__ void join_block(float (&x)[E / 32], float &sum, float &top, const sum
         return;
     }
     float y[E / 32], open_sum, open_top;
-    join_states<E, false>(y, open_sum, open_top, open->out[r], step, &open->head[r], step / 2, c.n_open, lane);
+    join_states<E, false>(y, open_sum, open_top, open->out[r], step, &open->head[r], step / 2, shape.n_open, lane);
     const float max = fmaxf(top, open_top), safe = max == -INFINITY ? 0.0f : max;
     const float weight = quick_exp2(top - safe), other = quick_exp2(open_top - safe);
     for (int k = 0; k < E / 32; ++k) {
@@ -199,46 +204,52 @@ __device__ void join_block(float (&x)[E / 32], float &sum, float &top, const sum
     top = max;
 }
 
-/* Called by all threads of a block at its end.  first: the tile's first row of the KV head. */
+/* Whether this block is the last of its group to come here; its writes, and those of blocks before it, are in memory.
+ * Called by all threads. */
+__device__ inline bool arrives_last(uint32_t *arrivals, int n_parts) {
+    __shared__ bool is_last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        const unsigned last = n_parts - 1;
+        __threadfence(); // the barrier's writes too
+        is_last = last == 0 || atomicInc(arrivals + blockIdx.y + gridDim.y * blockIdx.z, last) == last;
+        __threadfence();
+    }
+    __syncthreads();
+    return is_last;
+}
+
+/* The end of a block, called by all its threads. */
 template <int E, int R>
-__device__ void finish_rows(sums<E, R> *teams, const sums<E, R> *open, const xq_cuda_layer &l,
-                            const xq_cuda_attend_args &a, const decode_call &c, int first, int nth_stream, int lane) {
+__device__ void finish_rows(sums<E, R> *teams, const sums<E, R> *open, bool rotate, const xq_attend_args &args,
+                            const decode_call &call, const block_task &task, int lane) {
     const int n_warps = blockDim.x / 32, warp = threadIdx.x / 32;
-    const int64_t n_all = (int64_t)a.n_streams * a.n_tokens * a.n_head; // rows of a part
-    float *out = a.partial;
-    auto *heads = (float2 *)(out + a.n_parts * n_all * E);
+    const int64_t n_all = (int64_t)args.n_streams * args.n_tokens * args.n_head; // rows of a part
+    float *out = args.partial;
+    auto *heads = (float2 *)(out + args.n_parts * n_all * E);
+    const auto head_of = [&](int r) { return task.head * call.n_rep + call.rest_of(task.first_row + r); };
     const auto row_of = [&](int r) {
-        return (nth_stream * a.n_tokens + c.token_of(first + r)) * a.n_head + (int)blockIdx.y * c.n_rep +
-               c.rest_of(first + r);
+        return (task.nth_stream * args.n_tokens + call.token_of(task.first_row + r)) * args.n_head + head_of(r);
     };
     float x[E / 32], sum, top;
-    const int n = min(n_rows<R>, c.rows_of_head - first);
+    const int n = min(n_rows<R>, call.rows_of_head - task.first_row);
 #pragma unroll 1
     for (int r = warp; r < n; r += n_warps) {
-        join_block(x, sum, top, teams, open, c, l.plan.v.rotate, r, lane);
-        const int64_t nth = blockIdx.x * n_all + row_of(r);
-        store(out + nth * E + E / 32 * lane, x);
+        join_block(x, sum, top, teams, open, call.shape, rotate, r, lane);
+        const int64_t nth = task.part * n_all + row_of(r);
+        store_channels(out + nth * E + E / 32 * lane, x);
         if (lane == 0) {
             heads[nth] = make_float2(top, sum);
         }
     }
-    __shared__ bool is_last;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        const unsigned last = a.n_parts - 1;
-        __threadfence(); // the barrier's writes too
-        is_last = last == 0 || atomicInc(a.arrivals + blockIdx.y + gridDim.y * blockIdx.z, last) == last;
-        __threadfence();
-    }
-    __syncthreads();
-    if (!is_last) {
+    if (!arrives_last(args.arrivals, args.n_parts)) {
         return;
     }
 #pragma unroll 1
     for (int r = warp; r < n; r += n_warps) {
         const int64_t row = row_of(r);
-        join_states<E, true>(x, sum, top, out + row * E, n_all * E, heads + row, n_all, a.n_parts, lane);
-        finish_row<E>(x, sum, top, a, row, blockIdx.y * c.n_rep + c.rest_of(first + r), lane);
+        join_states<E, true>(x, sum, top, out + row * E, n_all * E, heads + row, n_all, args.n_parts, lane);
+        finish_row<E>(x, sum, top, args.sinks, head_of(r), args.out + row * E, lane);
     }
 }
 

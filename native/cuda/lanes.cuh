@@ -19,12 +19,20 @@ namespace xq {
 
 constexpr int slab = 32;
 
+/* Which slab a warp works on: rows first .. first + 31 of the code matrix of one page. */
+struct slab_place {
+    bool is_k;
+    int stream, head, page, first;
+};
+
 /* Shared memory of a kernel that works on slabs of a layer. */
-inline size_t slab_bytes(const xq_cuda_layer &l) {
-    return (size_t)(l.e > XQ_PAGE ? l.e : XQ_PAGE) * slab * sizeof(float) * (l.mapped ? 2 : 1);
+inline size_t slab_bytes(const xq_store &store) {
+    const int width = store.v.width;
+    return (size_t)(width > XQ_PAGE ? width : XQ_PAGE) * slab * sizeof(float) * (store.mapped ? 2 : 1);
 }
-inline unsigned slabs_of(const xq_cuda_layer &l) {
-    return (unsigned)((l.d > XQ_PAGE ? l.d : XQ_PAGE) + slab - 1) / slab;
+inline unsigned slabs_of(const xq_store &store) {
+    const int width = store.k.width;
+    return (unsigned)((width > XQ_PAGE ? width : XQ_PAGE) + slab - 1) / slab;
 }
 
 struct column {
@@ -39,13 +47,18 @@ __device__ inline float low(float a, float b) {
 __device__ inline float high(float a, float b) {
     return b > a ? b : a;
 }
-__device__ inline __half to_half(float x) {
-    return __float2half_rn(low(high(x, -65504.0f), 65504.0f));
+/* Not-a-numbers to 0, infinities to +-65504. */
+__device__ inline float clamped(float x) {
+    return low(high(x == x ? x : 0.0f, -65504.0f), 65504.0f);
 }
-/* Not-a-numbers to 0, infinities to +-65504; adds their number to count. */
+/* Clamped: parameters of a loaded state may make anything. */
+__device__ inline __half to_half(float x) {
+    return __float2half_rn(clamped(x));
+}
+/* Clamped; adds the number of those that were not finite to count. */
 __device__ inline float finite(float x, int &count) {
     count += !(fabsf(x) <= 65504.0f);
-    return low(high(x == x ? x : 0.0f, -65504.0f), 65504.0f);
+    return clamped(x);
 }
 
 /* One lane of codec_fit.h. */
@@ -91,13 +104,9 @@ struct matrix {
     int n_i, n_j, group; /* rows and columns of the code matrix; elements of a group */
 };
 
-__device__ inline matrix matrix_of(const side_view &v, bool is_k) {
-    const int n_j = is_k ? XQ_PAGE : v.width;
-    return {v.plan, is_k ? v.width : XQ_PAGE, n_j, group_length(v.plan, n_j)};
-}
-
-__device__ inline side_view view_of(const xq_cuda_layer &l, bool is_k, int stream, int head) {
-    return is_k ? key_view(l, stream, head) : value_view(l, stream, head);
+__device__ inline matrix matrix_of(const side_view &side, bool is_k) {
+    const int n_j = is_k ? XQ_PAGE : side.width;
+    return {side.plan, is_k ? side.width : XQ_PAGE, n_j, group_length(side.plan, n_j)};
 }
 
 #include "codec_fit.h"
@@ -117,35 +126,35 @@ __device__ inline void unseal_lane(const matrix &m, column x, int i, const uint8
     }
 }
 
-/* x [j] += sign * what the map says of token i; sums in the order of the source's channels, and finite, as on the CPU.
- * u: the second half of the shared memory. */
-__device__ inline void add_predicted(const xq_cuda_layer &l, int stream, int head, int page, int i, column x, column u,
+/* x [j] += sign * what the map says of row i, a token; sums in the order of the source's channels, and finite, as on
+ * the CPU.  u: the second half of the shared memory. */
+__device__ inline void add_predicted(const xq_store &store, const slab_place &at, int i, column x, column u,
                                      float sign) {
-    const side_view from = source_view(l, stream, head);
-    unseal_lane(matrix_of(from, false), u, i, from.codes + page * from.codes_stride,
-                from.param + page * from.param_stride);
-    const float *map = l.map + (int64_t)head * l.e * l.e;
+    const side_view from = source_at(store, at.stream, at.head);
+    const int width = store.v.width;
+    unseal_lane(matrix_of(from, false), u, i, page_codes(from, at.page), page_param(from, at.page));
+    const float *map = map_of(store, at.head);
     int bad = 0; // not of the input: codes and parameters of a loaded state may be anything
-    for (int j = 0; j < l.e; ++j) {
+    for (int j = 0; j < width; ++j) {
         float sum = 0.0f;
-        for (int k = 0; k < l.e; ++k) {
-            sum = sum + u[k] * map[(int64_t)k * l.e + j];
+        for (int k = 0; k < width; ++k) {
+            sum = sum + u[k] * map[(int64_t)k * width + j];
         }
         x[j] = x[j] + sign * finite(sum, bad);
     }
 }
 
-/* Slab i0 of a sealed page to F16 rows [XQ_PAGE][width], distance stride elements. */
-__device__ inline void unseal_slab(const xq_cuda_layer &l, bool is_k, int stream, int head, int i0, int page,
-                                   __half *rows, int64_t stride, float *shared) {
-    const side_view v = view_of(l, is_k, stream, head);
-    const matrix m = matrix_of(v, is_k);
-    const int lane = threadIdx.x % slab, i = i0 + lane;
+/* A slab of a sealed page to F16 rows [XQ_PAGE][width], distance stride elements. */
+__device__ inline void unseal_slab(const xq_store &store, const slab_place &at, __half *rows, int64_t stride,
+                                   float *shared) {
+    const side_view side = side_at(side_of(store, at.is_k), at.stream, at.head);
+    const matrix m = matrix_of(side, at.is_k);
+    const int lane = threadIdx.x % slab, i = at.first + lane;
     const column x = {shared, lane};
     if (i < m.n_i) {
-        unseal_lane(m, x, i, v.codes + page * v.codes_stride, v.param + page * v.param_stride);
-        if (!is_k && l.mapped) {
-            add_predicted(l, stream, head, page, i, x, {shared + m.n_j * slab, lane}, 1.0f);
+        unseal_lane(m, x, i, page_codes(side, at.page), page_param(side, at.page));
+        if (!at.is_k && store.mapped) {
+            add_predicted(store, at, i, x, {shared + m.n_j * slab, lane}, 1.0f);
         }
         if (m.side.rotate) {
             transform(x, m.n_j);
@@ -153,9 +162,10 @@ __device__ inline void unseal_slab(const xq_cuda_layer &l, bool is_k, int stream
     }
     __syncwarp();
     for (int k = lane; k < m.n_j * slab; k += slab) {
-        const int r = is_k ? k % slab : k / m.n_j, j = is_k ? k / slab : k % m.n_j;
-        if (i0 + r < m.n_i) {
-            rows[is_k ? j * stride + i0 + r : (i0 + r) * stride + j] = to_half(shared[j * slab + (r ^ (j & 31))]);
+        const int r = at.is_k ? k % slab : k / m.n_j, j = at.is_k ? k / slab : k % m.n_j;
+        if (at.first + r < m.n_i) {
+            rows[at.is_k ? j * stride + at.first + r : (at.first + r) * stride + j] =
+                to_half(shared[j * slab + (r ^ (j & 31))]);
         }
     }
     __syncwarp();

@@ -1,7 +1,7 @@
 /* launch.h: the launchers that the files of this folder give each other; arguments were checked in api.cu. */
 #pragma once
 
-#include "xquant_cuda.h"
+#include "store.h"
 
 #include <cuda_runtime.h>
 
@@ -16,7 +16,7 @@ bool can_launch_early();
 /* Shared memory that a block of this device may have. */
 int shared_limit();
 
-/* Lets a kernel have more dynamic shared memory than the usual; false: CUDA refuses. */
+/* Lets a kernel have more dynamic shared memory than the usual; false: CUDA refuses, and launched() will say so. */
 template <typename K> bool allow_shared(K kernel, size_t bytes) {
     return bytes <= 48 * 1024 ||
            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) == cudaSuccess;
@@ -41,13 +41,13 @@ void launch_early(void (*kernel)(Params...), dim3 grid, unsigned threads, size_t
 }
 
 #ifdef __CUDACC__
-/* Waits for the launch before this one to end. */
+/* Waits for the launch before this one to end, and with it for all before that. */
 __device__ inline void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-/* Lets the launch after this one begin. */
+/* Lets the launch after this one begin, as soon as all blocks have said so. */
 __device__ inline void launch_next() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -55,16 +55,17 @@ __device__ inline void launch_next() {
 }
 #endif
 
-int launch_update(const xq_cuda_layer &l, const xq_cuda_update_args &a, cudaStream_t stream);
+int launch_update(const xq_store &store, const xq_update_args &args, cudaStream_t stream);
 
 /* Whether the tensor-core kernel covers what a layer stores; the general one covers everything. */
-bool decode_covers(const xq_cuda_layer &l);
-int launch_decode(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream);
-int launch_general(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream);
+bool decode_covers(const xq_store &store);
+int launch_decode(const xq_store &store, const xq_attend_args &args, cudaStream_t stream);
+/* The general kernel, and what joins its states. */
+int launch_general(const xq_store &store, const xq_attend_args &args, cudaStream_t stream);
+int launch_merge(const xq_store &store, const xq_attend_args &args, cudaStream_t stream);
 
-int launch_merge(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream);
-int launch_unpack(const xq_cuda_layer &l, const xq_cuda_unpack_args &a, cudaStream_t stream);
-int launch_read_keys(const xq_cuda_layer &l, const xq_cuda_shift_args &a, cudaStream_t stream);
-int launch_write_keys(const xq_cuda_layer &l, const xq_cuda_shift_args &a, cudaStream_t stream);
+int launch_unpack(const xq_store &store, const xq_unpack_args &args, cudaStream_t stream);
+int launch_read_keys(const xq_store &store, const xq_keys_args &args, cudaStream_t stream);
+int launch_write_keys(const xq_store &store, const xq_keys_args &args, cudaStream_t stream);
 
 } // namespace xq

@@ -5,8 +5,6 @@
  * with w_i = exp(max_i - m), H the normalised Hadamard matrix if values were rotated, W the map of the KV head if they
  * were mapped.  One block a row, one thread a channel.
  */
-#include "attend.cuh"
-#include "codec.cuh"
 #include "launch.h"
 
 #include <cmath>
@@ -15,35 +13,33 @@ namespace xq {
 
 namespace {
 
-__global__ void merge_kernel(const xq_cuda_layer l, const xq_cuda_attend_args a) {
+__global__ void merge_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_attend_args args) {
     __shared__ float x[XQ_MAX_HEAD_DIM];
-    const int row = blockIdx.x, j = threadIdx.x, e = l.e, size = state_width(l), n_rows = gridDim.x;
-    const int n_parts = a.n_parts, n_head = a.n_head;
-    const float *partial = a.partial;
-    float *out = a.out;
-    const float sink = a.sinks ? a.sinks[row % n_head] : -INFINITY;
+    const int row = blockIdx.x, head = row % args.n_head, j = threadIdx.x, e = store.v.width;
+    float *out = out_at(store, args, row);
+    const float sink = args.sinks ? args.sinks[head] : -INFINITY;
     float max = sink;
-    for (int i = 0; i < n_parts; ++i) {
-        max = fmaxf(max, partial[((int64_t)i * n_rows + row) * size]);
+    for (int i = 0; i < args.n_parts; ++i) {
+        max = fmaxf(max, *state_at(store, args, i, row));
     }
     if (max == -INFINITY) { // nothing is visible
-        out[(int64_t)row * e + j] = 0.0f;
+        out[j] = 0.0f;
         return;
     }
     float sum = expf(sink - max), sealed = 0.0f, open = 0.0f, source = 0.0f;
 #pragma unroll 8
-    for (int i = 0; i < n_parts; ++i) {
-        const float *state = partial + ((int64_t)i * n_rows + row) * size;
+    for (int i = 0; i < args.n_parts; ++i) {
+        const float *state = state_at(store, args, i, row);
         const float weight = expf(state[0] - max);
         sum += weight * state[1];
         sealed += weight * state[2 + j];
         open += weight * state[2 + e + j];
-        if (l.mapped) {
+        if (store.mapped) {
             source += weight * state[2 + 2 * e + j];
         }
     }
-    if (l.mapped) {
-        const float *map = l.map + (int64_t)(row % n_head / (n_head / l.n_head_kv)) * e * e;
+    if (store.mapped) {
+        const float *map = map_of(store, head / (args.n_head / store.n_head_kv));
         x[j] = source;
         __syncthreads();
         for (int k = 0; k < e; ++k) {
@@ -51,7 +47,7 @@ __global__ void merge_kernel(const xq_cuda_layer l, const xq_cuda_attend_args a)
         }
         __syncthreads();
     }
-    if (l.plan.v.rotate) {
+    if (store.v.plan.rotate) {
         const int block = hadamard_block(e);
         for (int h = 1; h < block; h *= 2) {
             x[j] = sealed;
@@ -62,13 +58,13 @@ __global__ void merge_kernel(const xq_cuda_layer l, const xq_cuda_attend_args a)
         }
         sealed *= rsqrtf((float)block);
     }
-    out[(int64_t)row * e + j] = (sealed + open) / sum;
+    out[j] = (sealed + open) / sum;
 }
 
 } // namespace
 
-int launch_merge(const xq_cuda_layer &l, const xq_cuda_attend_args &a, cudaStream_t stream) {
-    merge_kernel<<<a.n_streams * a.n_tokens * a.n_head, l.e, 0, stream>>>(l, a);
+int launch_merge(const xq_store &store, const xq_attend_args &args, cudaStream_t stream) {
+    merge_kernel<<<args.n_streams * args.n_tokens * args.n_head, store.v.width, 0, stream>>>(store, args);
     return launched("merge");
 }
 

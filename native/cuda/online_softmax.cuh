@@ -23,7 +23,7 @@ __device__ inline float quick_exp2(float x) {
 }
 
 /* Running softmax over pages, R query rows and the channels that SUMS holds. */
-template <typename SUMS> struct state {
+template <typename SUMS> struct softmax_state {
     static constexpr int R = SUMS::rows;
     float max[R], sum[R], zero[R]; /* sum, zero, p times zero points: this lane's share */
     SUMS sums;
@@ -46,17 +46,18 @@ template <typename SUMS> struct state {
     }
 };
 
-/* What a lane needs of its query rows. */
-template <int R> struct rows {
-    const __half *mask[R]; /* null: none */
-    float slope[R];        /* times log2 e */
-    float softcap;         /* times log2 e */
-    float factor[R];       /* of a product with the rounded q to a score of base 2; above 0 */
-    float absent[R];       /* 0, or -inf for a row that does not exist */
+/* Query rows of a tile, which lie in shared memory, for registers are scarce, and what a lane keeps of its own R. */
+template <int R> struct row_tile {
+    const uint2 (*queries)[32]; /* [product][lane]: four channels of q as halves, in the order of the codes */
+    const __half *mask[R];      /* [cell]; null: none */
+    float slope[R];             /* times log2 e */
+    float softcap;              /* times log2 e */
+    float factor[R];            /* of a product with the rounded q to a score of base 2; above 0 */
+    float absent[R];            /* 0, or -inf for a row that does not exist */
 };
 
 /* Scores of base 2, s [row][N], that are still to be multiplied by a factor and moved by a constant. */
-template <int R> struct affine {
+template <int R> struct pending_scale {
     float factor[R], constant[R];
 };
 
@@ -68,18 +69,18 @@ template <int N> __device__ inline float mask_of(const uint32_t (&mask)[N / 2], 
 
 /* Caps and masks N scores of each row; mask: F16 [row][N], as many as fit into words. */
 template <bool PLAIN, int R, int N>
-__device__ inline void finish_scores(float (&s)[R][N], const affine<R> &to, const rows<R> &q,
+__device__ inline void finish_scores(float (&s)[R][N], const pending_scale<R> &pending, const row_tile<R> &rows,
                                      const uint32_t (&mask)[R][N / 2]) {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
 #pragma unroll
         for (int k = 0; k < N; ++k) {
-            float x = s[r][k] * to.factor[r] + to.constant[r];
-            if (!PLAIN && q.softcap > 0.0f) {
-                x = x == -INFINITY ? x : q.softcap * tanhf(x / q.softcap);
+            float x = s[r][k] * pending.factor[r] + pending.constant[r];
+            if (!PLAIN && rows.softcap > 0.0f) {
+                x = x == -INFINITY ? x : rows.softcap * tanhf(x / rows.softcap);
             }
             const float m = mask_of<N>(mask[r], k);
-            s[r][k] = m == -INFINITY ? -INFINITY : x + (PLAIN ? log2e : q.slope[r]) * m;
+            s[r][k] = m == -INFINITY ? -INFINITY : x + (PLAIN ? log2e : rows.slope[r]) * m;
         }
     }
 }
@@ -120,14 +121,14 @@ template <int R, int N> __device__ inline void score_max(float (&max)[R], const 
 }
 
 /* Raises the running maximum of each row to at least max. */
-template <typename SUMS, int R> __device__ inline void raise_max(state<SUMS> &st, const float (&max)[R]) {
-    if (__any_sync(~0u, max[0] > st.max[0] || max[R - 1] > st.max[R - 1])) {
+template <typename SUMS, int R> __device__ inline void raise_max(softmax_state<SUMS> &state, const float (&max)[R]) {
+    if (__any_sync(~0u, max[0] > state.max[0] || max[R - 1] > state.max[R - 1])) {
         for (int r = 0; r < R; ++r) {
-            const float top = fmaxf(st.max[r], max[r]);
-            const float alpha = top == -INFINITY ? 1.0f : quick_exp2(st.max[r] - top);
-            st.max[r] = top;
-            st.sum[r] *= alpha;
-            st.scale(r, alpha);
+            const float top = fmaxf(state.max[r], max[r]);
+            const float alpha = top == -INFINITY ? 1.0f : quick_exp2(state.max[r] - top);
+            state.max[r] = top;
+            state.sum[r] *= alpha;
+            state.scale(r, alpha);
         }
     }
 }
@@ -145,11 +146,11 @@ template <int N> __device__ inline float exponentiate(float (&s)[N], float facto
 
 /* s [row][N]: scores become 2^(score - maximum so far). */
 template <typename SUMS, int R, int N>
-__device__ inline void exponentiate(state<SUMS> &st, float (&s)[R][N], const affine<R> &to) {
+__device__ inline void exponentiate(softmax_state<SUMS> &state, float (&s)[R][N], const pending_scale<R> &pending) {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-        const float safe = st.max[r] == -INFINITY ? 0.0f : st.max[r];
-        st.sum[r] += exponentiate(s[r], to.factor[r], to.constant[r] - safe);
+        const float safe = state.max[r] == -INFINITY ? 0.0f : state.max[r];
+        state.sum[r] += exponentiate(s[r], pending.factor[r], pending.constant[r] - safe);
     }
 }
 

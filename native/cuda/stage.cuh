@@ -5,7 +5,7 @@
  */
 #pragma once
 
-#include "codec.cuh"
+#include "team.cuh"
 
 namespace xq {
 
@@ -15,22 +15,47 @@ struct staged {
     bool whole; /* in memory they follow each other as here */
 };
 
-__host__ __device__ inline staged staging(const xq_cuda_layer &l) {
-    staged at;
-    at.k_param = XQ_PAGE / 16 * column_bytes(l.plan.k.bits, l.d);
-    at.v_codes = at.k_param + XQ_PAGE / l.plan.k.group * parameter_bytes(l.plan.k, l.d);
-    at.v_param = at.v_codes + l.e / 16 * column_bytes(l.plan.v.bits, XQ_PAGE);
-    at.bytes = at.v_param + parameter_bytes(l.plan.v, XQ_PAGE);
-    at.whole = l.plan.k.owner < 0 && l.plan.v.owner < 0 && l.own.k_codes == 0 && l.own.k_param == at.k_param &&
-               l.own.v_codes == at.v_codes && l.own.v_param == at.v_param;
-    return at;
+/* Whether all parts of both sides have the same distances from page to page, head to head, stream to stream. */
+inline bool same_steps(const xq_side_store &k, const xq_side_store &v) {
+    const auto steps = [&](int64_t page, int64_t head, int64_t stream) {
+        return page == k.codes_page && head == k.codes_head && stream == k.codes_stream;
+    };
+    return steps(k.param_page, k.param_head, k.param_stream) && steps(v.codes_page, v.codes_head, v.codes_stream) &&
+           steps(v.param_page, v.param_head, v.param_stream);
 }
+
+inline staged staging(const xq_store &store) {
+    const xq_side_store &k = store.k, &v = store.v;
+    staged parts;
+    parts.k_param = (int)packed_bytes(k.plan.bits, k.width, XQ_PAGE);
+    parts.v_codes = parts.k_param + (int)page_param_bytes(k.plan, true, k.width);
+    parts.v_param = parts.v_codes + (int)packed_bytes(v.plan.bits, XQ_PAGE, v.width);
+    parts.bytes = parts.v_param + (int)page_param_bytes(v.plan, false, v.width);
+    const auto lies = [&](const uint8_t *part, int at) { return (uintptr_t)part == (uintptr_t)k.codes + at; };
+    parts.whole = same_steps(k, v) && lies(k.param, parts.k_param) && lies(v.codes, parts.v_codes) &&
+                  lies(v.param, parts.v_param);
+    return parts;
+}
+
+/* A sealed page in shared memory. */
+struct page_in_shared {
+    const uint8_t *at; /* K codes | K parameters | V codes | V parameters */
+    const staged &parts;
+    const xq_side &k, &v;
+    int number;  /* of the stream */
+    bool masked; /* whether a mask that this warp adds is not 0 */
+
+    __device__ const uint8_t *k_codes() const { return at; }
+    __device__ const uint8_t *k_param() const { return at + parts.k_param; }
+    __device__ const uint8_t *v_codes() const { return at + parts.v_codes; }
+    __device__ const uint8_t *v_param() const { return at + parts.v_param; }
+};
 
 constexpr int max_buffers = 32; /* of a block */
 
 /* A team's pages, one after the other, in `depth` buffers: page n lies in buffer n % depth.  A buffer is filled again
  * when the whole team has done with it, which the team knows as soon as it has met over the next page. */
-template <int TEAM> class page_ring {
+template <int E> class page_ring {
   public:
     /* In shared memory: an mbarrier for each buffer, which says that a page is there, and where pages come from. */
     struct marks {
@@ -42,19 +67,20 @@ template <int TEAM> class page_ring {
     /* By one thread, before a barrier of the block. */
     static __device__ void prepare(marks &of, const side_view &k, const side_view &v) {
         of.from[0] = k.codes, of.from[1] = k.param, of.from[2] = v.codes, of.from[3] = v.param;
-        of.stride[0] = k.codes_stride, of.stride[1] = k.param_stride;
-        of.stride[2] = v.codes_stride, of.stride[3] = v.param_stride;
+        of.stride[0] = k.codes_page, of.stride[1] = k.param_page;
+        of.stride[2] = v.codes_page, of.stride[3] = v.param_page;
     }
 
-    __device__ page_ring(uint8_t *buffers, marks &of, int depth, const staged &at, int team, int member, int lane)
-        : buffers(buffers + team * depth * at.bytes), of(of), first(team * depth), depth(depth), at(at), member(member),
-          lane(lane) {}
+    /* buffers: of the block, depth of them for each team. */
+    __device__ page_ring(uint8_t *buffers, marks &of, int depth, const staged &parts, const warp_place<E> &warp)
+        : buffers(buffers + warp.team * depth * parts.bytes), of(of), first(warp.team * depth), depth(depth),
+          parts(parts), warp(warp) {}
 
     /* By a whole team, before a barrier of the block. */
     __device__ void begin() {
 #if __CUDA_ARCH__ >= 900
-        if (member == 0 && lane < depth) {
-            asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_of(of.arrived + first + lane)));
+        if (warp.member == 0 && warp.lane < depth) {
+            asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_of(of.arrived + first + warp.lane)));
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
@@ -64,8 +90,8 @@ template <int TEAM> class page_ring {
      * the page before the current one. */
     __device__ void fill_first(int page, int n) { fill(page, n); }
     __device__ void refill(int page) { fill(page, buffer == 0 ? depth - 1 : buffer - 1); }
-    /* The team's current page; it stays until the team has met over the next one.  meet(): the team's barrier. */
-    template <typename M> __device__ uint8_t *wait(const M &meet) {
+    /* The team's current page; it stays until the team has met over the next one. */
+    __device__ uint8_t *wait() {
 #if __CUDA_ARCH__ >= 900
         asm volatile("{\n.reg .pred done;\nagain:\n"
                      "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done "
@@ -81,9 +107,9 @@ template <int TEAM> class page_ring {
             asm volatile("cp.async.wait_group 0;" ::: "memory");
         }
 #endif
-        meet();
+        warp.meet();
 #endif
-        return buffers + buffer * at.bytes;
+        return buffers + buffer * parts.bytes;
     }
     __device__ void next() {
         if (++buffer == depth) {
@@ -98,19 +124,22 @@ template <int TEAM> class page_ring {
             commit();
             return;
         }
-        uint8_t *to = buffers + to_buffer * at.bytes;
-        const int start[] = {0, at.k_param, at.v_codes, at.v_param};
-        const int size[] = {at.k_param, at.v_codes - at.k_param, at.v_param - at.v_codes, at.bytes - at.v_param};
+        uint8_t *to = buffers + to_buffer * parts.bytes;
+        const int start[] = {0, parts.k_param, parts.v_codes, parts.v_param};
+        const int size[] = {parts.k_param, parts.v_codes - parts.k_param, parts.v_param - parts.v_codes,
+                            parts.bytes - parts.v_param};
 #if __CUDA_ARCH__ >= 900
-        if (member == 0 && lane == 0) {
+        if (warp.member == 0 && warp.lane == 0) {
             const uint32_t barrier = shared_of(of.arrived + first + to_buffer);
-            asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(at.bytes) : "memory");
+            asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(parts.bytes)
+                         : "memory");
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                if (i == 0 || !at.whole) {
+                if (i == 0 || !parts.whole) {
+                    const int bytes = parts.whole ? parts.bytes : size[i];
                     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::"
                                  "bytes [%0], [%1], %2, [%3];" ::"r"(shared_of(to + start[i])),
-                                 "l"(of.from[i] + page * of.stride[i]), "r"(at.whole ? at.bytes : size[i]), "r"(barrier)
+                                 "l"(of.from[i] + page * of.stride[i]), "r"(bytes), "r"(barrier)
                                  : "memory");
                 }
             }
@@ -118,7 +147,7 @@ template <int TEAM> class page_ring {
 #else
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            for (int b = 16 * (32 * member + lane); b < size[i]; b += 16 * 32 * TEAM) {
+            for (int b = 16 * (32 * warp.member + warp.lane); b < size[i]; b += 16 * 32 * warp.size) {
                 copy16(to + start[i] + b, of.from[i] + page * of.stride[i] + b);
             }
         }
@@ -141,11 +170,12 @@ template <int TEAM> class page_ring {
 #endif
     }
 
-    uint8_t *buffers;
+    uint8_t *buffers; /* the team's */
     marks &of;
-    int first, depth;
-    const staged &at;
-    int member, lane, buffer = 0, phase = 0;
+    int first, depth; /* first: of the team's buffers, in the block */
+    const staged &parts;
+    const warp_place<E> &warp;
+    int buffer = 0, phase = 0;
 };
 
 } // namespace xq

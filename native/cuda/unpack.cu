@@ -15,21 +15,23 @@ namespace xq {
 
 namespace {
 
-/* Where the rows of one page and KV head go. */
+/* One page of one KV head, and where its rows go. */
 struct target {
     int stream, head, page, slot;
     __half *rows;
     int64_t stride; /* elements, of a cell */
 };
 
-__device__ target target_of(const xq_cuda_layer &l, const xq_cuda_unpack_args &a, int page, int stream_and_head) {
-    const int nth_stream = stream_and_head / a.n_heads, nth_head = stream_and_head % a.n_heads;
-    const int width = a.is_k ? l.d : l.e;
-    target to = {*a.first_stream + nth_stream, a.first_head + nth_head, page, 0, nullptr, 0};
-    to.slot = a.table[(int64_t)to.stream * l.n_pages + page];
-    to.stride = (int64_t)a.n_heads * width;
-    to.rows = (__half *)a.rows + ((int64_t)nth_stream * a.n_kv_pages + page) * XQ_PAGE * to.stride + nth_head * width;
-    return to;
+__device__ target target_of(const xq_store &store, const xq_unpack_args &args, bool is_k, int page,
+                            int stream_and_head) {
+    const int nth_stream = stream_and_head / args.n_heads, nth_head = stream_and_head % args.n_heads;
+    const int stream = stream_of(args.first_stream, nth_stream);
+    return {stream,
+            args.first_head + nth_head,
+            page,
+            table_of(store, args.table, stream)[page],
+            (__half *)unpacked_row(store, args, nth_stream, page, 0, nth_head),
+            (int64_t)args.n_heads * side_of(store, is_k).width};
 }
 
 /* ---- tiles ---- */
@@ -107,15 +109,15 @@ __device__ void load_rows(const xq_side &side, const uint8_t *at, int n_i, int i
 
 /* x [token][channel] of a page's tile, as it is stored. */
 template <bool IS_K, int BITS>
-__device__ void load_tile(const side_view &v, int page, int t, int c, float (&x)[tile_tokens][tile_channels]) {
-    const uint8_t *codes = v.codes + page * v.codes_stride, *param = v.param + page * v.param_stride;
-    const bool f16 = v.plan.param == XQ_PARAM_F16;
+__device__ void load_tile(const side_view &side, int page, int t, int c, float (&x)[tile_tokens][tile_channels]) {
+    const uint8_t *codes = page_codes(side, page), *param = page_param(side, page);
+    const bool f16 = side.plan.param == XQ_PARAM_F16;
     const float middle = f16 ? 0.0f : (float)((1 << BITS) - 1) * 0.5f;
-    const int n_i = IS_K ? v.width : XQ_PAGE, n_j = IS_K ? XQ_PAGE : v.width;
-    param += (IS_K ? t : c) / group_length(v.plan, n_j) * parameter_bytes(v.plan, n_i);
+    const int n_i = IS_K ? side.width : XQ_PAGE, n_j = IS_K ? XQ_PAGE : side.width;
+    param += (IS_K ? t : c) / group_length(side.plan, n_j) * parameter_bytes(side.plan, n_i);
     constexpr int n_param = IS_K ? tile_channels : tile_tokens;
     float scale[n_param], base[n_param];
-    load_rows(v.plan, param, n_i, IS_K ? c : t, scale, base);
+    load_rows(side.plan, param, n_i, IS_K ? c : t, scale, base);
     uint32_t four[IS_K ? tile_tokens : tile_channels][IS_K ? 2 : 1];
     load_codes<BITS>(codes, n_i, IS_K ? t : c, IS_K ? c : t, four);
 #pragma unroll
@@ -165,30 +167,31 @@ __device__ void transform_tile(float (&x)[tile_tokens][tile_channels], int block
     }
 }
 
-/* As to_half: what is too large becomes an infinity first. */
+/* As to_half: what is too large becomes an infinity first; of a half that is not a number no bit is kept. */
 __device__ uint32_t two_halves(float a, float b) {
-    const __half2 top = __float2half2_rn(65504.0f);
-    const __half2 both = __hmax2(__hmin2(__floats2half2_rn(a, b), top), __hneg2(top));
+    const __half2 top = __float2half2_rn(65504.0f), x = __floats2half2_rn(a, b);
+    const __half2 both = __hmax2(__hmin2(x, top), __hneg2(top));
     uint32_t bits;
     memcpy(&bits, &both, 4);
-    return bits;
+    return bits & __heq2_mask(x, x);
 }
 
 /* grid (page, stream * KV head).  A page has 4 * width tiles, a multiple of 64: warps stay whole. */
 template <bool IS_K, int BITS>
 __global__ void __launch_bounds__(tile_threads)
-    unpack_tiles(const xq_cuda_layer l, const xq_cuda_unpack_args a, const float norm) {
-    const target to = target_of(l, a, blockIdx.x, blockIdx.y);
-    const side_view v = view_of(l, IS_K, to.stream, to.head);
-    const int n = v.width / tile_channels;
+    unpack_tiles(const __grid_constant__ xq_store store, const __grid_constant__ xq_unpack_args args,
+                 const float norm) {
+    const target to = target_of(store, args, IS_K, blockIdx.x, blockIdx.y);
+    const side_view side = side_at(side_of(store, IS_K), to.stream, to.head);
+    const int n = side.width / tile_channels;
     for (int tile = threadIdx.x; tile < XQ_PAGE / tile_tokens * n; tile += tile_threads) {
         const int t = tile / n * tile_tokens, c = tile % n * tile_channels;
         uint4 rows[tile_tokens] = {};
-        if (to.slot == page_sealed) {
+        if (to.slot == XQ_SLOT_SEALED) {
             float x[tile_tokens][tile_channels];
-            load_tile<IS_K, BITS>(v, to.page, t, c, x);
-            if (!IS_K && v.plan.rotate) {
-                transform_tile(x, hadamard_block(v.width), norm, c);
+            load_tile<IS_K, BITS>(side, to.page, t, c, x);
+            if (!IS_K && side.plan.rotate) {
+                transform_tile(x, hadamard_block(side.width), norm, c);
             }
 #pragma unroll
             for (int k = 0; k < tile_tokens; ++k) {
@@ -198,7 +201,7 @@ __global__ void __launch_bounds__(tile_threads)
         } else if (to.slot >= 0) {
 #pragma unroll
             for (int k = 0; k < tile_tokens; ++k) {
-                rows[k] = *(const uint4 *)(v.window + ((int64_t)to.slot * XQ_PAGE + t + k) * v.width + c);
+                rows[k] = *(const uint4 *)(open_rows(side, to.slot) + (int64_t)(t + k) * side.width + c);
             }
         }
 #pragma unroll
@@ -208,59 +211,62 @@ __global__ void __launch_bounds__(tile_threads)
     }
 }
 
-bool tiles_cover(const xq_cuda_layer &l, bool is_k) {
-    return is_k ? !l.plan.k.rotate && l.plan.k.group % tile_tokens == 0
-                : !l.mapped && hadamard_block(l.e) <= 32 * tile_channels && l.plan.v.group % tile_channels == 0;
+bool tiles_cover(const xq_store &store, bool is_k) {
+    return is_k || (!store.mapped && hadamard_block(store.v.width) <= 32 * tile_channels);
 }
 
-template <bool IS_K> void launch_tiles(const xq_cuda_layer &l, const xq_cuda_unpack_args &a, cudaStream_t stream) {
-    const dim3 grid(a.n_kv_pages, a.n_streams * a.n_heads);
-    const float norm = (float)(1.0 / std::sqrt((double)hadamard_block(l.e)));
-    switch (IS_K ? l.plan.k.bits : l.plan.v.bits) {
+template <bool IS_K> void launch_tiles(const xq_store &store, const xq_unpack_args &args, cudaStream_t stream) {
+    const dim3 grid(args.n_kv_pages, args.n_streams * args.n_heads);
+    const float norm = (float)(1.0 / std::sqrt((double)hadamard_block(store.v.width)));
+    switch (side_of(store, IS_K).plan.bits) {
     case 0:
-        return unpack_tiles<IS_K, 0><<<grid, tile_threads, 0, stream>>>(l, a, norm);
+        return unpack_tiles<IS_K, 0><<<grid, tile_threads, 0, stream>>>(store, args, norm);
     case 1:
-        return unpack_tiles<IS_K, 1><<<grid, tile_threads, 0, stream>>>(l, a, norm);
+        return unpack_tiles<IS_K, 1><<<grid, tile_threads, 0, stream>>>(store, args, norm);
     case 2:
-        return unpack_tiles<IS_K, 2><<<grid, tile_threads, 0, stream>>>(l, a, norm);
+        return unpack_tiles<IS_K, 2><<<grid, tile_threads, 0, stream>>>(store, args, norm);
     case 3:
-        return unpack_tiles<IS_K, 3><<<grid, tile_threads, 0, stream>>>(l, a, norm);
+        return unpack_tiles<IS_K, 3><<<grid, tile_threads, 0, stream>>>(store, args, norm);
     default:
-        return unpack_tiles<IS_K, 4><<<grid, tile_threads, 0, stream>>>(l, a, norm);
+        return unpack_tiles<IS_K, 4><<<grid, tile_threads, 0, stream>>>(store, args, norm);
     }
 }
 
 /* ---- slabs ---- */
 
 /* grid (slab, page, stream * KV head), one warp each */
-__global__ void __launch_bounds__(slab) unpack_slabs(const xq_cuda_layer l, const xq_cuda_unpack_args a) {
+__global__ void __launch_bounds__(slab)
+    unpack_slabs(const __grid_constant__ xq_store store, const __grid_constant__ xq_unpack_args args) {
     extern __shared__ float shared[];
-    const target to = target_of(l, a, blockIdx.y, blockIdx.z);
-    const int i0 = blockIdx.x * slab, width = a.is_k ? l.d : l.e;
-    if (to.slot == page_sealed) {
-        if (i0 < (a.is_k ? l.d : XQ_PAGE)) {
-            unseal_slab(l, a.is_k, to.stream, to.head, i0, to.page, to.rows, to.stride, shared);
+    const bool is_k = args.is_k != 0;
+    const target to = target_of(store, args, is_k, blockIdx.y, blockIdx.z);
+    const int first = blockIdx.x * slab, width = side_of(store, is_k).width;
+    if (to.slot == XQ_SLOT_SEALED) {
+        if (first < (is_k ? width : XQ_PAGE)) {
+            unseal_slab(store, {is_k, to.stream, to.head, to.page, first}, to.rows, to.stride, shared);
         }
         return;
     }
-    const side_view v = view_of(l, a.is_k, to.stream, to.head);
-    const auto *from = (const uint4 *)(v.window + (int64_t)max(to.slot, 0) * XQ_PAGE * width);
+    const bool open = to.slot >= 0;
+    const auto *from = (const uint4 *)open_rows(side_at(side_of(store, is_k), to.stream, to.head), open ? to.slot : 0);
     const int n = width / 8; // of a row
     for (int k = blockIdx.x * slab + threadIdx.x; k < XQ_PAGE * n; k += gridDim.x * slab) {
-        *(uint4 *)(to.rows + k / n * to.stride + k % n * 8) = to.slot >= 0 ? from[k] : uint4{};
+        *(uint4 *)(to.rows + k / n * to.stride + k % n * 8) = open ? from[k] : uint4{};
     }
 }
 
 } // namespace
 
-int launch_unpack(const xq_cuda_layer &l, const xq_cuda_unpack_args &a, cudaStream_t stream) {
-    if (tiles_cover(l, a.is_k)) {
-        a.is_k ? launch_tiles<true>(l, a, stream) : launch_tiles<false>(l, a, stream);
+int launch_unpack(const xq_store &store, const xq_unpack_args &args, cudaStream_t stream) {
+    const bool is_k = args.is_k != 0;
+    if (tiles_cover(store, is_k)) {
+        is_k ? launch_tiles<true>(store, args, stream) : launch_tiles<false>(store, args, stream);
         return launched("unpack");
     }
-    const size_t shared = slab_bytes(l);
+    const size_t shared = slab_bytes(store);
     if (allow_shared(unpack_slabs, shared)) {
-        unpack_slabs<<<dim3(slabs_of(l), a.n_kv_pages, a.n_streams * a.n_heads), slab, shared, stream>>>(l, a);
+        const dim3 grid(slabs_of(store), args.n_kv_pages, args.n_streams * args.n_heads);
+        unpack_slabs<<<grid, slab, shared, stream>>>(store, args);
     }
     return launched("unpack");
 }

@@ -1,7 +1,11 @@
-/* update.cu: what a micro-batch does to a layer before attention: seal pages, then unseal pages and write new rows.
+/* update.cu: what changes pages: seals and unseals, or the writing of new rows.
  *
- * A slot that a seal frees may be written at once.  Many tokens: two launches.  A few, as in decoding: one, whose
- * blocks take all slabs of one side of one KV head and of every gridDim.y-th stream, and share nothing.
+ * A call moves pages or writes rows, never both (check.h).  The host knows how many of each there are: grids have just
+ * as many blocks, and nothing that a kernel reads says how far a loop goes.
+ *
+ * Writing rows is what attention may overtake (attend_decode.cuh).  It waits for the launch before it to end, and only
+ * then lets the next one begin: all that was enqueued before the update is in memory by then, and only the open rows
+ * and the counter that it writes are not.
  */
 #include "fit.cuh"
 #include "launch.h"
@@ -10,170 +14,119 @@ namespace xq {
 
 namespace {
 
-/* One slab of a page: rows i0 .. i0 + 31 of the code matrix, by one warp. */
-__device__ void seal_slab(const xq_cuda_layer &l, const int32_t *op, bool is_k, int head, int i0, float *shared,
-                          unsigned long long *n_nonfinite) {
+__device__ void count_bad(uint64_t *n_nonfinite, int bad) {
+    if (bad > 0) {
+        atomicAdd((unsigned long long *)n_nonfinite, (unsigned long long)bad);
+    }
+}
+
+/* The values of a slab of an open page to x, as finite ones; tokens that do not count have those of the first that
+ * does. rows: [XQ_PAGE][width].  Returns how many were not finite. */
+__device__ int load_slab(const slab_place &at, const matrix &m, const page_move &move, const __half *rows, int width,
+                         float *shared) {
     const int lane = threadIdx.x % slab;
     const column x = {shared, lane};
-    const side_view v = view_of(l, is_k, op[0], head);
-    const matrix m = matrix_of(v, is_k);
-    if (i0 >= m.n_i) {
-        return;
-    }
-    const bool active = i0 + lane < m.n_i;
-    const __half *rows = v.window + (int64_t)op[2] * XQ_PAGE * v.width;
-    uint8_t *codes = v.codes + op[1] * v.codes_stride, *param = v.param + op[1] * v.param_stride;
     int bad = 0;
-    if (is_k) {
+    if (at.is_k) {
+        const bool active = at.first + lane < m.n_i;
         for (int t = 0; t < XQ_PAGE; ++t) {
-            x[t] = active ? finite(__half2float(rows[source_of(op + 3, t) * v.width + i0 + lane]), bad) : 0.0f;
+            const int64_t from = source_of(move.valid, t) * width + at.first + lane;
+            x[t] = active ? finite(__half2float(rows[from]), bad) : 0.0f;
         }
     } else {
         for (int t = 0; t < slab; ++t) {
-            const __half *row = rows + source_of(op + 3, i0 + t) * v.width;
+            const __half *row = rows + source_of(move.valid, at.first + t) * width;
             for (int j = lane; j < m.n_j; j += slab) {
                 shared[j * slab + (t ^ (j & 31))] = finite(__half2float(row[j]), bad);
             }
         }
     }
-    if (bad > 0) {
-        atomicAdd(n_nonfinite, (unsigned long long)bad);
+    return bad;
+}
+
+/* grid (slab, 2 * KV head + side, move), one warp each: an open page becomes codes. */
+__global__ void __launch_bounds__(slab)
+    seal_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_update_args args) {
+    extern __shared__ float shared[];
+    const page_move &move = move_at(args.seals, blockIdx.z);
+    const slab_place at = {blockIdx.y % 2 == 0, move.stream, (int)blockIdx.y / 2, move.page, (int)blockIdx.x * slab};
+    const side_view side = side_at(side_of(store, at.is_k), at.stream, at.head);
+    const matrix m = matrix_of(side, at.is_k);
+    if (at.first >= m.n_i) {
+        return;
     }
+    const int lane = threadIdx.x, i = at.first + lane;
+    const column x = {shared, lane};
+    count_bad(args.n_nonfinite, load_slab(at, m, move, open_rows(side, move.slot), side.width, shared));
     __syncwarp();
-    if (active) {
+    const bool own = own_codes(side);
+    uint8_t *codes = page_codes(side, at.page);
+    if (i < m.n_i) {
         if (m.side.rotate) {
             transform(x, m.n_j);
         }
-        if (!is_k && l.mapped) {
-            add_predicted(l, op[0], head, op[1], i0 + lane, x, {shared + m.n_j * slab, lane}, -1.0f);
+        if (!at.is_k && store.mapped) {
+            add_predicted(store, at, i, x, {shared + m.n_j * slab, lane}, -1.0f);
         }
-        seal_lane(m, x, i0 + lane, v.own ? nullptr : codes, param);
+        seal_lane(m, x, i, own ? nullptr : codes, page_param(side, at.page));
     }
     __syncwarp();
-    if (v.own) {
-        pack_codes(m, shared, i0, codes);
-    }
-    __syncwarp();
-}
-
-/* Row t of the micro-batch, elements first .. end - 1 of one side of one KV head, to the window: a warp. */
-__device__ void store_row(const xq_cuda_layer &l, const xq_cuda_update_args &a, bool is_k, int head, int t, int row,
-                          int first, int end) {
-    const int rows_a_stream = l.n_slots * XQ_PAGE, lane = threadIdx.x % slab;
-    const side_view v = view_of(l, is_k, row / rows_a_stream, head);
-    const char *cur = (const char *)(is_k ? a.k_cur : a.v_cur);
-    const float *src = (const float *)(cur + t * (is_k ? a.k_token_stride : a.v_token_stride) +
-                                       head * (is_k ? a.k_head_stride : a.v_head_stride));
-    __half *dst = v.window + (int64_t)(row % rows_a_stream) * v.width;
-    int bad = 0; // a masked infinity would spoil the sums of the tensor cores: 0 * inf
-    for (int j = first + lane; j < end; j += slab) {
-        dst[j] = __float2half_rn(finite(src[j], bad));
-    }
-    if (bad > 0) {
-        atomicAdd(a.n_nonfinite, (unsigned long long)bad);
+    if (own) {
+        pack_codes(m, shared, at.first, codes);
     }
 }
 
-/* grid (slab, 2 * KV head + side, operation), one warp each */
-__global__ void __launch_bounds__(slab) seal_kernel(const xq_cuda_layer l, const xq_cuda_update_args a) {
+/* grid (slab, 2 * KV head + side, move), one warp each: a sealed page becomes rows again. */
+__global__ void __launch_bounds__(slab)
+    unseal_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_update_args args) {
     extern __shared__ float shared[];
-    for (int number = blockIdx.z; number < *a.n_seal; number += gridDim.z) {
-        seal_slab(l, a.seals + 7 * number, blockIdx.y % 2 == 0, blockIdx.y / 2, blockIdx.x * slab, shared,
-                  a.n_nonfinite);
+    const page_move &move = move_at(args.unseals, blockIdx.z);
+    const slab_place at = {blockIdx.y % 2 == 0, move.stream, (int)blockIdx.y / 2, move.page, (int)blockIdx.x * slab};
+    const side_view side = side_at(side_of(store, at.is_k), at.stream, at.head);
+    if (at.first < (at.is_k ? side.width : XQ_PAGE)) {
+        unseal_slab(store, at, open_rows(side, move.slot), side.width, shared);
     }
 }
 
-constexpr int store_warps = 4;
+constexpr unsigned max_shares = 256; /* of the tokens */
 
-/* Unseals, then writes the new rows that fall into this slab.  grid (slab, 2 * KV head + side, share of the rows):
- * where a page is unsealed, the first block writes all rows, for they may go into it. */
-__global__ void __launch_bounds__(store_warps * 32) store_kernel(const xq_cuda_layer l, const xq_cuda_update_args a) {
-    extern __shared__ float shared[];
-    const bool is_k = blockIdx.y % 2 == 0;
-    const int i0 = blockIdx.x * slab, head = blockIdx.y / 2, warp = threadIdx.x / slab;
-    const bool alone = *a.n_unseal > 0;
-    if (i0 >= (is_k ? l.d : XQ_PAGE) || (alone && blockIdx.z > 0)) {
-        return;
-    }
-    for (int number = 0; number < *a.n_unseal; ++number) {
-        const int32_t *op = a.unseals + 3 * number;
-        if (warp == 0) {
-            const side_view v = view_of(l, is_k, op[0], head);
-            unseal_slab(l, is_k, op[0], head, i0, op[1], v.window + (int64_t)op[2] * XQ_PAGE * v.width, v.width,
-                        shared);
-        }
-        __syncthreads();
-    }
-    for (int t = blockIdx.z * store_warps + warp; t < a.n_tokens; t += alone ? store_warps : gridDim.z * store_warps) {
-        const int row = a.rows[t];
-        if (is_k) {
-            store_row(l, a, true, head, t, row, i0, min(i0 + slab, l.d));
-        } else if (row % XQ_PAGE / slab == blockIdx.x) {
-            store_row(l, a, false, head, t, row, 0, l.e);
-        }
-    }
-}
-
-constexpr int max_streams = 8; /* that blocks share */
-
-/* All of it.  grid (2 * KV head + side, streams), a warp each slab */
-__global__ void few_tokens_kernel(const xq_cuda_layer l, const xq_cuda_update_args a, int shared_of_slab /* floats */) {
-    extern __shared__ float shared[];
+/* grid (2 * KV head + side, share of the tokens), a thread each channel: new keys or values to the open rows that they
+ * belong to.  In decoding each instruction takes longer to come than to run: the code is short. */
+__global__ void rows_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_update_args args) {
     const bool is_k = blockIdx.x % 2 == 0;
-    const int head = blockIdx.x / 2, warp = threadIdx.x / slab, i0 = warp * slab;
-    float *mine = shared + warp * shared_of_slab;
+    const int head = blockIdx.x / 2, j = threadIdx.x;
+    const xq_side_store &side = side_of(store, is_k);
     wait_for_previous();
     launch_next();
-    const auto is_mine = [](int stream) { return gridDim.y == 1 || stream % gridDim.y == blockIdx.y; };
-    const int n_seal = *a.n_seal, n_unseal = *a.n_unseal;
-    const int first_row = a.n_tokens > 0 ? a.rows[0] : 0; // read together with the counts
-    for (int number = 0; number < n_seal; ++number) {
-        if (is_mine(a.seals[7 * number])) {
-            seal_slab(l, a.seals + 7 * number, is_k, head, i0, mine, a.n_nonfinite);
-        }
+    if (j >= side.width) {
+        return;
     }
-    if (n_seal > 0) {
-        __syncthreads();
+    int bad = 0; // a masked infinity would spoil the sums of the tensor cores: 0 * inf
+#pragma unroll 1
+    for (int t = blockIdx.y; t < args.n_tokens; t += gridDim.y) {
+        const int32_t row = args.rows[t];
+        const float x = new_row(args, is_k, t, head)[j];
+        const row_place place = place_of(store, row);
+        ((__half *)row_at(side_at(side, place.stream, head), place.row))[j] = __float2half_rn(finite(x, bad));
     }
-    for (int number = 0; number < n_unseal; ++number) {
-        const int32_t *op = a.unseals + 3 * number;
-        if (is_mine(op[0]) && i0 < (is_k ? l.d : XQ_PAGE)) {
-            const side_view v = view_of(l, is_k, op[0], head);
-            unseal_slab(l, is_k, op[0], head, i0, op[1], v.window + (int64_t)op[2] * XQ_PAGE * v.width, v.width, mine);
-        }
-    }
-    if (n_unseal > 0) {
-        __syncthreads();
-    }
-    const int width = is_k ? l.d : l.e;
-#pragma unroll 4
-    for (int t = 0; t < a.n_tokens; ++t) {
-        const int row = t == 0 ? first_row : a.rows[t];
-        for (int j = i0; j < width && is_mine(row / (l.n_slots * XQ_PAGE)); j += blockDim.x) {
-            store_row(l, a, is_k, head, t, row, j, min(j + slab, width));
-        }
-    }
+    count_bad(args.n_nonfinite, bad);
 }
 
 } // namespace
 
-int launch_update(const xq_cuda_layer &l, const xq_cuda_update_args &a, cudaStream_t stream) {
-    const size_t shared = slab_bytes(l);
-    const unsigned n_slabs = slabs_of(l), n_sides = 2 * (unsigned)l.n_head_kv;
-    if (a.n_tokens < XQ_PAGE && n_slabs * slab <= 1024 && (int)(n_slabs * shared) <= shared_limit()) {
-        if (allow_shared(few_tokens_kernel, n_slabs * shared)) {
-            const unsigned n_streams = a.n_tokens < 1 ? 1 : a.n_tokens < max_streams ? a.n_tokens : max_streams;
-            launch_early(few_tokens_kernel, dim3(n_sides, n_streams), n_slabs * slab, n_slabs * shared, stream, l, a,
-                         (int)(shared / sizeof(float)));
-        }
-        return launched("update");
+int launch_update(const xq_store &store, const xq_update_args &args, cudaStream_t stream) {
+    const size_t shared = slab_bytes(store);
+    const unsigned n_slabs = slabs_of(store), n_sides = 2 * (unsigned)store.n_head_kv;
+    if (args.n_seals > 0 && allow_shared(seal_kernel, shared)) {
+        seal_kernel<<<dim3(n_slabs, n_sides, args.n_seals), slab, shared, stream>>>(store, args);
     }
-    if (allow_shared(seal_kernel, shared) && allow_shared(store_kernel, shared)) {
-        // a page leaves the window about every XQ_PAGE tokens
-        const unsigned n_operations = 1 + (unsigned)a.n_tokens / XQ_PAGE;
-        seal_kernel<<<dim3(n_slabs, n_sides, n_operations), slab, shared, stream>>>(l, a);
-        const unsigned n_shares = 1 + (unsigned)a.n_tokens / 64;
-        store_kernel<<<dim3(n_slabs, n_sides, n_shares), store_warps * 32, shared, stream>>>(l, a);
+    if (args.n_unseals > 0 && allow_shared(unseal_kernel, shared)) {
+        unseal_kernel<<<dim3(n_slabs, n_sides, args.n_unseals), slab, shared, stream>>>(store, args);
+    }
+    if (args.n_tokens > 0) {
+        const unsigned n_tokens = (unsigned)args.n_tokens, n_shares = n_tokens < max_shares ? n_tokens : max_shares;
+        const int width = store.k.width > store.v.width ? store.k.width : store.v.width;
+        launch_early(rows_kernel, dim3(n_sides, n_shares), (unsigned)(width + 31) / 32 * 32, 0, stream, store, args);
     }
     return launched("update");
 }

@@ -47,15 +47,10 @@
 extern "C" {
 #endif
 
-#if defined(_WIN32)
-#define XQ_API __declspec(dllexport)
-#else
 #define XQ_API __attribute__((visibility("default")))
-#endif
 
 #define XQ_PAGE 128         /* tokens of a page */
 #define XQ_MAX_HEAD_DIM 512 /* D and E: multiples of 16 up to this */
-#define XQ_MAX_LAYERS 1024
 
 /* cdef: begin */
 
@@ -96,12 +91,14 @@ typedef struct xq_layer {
     xq_side v;
 } xq_layer;
 
+enum { XQ_MAX_LAYERS = 1024 };
+
 /* What a whole cache stores. window < 0: never seal. */
 typedef struct xq_plan {
     int32_t n_layers;
     int32_t window; /* newest tokens that stay open */
     int32_t pinned; /* first pages of a stream that stay open */
-    xq_layer layers[1024];
+    xq_layer layers[XQ_MAX_LAYERS];
 } xq_plan;
 
 /* Where the parts of a sealed block start, for one layer of head widths D and E. */
@@ -117,19 +114,24 @@ XQ_API const char *xq_error(void);
 
 /* Fills plan with the named preset for n_layers layers. */
 XQ_API int xq_plan_preset(const char *name, int32_t n_layers, xq_plan *plan);
-/* The names of the presets, separated by commas. */
+/* Names, separated by commas: of the presets, and of the values of enum xq_fit and of enum xq_param, in their order. */
 XQ_API const char *xq_plan_preset_names(void);
-/* One layer as text, e.g. "k=4,128,minmax,f16,0,-1 v=2,0,lloyd,log8,0.09,-1,rot,map:5" and back.  text_size bytes at
- * most.
- */
-XQ_API int xq_layer_format(const xq_layer *layer, char *text, size_t text_size);
-XQ_API int xq_layer_parse(const char *text, xq_layer *layer);
+XQ_API const char *xq_fit_names(void);
+XQ_API const char *xq_param_names(void);
 /* Checks every field, and head widths d[n_layers] and e[n_layers]; d and e may be null.
  * A layer with d = 0 is not part of the cache: nothing is checked and nobody may borrow from it. */
 XQ_API int xq_plan_check(const xq_plan *plan, const int32_t *d, const int32_t *e);
 /* Checks one side on its own for a head width; which layer owns its codes is not looked at. */
 XQ_API int xq_check_side(const xq_side *side, int32_t is_k, int32_t width);
 XQ_API int xq_block_layout_of(const xq_layer *layer, int32_t d, int32_t e, xq_block_layout *layout);
+/* Open pages that a stream of n_pages pages has room for, with micro-batches of n_ubatch tokens and n_seq sequences in
+ * it: pinned * n_seq + ceil(window * n_seq / XQ_PAGE) + ceil(n_ubatch / XQ_PAGE) + 1.  At most all; and what sequences
+ * beyond the first add is at most an eighth of all. */
+XQ_API int32_t xq_plan_slots(const xq_plan *plan, int32_t n_pages, int32_t n_ubatch, int32_t n_seq);
+/* Bytes of the blocks and rows of one stream: of layers l of widths d[l] and e[l] with n_head_kv[l] KV heads; d[l] = 0:
+ * not part of the cache.  A cache whose pages all have slots has no blocks. */
+XQ_API int64_t xq_cache_bytes(const xq_plan *plan, const int32_t *d, const int32_t *e, const int32_t *n_head_kv,
+                              int32_t n_pages, int32_t n_slots);
 
 /* ---- kernel sets ---- */
 
@@ -169,45 +171,173 @@ XQ_API int xq_unseal_v(const xq_side *side, int32_t e, const uint8_t *codes, int
  * predicted: [e][XQ_PAGE], finite as values are that are sealed. */
 XQ_API int xq_predict_v(const xq_side *source, int32_t e, const uint8_t *codes, const uint8_t *param,
                         const float *weight, float *predicted);
+/* Takes the tokens of a sealed block that are not valid out of it: their codes, and parameters that no other token
+ * needs.
+ */
+XQ_API int xq_clear_tokens(const xq_layer *layer, int32_t d, int32_t e, const uint32_t valid[4], uint8_t *block);
 /* x [n_rows][n] *= normalised Hadamard matrix, in blocks of the largest power of two that divides n.  Its own inverse.
  */
 XQ_API int xq_hadamard(float *x, int32_t n_rows, int32_t n);
 
-/* ---- attention ---- */
+/* ---- storage ---- */
 
-/* One KV head of one layer over a range of pages, for query rows that share the head. */
-typedef struct xq_attention {
-    int32_t d, e;                     /* head widths of K and V */
-    xq_side k, v;                     /* how this layer stores sealed pages */
-    int32_t k_code_bits, v_code_bits; /* bits of the codes that are read: own or the owner's */
-    const uint8_t *k_codes, *k_param; /* of page 0; page p lies p strides on; null where absent */
-    const uint8_t *v_codes, *v_param;
-    int64_t k_codes_stride, k_param_stride, v_codes_stride, v_param_stride; /* bytes from page to page */
-    int32_t mapped; /* 1: V is what a map of `source` leaves over, which lies in source_codes and source_param */
-    xq_side source; /* with own codes, as wide as V */
-    const uint8_t *source_codes, *source_param;
-    int64_t source_codes_stride, source_param_stride;
-    const uint16_t *k_window; /* F16 [n_slots][XQ_PAGE][d] */
-    const uint16_t *v_window; /* F16 [n_slots][XQ_PAGE][e] */
-    const int32_t *page_slot; /* [page_end] >= 0: open, in that slot; -1: sealed; -2: no cells */
-    int32_t page_begin, page_end;
-    int32_t n_rows;
-    const float *const *q;       /* [n_rows] -> [d] */
-    const uint16_t *const *mask; /* [n_rows] -> F16 [page_end * XQ_PAGE], added to the scores; null: no mask */
-    const float *slope;          /* [n_rows] factor of the mask (ALiBi); null: 1 */
-    float scale;                 /* of q . k */
-    float softcap;               /* > 0: score = softcap * tanh(score / softcap) */
-    float *const *partial;       /* [n_rows] -> [2 e + 2], mapped: [3 e + 2] */
-} xq_attention;
+/* Where a page of a cache lies: an entry of a page table is a slot of open pages, or one of these. */
+enum xq_slot {
+    XQ_SLOT_SEALED = -1, /* in codes */
+    XQ_SLOT_NONE = -2,   /* nowhere: it has no cells */
+};
 
-/* Writes, per row, the state of an online softmax over the pages: the maximum score, the sum of p, the sum of p * v
- * over sealed pages (in the space they are stored in) [e], over open pages [e], and, if mapped, of p * u over the
- * sealed pages of the source [e].  A row that sees no cell: -inf, 0, zeros. */
-XQ_API int xq_attend(const xq_attention *args);
-/* Merges n_parts states of one row and finishes: out [e].  sink: an extra score that takes part in the sum; -inf: none.
- * weight: the map [e of the source][e]; null if the states are not mapped. */
-XQ_API int xq_attention_merge(int32_t n_parts, const float *const *partial, int32_t e, int32_t rotate, float sink,
-                              const float *weight, float *out);
+enum xq_limit {
+    XQ_MOVE_WORDS = 7,         /* int32 of a move: stream, page, slot, valid[4] */
+    XQ_CPU_GROUP_ROWS = 64,    /* query rows of a KV head that share one pass over the pages */
+    XQ_CUDA_GROUP_ROWS = 8,    /* likewise */
+    XQ_CUDA_PART_PAGES = 1024, /* pages that a part of attention may have */
+};
+
+/* One side of a layer: where its pages lie, of every stream and KV head.  Bytes of page p of KV head h of stream s:
+ *
+ *     codes + s * codes_stream + h * codes_head + p * codes_page       its own, or those of the layer it borrows from
+ *     param + s * param_stream + h * param_head + p * param_page
+ *
+ * and of F16 rows [XQ_PAGE][width] of the open page in slot n:
+ *
+ *     rows + s * rows_stream + h * rows_head + n * XQ_PAGE * width
+ */
+typedef struct xq_side_store {
+    xq_side plan;
+    int32_t width;                                /* d or e */
+    uint8_t *codes, *param;                       /* null where absent */
+    int64_t codes_page, codes_head, codes_stream; /* bytes */
+    int64_t param_page, param_head, param_stream; /* bytes */
+    uint16_t *rows;
+    int64_t rows_head, rows_stream; /* elements */
+} xq_side_store;
+
+/* One layer.  On a GPU every pointer to data is a device pointer. */
+typedef struct xq_store {
+    int32_t n_head_kv, n_pages, n_slots, n_streams;
+    xq_side_store k, v;
+    int32_t mapped;           /* 1: V is what a map of `source` leaves over */
+    xq_side_store source;     /* the values that the map reads, with own codes, as wide as V; no rows */
+    const int32_t *map_heads; /* [KV head]: of the source */
+    const float *map;         /* [KV head][e of the source][e] */
+} xq_store;
+
+/* Shape of a layer's storage, in elements of its kind. */
+typedef struct xq_shape {
+    int32_t d, e, n_head_kv, n_pages, n_slots, n_streams;
+} xq_shape;
+
+/* A store of a layer with own codes over two areas of memory (host or device; they are not looked at):
+ *
+ *     blocks  [stream][KV head][page][block of xq_block_layout]; null: the layer never seals
+ *     rows    F16 [stream], of each: K [KV head][slot][XQ_PAGE][d], then V [KV head][slot][XQ_PAGE][e]
+ *
+ * with blocks_stream and rows_stream bytes from stream to stream. */
+XQ_API int xq_store_init(xq_store *store, const xq_layer *layer, const xq_shape *shape, uint8_t *blocks,
+                         int64_t blocks_stream, uint16_t *rows, int64_t rows_stream);
+/* Bytes of blocks and of rows of one stream. */
+XQ_API int64_t xq_store_block_bytes(const xq_layer *layer, const xq_shape *shape);
+XQ_API int64_t xq_store_row_bytes(const xq_shape *shape);
+/* K's or V's codes are those that another layer stores. */
+XQ_API int xq_store_borrow(xq_store *store, int32_t is_k, const xq_store *owner);
+/* V is what a map of another layer's values leaves over. */
+XQ_API int xq_store_map(xq_store *store, const xq_store *source, const int32_t *heads, const float *map);
+
+/* ---- five verbs over a store, on any backend ---- */
+
+/* Where a verb runs.
+ *
+ * CPU: this is thread ith of nth, and each of them makes the same call.  At most 100 KiB of a thread's stack are used,
+ * nothing is allocated, and no thread waits for another: the work is done when all have returned.  A call that is
+ * refused changes nothing, for all threads refuse it.
+ *
+ * CUDA: work is enqueued on a stream, and the call returns at once; nothing is allocated and nothing waits; launches
+ * depend on shapes alone, so that they can be captured in a CUDA graph. */
+typedef struct xq_exec {
+    int32_t ith, nth;
+    void *cuda_stream;
+} xq_exec;
+
+/* Changes pages: moves some, or writes rows, never both in one call.  The moves of a call name different pages and
+ * slots.
+ *
+ * What is stored is finite: not-a-numbers become 0, and what is beyond F16 becomes +-65504.  Such values are counted
+ * where they come in: in k_cur and v_cur, or, in rows that were put there by other means, when their page is sealed. */
+typedef struct xq_update_args {
+    const int32_t *seals;   /* [n_seals][XQ_MOVE_WORDS]: the open page in a slot becomes codes; bit t of valid: token t
+                               counts, others are given the value of the first one that does */
+    const int32_t *unseals; /* [n_unseals][XQ_MOVE_WORDS]: a sealed page becomes rows in a slot; valid: not looked at */
+    int32_t n_seals, n_unseals;
+    const int32_t *rows;        /* [n_tokens]: (stream * n_slots + slot) * XQ_PAGE + token of the page */
+    const float *k_cur, *v_cur; /* [token][KV head][d or e] */
+    int64_t k_head_stride, k_token_stride, v_head_stride, v_token_stride; /* bytes */
+    int32_t n_tokens;
+    uint64_t *n_nonfinite; /* [1]: grows by the number of values that were not finite; null: if nothing comes in */
+} xq_update_args;
+
+/* Attention of all heads over the pages of some streams. */
+typedef struct xq_attend_args {
+    const float *q;                                /* [stream][token][head][d] */
+    int64_t q_head_stride, q_token_stride;         /* bytes */
+    const uint16_t *mask;                          /* F16 [stream][token][n_kv_pages * XQ_PAGE]; null: all is visible */
+    int64_t mask_token_stride, mask_stream_stride; /* bytes */
+    const int32_t *table;                          /* [stream of the cache][store.n_pages]: slot, or an xq_slot */
+    const int32_t *first_stream;                   /* [1]: stream of the cache that stream 0 of q is; null: 0 */
+    int32_t n_head, n_tokens, n_streams;           /* n_tokens: of each stream */
+    int32_t n_kv_pages;                            /* pages that are looked at */
+    float scale;                                   /* of q . k */
+    float softcap;                                 /* > 0: score = softcap * tanh(score / softcap) */
+    float max_bias;                                /* > 0: ALiBi */
+    const float *sinks;                            /* [head] scores that take part in the sum; null: none */
+    int32_t n_parts;                               /* parts that the pages of a KV head are split into */
+    int32_t after_update; /* 1: the launch before this one on the CUDA stream is an update that wrote rows, and all else
+                             that is read was written before it: attention may overtake it */
+    float *partial;       /* room for xq_attend_states() numbers */
+    uint32_t *arrivals; /* [stream][group of query rows of a KV head][KV head]: 0, and 0 again afterwards; for one part
+                           not looked at.  A group: XQ_CPU_GROUP_ROWS or XQ_CUDA_GROUP_ROWS */
+    float *out;         /* [stream][token][head][e] */
+} xq_attend_args;
+
+/* Numbers of the states of all parts: [part][stream][token][head][2 e + 2, mapped: 3 e + 2]: the maximum score, the sum
+ * of p, the sum of p v over sealed pages as they are stored, over open ones, and of p u over the source's. */
+XQ_API int64_t xq_attend_states(const xq_store *store, const xq_attend_args *args);
+
+/* Pages as F16 rows again. */
+typedef struct xq_unpack_args {
+    const int32_t *table, *first_stream; /* as above */
+    int32_t n_streams, n_kv_pages;
+    int32_t is_k, first_head, n_heads; /* KV heads that are wanted */
+    uint16_t *rows;                    /* F16 [stream][n_kv_pages * XQ_PAGE][n_heads][d or e]; pages without cells: 0 */
+} xq_unpack_args;
+
+/* Keys of a few pages as F32 and back, for a context shift between the two.  What is stored is finite; nobody counts
+ * what was not. */
+typedef struct xq_keys_args {
+    const int32_t *pages;              /* [n_pages][XQ_MOVE_WORDS], different ones; slot: or XQ_SLOT_SEALED */
+    float *keys;                       /* F32 [page][token of the page][KV head][d] */
+    int64_t head_stride, token_stride; /* bytes */
+    int32_t n_pages;
+} xq_keys_args;
+
+/* A backend: XQ_OK or a negative status; error() then says why, on the same thread. */
+typedef struct xq_backend {
+    const char *name;
+    const char *(*error)(void);
+    int (*update)(const xq_store *store, const xq_update_args *args, const xq_exec *exec);
+    int (*attend)(const xq_store *store, const xq_attend_args *args, const xq_exec *exec);
+    int (*unpack)(const xq_store *store, const xq_unpack_args *args, const xq_exec *exec);
+    int (*read_keys)(const xq_store *store, const xq_keys_args *args, const xq_exec *exec);
+    int (*write_keys)(const xq_store *store, const xq_keys_args *args, const xq_exec *exec);
+    /* Which kernel attend takes for a store: the kernel set, "decode" (tensor cores) or "general"; null: it is refused.
+     */
+    const char *(*attend_kernel)(const xq_store *store);
+} xq_backend;
+
+/* The CPU backend of libxquant; the scalar kernel set is its reference. */
+XQ_API const xq_backend *xq_cpu(void);
+/* The CUDA backend of libxquant_cuda; the general kernel is its reference. */
+XQ_API const xq_backend *xq_cuda(void);
 
 /* cdef: end */
 

@@ -1,36 +1,25 @@
 /* xquant-api.cpp: what libllama exports beside llama.h; see xquant_llama.h. */
-#include "xquant-cache.h"
+#include "xquant-kv-cache.h"
 
 #include "llama-context.h"
 #include "llama-hparams.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-model.h"
 
-namespace xquant {
+using namespace xquant;
 
-/* The XQuant cache of a context, and the F16 cache of its sliding layers; null if it has none. */
-static const cache *cache_of(const llama_context *ctx, const llama_kv_cache **other) {
-    *other = nullptr;
-    auto *memory = ctx ? ctx->get_memory() : nullptr;
-    if (auto *both = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
-        *other = both->get_swa();
-        return both->get_base()->xq.get();
-    }
-    auto *kv = dynamic_cast<llama_kv_cache *>(memory);
-    return kv ? kv->xq.get() : nullptr;
+static kv_cache *cache_of(const llama_context *ctx) {
+    return ctx ? kv_cache_of(ctx->get_memory()) : nullptr;
 }
 
-} // namespace xquant
-
 int xquant_llama_get_info(const llama_context *ctx, xquant_llama_info *info) {
-    const llama_kv_cache *other;
-    const auto *c = xquant::cache_of(ctx, &other);
-    if (!c || !info) {
+    const kv_cache *cache = cache_of(ctx);
+    if (!cache || !info) {
         return -1;
     }
-    c->info(*info);
-    if (other) {
-        for (const auto &[type, bytes] : other->memory_breakdown()) {
+    cache->info(*info);
+    if (const auto *both = dynamic_cast<const llama_kv_cache_iswa *>(ctx->get_memory())) {
+        for (const auto &[type, bytes] : both->get_swa()->memory_breakdown()) {
             info->bytes_other += (int64_t)bytes;
         }
     }
@@ -38,16 +27,18 @@ int xquant_llama_get_info(const llama_context *ctx, xquant_llama_info *info) {
 }
 
 int xquant_llama_get_plan(const llama_context *ctx, xq_plan *plan, int32_t *d, int32_t *e, int32_t *n_head_kv) {
-    const llama_kv_cache *other;
-    const auto *c = xquant::cache_of(ctx, &other);
-    if (!c || !plan || !d || !e || !n_head_kv) {
+    const kv_cache *cache = cache_of(ctx);
+    if (!cache || !plan || !d || !e || !n_head_kv) {
         return -1;
     }
-    c->plan(*plan, d, e, n_head_kv);
+    cache->plan(*plan, d, e, n_head_kv);
     return 0;
 }
 
 int xquant_llama_get_shapes(const llama_context *ctx, int32_t *d, int32_t *e, int32_t *n_head_kv, int64_t *bytes) {
+    if (!ctx || !d || !e || !n_head_kv || !bytes) {
+        return -1;
+    }
     const auto &hparams = ctx->get_model().hparams;
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
         const bool has = hparams.has_kv(il);
@@ -64,27 +55,27 @@ int xquant_llama_get_shapes(const llama_context *ctx, int32_t *d, int32_t *e, in
     return (int)hparams.n_layer_all;
 }
 
-int xquant_llama_use_plan(llama_model *model, const char *path) {
-    if (!model) {
-        return -1;
-    }
-    const auto plan = path ? xquant::read_plan_file(path) : std::make_shared<const xquant::metadata>();
-    if (plan) {
-        model->xq = plan;
-    }
-    return plan ? 0 : -1;
+int32_t xquant_llama_get_pages(const llama_context *ctx, int32_t stream, int32_t n, xquant_llama_page *pages) {
+    const kv_cache *cache = cache_of(ctx);
+    return cache && stream >= 0 && n >= 0 && (pages || n == 0) ? cache->pages((uint32_t)stream, n, pages) : -1;
 }
 
-int xquant_llama_read_rows(const llama_context *ctx, int32_t layer, int32_t is_value, int32_t head, int32_t n_cells,
+int xquant_llama_read_rows(llama_context *ctx, int32_t layer, int32_t is_value, int32_t head, int32_t n_cells,
                            uint16_t *rows) {
-    const llama_kv_cache *other;
-    const auto *c = xquant::cache_of(ctx, &other);
-    return c && rows && c->read_rows(layer, is_value != 0, head, n_cells, rows) ? 0 : -1;
+    const kv_cache *cache = cache_of(ctx);
+    if (!cache || !rows) {
+        return -1;
+    }
+    ctx->synchronize();
+    return cache->read_rows(layer, is_value != 0, head, n_cells, rows) ? 0 : -1;
 }
 
 int xquant_llama_write_rows(llama_context *ctx, int32_t layer, int32_t is_value, int32_t head, int32_t n_cells,
                             const uint16_t *rows) {
-    const llama_kv_cache *other;
-    const auto *c = xquant::cache_of(ctx, &other);
-    return c && rows && c->write_rows(layer, is_value != 0, head, n_cells, rows) ? 0 : -1;
+    const kv_cache *cache = cache_of(ctx);
+    if (!cache || !rows) {
+        return -1;
+    }
+    ctx->synchronize();
+    return cache->write_rows(layer, is_value != 0, head, n_cells, rows) ? 0 : -1;
 }

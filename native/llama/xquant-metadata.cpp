@@ -1,12 +1,17 @@
 /* xquant-metadata.cpp: reads the plan that a GGUF file carries; see xquant-metadata.h for the keys. */
 #include "xquant-metadata.h"
 
+#include "xquant-hash.h"
+
 #include "ggml.h"
 #include "gguf.h"
+#include "llama-model-loader.h"
 #include "llama.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <sstream>
 #include <stdexcept>
 
 namespace xquant {
@@ -71,31 +76,26 @@ struct reader {
         return values;
     }
 
-    /* Entries of a string array as their places in names. */
-    std::vector<int32_t> choices(const std::string &key, size_t n, const std::vector<std::string> &names) const {
+    /* Entries of a string array as their places in a list of names, which commas separate. */
+    std::vector<int32_t> choices(const std::string &key, size_t n, const std::string &names) const {
         const int64_t id = array(key, GGUF_TYPE_STRING, n);
+        std::vector<std::string> known;
+        std::istringstream list(names);
+        for (std::string name; std::getline(list, name, ',');) {
+            known.push_back(name);
+        }
         std::vector<int32_t> values;
         for (size_t i = 0; i < n; ++i) {
             const std::string text = gguf_get_arr_str(file, id, i);
-            size_t choice = 0;
-            while (choice < names.size() && names[choice] != text) {
-                choice++;
+            const auto choice = std::find(known.begin(), known.end(), text);
+            if (choice == known.end()) {
+                bad(key + "[" + std::to_string(i) + "]", "\"" + text.substr(0, 64) + "\"", "one of " + names);
             }
-            if (choice == names.size()) {
-                std::string all = names[0];
-                for (size_t k = 1; k < names.size(); ++k) {
-                    all += ", " + names[k];
-                }
-                bad(key + "[" + std::to_string(i) + "]", "\"" + text.substr(0, 64) + "\"", "one of " + all);
-            }
-            values.push_back((int32_t)choice);
+            values.push_back((int32_t)(choice - known.begin()));
         }
         return values;
     }
 };
-
-const std::vector<std::string> fits = {"paper", "minmax", "clip", "lloyd", "lsq"}; /* enum xq_fit */
-const std::vector<std::string> scales = {"f16", "log8"};                           /* enum xq_param */
 
 void read_sides(const reader &file, const std::string &name, size_t n, std::vector<xq_layer> &layers,
                 xq_side xq_layer::*side) {
@@ -104,7 +104,8 @@ void read_sides(const reader &file, const std::string &name, size_t n, std::vect
     const auto bits = file.numbers<int32_t>(prefix + "bits", n), group = file.numbers<int32_t>(prefix + "group", n);
     const auto owner = file.numbers<int32_t>(prefix + "owner", n);
     const auto eta = file.numbers<float>(prefix + "eta", n);
-    const auto fit = file.choices(prefix + "fit", n, fits), scale = file.choices(prefix + "scale", n, scales);
+    const auto fit = file.choices(prefix + "fit", n, xq_fit_names());
+    const auto scale = file.choices(prefix + "scale", n, xq_param_names());
     const auto source = is_v ? file.numbers<int32_t>(prefix + "source", n) : std::vector<int32_t>(n, -1);
     const auto rotate = is_v ? file.numbers<int8_t>(prefix + "rotate", n) : std::vector<int8_t>(n, 0);
     for (size_t i = 0; i < n; ++i) {
@@ -131,7 +132,7 @@ void read_map(const reader &file, int32_t layer, value_map &map) {
     }
 }
 
-void read_plan(const reader &file, metadata &out) {
+void read_keys(const reader &file, metadata &out) {
     const uint32_t version = file.number<uint32_t>("xquant.version");
     if (version != 1) {
         bad("xquant.version", std::to_string(version), "1: another version of xquant_gguf wrote it");
@@ -159,30 +160,6 @@ void read_plan(const reader &file, metadata &out) {
     }
 }
 
-void read_file(const gguf_context *context, metadata &out) {
-    if (gguf_find_key(context, "xquant.version") < 0) {
-        return;
-    }
-    out.present = true;
-    try {
-        read_plan({context}, out);
-    } catch (const bad_key &error) {
-        out.error = error.what();
-    }
-}
-
-/* false: the file cannot be read, or has no plan. */
-bool read_path(const std::string &path, metadata &out) {
-    gguf_init_params params = {};
-    params.no_alloc = true;
-    const std::unique_ptr<gguf_context, decltype(&gguf_free)> file(gguf_init_from_file(path.c_str(), params),
-                                                                   gguf_free);
-    if (file) {
-        read_file(file.get(), out);
-    }
-    return out.present;
-}
-
 std::string text_of(const std::string &key, const llama_model_kv_override &value) {
     switch (value.tag) {
     case LLAMA_KV_OVERRIDE_TYPE_INT:
@@ -194,31 +171,75 @@ std::string text_of(const std::string &key, const llama_model_kv_override &value
     }
 }
 
-} // namespace
+/* Of how many tensors bytes are read, and how many of each: reads that a disk does in no time. */
+constexpr size_t n_samples = 64, sample_bytes = 64;
 
-std::shared_ptr<const metadata>
-read_metadata(const gguf_context *file, const std::unordered_map<std::string, llama_model_kv_override> &overrides) {
-    auto out = std::make_shared<metadata>();
-    for (const auto &[key, value] : overrides) {
-        if (key.rfind("xquant.", 0) == 0) {
-            out->given[key] = text_of(key, value);
+uint64_t identify(llama_model_loader &loader) {
+    hasher hash;
+    const size_t step = std::max<size_t>(loader.weights_map.size() / n_samples, 1);
+    size_t number = 0;
+    for (const auto &[name, weight] : loader.weights_map) {
+        const size_t size = ggml_nbytes(weight.tensor);
+        hash.add(name.data(), name.size());
+        hash.add(&weight.tensor->type, sizeof(weight.tensor->type));
+        hash.add(weight.tensor->ne, sizeof(weight.tensor->ne));
+        if (number++ % step == 0 && weight.idx < loader.files.size()) {
+            uint8_t bytes[sample_bytes] = {};
+            const size_t n = std::min(size, sample_bytes);
+            loader.files[weight.idx]->seek(weight.offs + (size - n) / 2, SEEK_SET);
+            loader.files[weight.idx]->read_raw(bytes, n);
+            hash.add(bytes, n);
         }
     }
-    const auto other = out->given.find("xquant.plan_file");
-    if (other == out->given.end()) {
-        read_file(file, *out);
-        return out;
-    }
-    if (!read_path(other->second, *out)) {
-        out->present = true;
-        out->error = "xquant.plan_file \"" + other->second + "\" is not a GGUF file with a plan";
+    return hash.value();
+}
+
+} // namespace
+
+metadata read_plan(const gguf_context *file) {
+    metadata out;
+    out.present = gguf_find_key(file, "xquant.version") >= 0;
+    if (out.present) {
+        try {
+            read_keys({file}, out);
+        } catch (const bad_key &error) {
+            out.error = error.what();
+        }
     }
     return out;
 }
 
-std::shared_ptr<const metadata> read_plan_file(const std::string &path) {
-    auto out = std::make_shared<metadata>();
-    return read_path(path, *out) ? out : nullptr;
+metadata read_plan(const void *block, size_t size) {
+    gguf_init_params params = {};
+    params.no_alloc = true;
+    const gguf_context_ptr file(gguf_init_from_buffer(block, size, params));
+    metadata out;
+    if (file) {
+        out = read_plan(file.get());
+    }
+    if (!out.present) {
+        out.present = true;
+        out.error = "the plan is not a GGUF block with xquant.version";
+    }
+    return out;
+}
+
+std::map<std::string, std::string> read_overrides(const overrides &given) {
+    std::map<std::string, std::string> out;
+    for (const auto &[key, value] : given) {
+        if (key.rfind("xquant.", 0) == 0) {
+            out[key] = text_of(key, value);
+        }
+    }
+    return out;
+}
+
+std::shared_ptr<const model_metadata> read_metadata(llama_model_loader &loader) {
+    auto out = std::make_shared<model_metadata>();
+    out->plan = std::make_shared<metadata>(read_plan(loader.metadata));
+    out->given = read_overrides(loader.kv_overrides);
+    out->weights = identify(loader);
+    return out;
 }
 
 } // namespace xquant

@@ -1,6 +1,6 @@
-/* xquant-metadata.h: the plan that a GGUF file carries.
+/* xquant-metadata.h: the plan that a GGUF file, or a GGUF block in memory, carries.
  *
- * Keys, one entry of an array for each layer of the model (README, "Calibrate"):
+ * Keys, one entry of an array for each layer of the model:
  *
  *     xquant.version  u32, 1               xquant.window, xquant.pinned  i32
  *     xquant.{k,v}.bits, .group, .owner  i32[]     .eta  f32[]     .fit, .scale  string[]
@@ -23,6 +23,7 @@
 
 struct gguf_context;
 struct llama_model_kv_override;
+struct llama_model_loader;
 
 namespace xquant {
 
@@ -32,24 +33,33 @@ struct value_map {
     std::vector<float> weight;  /* [KV head][e of the source][e] */
 };
 
+/* A plan as a GGUF block says it. */
 struct metadata {
-    std::map<std::string, std::string> given; /* kv_overrides whose key starts with "xquant." */
-    bool present = false;                     /* the file carries a plan */
-    std::string error;                        /* why the plan cannot be used */
+    bool present = false; /* there is one */
+    std::string error;    /* why it cannot be used */
     int32_t window = 0, pinned = 0;
     std::vector<xq_layer> layers; /* [layer of the model] */
     std::map<int32_t, value_map> maps;
     double expected_kld = -1.0; /* negative: not measured */
-
-    /* Whether a cache follows the file's plan, and not a preset. */
-    bool rules() const { return present && given.count("xquant.preset") == 0; }
 };
 
-/* The plan of a model's file, or of the file that the override xquant.plan_file names. */
-std::shared_ptr<const metadata>
-read_metadata(const gguf_context *file, const std::unordered_map<std::string, llama_model_kv_override> &overrides);
+/* What a model's file and the kv_overrides of its load say. */
+struct model_metadata {
+    std::shared_ptr<const metadata> plan;     /* of the file */
+    std::map<std::string, std::string> given; /* kv_overrides whose key starts with "xquant." */
+    uint64_t weights = 0;                     /* tells weights apart: see read_metadata() */
+};
 
-/* The plan of a file; null: it has none, or cannot be read. */
-std::shared_ptr<const metadata> read_plan_file(const std::string &path);
+using overrides = std::unordered_map<std::string, llama_model_kv_override>;
+
+/* Reads a file that is being loaded.  `weights` is a hash of the tensors' names, types and shapes and of a few bytes of
+ * some of them, so that a state of one model is not taken for one of another. */
+std::shared_ptr<const model_metadata> read_metadata(llama_model_loader &loader);
+/* kv_overrides that are ours; throws if one is of a type that it cannot have. */
+std::map<std::string, std::string> read_overrides(const overrides &given);
+
+/* The plan of a file, or of a GGUF block in memory, which may be cut off or anything else. */
+metadata read_plan(const gguf_context *file);
+metadata read_plan(const void *block, size_t size);
 
 } // namespace xquant

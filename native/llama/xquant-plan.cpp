@@ -1,12 +1,17 @@
-/* xquant-plan.cpp: from a model's metadata and kv_overrides to the plan of its cache, and what is refused.
+/* xquant-plan.cpp: which contexts may have an XQuant cache, and the plan that theirs follows.
  *
- * A preset is laid over the layers that the cache holds, in order; xquant.layer.N then replaces model layer N.
+ * Precedence: the plan that a provider gives (xquant_llama_set_plan_provider), a preset that kv_overrides name, the
+ * plan of the model's file, the default preset.  A preset is laid over the layers that the cache holds, in order.
  */
-#include "xquant-cache.h"
+#include "xquant-kv-cache.h"
 
 #include "llama-arch.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-memory-recurrent.h"
 #include "llama-model.h"
 
 #include <cstdlib>
@@ -15,74 +20,66 @@
 namespace xquant {
 
 static thread_local std::string last_error;
-static thread_local uint32_t last_n_ubatch = 512;
+static thread_local xquant_llama_plan_fn provider = nullptr;
+static thread_local void *provider_data = nullptr;
 
 void refuse(const std::string &reason) {
     last_error = reason;
     throw std::runtime_error("xquant: " + reason);
 }
 
-uint32_t announced_n_ubatch() {
-    return last_n_ubatch;
+/* ---- what is refused ---- */
+
+static bool is_ours(const llama_memory_params &params) {
+    return params.type_k == GGML_TYPE_XQUANT || params.type_v == GGML_TYPE_XQUANT;
 }
 
-/* Architectures that make a memory of their own kind; everything else gets a KV cache of one vector a token. */
-static const char *unsupported(const llama_model &model) {
-    switch (model.arch) {
-    case LLM_ARCH_MINIMAX_M3:
-    case LLM_ARCH_GLM_DSA:
-    case LLM_ARCH_DEEPSEEK32:
-    case LLM_ARCH_GLM5_NEXT:
-    case LLM_ARCH_HY_V4:
-    case LLM_ARCH_DOTS3NOTE:
-    case LLM_ARCH_DEEPSEEK4:
-    case LLM_ARCH_DFLASH:
-    case LLM_ARCH_GEMMA4_ASSISTANT:
-        return "it has a cache of its own kind";
-    case LLM_ARCH_T5:
-    case LLM_ARCH_T5ENCODER:
-        return "it is an encoder, or its attention has a position bias";
-    case LLM_ARCH_GROK:
-        return "it cannot use flash attention";
-    default:
-        break;
-    }
-    if (llm_arch_is_recurrent(model.arch)) {
-        return "it keeps a recurrent state instead of keys and values";
-    }
-    if (llm_arch_is_hybrid(model.arch)) {
-        return "it mixes recurrent states with keys and values";
-    }
-    if (model.hparams.is_mla()) {
-        return "its attention is MLA, which stores latent vectors instead of keys and values";
-    }
-    if (!model.hparams.causal_attn) {
-        return "it is an encoder and keeps no keys and values";
-    }
-    return nullptr;
+[[noreturn]] static void refuse_model(const llama_model &model, const std::string &why) {
+    refuse("architecture " + model.arch_name() + " cannot use it: " + why + "; use the cache type f16 or q8_0 instead");
 }
 
-void announce(const llama_model &model, const llama_memory_params &params, const llama_cparams &cparams) {
+void check_context(const llama_model &model, const llama_memory_params &params, const llama_cparams &cparams) {
     last_error.clear();
-    last_n_ubatch = cparams.n_ubatch;
-    const bool k = params.type_k == GGML_TYPE_XQUANT, v = params.type_v == GGML_TYPE_XQUANT;
-    if (!k && !v) {
+    if (!is_ours(params)) {
         return;
     }
-    if (k != v) {
+    if (params.type_k != params.type_v) {
         refuse("cache types K and V must both be xquant, or neither");
     }
-    if (const char *why = unsupported(model)) {
-        refuse(std::string("architecture ") + llm_arch_name(model.arch) + " cannot use it: " + why +
-               "; use the cache type f16 or q8_0 instead");
-    }
     if (!cparams.flash_attn) {
+        if (model.arch == LLM_ARCH_GROK) {
+            refuse_model(model, "it cannot use flash attention");
+        }
         refuse("it needs flash attention: do not switch it off (flash_attn=True, -fa on)");
     }
     if (!xq_kernels()) {
         refuse(xq_error());
     }
 }
+
+void check_type(const llama_model &model, ggml_type type_k) {
+    if (type_k == GGML_TYPE_XQUANT) {
+        refuse_model(model, llm_arch_is_hybrid(model.arch) ? "it mixes recurrent states with keys and values"
+                                                           : "it has a cache of its own kind");
+    }
+}
+
+void check_memory(const llama_model &model, const llama_memory_params &params, std::unique_ptr<llama_memory_i> memory) {
+    llama_memory_i *made = memory.get();
+    if (!is_ours(params) || kv_cache_of(made)) {
+        memory.release();
+        return;
+    }
+    if (!made) {
+        refuse_model(model, "it is an encoder and keeps no keys and values");
+    }
+    if (dynamic_cast<llama_memory_recurrent *>(made)) {
+        refuse_model(model, "it keeps a recurrent state instead of keys and values");
+    }
+    refuse_model(model, "it has a memory of its own kind");
+}
+
+/* ---- plan ---- */
 
 static int64_t parse_integer(const std::string &key, const std::string &text, int64_t low, int64_t high) {
     char *end = nullptr;
@@ -95,16 +92,17 @@ static int64_t parse_integer(const std::string &key, const std::string &text, in
     return value;
 }
 
-/* A preset, laid over the layers that the cache holds. */
-static void lay_preset(const std::map<std::string, std::string> &given, const std::vector<int32_t> &held,
-                       int32_t n_layers, xq_plan &plan) {
-    const auto preset = given.find("xquant.preset");
+static void lay_preset(const char *name, const int32_t *d, int32_t n_layers, xq_plan &plan) {
+    std::vector<int32_t> held; // model layers that the cache holds
+    for (int32_t il = 0; il < n_layers; ++il) {
+        if (d[il] > 0) {
+            held.push_back(il);
+        }
+    }
     auto named = std::make_unique<xq_plan>();
-    if (xq_plan_preset(preset == given.end() ? "xquant" : preset->second.c_str(), (int32_t)held.size(), named.get()) !=
-        XQ_OK) {
+    if (xq_plan_preset(name, (int32_t)held.size(), named.get()) != XQ_OK) {
         refuse(std::string("xquant.preset: ") + xq_error());
     }
-
     plan = *named;
     plan.n_layers = n_layers;
     for (size_t i = 0; i < held.size(); ++i) {
@@ -115,38 +113,48 @@ static void lay_preset(const std::map<std::string, std::string> &given, const st
     }
 }
 
+static void lay_file(const metadata &file, const char *remedy, int32_t n_layers, xq_plan &plan) {
+    if (!file.error.empty()) {
+        refuse(file.error + remedy);
+    }
+    if ((int32_t)file.layers.size() != n_layers) {
+        refuse("xquant.k.bits is " + std::to_string(file.layers.size()) + " entries long, must be " +
+               std::to_string(n_layers) + remedy);
+    }
+    plan.n_layers = n_layers;
+    plan.window = file.window;
+    plan.pinned = file.pinned;
+    std::copy(file.layers.begin(), file.layers.end(), plan.layers);
+}
+
 /* What kv_overrides change. */
-static void lay_overrides(const std::map<std::string, std::string> &given, int32_t n_layers, xq_plan &plan) {
-    const std::string prefix = "xquant.layer.";
+static void lay_overrides(const std::map<std::string, std::string> &given, xq_plan &plan) {
     for (const auto &[key, value] : given) {
         if (key == "xquant.window") {
             plan.window = (int32_t)parse_integer(key, value, -1, INT32_MAX);
         } else if (key == "xquant.pinned") {
             plan.pinned = (int32_t)parse_integer(key, value, 0, 1 << 20);
-        } else if (key.rfind(prefix, 0) == 0) {
-            const auto il = parse_integer(key, key.substr(prefix.size()), 0, n_layers - 1);
-            if (xq_layer_parse(value.c_str(), &plan.layers[il]) != XQ_OK) {
-                refuse(key + ": " + xq_error());
-            }
+        } else if (key != "xquant.preset") {
+            refuse("kv_overrides: " + key + " is unknown; there are xquant.preset, xquant.window and xquant.pinned");
         }
     }
 }
 
 /* Every map of the plan must fit the heads that it joins. */
-static void check_maps(const llama_model &model, const int32_t *e, const xq_plan &plan) {
+static void check_maps(const metadata &file, const int32_t *e, const int32_t *n_head_kv, const xq_plan &plan) {
     for (int32_t il = 0; il < plan.n_layers; ++il) {
         const int32_t source = plan.layers[il].v.source;
         if (e[il] == 0 || source < 0) {
             continue;
         }
         const std::string key = "xquant.map." + std::to_string(il);
-        const auto found = model.xq->maps.find(il);
-        if (found == model.xq->maps.end()) {
+        const auto found = file.maps.find(il);
+        if (found == file.maps.end()) {
             refuse(key + ".weight is missing: layer " + std::to_string(il) + " is mapped from layer " +
                    std::to_string(source));
         }
         const value_map &map = found->second;
-        const size_t heads = model.hparams.n_head_kv(il), source_heads = model.hparams.n_head_kv(source);
+        const size_t heads = (size_t)n_head_kv[il], source_heads = (size_t)n_head_kv[source];
         const size_t weights = heads * (size_t)e[il] * (size_t)e[il];
         if (map.heads.size() != heads || map.weight.size() != weights) {
             refuse(key + ".heads and .weight are " + std::to_string(map.heads.size()) + " and " +
@@ -162,41 +170,48 @@ static void check_maps(const llama_model &model, const int32_t *e, const xq_plan
     }
 }
 
-void resolve_plan(const llama_model &model, const int32_t *d, const int32_t *e, xq_plan &plan) {
-    const metadata &file = *model.xq;
+/* The plan that a provider gives; null: there is no provider, or it leaves the choice to us. */
+static std::shared_ptr<const metadata> provided(int32_t n_layers, const int32_t *d, const int32_t *e,
+                                                const int32_t *n_head_kv) {
+    const void *block = nullptr;
+    size_t size = 0;
+    const int32_t status = provider ? provider(provider_data, n_layers, d, e, n_head_kv, &block, &size) : 0;
+    if (status < 0) {
+        refuse("the provider of the plan failed");
+    }
+    return status > 0 ? std::make_shared<metadata>(read_plan(block, size)) : nullptr;
+}
+
+std::shared_ptr<const metadata> resolve_plan(const llama_model &model, const int32_t *d, const int32_t *e,
+                                             const int32_t *n_head_kv, xq_plan &plan) {
+    const model_metadata &file = *model.xq;
     const int32_t n_layers = (int32_t)model.hparams.n_layer_all;
-
-    std::vector<int32_t> held; /* model layers that the cache holds */
-    for (int32_t il = 0; il < n_layers; ++il) {
-        if (d[il] > 0) {
-            held.push_back(il);
-        }
-    }
-
-    if (file.rules()) {
-        if (!file.error.empty()) {
-            refuse(file.error + "; remove the plan with xquant-gguf strip, or name a preset");
-        }
-        if ((int32_t)file.layers.size() != n_layers) {
-            refuse("xquant.k.bits is " + std::to_string(file.layers.size()) + " entries long, must be " +
-                   std::to_string(n_layers));
-        }
-        plan.n_layers = n_layers;
-        plan.window = file.window;
-        plan.pinned = file.pinned;
-        std::copy(file.layers.begin(), file.layers.end(), plan.layers);
+    const auto preset = file.given.find("xquant.preset");
+    auto out = provided(n_layers, d, e, n_head_kv);
+    if (out) {
+        lay_file(*out, "", n_layers, plan);
+    } else if (preset == file.given.end() && file.plan->present) {
+        out = file.plan;
+        lay_file(*out, "; remove the plan with xquant-gguf strip, or name a preset", n_layers, plan);
     } else {
-        lay_preset(file.given, held, n_layers, plan);
+        out = std::make_shared<metadata>();
+        lay_preset(preset == file.given.end() ? "xquant" : preset->second.c_str(), d, n_layers, plan);
     }
-    lay_overrides(file.given, n_layers, plan);
+    lay_overrides(file.given, plan);
     if (xq_plan_check(&plan, d, e) != XQ_OK) {
         refuse(xq_error());
     }
-    check_maps(model, e, plan);
+    check_maps(*out, e, n_head_kv, plan);
+    return out;
 }
 
 } // namespace xquant
 
-extern "C" const char *xquant_llama_error(void) {
+const char *xquant_llama_error(void) {
     return xquant::last_error.c_str();
+}
+
+void xquant_llama_set_plan_provider(xquant_llama_plan_fn function, void *data) {
+    xquant::provider = function;
+    xquant::provider_data = data;
 }

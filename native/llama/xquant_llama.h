@@ -1,14 +1,12 @@
 /* xquant_llama.h: what libllama, built by us, exports beside llama.h.
  *
  * A context has an XQuant cache when it was created with type_k = type_v = GGML_TYPE_XQUANT.  Which plan the cache
- * follows is decided at load: that of the GGUF file, if it carries one (xquant-metadata.h), else a preset.
- * kv_overrides:
+ * follows is decided then: that of a provider (xquant_llama_set_plan_provider), a preset that kv_overrides of the
+ * model's load name, the plan in the model's GGUF file (xquant-metadata.h), or the default preset.  kv_overrides:
  *
- *     xquant.plan_file string  GGUF file with a plan, instead of the model's own (xquant-metadata.h)
- *     xquant.preset   string   name of a preset (default "xquant"), instead of the model's plan
+ *     xquant.preset   string   name of a preset, instead of the model's plan
  *     xquant.window   integer  newest tokens that stay F16; negative: never seal
  *     xquant.pinned   integer  first pages of a sequence that stay F16
- *     xquant.layer.N  string   what model layer N stores, in the text form of xq_layer_format
  */
 #ifndef XQUANT_LLAMA_H
 #define XQUANT_LLAMA_H
@@ -40,24 +38,38 @@ typedef struct xquant_llama_info {
 
 /* 0, or -1 if the context has no XQuant cache. */
 XQ_API int xquant_llama_get_info(const struct llama_context *ctx, xquant_llama_info *info);
-/* The plan in force by model layer, and the head widths and KV heads of every layer ([1024] each; d = 0: the layer is
- * not in the XQuant cache).  0, or -1 if the context has no XQuant cache. */
+/* The plan in force by model layer, and the head widths and KV heads of every layer ([XQ_MAX_LAYERS] each; d = 0: the
+ * layer is not in the XQuant cache).  0, or -1 if the context has no XQuant cache. */
 XQ_API int xquant_llama_get_plan(const struct llama_context *ctx, xq_plan *plan, int32_t *d, int32_t *e,
                                  int32_t *n_head_kv);
-/* Head widths and KV heads of every model layer with keys and values ([1024] each; 0: none), and the bytes of the
- * context's cache, of any type.  The number of model layers. */
+/* Head widths and KV heads of every model layer with keys and values ([XQ_MAX_LAYERS] each; 0: none), and the bytes of
+ * the context's cache, of any type.  The number of model layers, or -1. */
 XQ_API int xquant_llama_get_shapes(const struct llama_context *ctx, int32_t *d, int32_t *e, int32_t *n_head_kv,
                                    int64_t *bytes);
 /* F16 rows [n_cells][width] of the keys or values of a model layer's KV head: the first n_cells cells, which must all
  * be open (a cache that never seals).  0, or -1 if there is no such head or a page is sealed. */
-XQ_API int xquant_llama_read_rows(const struct llama_context *ctx, int32_t layer, int32_t is_value, int32_t head,
+XQ_API int xquant_llama_read_rows(struct llama_context *ctx, int32_t layer, int32_t is_value, int32_t head,
                                   int32_t n_cells, uint16_t *rows);
 /* The way back: replaces them. */
 XQ_API int xquant_llama_write_rows(struct llama_context *ctx, int32_t layer, int32_t is_value, int32_t head,
                                    int32_t n_cells, const uint16_t *rows);
-/* Contexts that are made of the model from now on follow the plan in this GGUF file; null: the default preset.
- * The model must not be making a context meanwhile.  0, or -1: the file has no plan. */
-XQ_API int xquant_llama_use_plan(struct llama_model *model, const char *path);
+/* A page of a cache: its slot, or an xq_slot; cells in it; tokens written since its newest one. */
+typedef struct xquant_llama_page {
+    int32_t state, n_cells;
+    uint64_t age;
+} xquant_llama_page;
+
+/* The first n pages of a stream.  How many there are; -1 if the context has no XQuant cache, or no such stream. */
+XQ_API int32_t xquant_llama_get_pages(const struct llama_context *ctx, int32_t stream, int32_t n,
+                                      xquant_llama_page *pages);
+
+/* Gives the plan of a cache that is about to be made.  d, e, n_head_kv [n_layers]: head widths and KV heads of every
+ * model layer, 0 where the cache does not hold it.  1: the GGUF block (xquant-metadata.h) in *block, of *size bytes,
+ * which must stay as it is until the context is made.  0: no plan.  Negative: the context cannot be created. */
+typedef int32_t (*xquant_llama_plan_fn)(void *data, int32_t n_layers, const int32_t *d, const int32_t *e,
+                                        const int32_t *n_head_kv, const void **block, size_t *size);
+/* Asked for the plan of every XQuant cache that is made on this thread from now on; null: nobody is asked. */
+XQ_API void xquant_llama_set_plan_provider(xquant_llama_plan_fn function, void *data);
 /* Why the last context with an XQuant cache could not be created on this thread; "" if it could. */
 XQ_API const char *xquant_llama_error(void);
 

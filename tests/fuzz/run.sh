@@ -1,5 +1,6 @@
 #!/bin/sh
-# Fuzzes what takes input from outside: run.sh TARGET SECONDS [options of libFuzzer].  TARGET: metadata, state or codec.
+# Fuzzes what takes input from outside: run.sh TARGET SECONDS [options of libFuzzer].  TARGET: metadata, state,
+# codec or verbs.
 #
 # PYTHON names an interpreter that has the package.  The corpus is kept in build/sanitize/corpus/TARGET; an input that
 # ends the target is written to build/sanitize/found/TARGET.

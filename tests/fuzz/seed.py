@@ -1,6 +1,7 @@
-"""Writes what the fuzzers start from to a folder: models/ (tiny ones), corpus/metadata/ (plans as GGUF files).
+"""Writes what the fuzzers start from to a folder: models/ (tiny ones), corpus/metadata/ (plans as GGUF files),
+corpus/codec/ and corpus/verbs/ (random bytes, long enough for a layer and some verbs).
 
-The seeds of states come from the fuzz target itself, those of the codec from nothing.
+The seeds of states come from the fuzz target itself.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import tiny_gguf
-
-from xquant_gguf.metadata import Provenance, copy_with_keys, plan_file, plan_keys
+from support import tiny_gguf
+from xquant_gguf.metadata import Provenance, copy_with_keys, plan_block, plan_keys
 from xquant_gguf.plan import Plan, Side, ValueMap
 
 WIDTH, N_LAYER = 16, 3
@@ -37,15 +37,18 @@ def plans() -> dict[str, Plan]:
 
 def main(folder: Path) -> None:
     models, corpus = folder / "models", folder / "corpus" / "metadata"
-    models.mkdir(parents=True, exist_ok=True)
-    corpus.mkdir(parents=True, exist_ok=True)
+    random = [folder / "corpus" / name for name in ("codec", "verbs")]
+    for path in (models, corpus, *random):
+        path.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i in range(300):
+        (random[i % 2] / f"random-{i}").write_bytes(rng.bytes(int(rng.integers(60, 3000))))
     for name, arch in (("plain", "llama"), ("sliding", "mimo2")):
         shape = tiny_gguf.Shape(arch=arch, **SIZES)
         tiny_gguf.write(models / f"{name}.gguf", shape, tiny_gguf.random_weights(shape))
     for name, plan in plans().items():
         keys = plan_keys(plan, range(N_LAYER), N_LAYER, Provenance("seed", "ab" * 32, 7))
-        with plan_file(keys) as path:
-            (corpus / name).write_bytes(path.read_bytes())
+        (corpus / name).write_bytes(plan_block(keys))
         if name == "mixed":
             copy_with_keys(models / "plain.gguf", models / "mixed.gguf", keys)
 

@@ -1,10 +1,22 @@
-/* runner.cpp: makes calls to libxquant that are read from a file, writes what comes back: runner CALLS RESULTS.
+/* runner.cpp: libxquant's verbs on another CPU, for a process on this one: commands from standard input, replies to
+ * standard output.
  *
- * Calls and results are lists of byte strings, each as its length (u64) and its bytes.  A call is the name of a
- * function and its arguments as emulated.py writes them: arrays as they lie in memory, an empty string for null, and
- * numbers as i64.  Its results: the status (i64), the message if it is negative, then what the function wrote.
+ * Both are byte strings, each as its length (u64) and its bytes; numbers are i64.  A reply is a status, the message if
+ * that is negative, and what the command gives.  Memory is one area at a fixed address, which the other side deals out.
+ *
+ *     write     address, bytes
+ *     read      address, n                        -> bytes
+ *     verb      name, n_threads, xq_store, args   -> most bytes of stack that a thread used
+ *     kernels   -> name        available -> names        force  name        calls  name -> number
+ *     attend_kernel  xq_store  -> name
+ *
+ * Structs are as they lie in memory, which is the same on both CPUs.  Each thread of a verb has its own stack, of
+ * 128 KiB as musl's have.
  */
 #include "xquant.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -14,173 +26,180 @@
 
 namespace {
 
-FILE *calls, *results;
+constexpr uint64_t area = 0x1000000000, area_bytes = 1ull << 30;
 
 std::string read_bytes() {
     uint64_t n;
-    if (fread(&n, sizeof(n), 1, calls) != 1) {
-        return "end";
+    if (fread(&n, sizeof(n), 1, stdin) != 1) {
+        exit(0); // the other side is done
     }
     std::string bytes(n, '\0');
-    if (fread(&bytes[0], 1, n, calls) != n) {
-        fprintf(stderr, "runner: the file of calls ends within a call\n");
+    if (n > 0 && fread(&bytes[0], 1, n, stdin) != n) {
+        fprintf(stderr, "runner: a command ends within itself\n");
         exit(1);
     }
     return bytes;
 }
 
-/* An array in memory of its own, so that reading past its end is noticed by a sanitizer; null if it is empty. */
-template <typename T> struct array {
-    std::vector<T> values;
-    array() {
-        const std::string bytes = read_bytes();
-        values.resize(bytes.size() / sizeof(T));
-        if (!bytes.empty()) {
-            memcpy(values.data(), bytes.data(), bytes.size());
-        }
+int64_t read_number() {
+    int64_t n = 0;
+    const std::string bytes = read_bytes();
+    memcpy(&n, bytes.data(), bytes.size() < sizeof(n) ? bytes.size() : sizeof(n));
+    return n;
+}
+
+void reply(const void *bytes, uint64_t n) {
+    fwrite(&n, sizeof(n), 1, stdout);
+    fwrite(bytes, 1, n, stdout);
+}
+void reply_number(int64_t n) {
+    reply(&n, sizeof(n));
+}
+void reply_status(int64_t status, const std::string &message) {
+    reply_number(status);
+    if (status < 0) {
+        reply(message.data(), message.size());
     }
-    T *get() { return values.empty() ? nullptr : values.data(); }
+}
+void reply_name(const char *name) {
+    reply_status(name ? XQ_OK : XQ_ERR_KERNELS, xq_error());
+    if (name) {
+        reply(name, strlen(name));
+    }
+}
+
+/* ---- verbs ---- */
+
+int call_verb(const std::string &name, const void *store, const void *args, const xq_exec &exec) {
+    const xq_backend &cpu = *xq_cpu();
+    const auto *s = (const xq_store *)store;
+    if (name == "update") {
+        return cpu.update(s, (const xq_update_args *)args, &exec);
+    }
+    if (name == "attend") {
+        return cpu.attend(s, (const xq_attend_args *)args, &exec);
+    }
+    if (name == "unpack") {
+        return cpu.unpack(s, (const xq_unpack_args *)args, &exec);
+    }
+    if (name == "read_keys") {
+        return cpu.read_keys(s, (const xq_keys_args *)args, &exec);
+    }
+    if (name == "write_keys") {
+        return cpu.write_keys(s, (const xq_keys_args *)args, &exec);
+    }
+    fprintf(stderr, "runner: there is no verb %s\n", name.c_str());
+    exit(1);
+}
+
+constexpr size_t stack_bytes = 128 << 10;
+constexpr uint8_t paint = 0xc3;
+
+struct worker {
+    std::string verb;
+    const void *store, *args;
+    xq_exec exec;
+    pthread_t thread;
+    std::vector<uint8_t> stack;
+    int status = XQ_OK;
+    std::string message;
+
+    static void *run(void *of) {
+        auto &w = *(worker *)of;
+        w.status = call_verb(w.verb, w.store, w.args, w.exec);
+        w.message = w.status < 0 ? xq_error() : "";
+        return nullptr;
+    }
+    void start() {
+        stack.assign(stack_bytes + 4096, paint);
+        uint8_t *base = stack.data() + 4095 - ((uintptr_t)stack.data() + 4095) % 4096;
+        pthread_attr_t attr;
+        pthread_attr_init(&attr);
+        pthread_attr_setstack(&attr, base, stack_bytes);
+        if (pthread_create(&thread, &attr, run, this) != 0) {
+            fprintf(stderr, "runner: no thread\n");
+            exit(1);
+        }
+        pthread_attr_destroy(&attr);
+    }
+    int64_t used() const {
+        size_t untouched = 0;
+        while (untouched < stack.size() && stack[untouched] == paint) {
+            untouched++;
+        }
+        return (int64_t)(stack.size() - untouched);
+    }
 };
 
-int64_t number() {
-    return *array<int64_t>().get();
-}
-
-void write_bytes(const void *bytes, uint64_t n) {
-    fwrite(&n, sizeof(n), 1, results);
-    fwrite(bytes, 1, n, results);
-}
-void write_status(int64_t status) {
-    write_bytes(&status, sizeof(status));
-    if (status < 0) {
-        write_bytes(xq_error(), strlen(xq_error()));
+void run_verb() {
+    const std::string verb = read_bytes();
+    std::vector<worker> workers((size_t)read_number());
+    const std::string store = read_bytes(), args = read_bytes();
+    for (size_t i = 0; i < workers.size(); ++i) {
+        workers[i].verb = verb;
+        workers[i].store = store.empty() ? nullptr : store.data();
+        workers[i].args = args.empty() ? nullptr : args.data();
+        workers[i].exec = {(int32_t)i, (int32_t)workers.size(), nullptr};
     }
-}
-template <typename T> void write_array(const std::vector<T> &values) {
-    write_bytes(values.data(), values.size() * sizeof(T));
-}
-
-void seal(bool is_k) {
-    array<xq_side> side;
-    const int64_t width = number(), n_codes = number(), n_param = number();
-    array<uint16_t> rows;
-    array<uint32_t> valid;
-    array<uint8_t> owner;
-    array<float> predicted;
-    std::vector<uint8_t> codes(n_codes), param(n_param);
-    write_status(is_k ? xq_seal_k(side.get(), width, rows.get(), width, valid.get(), codes.data(), param.data(),
-                                  owner.get(), side.get()->bits)
-                      : xq_seal_v(side.get(), width, rows.get(), width, valid.get(), codes.data(), param.data(),
-                                  owner.get(), side.get()->bits, predicted.get()));
-    write_array(codes);
-    write_array(param);
-}
-
-void unseal(bool is_k) {
-    array<xq_side> side;
-    const int64_t width = number();
-    array<uint8_t> codes, param;
-    array<float> predicted;
-    std::vector<uint16_t> rows(XQ_PAGE * width);
-    const int bits = side.get()->bits;
-    write_status(
-        is_k ? xq_unseal_k(side.get(), width, codes.get(), bits, param.get(), rows.data(), width)
-             : xq_unseal_v(side.get(), width, codes.get(), bits, param.get(), rows.data(), width, predicted.get()));
-    write_array(rows);
-}
-
-void predict() {
-    array<xq_side> side;
-    const int64_t width = number();
-    array<uint8_t> codes, param;
-    array<float> weight;
-    std::vector<float> predicted(width * XQ_PAGE);
-    write_status(xq_predict_v(side.get(), width, codes.get(), param.get(), weight.get(), predicted.data()));
-    write_array(predicted);
-}
-
-/* All rows over all pages, cut into parts at the given page numbers, and merged. */
-void attend() {
-    array<xq_attention> args; // with any pointers
-    xq_attention &a = *args.get();
-    array<int64_t> edges;
-    float sink;
-    memcpy(&sink, array<float>().get(), sizeof(sink));
-    array<uint8_t> k_codes, k_param, v_codes, v_param, source_codes, source_param;
-    array<uint16_t> k_window, v_window;
-    array<int32_t> page_slot;
-    array<float> q, slope, weight;
-    array<uint16_t> mask;
-    a.k_codes = k_codes.get(), a.k_param = k_param.get(), a.v_codes = v_codes.get(), a.v_param = v_param.get();
-    a.source_codes = source_codes.get(), a.source_param = source_param.get();
-    a.k_window = k_window.get(), a.v_window = v_window.get(), a.page_slot = page_slot.get();
-    a.slope = slope.get();
-    const int64_t n_mask = (int64_t)page_slot.values.size() * XQ_PAGE, n_state = (a.mapped ? 3 : 2) * a.e + 2;
-    std::vector<const float *> q_rows;
-    std::vector<const uint16_t *> mask_rows;
-    for (int row = 0; row < a.n_rows; ++row) {
-        q_rows.push_back(q.get() + row * a.d);
-        mask_rows.push_back(mask.get() + row * n_mask);
+    for (auto &w : workers) {
+        w.start();
     }
-    a.q = q_rows.data(), a.mask = mask_rows.data();
-
-    const int n_parts = (int)edges.values.size() - 1;
-    std::vector<std::vector<float>> states(a.n_rows * n_parts, std::vector<float>(n_state));
-    int64_t status = XQ_OK;
-    for (int part = 0; part < n_parts && status == XQ_OK; ++part) {
-        std::vector<float *> partial;
-        for (int row = 0; row < a.n_rows; ++row) {
-            partial.push_back(states[row * n_parts + part].data());
+    int64_t used = 0;
+    int status = XQ_OK;
+    std::string message;
+    for (auto &w : workers) {
+        pthread_join(w.thread, nullptr);
+        used = w.used() > used ? w.used() : used;
+        if (w.status < 0) {
+            status = w.status;
+            message = w.message;
         }
-        a.partial = partial.data(), a.page_begin = edges.values[part], a.page_end = edges.values[part + 1];
-        status = xq_attend(&a);
     }
-    std::vector<float> out((int64_t)a.n_rows * a.e);
-    for (int row = 0; row < a.n_rows && status == XQ_OK; ++row) {
-        std::vector<const float *> merged;
-        for (int part = 0; part < n_parts; ++part) {
-            merged.push_back(states[row * n_parts + part].data());
-        }
-        status = xq_attention_merge(n_parts, merged.data(), a.e, a.v.rotate, sink, a.mapped ? weight.get() : nullptr,
-                                    out.data() + (int64_t)row * a.e);
+    reply_status(status, message);
+    if (status == XQ_OK) {
+        reply_number(used);
     }
-    write_status(status);
-    write_array(out);
 }
 
 } // namespace
 
-int main(int argc, char **argv) {
-    calls = argc == 3 ? fopen(argv[1], "rb") : nullptr;
-    results = argc == 3 ? fopen(argv[2], "wb") : nullptr;
-    if (!calls || !results) {
-        fprintf(stderr, "usage: runner CALLS RESULTS\n");
+int main() {
+    if (mmap((void *)area, area_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
+             -1, 0) != (void *)area) {
+        fprintf(stderr, "runner: no memory at the address\n");
         return 1;
     }
-    for (std::string name; (name = read_bytes()) != "end";) {
-        if (name == "available") {
-            write_status(0);
-            write_bytes(xq_kernels_available(), strlen(xq_kernels_available()));
-        } else if (name == "kernels") {
-            const char *set = xq_kernels();
-            write_status(set ? 0 : XQ_ERR_KERNELS);
-            write_bytes(set, set ? strlen(set) : 0);
-        } else if (name == "force") {
-            write_status(xq_kernels_force(read_bytes().c_str()));
-        } else if (name == "calls") {
-            write_status((int64_t)xq_kernels_calls(read_bytes().c_str()));
-        } else if (name == "seal_k" || name == "seal_v") {
-            seal(name == "seal_k");
-        } else if (name == "unseal_k" || name == "unseal_v") {
-            unseal(name == "unseal_k");
-        } else if (name == "predict_v") {
-            predict();
-        } else if (name == "attend") {
-            attend();
+    for (;; fflush(stdout)) {
+        const std::string command = read_bytes();
+        if (command == "write") {
+            void *at = (void *)read_number();
+            const std::string bytes = read_bytes();
+            memcpy(at, bytes.data(), bytes.size());
+            reply_status(XQ_OK, "");
+        } else if (command == "read") {
+            const void *at = (const void *)read_number();
+            const uint64_t n = (uint64_t)read_number();
+            reply_status(XQ_OK, "");
+            reply(at, n);
+        } else if (command == "verb") {
+            run_verb();
+        } else if (command == "available") {
+            reply_name(xq_kernels_available());
+        } else if (command == "kernels") {
+            reply_name(xq_kernels());
+        } else if (command == "force") {
+            const int status = xq_kernels_force(read_bytes().c_str());
+            reply_status(status, xq_error());
+        } else if (command == "calls") {
+            const uint64_t n = xq_kernels_calls(read_bytes().c_str());
+            reply_status(XQ_OK, "");
+            reply_number((int64_t)n);
+        } else if (command == "attend_kernel") {
+            const std::string store = read_bytes();
+            reply_name(xq_cpu()->attend_kernel((const xq_store *)store.data()));
         } else {
-            fprintf(stderr, "runner: no function is called %s\n", name.c_str());
+            fprintf(stderr, "runner: no command is called %s\n", command.c_str());
             return 1;
         }
     }
-    return fclose(results) == 0 ? 0 : 1;
 }

@@ -6,25 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from xquant_gguf.cli import bench, cache, calibrate, evaluate
+from xquant_gguf.cli import bench, calibrate, evaluate, generate, inspect, plot, serve, strip
+from xquant_gguf.session import DecodeError
 
-
-def run_serve(args: argparse.Namespace) -> int:
-    try:
-        from xquant_gguf.serve import serve
-    except ModuleNotFoundError as error:
-        raise ValueError(f"serve needs {error.name}, which is not there: pip install 'xquant-gguf[server]'") from error
-    return serve(args.options)
+COMMANDS = (generate, inspect, calibrate, strip, evaluate, plot, bench, serve)
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="xquant-gguf", description="XQuant, an ultra-low-bit KV cache for llama.cpp")
+    top.set_defaults(takes_options=False)
     commands = top.add_subparsers(dest="command", required=True)
-    for part in (cache, calibrate, evaluate, bench):
-        part.add(commands)
-    # its own options are those of llama_cpp's server, which is an extra: serve parses them
-    text = "OpenAI-compatible server; options as python -m llama_cpp.server, --kv-type and --kv-plan"
-    commands.add_parser("serve", help=text, add_help=False).set_defaults(function=run_serve)
+    for command in COMMANDS:
+        command.add(commands)
     return top
 
 
@@ -32,11 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     top = parser()
     args, options = top.parse_known_args(argv)
     args.options = options
-    if options and args.function is not run_serve:
+    if options and not args.takes_options:
         top.error(f"unrecognized arguments: {' '.join(options)}")
     try:
         return int(args.function(args))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, DecodeError) as error:
         print(f"xquant-gguf: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

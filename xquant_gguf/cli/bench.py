@@ -14,7 +14,6 @@ from tqdm import tqdm
 from xquant_gguf.bench import bench
 from xquant_gguf.cli.options import Commands, add_command, at_least, kv_types, threads_of
 from xquant_gguf.cli.text import table
-from xquant_gguf.gpu import describe_gpu
 from xquant_gguf.synthetic import SHAPES
 from xquant_gguf.synthetic import write as write_shape
 
@@ -26,7 +25,7 @@ def _depth(text: str) -> int:
         raise ValueError(f"--depths {error}") from error
 
 
-def run_bench(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     if (args.model is None) == (args.shape is None):
         raise ValueError("name a model, or --shape, but not both")
     if args.layers and not args.shape:
@@ -43,7 +42,7 @@ def run_bench(args: argparse.Namespace) -> int:
             )  # fmt: skip
     base = {row.depth: row for row in rows if row.kv_type == kv_types[0]}
     first = f"/ {kv_types[0]}"
-    gpu = describe_gpu() if args.n_gpu_layers else None
+    gpu = bool(args.n_gpu_layers)
     lines = [["depth", "KV cache", "prompt t/s", first, "decode t/s", first, "MiB", *(["GB/s"] if gpu else [])]]
     for r in rows:
         b = base[r.depth]
@@ -51,15 +50,15 @@ def run_bench(args: argparse.Namespace) -> int:
         speeds += [f"{r.decode_tps:.1f}", f"{r.decode_tps / b.decode_tps:.2f}"]
         step = [f"{r.step_bytes * r.decode_tps / args.parallel / 1e9:.0f}"] if gpu else []
         lines.append([str(r.depth), r.kv_type, *speeds, f"{r.kv_bytes / 2**20:.1f}", *step])
-    if gpu:
-        print(f"{gpu[0]}, copies at {gpu[1] / 1e9:.0f} GB/s; GB/s: weights and cache that a decode step reads")
     print(table(lines))
+    if gpu:
+        print("GB/s: weights and cache that a decode step reads; benchmarks/gpu_memory.py tells what the GPU can")
     if args.json:
         settings = {
             key: getattr(args, key) for key in ("rounds", "n_prompt", "n_decode", "parallel", "n_gpu_layers", "layers")
         }
         settings["model"] = args.shape or Path(args.model).name
-        out = {"results": [asdict(row) for row in rows], **settings, "gpu": gpu}
+        out = {"results": [asdict(row) for row in rows], **settings}
         Path(args.json).write_text(json.dumps(out, indent=2) + "\n")
     return 0
 
@@ -67,7 +66,7 @@ def run_bench(args: argparse.Namespace) -> int:
 def add(commands: Commands) -> None:
     """Declares it."""
     text = "prompt and decode speed of KV cache types side by side"
-    sub = add_command(commands, "bench", run_bench, text, optional=True)
+    sub = add_command(commands, "bench", run, text, optional=True)
     sub.add_argument("--shape", choices=tuple(SHAPES), help="time a model with random weights of this shape instead")
     sub.add_argument("--layers", type=at_least(1), help="layers of that model (default: as many as the real one)")
     sub.add_argument(

@@ -1,21 +1,18 @@
-"""The commands calibrate and strip."""
+"""The command calibrate."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
-
-from tqdm import tqdm
 
 from xquant_gguf.calibrate import Budget, Calibration, calibrate, unmeasured
 from xquant_gguf.cli.options import Commands, add_command
+from xquant_gguf.cli.strip import copy_model
 from xquant_gguf.cli.text import table, write_json
-from xquant_gguf.metadata import Key, copy_with_keys, splits
 from xquant_gguf.plan import PAGE, preset_names
 
 
-def run_calibrate(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     if not args.output and not args.metadata_only:
         raise ValueError("name an output file, or --metadata-only FILE.json")
     if args.json and (args.data_free or args.preset):
@@ -33,7 +30,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     if args.json:
         write_json(args.json, {"model": Path(args.model).name, **result.to_dict()})
     if args.output:
-        copy(args.model, args.output, result.keys())
+        copy_model(args.model, args.output, result.keys())
     return 0
 
 
@@ -58,22 +55,10 @@ def plan_text(result: Calibration) -> str:
     return "\n".join([*lines, "", table(rows), "", table(sizes), ""])
 
 
-def copy(model: str, output: str, keys: Mapping[str, Key]) -> None:
-    """Copies a model with these xquant keys, with a progress bar."""
-    size = sum(part.stat().st_size for part in splits(Path(model)))
-    with tqdm(total=size, unit="B", unit_scale=True, desc=output, disable=None) as bar:
-        copy_with_keys(model, output, keys, bar.update)
-
-
-def strip(args: argparse.Namespace) -> int:
-    copy(args.model, args.output, {})
-    return 0
-
-
 def add(commands: Commands) -> None:
-    """Declares both."""
+    """Declares it."""
     text = "choose the best cache for a model and write it into a copy of its file"
-    sub = add_command(commands, "calibrate", run_calibrate, text)
+    sub = add_command(commands, "calibrate", run, text)
     sub.add_argument("output", nargs="?", help="the copy to write")
     size = sub.add_mutually_exclusive_group()
     size.add_argument("--bits", type=float, default=3.0, help="true bits a value (default %(default)s)")
@@ -84,5 +69,3 @@ def add(commands: Commands) -> None:
     sub.add_argument("--no-maps", action="store_true", help="predict no layer's values from another's")
     sub.add_argument("--metadata-only", metavar="FILE.json", help="write the plan, for kv_plan")
     sub.add_argument("--json", metavar="FILE.json", help="write the plan, each layer's sensitivity, and what made it")
-    sub = add_command(commands, "strip", strip, "copy a model without its cache plan")
-    sub.add_argument("output", help="the copy to write")

@@ -1,4 +1,4 @@
-"""The commands evaluate and plot."""
+"""The command evaluate."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from pathlib import Path
 from xquant_gguf.cli.options import UBATCH, Commands, add_command, at_least, kv_types, list_of
 from xquant_gguf.cli.text import table, write_json
 from xquant_gguf.evaluate import evaluate
-from xquant_gguf.plot import plot
-from xquant_gguf.tasks import TASKS, run, task_of
+from xquant_gguf.tasks import TASKS, task_of
+from xquant_gguf.tasks import run as run_items
 
 TASK_TEXT = "quality of KV cache types: perplexity and KL divergence from F16 on a text, or answers to a task"
-PLOT_TEXT = "draw KL divergence against bits (of evaluate), and sensitivity by layer (of calibrate), as PNG"
 TASK_OPTIONS = ("data", "limit", "max_tokens", "lengths", "depths", "repeats", "seed")
 
 
-def run_evaluate(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     if args.task:
         return run_task(args)
     if not args.text:
@@ -43,7 +42,7 @@ def run_task(args: argparse.Namespace) -> int:
         raise ValueError("--text is no option of a task: --data FILE names its questions")
     task = task_of(args.task, {name: getattr(args, name) for name in TASK_OPTIONS})
     beside = Path(args.json).with_suffix(".items.jsonl") if args.json else None
-    out = run(
+    out = run_items(
         args.model, task, args.kv_types.split(","), n_ctx=args.n_ctx, n_ubatch=args.n_ubatch, n_threads=args.threads,
         answers_path=beside,
     )  # fmt: skip
@@ -69,11 +68,6 @@ def run_task(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_plot(args: argparse.Namespace) -> int:
-    plot(args.results, args.out)
-    return 0
-
-
 def _task_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--task", choices=list(TASKS), help="answers to questions instead of a text")
     sub.add_argument("--data", help="truthfulqa: its CSV; longbench: the JSON lines of multi_news")
@@ -88,8 +82,8 @@ def _task_options(sub: argparse.ArgumentParser) -> None:
 
 
 def add(commands: Commands) -> None:
-    """Declares both."""
-    sub = add_command(commands, "evaluate", run_evaluate, TASK_TEXT, n_ctx=4096)
+    """Declares it."""
+    sub = add_command(commands, "evaluate", run, TASK_TEXT, n_ctx=4096)
     sub.add_argument("--text", help="text file")
     sub.add_argument("--kv-types", default="f16,q8_0,q4_0,xquant,xquant-small,xquant-tiny", help=f"any of {kv_types()}")
     sub.add_argument("--tokens", type=at_least(2), default=4096, help="tokens of the text (default %(default)s)")
@@ -100,7 +94,3 @@ def add(commands: Commands) -> None:
     text = "file for the results; a task's answers are kept beside it, and a run that was stopped continues there"
     sub.add_argument("--json", help=text)
     _task_options(sub)
-    sub = commands.add_parser("plot", help=PLOT_TEXT, description=PLOT_TEXT)
-    sub.set_defaults(function=run_plot)
-    sub.add_argument("results", nargs="+", help="JSON files of evaluate --text or calibrate --json")
-    sub.add_argument("--out", required=True, metavar="FILE.png", help="picture to write")

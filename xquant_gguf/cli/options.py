@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from xquant_gguf.llama import LLAMA_TYPES, checked_kv_type
+from xquant_gguf.kv_types import LLAMA_TYPES, checked_kv_type
 from xquant_gguf.plan import preset_names
 
 Commands = Any  # what argparse's add_subparsers gives

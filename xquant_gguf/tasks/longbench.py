@@ -30,7 +30,8 @@ def rouge_l(text: str, references: list[str]) -> float:
 def read_documents(path: Path, text: str) -> list[dict[str, Any]]:
     """Objects with "context" and "answers", one a line; ValueError names the line and field that are wrong."""
     documents = []
-    for number, line in enumerate(text.splitlines(), 1):
+    lines = text.removesuffix("\n").split("\n")  # splitlines would also split where JSON allows it: U+2028, U+0085
+    for number, line in enumerate(lines if text else [], 1):
         try:
             entry = json.loads(line)
         except ValueError as error:

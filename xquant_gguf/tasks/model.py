@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
+import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from xquant_gguf.llama import Llama, llama_cpp
+from xquant_gguf.llama import Llama
 from xquant_gguf.plan import PAGE
 
 
@@ -30,8 +30,9 @@ def greedy_answer(llm: Llama, prompt: Sequence[int], max_tokens: int) -> str:
     """The likeliest continuation, token by token, of a prompt that is read from its first token on."""
     llm.reset()  # no prefix of an earlier prompt is reused: an answer must not depend on what was asked before
     answer: list[int] = []
+    vocab = llama_cpp.llama_model_get_vocab(llm.model)
     for token in llm.generate(prompt, temp=0.0, repeat_penalty=1.0):
-        if llama_cpp.llama_vocab_is_eog(llm._model.vocab, token):
+        if llama_cpp.llama_vocab_is_eog(vocab, token):
             break
         answer.append(token)
         if len(answer) == max_tokens:
@@ -47,17 +48,13 @@ class Snapshot:
     """
 
     def __init__(self, llm: Llama) -> None:
-        self._ctx = llm._ctx
-        size = llama_cpp.llama_state_seq_get_size(self._ctx.ctx, 0)
-        self._data = (ctypes.c_uint8 * size)()
-        if llama_cpp.llama_state_seq_get_data(self._ctx.ctx, self._data, size, 0) != size:
-            raise RuntimeError("llama_state_seq_get_data failed")
+        self._session = llm.session
+        self._state = self._session.save(0)
 
     def restore(self) -> None:
         """Puts it back."""
-        self._ctx.kv_cache_clear()
-        if llama_cpp.llama_state_seq_set_data(self._ctx.ctx, self._data, len(self._data), 0) != len(self._data):
-            raise RuntimeError("llama_state_seq_set_data failed")
+        self._session.clear()
+        self._session.load(self._state, 0)
 
 
 def sealed_tokens(llm: Llama) -> int:

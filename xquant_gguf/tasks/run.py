@@ -12,7 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from xquant_gguf.evaluate import load
-from xquant_gguf.llama import Llama, checked_kv_type
+from xquant_gguf.kv_types import checked_kv_type
+from xquant_gguf.llama import Llama
 from xquant_gguf.tasks.longbench import LongBench
 from xquant_gguf.tasks.passkey import PassKey
 from xquant_gguf.tasks.store import Answer, Answers

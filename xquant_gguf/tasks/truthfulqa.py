@@ -9,6 +9,7 @@ lost there.  Answers are scored as the file has them.
 from __future__ import annotations
 
 import csv
+import io
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -36,7 +37,7 @@ class Question:
 
 def read_questions(path: Path, text: str) -> list[Question]:
     """Questions from the benchmark's CSV; ValueError names a column that is missing or a row that lacks answers."""
-    reader = csv.DictReader(text.splitlines(keepends=True))
+    reader = csv.DictReader(io.StringIO(text, newline=""))
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
         raise ValueError(f"{path}: there is no column {missing[0]!r}; needed are {', '.join(COLUMNS)}")
@@ -88,7 +89,7 @@ class TruthfulQA(Task):
         logp = []
         for tokens in whole:
             answer = tokens[n:]
-            llm._ctx.kv_cache_seq_rm(0, n_primer + n, -1)
+            llm.session.remove(0, n_primer + n)
             rest = log_probabilities(llm, answer[:-1], n_primer + n) if len(answer) > 1 else first[:0]
             rows = np.concatenate([first, rest])
             logp.append(float(rows[np.arange(len(answer)), answer].sum(dtype=np.float64)))

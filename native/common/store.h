@@ -1,0 +1,161 @@
+/* store.h: where a layer's pages and a verb's data lie: the only address arithmetic, for every backend.
+ *
+ *     codes or parameters of page p:  base + stream * s + head * h + page * p      (bytes; xq_side_store)
+ *     F16 rows of the page in slot n: base + stream * s + head * h + n * XQ_PAGE * width      (elements)
+ *
+ * Query rows of a KV head are counted token by token: row r is token r / n_rep and head r % n_rep of the n_rep heads
+ * that share the KV head.  Nothing here looks at data, except first_stream and map_heads.  Free functions that each
+ * file keeps to itself: the CPU's files are compiled for different instructions and must share none.
+ */
+#pragma once
+
+#include "codec_format.h"
+
+namespace xq {
+
+/* ---- pages of a layer ---- */
+
+/* One side (keys or values) of one KV head of one stream. */
+struct side_view {
+    xq_side plan; /* borrowed codes have its bits too */
+    int32_t width;
+    uint8_t *codes, *param;         /* of page 0; null where absent */
+    int64_t codes_page, param_page; /* bytes from page to page */
+    uint16_t *rows;                 /* F16 [slot][XQ_PAGE][width] */
+};
+
+XQ_BOTH const xq_side_store &side_of(const xq_store &store, bool is_k) {
+    return is_k ? store.k : store.v;
+}
+
+/* Bytes first, the head's before the stream's: so a CUDA block keeps what all its threads share out of their registers.
+ */
+XQ_BOTH side_view side_at(const xq_side_store &side, int stream, int head) {
+    return {side.plan,
+            side.width,
+            side.codes + (head * side.codes_head + stream * side.codes_stream),
+            side.param + (head * side.param_head + stream * side.param_stream),
+            side.codes_page,
+            side.param_page,
+            (uint16_t *)((char *)side.rows + (head * (2 * side.rows_head) + stream * (2 * side.rows_stream)))};
+}
+/* The values that the map of a KV head reads; they have no rows. */
+XQ_BOTH side_view source_at(const xq_store &store, int stream, int head) {
+    return side_at(store.source, stream, store.map_heads[head]);
+}
+/* Its map, [e of the source][e]. */
+XQ_BOTH const float *map_of(const xq_store &store, int head) {
+    return store.map + (int64_t)head * store.source.width * store.v.width;
+}
+
+XQ_BOTH uint8_t *page_codes(const side_view &side, int page) {
+    return side.codes + page * side.codes_page;
+}
+XQ_BOTH uint8_t *page_param(const side_view &side, int page) {
+    return side.param + page * side.param_page;
+}
+/* [XQ_PAGE][width] of an open page. */
+XQ_BOTH uint16_t *slot_rows(const side_view &side, int slot) {
+    return side.rows + (int64_t)slot * XQ_PAGE * side.width;
+}
+/* Whether its codes are its own, not another layer's. */
+XQ_BOTH bool own_codes(const side_view &side) {
+    return side.plan.owner < 0;
+}
+
+/* ---- update ---- */
+
+/* A move, as the lists of xq_update_args and xq_keys_args hold it. */
+struct page_move {
+    int32_t stream, page, slot;
+    uint32_t valid[4];
+};
+static_assert(sizeof(page_move) == XQ_MOVE_WORDS * sizeof(int32_t), "a move has XQ_MOVE_WORDS words");
+
+XQ_BOTH const page_move &move_at(const int32_t *moves, int nth) {
+    return *(const page_move *)(moves + (int64_t)nth * XQ_MOVE_WORDS);
+}
+
+/* Stream of a row of xq_update_args, and its number among the stream's rows, slot * XQ_PAGE + token of the page. */
+struct row_place {
+    int stream, row;
+};
+XQ_BOTH row_place place_of(const xq_store &store, int32_t row) {
+    const int of_a_stream = store.n_slots * XQ_PAGE, stream = row / of_a_stream;
+    return {stream, row - stream * of_a_stream};
+}
+/* [width] of a row of a stream, in the open pages. */
+XQ_BOTH uint16_t *row_at(const side_view &side, int row) {
+    return side.rows + (int64_t)row * side.width;
+}
+/* [width] of a new key or value. */
+XQ_BOTH const float *new_row(const xq_update_args &args, bool is_k, int token, int head) {
+    return is_k ? (const float *)((const char *)args.k_cur + token * args.k_token_stride + head * args.k_head_stride)
+                : (const float *)((const char *)args.v_cur + token * args.v_token_stride + head * args.v_head_stride);
+}
+
+/* ---- attend ---- */
+
+/* Stream of the cache that the nth of a verb's streams is; first_stream may be null. */
+XQ_BOTH int stream_of(const int32_t *first_stream, int nth_stream) {
+    return (first_stream ? *first_stream : 0) + nth_stream;
+}
+/* [n_pages]: slots of a stream's pages. */
+XQ_BOTH const int32_t *table_of(const xq_store &store, const int32_t *table, int stream) {
+    return table + (int64_t)stream * store.n_pages;
+}
+
+/* [d] of a query. */
+XQ_BOTH const float *query_at(const xq_attend_args &args, int nth_stream, int token, int head) {
+    return (const float *)((const char *)args.q + head * args.q_head_stride +
+                           (nth_stream * args.n_tokens + token) * args.q_token_stride);
+}
+/* F16 [n_kv_pages * XQ_PAGE]: what is added to a token's scores; null: nothing is. */
+XQ_BOTH const uint16_t *mask_at(const xq_attend_args &args, int nth_stream, int token) {
+    return args.mask ? (const uint16_t *)((const char *)args.mask + nth_stream * args.mask_stream_stride +
+                                          token * args.mask_token_stride)
+                     : (const uint16_t *)0;
+}
+
+/* Pages of a part that takes pages which follow each other. */
+struct page_range {
+    int begin, end;
+};
+XQ_BOTH page_range pages_of_part(const xq_attend_args &args, int part) {
+    const int length = (args.n_kv_pages + args.n_parts - 1) / args.n_parts, n = args.n_kv_pages;
+    const int begin = part * length < n ? part * length : n;
+    return {begin, begin + length < n ? begin + length : n};
+}
+
+/* Row of [stream][token][head], as q, states and out are ordered. */
+XQ_BOTH int64_t attend_row(const xq_attend_args &args, int nth_stream, int token, int head) {
+    return ((int64_t)nth_stream * args.n_tokens + token) * args.n_head + head;
+}
+/* Numbers of a state: maximum, sum of p, then sums over values: sealed, open and, mapped, those of the source. */
+XQ_BOTH int state_width(const xq_store &store) {
+    return (store.mapped ? 3 : 2) * store.v.width + 2;
+}
+XQ_BOTH float *state_at(const xq_store &store, const xq_attend_args &args, int part, int64_t row) {
+    const int64_t n_rows = (int64_t)args.n_streams * args.n_tokens * args.n_head;
+    return args.partial + (part * n_rows + row) * state_width(store);
+}
+/* [e] of an output. */
+XQ_BOTH float *out_at(const xq_store &store, const xq_attend_args &args, int64_t row) {
+    return args.out + row * store.v.width;
+}
+
+/* ---- unpack, read_keys, write_keys ---- */
+
+/* [width] of a cell of unpack's output; elements from one cell to the next: n_heads * width. */
+XQ_BOTH uint16_t *unpacked_row(const xq_store &store, const xq_unpack_args &args, int nth_stream, int page, int token,
+                               int nth_head) {
+    const int64_t cell = ((int64_t)nth_stream * args.n_kv_pages + page) * XQ_PAGE + token;
+    return args.rows + (cell * args.n_heads + nth_head) * side_of(store, args.is_k != 0).width;
+}
+/* [d] of a key. */
+XQ_BOTH float *key_at(const xq_keys_args &args, int nth_page, int token, int head) {
+    return (float *)((char *)args.keys + ((int64_t)nth_page * XQ_PAGE + token) * args.token_stride +
+                     head * args.head_stride);
+}
+
+} // namespace xq

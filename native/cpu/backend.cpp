@@ -1,0 +1,59 @@
+/* backend.cpp: the CPU backend: its table of verbs, and the checks that they share. */
+#include "verbs.h"
+
+namespace xq {
+
+bool accepts_exec(const char *verb, const xq_exec *exec) {
+    return none_null(verb, {{"exec", exec}}) &&
+           in_range(verb, {{"exec.nth", exec->nth, 1, INT32_MAX}, {"exec.ith", exec->ith, 0, exec->nth - 1}});
+}
+
+bool accepts_moves(const char *verb, const xq_store &store, const char *name, const int32_t *moves, int32_t n,
+                   bool may_seal) {
+    for (int32_t i = 0; i < n; ++i) {
+        const page_move &move = move_at(moves, i);
+        const bool sealed = may_seal && move.slot == XQ_SLOT_SEALED && store.k.param;
+        if (move.stream < 0 || move.stream >= store.n_streams || move.page < 0 || move.page >= store.n_pages ||
+            (!sealed && (move.slot < 0 || move.slot >= store.n_slots))) {
+            return !fail(XQ_ERR_ARGUMENT,
+                         "%s: %s[%d] is page %d of stream %d and slot %d; there are %d pages, %d streams and %d slots",
+                         verb, name, i, move.page, move.stream, move.slot, store.n_pages, store.n_streams,
+                         store.n_slots);
+        }
+    }
+    return true;
+}
+
+bool accepts_table(const char *verb, const xq_store &store, const int32_t *table, const int32_t *first_stream,
+                   int32_t n_streams, int32_t n_kv_pages) {
+    if (first_stream && !in_range(verb, {{"first_stream", *first_stream, 0, store.n_streams - n_streams}})) {
+        return false;
+    }
+    const int32_t least = store.k.param ? XQ_SLOT_NONE : 0;
+    for (int32_t s = 0; s < n_streams; ++s) {
+        const int32_t *slots = table_of(store, table, stream_of(first_stream, s));
+        for (int32_t p = 0; p < n_kv_pages; ++p) {
+            if (slots[p] >= store.n_slots || (slots[p] < least && slots[p] != XQ_SLOT_NONE)) {
+                return !fail(XQ_ERR_ARGUMENT,
+                             "%s: table says %d of page %d of stream %d; there are %d slots, %d is %s and %d nowhere",
+                             verb, slots[p], p, stream_of(first_stream, s), store.n_slots, XQ_SLOT_SEALED,
+                             store.k.param ? "sealed" : "not allowed: the layer never seals", XQ_SLOT_NONE);
+            }
+        }
+    }
+    return true;
+}
+
+static const char *attend_kernel(const xq_store *store) {
+    return accepts_store(store) ? xq_kernels() : nullptr;
+}
+
+} // namespace xq
+
+const xq_backend *xq_cpu(void) {
+    static const xq_backend backend = {
+        "cpu",          xq_error,          xq::cpu_update,     xq::cpu_attend,
+        xq::cpu_unpack, xq::cpu_read_keys, xq::cpu_write_keys, xq::attend_kernel,
+    };
+    return &backend;
+}

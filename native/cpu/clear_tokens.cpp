@@ -1,0 +1,104 @@
+/* clear_tokens.cpp: takes tokens out of a sealed block, so that what is saved of a page is what may be saved of it.
+ *
+ * A token's codes become 0: of keys, 4 bytes of every unit of its 16 columns; of values, its bits of every column.  Its
+ * own parameters (values) become those of a zero, and so do those of keys of a tile that has no tokens left.  What
+ * tokens share with others, the parameters of their tile of keys, stays: the others cannot be read without them.
+ */
+#include "codec_format.h"
+#include "kernels.h"
+
+#include <cstring>
+
+namespace xq {
+
+static bool is_kept(const uint32_t valid[4], int t) {
+    return valid[t / 32] >> (t % 32) & 1u;
+}
+
+/* The parts of 16 columns of codes: 3 bits are a 2-bit and a 1-bit part.  Calls f(column, bits). */
+template <typename F> static void each_part(int bits, int n_i, uint8_t *column, const F &f) {
+    if (bits == 3) {
+        f(column, 2);
+        f(column + 64 * units_of(2, n_i), 1);
+    } else {
+        f(column, bits);
+    }
+}
+
+static void clear_key(const xq_side &side, int d, uint8_t *codes, int t) {
+    each_part(side.bits, d, codes + t / 16 * column_bytes(side.bits, d), [&](uint8_t *column, int bits) {
+        for (int unit = 0; unit < units_of(bits, d); ++unit) {
+            memset(column + 64 * unit + 4 * (t % 16), 0, 4);
+        }
+    });
+}
+
+static void clear_value(const xq_side &side, int e, uint8_t *codes, int t) {
+    for (int j = 0; j < e; j += 16) {
+        each_part(side.bits, XQ_PAGE, codes + j / 16 * column_bytes(side.bits, XQ_PAGE),
+                  [&](uint8_t *column, int bits) {
+                      const int rows = 32 / bits;
+                      uint8_t *at = column + 64 * (t / rows) + t % 4;
+                      const auto mask = (uint8_t)~(((1u << bits) - 1) << (bits * (t % rows / 4)));
+                      for (int k = 0; k < 16; ++k) {
+                          at[4 * k] &= mask;
+                      }
+                  });
+    }
+}
+
+/* Parameters of number i of n become those of a zero. */
+static void clear_parameters(const xq_side &side, int n, uint8_t *param, int i) {
+    if (side.bits == 0 || side.param == XQ_PARAM_F16) {
+        memset(param + 2 * i, 0, 2);
+        if (side.bits > 0) {
+            memset(param + 2 * (n + i), 0, 2);
+        }
+    } else {
+        param[i] = 1; // the smallest scale
+        param[n + i] = 0;
+    }
+}
+
+static void clear(const xq_layer &layer, int d, int e, const xq_block_layout &at, const uint32_t valid[4],
+                  uint8_t *block) {
+    const int tile = group_length(layer.k, XQ_PAGE), group = group_length(layer.v, e);
+    uint8_t *k_param = block + at.k_param, *v_param = block + at.v_param;
+    for (int t0 = 0; t0 < XQ_PAGE; t0 += tile, k_param += parameter_bytes(layer.k, d)) {
+        bool any = false;
+        for (int t = t0; t < t0 + tile; ++t) {
+            any = any || is_kept(valid, t);
+        }
+        for (int i = 0; i < d && !any; ++i) {
+            clear_parameters(layer.k, d, k_param, i);
+        }
+    }
+    for (int t = 0; t < XQ_PAGE; ++t) {
+        if (is_kept(valid, t)) {
+            continue;
+        }
+        if (at.k_codes >= 0) {
+            clear_key(layer.k, d, block + at.k_codes, t);
+        }
+        if (at.v_codes >= 0) {
+            clear_value(layer.v, e, block + at.v_codes, t);
+        }
+        for (int j0 = 0; j0 < e; j0 += group) {
+            clear_parameters(layer.v, XQ_PAGE, v_param + j0 / group * parameter_bytes(layer.v, XQ_PAGE), t);
+        }
+    }
+}
+
+} // namespace xq
+
+int xq_clear_tokens(const xq_layer *layer, int32_t d, int32_t e, const uint32_t valid[4], uint8_t *block) {
+    xq_block_layout at;
+    if (const int status = xq_block_layout_of(layer, d, e, &at); status != XQ_OK) {
+        return status;
+    }
+    if (!valid || !block) {
+        return xq::fail(XQ_ERR_ARGUMENT, "valid and block must not be null");
+    }
+    xq::clear(*layer, d, e, at, valid, block);
+    return XQ_OK;
+}

@@ -1,0 +1,78 @@
+/* update.cpp: the verb that changes pages: seals and unseals, or writes the rows of a micro-batch.
+ *
+ * A task is one side of one KV head of a move, or one side of a token; nothing is shared between tasks but the counter.
+ * At most 60 KiB of a thread's stack are used.
+ */
+#include "verbs.h"
+
+namespace xq {
+
+/* Returns how many inputs were not finite. */
+static int move_page(const kernel_set &set, const xq_store &store, const page_move &move, bool is_k, int head,
+                     bool seals) {
+    const page_side x(store, is_k, move.stream, move.page, head);
+    uint16_t *rows = slot_rows(x.side, move.slot);
+    const int64_t stride = x.side.width;
+    if (seals) {
+        return is_k ? set.seal_k(x.page, rows, stride, move.valid)
+                    : set.seal_v(x.page, rows, stride, move.valid, x.predicted);
+    }
+    if (is_k) {
+        set.unseal_k(x.page, rows, stride);
+    } else {
+        set.unseal_v(x.page, rows, stride, x.predicted);
+    }
+    return 0;
+}
+
+/* All KV heads of one side of a token. */
+static int write_token(const kernel_set &set, const xq_store &store, const xq_update_args &args, bool is_k, int token) {
+    const row_place place = place_of(store, args.rows[token]);
+    int n_bad = 0;
+    for (int head = 0; head < store.n_head_kv; ++head) {
+        const side_view side = side_at(side_of(store, is_k), place.stream, head);
+        n_bad += set.to_half(new_row(args, is_k, token, head), side.width, row_at(side, place.row));
+    }
+    return n_bad;
+}
+
+static bool accepts_rows(const xq_store &store, const xq_update_args &args) {
+    const int64_t n_rows = (int64_t)store.n_streams * store.n_slots * XQ_PAGE;
+    for (int32_t t = 0; t < args.n_tokens; ++t) {
+        if (args.rows[t] < 0 || args.rows[t] >= n_rows) {
+            return !fail(XQ_ERR_ARGUMENT, "update: rows[%d] is %d, must be 0 to %lld", t, args.rows[t],
+                         (long long)n_rows - 1);
+        }
+    }
+    return true;
+}
+
+int cpu_update(const xq_store *store, const xq_update_args *args, const xq_exec *exec) {
+    if (!accepts_update(store, args) || !accepts_exec("update", exec) ||
+        !accepts_moves("update", *store, "seals", args->seals, args->n_seals, false) ||
+        !accepts_moves("update", *store, "unseals", args->unseals, args->n_unseals, false) ||
+        !accepts_rows(*store, *args)) {
+        return XQ_ERR_ARGUMENT;
+    }
+    const kernel_set *set = active_kernels();
+    if (!set) {
+        return XQ_ERR_KERNELS;
+    }
+    uint64_t n_bad = 0;
+    const int64_t n_sides = 2 * (int64_t)store->n_head_kv;
+    each_task(*set, *exec, ((int64_t)args->n_seals + args->n_unseals) * n_sides, [&](int64_t task) {
+        const int number = (int)(task / n_sides), side = (int)(task % n_sides);
+        const bool seals = number < args->n_seals;
+        const page_move &move = seals ? move_at(args->seals, number) : move_at(args->unseals, number - args->n_seals);
+        n_bad += (uint64_t)move_page(*set, *store, move, side % 2 == 0, side / 2, seals);
+    });
+    each_task(*set, *exec, 2 * (int64_t)args->n_tokens, [&](int64_t task) {
+        n_bad += (uint64_t)write_token(*set, *store, *args, task % 2 == 0, (int)(task / 2));
+    });
+    if (n_bad > 0) {
+        __atomic_fetch_add(args->n_nonfinite, n_bad, __ATOMIC_RELAXED);
+    }
+    return XQ_OK;
+}
+
+} // namespace xq

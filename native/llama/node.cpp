@@ -1,0 +1,301 @@
+/* node.cpp: makes the nodes of node.h, and turns a node into a store and the arguments of a verb, for every backend. */
+#include "node.h"
+
+#include "xquant-ops.h"
+
+#include "ggml-impl.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+
+namespace xquant {
+
+/* ---- parameters ---- */
+
+enum side_flag : uint8_t { side_log8 = 1, side_rotated = 2, side_borrowed = 4, side_mapped = 8 };
+
+static packed_side pack(const xq_side &side) {
+    const int flags = (side.param == XQ_PARAM_LOG8 ? side_log8 : 0) | (side.rotate ? side_rotated : 0) |
+                      (side.owner >= 0 ? side_borrowed : 0) | (side.source >= 0 ? side_mapped : 0);
+    return {(uint8_t)side.bits, (uint8_t)(side.group / 32), (uint8_t)side.fit, (uint8_t)flags, side.eta};
+}
+
+static xq_side unpack(const packed_side &side) {
+    return {side.bits,
+            side.group * 32,
+            side.fit,
+            side.flags & side_log8 ? XQ_PARAM_LOG8 : XQ_PARAM_F16,
+            side.flags & side_rotated ? 1 : 0,
+            side.flags & side_borrowed ? 0 : -1,
+            side.flags & side_mapped ? 0 : -1,
+            side.eta};
+}
+
+node_params params_of(const xq_layer &layer, const xq_shape &shape, const xq_layer *v_other) {
+    const bool mapped = layer.v.source >= 0;
+    const auto units = [](int32_t bytes) { return bytes < 0 ? absent : (uint16_t)(bytes / 64); };
+    node_params p = {};
+    p.k = pack(layer.k);
+    p.v = pack(layer.v);
+    p.source = mapped ? pack(v_other->v) : packed_side{};
+    p.d = (uint16_t)shape.d;
+    p.e = (uint16_t)shape.e;
+    p.n_head_kv = (uint16_t)shape.n_head_kv;
+    p.n_pages = shape.n_pages;
+    xq_block_layout at = {-1, -1, -1, -1, 0};
+    if (v_other) {
+        xq_block_layout_of(v_other, shape.d, shape.e, &at);
+    }
+    p.other_codes = units(at.v_codes);
+    p.other_param = units(at.v_param);
+    return p;
+}
+
+static node_params params_of(const ggml_tensor *node) {
+    node_params params;
+    memcpy(&params, node->op_params, sizeof(params));
+    return params;
+}
+
+/* ---- nodes ---- */
+
+static ggml_tensor *finish(ggml_tensor *node, ggml_op op, const node_params &params,
+                           std::initializer_list<ggml_tensor *> sources) {
+    ggml_set_op_params(node, &params, sizeof(params));
+    node->op = op;
+    GGML_ASSERT(sources.size() <= GGML_MAX_SRC);
+    std::copy(sources.begin(), sources.end(), node->src);
+    return node;
+}
+
+ggml_tensor *new_update(ggml_context *ctx, const layer_tensors &l, ggml_tensor *input, ggml_tensor *k_cur,
+                        ggml_tensor *v_cur) {
+    return finish(ggml_view_tensor(ctx, l.rows), GGML_OP_XQUANT_UPDATE, l.params,
+                  {l.rows, input, nullptr, k_cur, v_cur, l.blocks, l.k_other, l.v_other, l.aux});
+}
+
+ggml_tensor *new_moves(ggml_context *ctx, const layer_tensors &l, ggml_tensor *moves, int32_t n_seals) {
+    node_params params = l.params;
+    params.number = n_seals;
+    return finish(ggml_view_tensor(ctx, l.rows), GGML_OP_XQUANT_UPDATE, params,
+                  {l.rows, nullptr, moves, nullptr, nullptr, l.blocks, l.k_other, l.v_other, l.aux});
+}
+
+ggml_tensor *new_attend(ggml_context *ctx, const layer_tensors &l, ggml_tensor *rows, ggml_tensor *input,
+                        ggml_tensor *q, ggml_tensor *mask, ggml_tensor *sinks, const attend_options &options) {
+    node_params params = l.params;
+    params.number = options.n_parts;
+    params.scale = options.scale;
+    params.softcap = options.softcap;
+    params.max_bias = options.max_bias;
+    params.flags = rows->op == GGML_OP_XQUANT_UPDATE ? flag_after_update : 0;
+    const int64_t n_rows = q->ne[1] * q->ne[2], n_out = l.params.e * n_rows;
+    const int64_t state = (l.params.v.flags & side_mapped ? 3 : 2) * (int64_t)l.params.e + 2;
+    return finish(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_out + state * n_rows * options.n_parts),
+                  GGML_OP_XQUANT_ATTEND, params, {q, input, mask, rows, l.blocks, l.k_other, l.v_other, l.aux, sinks});
+}
+
+ggml_tensor *new_unpack(ggml_context *ctx, const layer_tensors &l, ggml_tensor *rows, ggml_tensor *input, bool is_k,
+                        int32_t first_head, const int64_t ne[4]) {
+    node_params params = l.params;
+    params.number = first_head;
+    params.flags = is_k ? flag_is_k : 0;
+    return finish(ggml_new_tensor(ctx, GGML_TYPE_F16, 4, ne), GGML_OP_XQUANT_UNPACK, params,
+                  {input, rows, l.blocks, l.k_other, l.v_other, l.aux});
+}
+
+ggml_tensor *new_read_keys(ggml_context *ctx, const layer_tensors &l, ggml_tensor *pages) {
+    return finish(ggml_new_tensor_3d(ctx, GGML_TYPE_F32, l.params.d, l.params.n_head_kv, pages->ne[1] * XQ_PAGE),
+                  GGML_OP_XQUANT_READ_KEYS, l.params, {pages, l.rows, l.blocks, l.k_other, l.v_other, l.aux, nullptr});
+}
+
+ggml_tensor *new_write_keys(ggml_context *ctx, const layer_tensors &l, ggml_tensor *pages, ggml_tensor *keys) {
+    return finish(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 1), GGML_OP_XQUANT_WRITE_KEYS, l.params,
+                  {pages, l.rows, l.blocks, l.k_other, l.v_other, l.aux, keys});
+}
+
+/* ---- from a node to a verb ---- */
+
+/* Where the tensors of a layer are among a node's sources. */
+struct layer_sources {
+    int rows, blocks, k_other, v_other, aux;
+};
+
+/* Codes of another layer, whose blocks are of a size of their own. */
+static void read_other(xq_side_store &side, const ggml_tensor *blocks, const node_params &p, int64_t codes) {
+    side.codes = codes < 0 ? nullptr : (uint8_t *)blocks->data + codes;
+    side.codes_page = blocks->ne[0] / ((int64_t)p.n_head_kv * p.n_pages);
+    side.codes_head = side.codes_page * p.n_pages;
+    side.codes_stream = (int64_t)blocks->nb[1];
+}
+
+static xq_store store_of(const node_params &p, const ggml_tensor *node, const layer_sources &at) {
+    const ggml_tensor *rows = node->src[at.rows], *blocks = node->src[at.blocks], *aux = node->src[at.aux];
+    const ggml_tensor *k_other = node->src[at.k_other], *v_other = node->src[at.v_other];
+    const xq_layer layer = {unpack(p.k), unpack(p.v)};
+    const auto bytes = [](uint16_t units) { return units == absent ? -1 : (int64_t)units * 64; };
+    xq_shape shape = {p.d, p.e, p.n_head_kv, p.n_pages, 0, (int32_t)rows->ne[1]};
+    shape.n_slots = (int32_t)(rows->ne[0] / ((int64_t)XQ_PAGE * (p.d + p.e) * p.n_head_kv));
+
+    xq_store store = {};
+    const bool seals = blocks->ne[0] > 1;
+    const int status = xq_store_init(&store, &layer, &shape, seals ? (uint8_t *)blocks->data : nullptr,
+                                     (int64_t)blocks->nb[1], (uint16_t *)rows->data, (int64_t)rows->nb[1]);
+    if (status != XQ_OK) {
+        return {}; // the verb refuses it
+    }
+    if (seals && k_other) {
+        read_other(store.k, k_other, p, 0);
+    }
+    if (seals && v_other && layer.v.owner >= 0) {
+        read_other(store.v, v_other, p, bytes(p.other_codes));
+    }
+    if (seals && v_other && layer.v.source >= 0) {
+        xq_side_store &source = store.source;
+        store.mapped = 1;
+        source.plan = unpack(p.source);
+        source.width = p.e;
+        read_other(source, v_other, p, bytes(p.other_codes));
+        source.param = (uint8_t *)v_other->data + bytes(p.other_param);
+        source.param_page = source.codes_page;
+        source.param_head = source.codes_head;
+        source.param_stream = source.codes_stream;
+        store.map_heads = (const int32_t *)((const char *)aux->data + aux_heads);
+        store.map = (const float *)((const char *)aux->data + aux_map(p.n_head_kv, shape.n_streams));
+    }
+    return store;
+}
+
+static const int32_t *rows_of(const ggml_tensor *input, const xq_store &store) {
+    return (const int32_t *)input->data + input_table + (int64_t)store.n_streams * store.n_pages;
+}
+
+static int run_update(const xq_backend &backend, const ggml_tensor *node, const xq_exec &exec) {
+    ggml_tensor *const *src = node->src;
+    const node_params p = params_of(node);
+    const xq_store store = store_of(p, node, {update_rows, update_blocks, update_k_other, update_v_other, update_aux});
+    xq_update_args a = {};
+    a.n_nonfinite = (uint64_t *)src[update_aux]->data;
+    if (const ggml_tensor *moves = src[update_moves]) {
+        a.seals = (const int32_t *)moves->data;
+        a.n_seals = p.number;
+        a.unseals = a.seals + (int64_t)p.number * XQ_MOVE_WORDS;
+        a.n_unseals = (int32_t)moves->ne[1] - p.number;
+    }
+    if (const ggml_tensor *k = src[update_k_cur], *v = src[update_v_cur]; k && v) {
+        a.rows = rows_of(src[update_input], store);
+        a.k_cur = (const float *)k->data;
+        a.v_cur = (const float *)v->data;
+        a.k_head_stride = (int64_t)k->nb[1];
+        a.k_token_stride = (int64_t)k->nb[2];
+        a.v_head_stride = (int64_t)v->nb[1];
+        a.v_token_stride = (int64_t)v->nb[2];
+        a.n_tokens = (int32_t)k->ne[2];
+    }
+    return backend.update(&store, &a, &exec);
+}
+
+static int run_attend(const xq_backend &backend, const ggml_tensor *node, const xq_exec &exec) {
+    ggml_tensor *const *src = node->src;
+    const ggml_tensor *q = src[attend_q], *mask = src[attend_mask], *sinks = src[attend_sinks];
+    const node_params p = params_of(node);
+    const xq_store store = store_of(p, node, {attend_rows, attend_blocks, attend_k_other, attend_v_other, attend_aux});
+    const auto *input = (const int32_t *)src[attend_input]->data;
+    xq_attend_args a = {};
+    a.q = (const float *)q->data;
+    a.q_head_stride = (int64_t)q->nb[1];
+    a.q_token_stride = (int64_t)q->nb[2];
+    a.mask = (const uint16_t *)mask->data;
+    a.mask_token_stride = (int64_t)mask->nb[1];
+    a.mask_stream_stride = (int64_t)mask->nb[3];
+    a.table = input + input_table;
+    a.first_stream = store.n_streams > 1 ? input : nullptr;
+    a.n_head = (int32_t)q->ne[1];
+    a.n_streams = (int32_t)mask->ne[3];
+    a.n_tokens = (int32_t)(q->ne[2] / mask->ne[3]);
+    a.n_kv_pages = (int32_t)(mask->ne[0] / XQ_PAGE);
+    a.scale = p.scale;
+    a.softcap = p.softcap;
+    a.max_bias = p.max_bias;
+    a.sinks = sinks ? (const float *)sinks->data : nullptr;
+    a.n_parts = p.number;
+    a.after_update = p.flags & flag_after_update ? 1 : 0;
+    a.out = (float *)node->data;
+    a.partial = a.out + q->ne[1] * q->ne[2] * store.v.width;
+    a.arrivals = (uint32_t *)((char *)src[attend_aux]->data + aux_arrivals(p.n_head_kv));
+    static std::atomic<bool> said{false};
+    const char *kernel = backend.attend_kernel(&store); // null: the verb refuses the store
+    if (kernel && strcmp(kernel, "general") == 0 && !said.exchange(true)) {
+        GGML_LOG_WARN(
+            "xquant: no tensor-core kernel for keys of width %d in %d bits and values of width %d in %d bits%s: "
+            "a general one decodes such layers, which is slower\n",
+            store.k.width, store.k.plan.bits, store.v.width, store.v.plan.bits, store.mapped ? ", mapped" : "");
+    }
+    return backend.attend(&store, &a, &exec);
+}
+
+static int run_unpack(const xq_backend &backend, const ggml_tensor *node, const xq_exec &exec) {
+    const node_params p = params_of(node);
+    const xq_store store = store_of(p, node, {unpack_rows, unpack_blocks, unpack_k_other, unpack_v_other, unpack_aux});
+    const auto *input = (const int32_t *)node->src[unpack_input]->data;
+    xq_unpack_args a = {};
+    a.table = input + input_table;
+    a.first_stream = input;
+    a.n_streams = (int32_t)node->ne[3];
+    a.n_kv_pages = (int32_t)(node->ne[2] / XQ_PAGE);
+    a.is_k = p.flags & flag_is_k ? 1 : 0;
+    a.first_head = p.number;
+    a.n_heads = (int32_t)node->ne[1];
+    a.rows = (uint16_t *)node->data;
+    return backend.unpack(&store, &a, &exec);
+}
+
+static int run_keys(const xq_backend &backend, const ggml_tensor *node, const xq_exec &exec) {
+    const bool reads = node->op == GGML_OP_XQUANT_READ_KEYS;
+    const ggml_tensor *pages = node->src[keys_pages], *keys = reads ? node : node->src[keys_keys];
+    const xq_store store =
+        store_of(params_of(node), node, {keys_rows, keys_blocks, keys_k_other, keys_v_other, keys_aux});
+    xq_keys_args a = {};
+    a.pages = (const int32_t *)pages->data;
+    a.n_pages = (int32_t)pages->ne[1];
+    a.keys = (float *)keys->data;
+    a.head_stride = (int64_t)keys->nb[1];
+    a.token_stride = (int64_t)keys->nb[2];
+    return reads ? backend.read_keys(&store, &a, &exec) : backend.write_keys(&store, &a, &exec);
+}
+
+bool compute(const xq_backend &backend, const ggml_tensor *node, const xq_exec &exec) {
+    int status = XQ_ERR_ARGUMENT;
+    switch (node->op) {
+    case GGML_OP_XQUANT_UPDATE:
+        status = run_update(backend, node, exec);
+        break;
+    case GGML_OP_XQUANT_ATTEND:
+        status = run_attend(backend, node, exec);
+        break;
+    case GGML_OP_XQUANT_UNPACK:
+        status = run_unpack(backend, node, exec);
+        break;
+    default:
+        status = run_keys(backend, node, exec);
+    }
+    if (status != XQ_OK && exec.ith == 0) {
+        GGML_LOG_ERROR("xquant: %s: %s\n", ggml_op_name(node->op), backend.error());
+    }
+    return status == XQ_OK;
+}
+
+} // namespace xquant
+
+void xquant_compute_cpu(const ggml_tensor *node, int ith, int nth) {
+    if (!xquant::compute(*xq_cpu(), node, {ith, nth, nullptr}) && ith == 0 && node->op != GGML_OP_XQUANT_UPDATE) {
+        memset(node->data, 0xff, ggml_nbytes(node)); // not-a-numbers: nobody shall take it for a result
+    }
+}
+
+bool xquant_compute_cuda(const xq_backend *cuda, const ggml_tensor *node, void *cuda_stream) {
+    return xquant::compute(*cuda, node, {0, 1, cuda_stream});
+}

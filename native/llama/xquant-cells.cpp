@@ -1,0 +1,216 @@
+/* xquant-cells.cpp: cells and sequences: which cells a micro-batch gets, what moves before it, what may be done to
+ * sequences.
+ *
+ * What llama.cpp would stop the process for is an error in the log: sequences that do not exist, positions out of
+ * range.
+ */
+#include "xquant-cells.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+
+namespace xquant {
+
+/* ---- micro-batches ---- */
+
+kv_cache::slot_info kv_cache::find_slot(const llama_ubatch &ubatch, bool) const {
+    const uint32_t n_seqs = n_stream > 1 ? ubatch.n_seqs_unq : 1, n_tokens = ubatch.n_tokens / n_seqs;
+    slot_info out = {LLAMA_MAX_SEQ, 0, {}, {}};
+    out.resize(n_seqs);
+    for (uint32_t i = 0; i < n_seqs; ++i) {
+        const uint32_t s = seq_to_stream[ubatch.seq_id_unq[i]];
+        std::vector<int32_t> sequences;
+        for (uint32_t t = i * n_tokens; t < (i + 1) * n_tokens; ++t) {
+            sequences.push_back(ubatch.seq_id[t][0]);
+        }
+        // as llama.cpp does: with enough free cells before the head, the search starts anew
+        const uint32_t head = v_heads[s] > v_cells[s].get_used() + 2 * n_tokens ? 0 : v_heads[s];
+        out.s0 = std::min(out.s0, s);
+        out.s1 = std::max(out.s1, s);
+        out.strm[i] = (llama_seq_id)s;
+        out.idxs[i] = table_->find_cells(cells_view(*this), (int32_t)s, sequences, head);
+        if (out.idxs[i].size() < n_tokens) {
+            return {};
+        }
+    }
+    return out;
+}
+
+llama_memory_context_ptr kv_cache::init_batch(llama_batch_allocr &balloc, uint32_t n_ubatch, bool embd_all) {
+    // llama.cpp looks for all micro-batches' cells before the first is computed: pages that removal emptied are free
+    // now
+    std::vector<xq::page_write> nothing;
+    for (uint32_t s = 0; s < n_stream; ++s) {
+        nothing.push_back({(int32_t)s, {}});
+    }
+    table_->commit_seals(table_->plan(cells_view(*this), nothing, false));
+    auto out = llama_kv_cache::init_batch(balloc, n_ubatch, embd_all);
+    // a micro-batch writes no more pages than there are slots: in a fragmented cache fewer tokens fit at a time
+    return llama_memory_status_is_fail(out->get_status()) && n_ubatch > 1 ? init_batch(balloc, n_ubatch / 2, embd_all)
+                                                                          : std::move(out);
+}
+
+llama_memory_context_ptr kv_cache::init_update(llama_context *lctx, bool optimize) {
+    runner_.attach(lctx->get_sched(), lctx->get_cparams().n_threads_batch);
+    return llama_kv_cache::init_update(lctx, optimize);
+}
+
+bool kv_cache::begin(const slot_info &sinfo) {
+    std::vector<xq::page_write> writes;
+    for (size_t i = 0; i < sinfo.n_stream(); ++i) {
+        writes.push_back({(int32_t)sinfo.strm[i], sinfo.idxs[i]});
+    }
+    const xq::page_plan plan = table_->plan(cells_view(*this), writes);
+    if (!plan.fits) {
+        LLAMA_LOG_ERROR("%s: xquant: a micro-batch writes more pages than the %d that fit\n", __func__,
+                        table_->shape().n_slots);
+        return false;
+    }
+    if (!settle(plan)) {
+        return false;
+    }
+    for (const auto &write : writes) {
+        table_->wrote(write);
+    }
+    current_ = sinfo;
+    n_batches_++;
+    warn_of_nonfinite();
+    return true;
+}
+
+/* ---- moves ---- */
+
+bool kv_cache::move_pages(const std::vector<xq::page_move> &moves, bool seal) {
+    if (moves.empty() || layers_.empty()) {
+        return true;
+    }
+    const auto n = (int64_t)moves.size();
+    ggml_tensor *list = nullptr;
+    return runner_.run(
+        layers_.size() + 1,
+        [&](ggml_context *ctx, ggml_cgraph *graph) {
+            list = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, XQ_MOVE_WORDS, n);
+            ggml_set_input(list);
+            for (const auto &l : layers_) { // owners before those that read their codes
+                ggml_build_forward_expand(graph, new_moves(ctx, l->nodes, list, seal ? (int32_t)n : 0));
+            }
+        },
+        [&] { ggml_backend_tensor_set(list, moves.data(), 0, ggml_nbytes(list)); });
+}
+
+bool kv_cache::settle(const xq::page_plan &plan) {
+    if (!move_pages(plan.seals, true)) {
+        return false;
+    }
+    table_->commit_seals(plan);
+    if (!move_pages(plan.unseals, false)) { // into slots that are free only now
+        return false;
+    }
+    table_->commit_opens(plan);
+    return true;
+}
+
+/* ---- sequences ---- */
+
+bool may_load_cell(llama_pos pos, uint32_t n_sequences, uint32_t n_seq_max) {
+    if (pos < 0 || pos > max_position || n_sequences < 1 || n_sequences > n_seq_max) {
+        LLAMA_LOG_ERROR("xquant: a saved cell at position %d of %u sequences: must be 0 to %d, and 1 to %u\n", pos,
+                        n_sequences, max_position, n_seq_max);
+        return false;
+    }
+    return true;
+}
+
+bool kv_cache::has_sequence(llama_seq_id id, const char *caller) const {
+    if (id < 0 || (uint32_t)id >= n_seq_max) {
+        LLAMA_LOG_ERROR("%s: xquant: sequence is %d, must be 0 to %u\n", caller, id, n_seq_max - 1);
+        return false;
+    }
+    return true;
+}
+
+void kv_cache::clear(bool data) {
+    llama_kv_cache::clear(data);
+    table_->clear();
+    if (data) {
+        for (const auto &[ctx, buffer] : buffers_) {
+            ggml_backend_buffer_clear(buffer.get(), 0);
+        }
+        fill_aux();
+    }
+}
+
+bool kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    return (seq_id == -1 || has_sequence(seq_id, __func__)) && llama_kv_cache::seq_rm(seq_id, p0, p1);
+}
+
+/* Between streams the data is copied at once, so that saving, loading and shifting need not wait for it. */
+void kv_cache::seq_cp(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_pos p1) {
+    if (!has_sequence(from, __func__) || !has_sequence(to, __func__)) {
+        return;
+    }
+    const uint32_t s0 = seq_to_stream[from], s1 = seq_to_stream[to];
+    if (s0 == s1) {
+        llama_kv_cache::seq_cp(from, to, p0, p1);
+        return;
+    }
+    llama_kv_cache::seq_cp(from, to, -1, -1);
+    sc_info = {};
+    runner_.synchronize();
+    for (const auto &l : layers_) {
+        for (int i = 0; i < 2; ++i) { // blocks, rows
+            ggml_backend_tensor_copy(l->streams[2 * s0 + i], l->streams[2 * s1 + i]);
+        }
+    }
+    table_->copy_stream((int32_t)s0, (int32_t)s1);
+    if (p0 > 0) {
+        seq_rm(to, 0, p0);
+    }
+    if (p1 >= 0) {
+        seq_rm(to, p1, -1);
+    }
+}
+
+void kv_cache::seq_keep(llama_seq_id seq_id) {
+    if (has_sequence(seq_id, __func__)) {
+        llama_kv_cache::seq_keep(seq_id);
+    }
+}
+
+void kv_cache::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
+    if (!has_sequence(seq_id, __func__)) {
+        return;
+    }
+    const int64_t newest = v_cells[seq_to_stream[seq_id]].seq_pos_max(seq_id);
+    if (newest + shift > max_position || (int64_t)shift < -max_position) {
+        LLAMA_LOG_ERROR("%s: xquant: shift is %d for positions up to %d, must be at least %d, and end at %d\n",
+                        __func__, shift, (int)newest, -max_position, max_position);
+    } else if (!get_can_shift()) {
+        LLAMA_LOG_ERROR("%s: xquant: positions of this model cannot be shifted\n", __func__);
+    } else {
+        llama_kv_cache::seq_add(seq_id, p0, p1, shift);
+    }
+}
+
+void kv_cache::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
+    if (!has_sequence(seq_id, __func__)) {
+        return;
+    }
+    if (d < 1) {
+        LLAMA_LOG_ERROR("%s: xquant: divisor is %d, must be at least 1\n", __func__, d);
+    } else if (!get_can_shift()) {
+        LLAMA_LOG_ERROR("%s: xquant: positions of this model cannot be divided\n", __func__);
+    } else {
+        llama_kv_cache::seq_div(seq_id, p0, p1, d);
+    }
+}
+
+llama_pos kv_cache::seq_pos_min(llama_seq_id seq_id) const {
+    return has_sequence(seq_id, __func__) ? llama_kv_cache::seq_pos_min(seq_id) : -1;
+}
+
+llama_pos kv_cache::seq_pos_max(llama_seq_id seq_id) const {
+    return has_sequence(seq_id, __func__) ? llama_kv_cache::seq_pos_max(seq_id) : -1;
+}
+
+} // namespace xquant

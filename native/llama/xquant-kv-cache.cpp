@@ -1,0 +1,225 @@
+/* xquant-kv-cache.cpp: makes the cache, its tensors and its class; see xquant-kv-cache.h. */
+#include "xquant-kv-cache.h"
+
+#include "llama-hparams.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace xquant {
+
+/* Whether a device runs our operations; if not, a warning says what follows. */
+static bool runs_on(ggml_backend_dev_t device) {
+    if (ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU) {
+        return true;
+    }
+    ggml_tensor probe = {};
+    probe.op = GGML_OP_XQUANT_UPDATE;
+    const bool known = ggml_backend_dev_supports_op(device, &probe);
+    if (!known) {
+        LLAMA_LOG_WARN(
+            "%s: xquant: no XQuant kernels; the cache and the attention of its layers stay on the CPU, which "
+            "is slower\n",
+            ggml_backend_dev_name(device));
+    }
+    return known;
+}
+
+/* No layers: llama_kv_cache keeps the cells, we keep the data. */
+static const llama_memory_i::layer_filter_cb no_layers = [](int32_t) { return false; };
+
+kv_cache::kv_cache(const llama_model &model, const llama_hparams &hparams, bool offload, bool unified, uint32_t kv_size,
+                   uint32_t n_seq_max, uint32_t n_pad, const layer_filter_cb &filter, const layer_reuse_cb &reuse,
+                   uint32_t n_ubatch)
+    : llama_kv_cache(model, hparams, GGML_TYPE_F16, GGML_TYPE_F16, false, offload, unified, kv_size, n_seq_max, n_pad,
+                     0, LLAMA_SWA_TYPE_NONE, nullptr, no_layers, nullptr, nullptr),
+      d_(XQ_MAX_LAYERS), e_(XQ_MAX_LAYERS), by_model_layer_(hparams.n_layer_all) {
+    const auto holds = [&](uint32_t il) { return hparams.has_kv(il) && (!filter || filter((int32_t)il)); };
+    std::vector<int32_t> heads(XQ_MAX_LAYERS);
+    for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
+        if (holds(il)) {
+            d_[il] = (int32_t)hparams.n_embd_head_k(il);
+            e_[il] = (int32_t)hparams.n_embd_head_v(il);
+            heads[il] = (int32_t)hparams.n_head_kv(il);
+        }
+    }
+    origin_ = resolve_plan(model, d_.data(), e_.data(), heads.data(), plan_);
+
+    // sequences that share a stream each want their window and their pinned pages
+    const uint32_t n_seq = n_stream == 1 ? n_seq_max : 1;
+    xq::page_shape shape = {};
+    shape.n_streams = (int32_t)n_stream;
+    shape.n_cells = (int32_t)kv_size;
+    shape.n_slots = xq_plan_slots(&plan_, shape.n_pages(), (int32_t)n_ubatch, (int32_t)n_seq);
+    shape.window = plan_.window < 0 ? -1 : (int64_t)plan_.window * n_seq;
+    shape.pinned = plan_.pinned;
+    shape.reserved = std::min(plan_.window < 0 ? 0 : pages_of((uint64_t)shape.window),
+                              std::max(shape.n_slots - pages_of(n_ubatch) - 1, 0));
+    table_ = std::make_unique<xq::page_table>(shape);
+
+    std::map<ggml_backend_buffer_type_t, ggml_context_ptr> contexts;
+    for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
+        if (holds(il)) {
+            add_layer((int32_t)il, offload, contexts);
+        }
+    }
+    for (uint32_t il = 0; reuse && il < hparams.n_layer_all; ++il) {
+        const int32_t from = reuse((int32_t)il);
+        if (from >= 0 && (!filter || filter((int32_t)il))) {
+            by_model_layer_[il] = by_model_layer_[from];
+        }
+    }
+    allocate(contexts);
+    clear(false);
+}
+
+void kv_cache::add_layer(int32_t il, bool offload, std::map<ggml_backend_buffer_type_t, ggml_context_ptr> &contexts) {
+    auto l = std::make_unique<layer>();
+    const auto earlier = [&](int32_t number) { return number < 0 ? l.get() : find(number); };
+    const std::string name = "layer " + std::to_string(il);
+    l->il = il;
+    l->plan = plan_.layers[il];
+    l->shape = {
+        d_[il],           e_[il], (int32_t)hparams.n_head_kv(il), table_->shape().n_pages(), table_->shape().n_slots,
+        (int32_t)n_stream};
+    l->k_owner = earlier(l->plan.k.owner);
+    l->v_owner = earlier(l->plan.v.owner);
+    l->v_source = earlier(l->plan.v.source);
+    if (!l->v_source) {
+        refuse(name + ": the source of its map must be an earlier layer");
+    }
+    if (!l->k_owner || !l->v_owner || l->k_owner->shape.n_head_kv != l->shape.n_head_kv ||
+        l->v_owner->shape.n_head_kv != l->shape.n_head_kv) {
+        refuse(name + ": its owner must be an earlier layer with as many KV heads");
+    }
+    l->map = l->plan.v.source >= 0 ? &origin_->maps.at(il) : nullptr;
+
+    ggml_backend_dev_t device = offload ? model.dev_layer(il) : nullptr;
+    l->buft = device && runs_on(device) ? ggml_backend_dev_buffer_type(device) : ggml_backend_cpu_buffer_type();
+    l->on_host = ggml_backend_buft_is_host(l->buft);
+    for (const layer *read : {l->k_owner, l->v_owner, l->v_source}) {
+        if (read->buft != l->buft) {
+            refuse(name + " reads what layer " + std::to_string(read->il) +
+                   " stores, which lies on another device; use split_mode none, all or no layers on the GPU, or a plan "
+                   "without borrowed codes and maps");
+        }
+    }
+
+    xq_block_layout layout;
+    if (xq_block_layout_of(&l->plan, l->shape.d, l->shape.e, &layout) != XQ_OK) {
+        refuse(xq_error());
+    }
+    l->block_bytes = layout.bytes;
+    const layer *v_other = l->plan.v.source >= 0 ? l->v_source : l->v_owner;
+    layer_tensors &nodes = l->nodes;
+    nodes.params = params_of(l->plan, l->shape, v_other == l.get() ? nullptr : &v_other->plan);
+    nodes.k_other = l->k_owner == l.get() ? nullptr : l->k_owner->nodes.blocks;
+    nodes.v_other = v_other == l.get() ? nullptr : v_other->nodes.blocks;
+
+    auto &ctx = contexts[l->buft];
+    if (!ctx) {
+        ggml_init_params params = {};
+        params.mem_size = hparams.n_layer_all * (3 + 2 * (size_t)n_stream) * ggml_tensor_overhead();
+        params.no_alloc = true;
+        ctx.reset(ggml_init(params));
+    }
+    // a cache that fits into its slots needs no blocks; an empty tensor would need special care everywhere
+    const int64_t block_bytes = table_->seals() ? xq_store_block_bytes(&l->plan, &l->shape) : 1;
+    const int64_t map_bytes = l->map ? (int64_t)(l->map->weight.size() * sizeof(float)) : 0;
+    nodes.blocks = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I8, block_bytes, n_stream);
+    nodes.rows = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, xq_store_row_bytes(&l->shape) / 2, n_stream);
+    nodes.aux = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, aux_map(l->shape.n_head_kv, n_stream) + map_bytes);
+    ggml_format_name(nodes.blocks, "cache_xq_blocks_l%d", il);
+    ggml_format_name(nodes.rows, "cache_xq_rows_l%d", il);
+    ggml_format_name(nodes.aux, "cache_xq_aux_l%d", il);
+    for (uint32_t s = 0; s < n_stream; ++s) {
+        for (ggml_tensor *t : {nodes.blocks, nodes.rows}) {
+            l->streams.push_back(ggml_view_1d(ctx.get(), t, t->ne[0], s * t->nb[1]));
+        }
+    }
+    by_model_layer_[il] = l.get();
+    layers_.push_back(std::move(l));
+}
+
+void kv_cache::allocate(std::map<ggml_backend_buffer_type_t, ggml_context_ptr> &contexts) {
+    for (auto &[buft, ctx] : contexts) {
+        ggml_backend_buffer_ptr buffer;
+        if (hparams.no_alloc) { // llama.cpp asks how large it would be
+            buffer.reset(ggml_backend_buft_alloc_buffer(buft, 0));
+            for (ggml_tensor *t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
+                t->buffer = buffer.get();
+            }
+        } else {
+            buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
+        }
+        if (!buffer) {
+            refuse("its memory could not be allocated");
+        }
+        ggml_backend_buffer_clear(buffer.get(), 0);
+        const double size = (double)ggml_backend_buffer_get_size(buffer.get()) / (1024.0 * 1024.0);
+        LLAMA_LOG_INFO("%s: %10s XQuant KV buffer size = %8.2f MiB\n", __func__, ggml_backend_buffer_name(buffer.get()),
+                       size);
+        buffers_.emplace_back(std::move(ctx), std::move(buffer));
+    }
+    fill_aux();
+}
+
+/* What layers' nodes read of maps. */
+void kv_cache::fill_aux() const {
+    for (const auto &l : layers_) {
+        if (l->map && !hparams.no_alloc) {
+            const auto &[heads, weight] = *l->map;
+            ggml_backend_tensor_set(l->nodes.aux, heads.data(), aux_heads, heads.size() * sizeof(heads[0]));
+            ggml_backend_tensor_set(l->nodes.aux, weight.data(), (size_t)aux_map(l->shape.n_head_kv, n_stream),
+                                    weight.size() * sizeof(weight[0]));
+        }
+    }
+}
+
+const layer *kv_cache::find(int32_t il) const {
+    return il >= 0 && il < (int32_t)by_model_layer_.size() ? by_model_layer_[il] : nullptr;
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> kv_cache::memory_breakdown() const {
+    std::map<ggml_backend_buffer_type_t, size_t> out;
+    for (const auto &[ctx, buffer] : buffers_) {
+        ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(buffer.get());
+        out[buft] += hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft)
+                                      : ggml_backend_buffer_get_size(buffer.get());
+    }
+    return out;
+}
+
+/* ---- the classes that llama.cpp makes ---- */
+
+std::unique_ptr<llama_kv_cache> make_kv_cache(uint32_t n_ubatch, const llama_model &model, const llama_hparams &hparams,
+                                              ggml_type type_k, ggml_type type_v, bool v_trans, bool offload,
+                                              bool unified, uint32_t kv_size, uint32_t n_seq_max, uint32_t n_pad,
+                                              uint32_t n_swa, llama_swa_type swa_type, llama_memory_t mem_other,
+                                              const llama_memory_i::layer_filter_cb &filter,
+                                              const llama_memory_i::layer_reuse_cb &reuse,
+                                              const llama_memory_i::layer_share_cb &share) {
+    if (type_k != GGML_TYPE_XQUANT) {
+        return std::make_unique<llama_kv_cache>(model, hparams, type_k, type_v, v_trans, offload, unified, kv_size,
+                                                n_seq_max, n_pad, n_swa, swa_type, mem_other, filter, reuse, share);
+    }
+    if (hparams.is_mla()) {
+        refuse(std::string("architecture ") + model.arch_name() +
+               " cannot use it: its attention is MLA, which stores latent vectors instead of keys and values; use the "
+               "cache type f16 or q8_0 instead");
+    }
+    if (hparams.n_rel_attn_bkts > 0) {
+        refuse(std::string("architecture ") + model.arch_name() +
+               " cannot use it: its attention has a position bias; use the cache type f16 instead");
+    }
+    if (mem_other || share) {
+        refuse(std::string("architecture ") + model.arch_name() +
+               " cannot use it: its cache shares the cells of another context; use the cache type f16 instead");
+    }
+    return std::make_unique<kv_cache>(model, hparams, offload, unified, kv_size, n_seq_max, n_pad, filter, reuse,
+                                      n_ubatch);
+}
+
+} // namespace xquant

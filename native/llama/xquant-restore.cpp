@@ -1,0 +1,245 @@
+/* xquant-restore.cpp: puts saved pages back, one by one, wherever they fit.
+ *
+ * A page that finds an empty one takes it: sealed, its block is copied; open, or where this cache never seals, its rows
+ * go into a slot.  Without an empty page its rows go into whatever cells are free.  Room for rows is made as for a
+ * micro-batch: older pages are sealed first (settle()), so that nothing that lies in a slot is lost.
+ */
+#include "xquant-state.h"
+
+#include "xquant-cells.h"
+#include "xquant-offsets.h"
+
+#include "ggml-cpp.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace xquant {
+
+/* Memory that kernels may read: on cache lines, never null. */
+static std::unique_ptr<uint8_t, free_deleter> aligned(size_t size) {
+    std::unique_ptr<uint8_t, free_deleter> out((uint8_t *)aligned_alloc(64, (size + 127) / 64 * 64));
+    return out ? std::move(out) : throw std::bad_alloc();
+}
+
+void kv_cache::page_data::decode(const std::vector<std::unique_ptr<layer>> &layers) {
+    if (!decoded[0].empty()) {
+        return;
+    }
+    std::map<const layer *, xq_store> stores;
+    size_t at = 0, most_rows = 0;
+    for (const auto &l : layers) {
+        most_rows = std::max(most_rows, (size_t)xq_store_row_bytes(&l->shape) / (size_t)l->shape.n_slots);
+    }
+    const auto no_rows = aligned(most_rows);
+    const int32_t sealed = XQ_SLOT_SEALED;
+    for (const auto &l : layers) {
+        xq_shape shape = l->shape;
+        shape.n_pages = shape.n_slots = shape.n_streams = 1;
+        xq_store &store = stores[l.get()];
+        int status = xq_store_init(&store, &l->plan, &shape, bytes.get() + at, 0, (uint16_t *)no_rows.get(), 0);
+        at += (size_t)(l->block_bytes * shape.n_head_kv);
+        if (status == XQ_OK && l->k_owner != l.get()) {
+            status = xq_store_borrow(&store, 1, &stores.at(l->k_owner));
+        }
+        if (status == XQ_OK && l->v_owner != l.get()) {
+            status = xq_store_borrow(&store, 0, &stores.at(l->v_owner));
+        }
+        if (status == XQ_OK && l->map) {
+            status = xq_store_map(&store, &stores.at(l->v_source), l->map->heads.data(), l->map->weight.data());
+        }
+        for (const bool is_k : {true, false}) {
+            std::vector<uint16_t> rows((size_t)XQ_PAGE * shape.n_head_kv * (is_k ? shape.d : shape.e));
+            xq_unpack_args args = {};
+            args.table = &sealed;
+            args.n_streams = args.n_kv_pages = 1;
+            args.is_k = is_k;
+            args.n_heads = shape.n_head_kv;
+            args.rows = rows.data();
+            const xq_exec exec = {0, 1, nullptr};
+            status = status == XQ_OK ? xq_cpu()->unpack(&store, &args, &exec) : status;
+            decoded[is_k ? 0 : 1].push_back(std::move(rows));
+        }
+        if (status != XQ_OK) {
+            refuse_state(std::string("a page cannot be decoded: ") + xq_cpu()->error());
+        }
+    }
+}
+
+/* ---- data to its place ---- */
+
+void kv_cache::put_block(uint32_t stream, const saved_page &page, int32_t at, page_data &data) {
+    const uint8_t *from = data.bytes.get();
+    for (const auto &l : layers_) {
+        for (int32_t head = 0; head < l->shape.n_head_kv; ++head, from += l->block_bytes) {
+            ggml_backend_tensor_set(l->nodes.blocks, from, block_offset(*l, (int32_t)stream, head, at),
+                                    (size_t)l->block_bytes);
+        }
+    }
+    table_->place((int32_t)stream, at, true, page.age);
+}
+
+/* Rows of the saved cells first, first + 1, ... to cells of the cache, whose pages are open. */
+void kv_cache::put_rows(uint32_t stream, const saved_page &page, const std::vector<uint32_t> &cells, size_t first,
+                        page_data &data) {
+    std::vector<int32_t> tokens; // of the saved page, by saved cell
+    for (int32_t t = 0; t < XQ_PAGE; ++t) {
+        if (has_token(page.valid, t)) {
+            tokens.push_back(t);
+        }
+    }
+    const auto *from = (const uint16_t *)data.bytes.get();
+    for (size_t number = 0; number < layers_.size(); ++number) {
+        const layer &l = *layers_[number];
+        for (int32_t head = 0; head < l.shape.n_head_kv; ++head) {
+            for (const bool is_k : {true, false}) {
+                const size_t width = (size_t)(is_k ? l.shape.d : l.shape.e), size = width * sizeof(uint16_t);
+                std::vector<uint16_t> rows(cells.size() * width);
+                for (size_t i = 0; i < cells.size(); ++i) {
+                    const uint16_t *row = page.open
+                                              ? from + (first + i) * width
+                                              : data.decoded[is_k ? 0 : 1][number].data() +
+                                                    ((size_t)tokens[first + i] * l.shape.n_head_kv + head) * width;
+                    memcpy(rows.data() + i * width, row, size);
+                }
+                for (size_t i = 0, end; i < cells.size(); i = end) { // runs of neighbouring cells of a page
+                    const uint32_t p = cells[i] / XQ_PAGE;
+                    for (end = i + 1;
+                         end < cells.size() && cells[end] == cells[end - 1] + 1 && cells[end] / XQ_PAGE == p;) {
+                        end++;
+                    }
+                    const int32_t slot = table_->state((int32_t)stream, (int32_t)p);
+                    ggml_backend_tensor_set(
+                        l.nodes.rows, rows.data() + i * width,
+                        row_offset(l, is_k, (int32_t)stream, head, slot) + cells[i] % XQ_PAGE * size, (end - i) * size);
+                }
+                from += page.open ? tokens.size() * width : 0;
+            }
+        }
+    }
+}
+
+void kv_cache::put_cell(uint32_t stream, uint32_t index, const saved_cell &cell) {
+    auto &cells = v_cells[stream];
+    cells.pos_set(index, cell.pos - cell.shift);
+    cells.ext_set(index, cell.ext);
+    for (const llama_seq_id id : cell.sequences) {
+        cells.seq_add(index, id);
+    }
+    if (cell.shift != 0) {
+        cells.pos_add(index, cell.shift);
+    }
+    v_heads[stream] = index + 1;
+}
+
+/* ---- pages ---- */
+
+/* An empty page whose cells reach as far as the saved one's, that of the same number if it can be; -1: there is none.
+ */
+int32_t kv_cache::free_page_for(uint32_t stream, const saved_page &page) const {
+    const cells_view view(*this);
+    int32_t last = XQ_PAGE - 1;
+    while (!has_token(page.valid, last)) {
+        last--;
+    }
+    const auto fits = [&](int32_t p) {
+        return !view.is_any_used((int32_t)stream, p) && (uint32_t)(p * XQ_PAGE + last) < v_cells[stream].size();
+    };
+    const int32_t n_pages = table_->shape().n_pages();
+    if (page.number < (uint32_t)n_pages && fits((int32_t)page.number)) {
+        return (int32_t)page.number;
+    }
+    for (int32_t p = 0; p < n_pages; ++p) {
+        if (fits(p)) {
+            return p;
+        }
+    }
+    return -1;
+}
+
+void kv_cache::restore_page(uint32_t stream, const saved_page &page, page_data &data) {
+    const int32_t at = free_page_for(stream, page);
+    std::vector<uint32_t> same; // cells at the same places in page `at`
+    for (int32_t t = 0; t < XQ_PAGE && at >= 0; ++t) {
+        if (has_token(page.valid, t)) {
+            same.push_back((uint32_t)(at * XQ_PAGE + t));
+        }
+    }
+    if (at >= 0 && !page.open && table_->seals()) {
+        put_block(stream, page, at, data);
+        for (size_t i = 0; i < same.size(); ++i) {
+            put_cell(stream, same[i], page.cells[i]);
+        }
+        return;
+    }
+    if (!page.open) {
+        data.decode(layers_);
+    }
+    for (size_t done = 0; done < page.cells.size();) {
+        xq::page_write write = {(int32_t)stream, same};
+        for (size_t n = page.cells.size() - done; write.cells.empty() && n > 0; n /= 2) {
+            std::vector<int32_t> sequences;
+            for (size_t i = done; i < done + n; ++i) {
+                sequences.push_back(page.cells[i].sequences[0]);
+            }
+            write.cells = table_->find_cells(cells_view(*this), (int32_t)stream, sequences, 0);
+        }
+        const xq::page_plan plan = table_->plan(cells_view(*this), {write}, false);
+        if (write.cells.empty() || !plan.fits || !settle(plan)) {
+            refuse_state("no room could be made for page " + std::to_string(page.number));
+        }
+        put_rows(stream, page, write.cells, done, data);
+        for (size_t i = 0; i < write.cells.size(); ++i) {
+            put_cell(stream, write.cells[i], page.cells[done + i]);
+        }
+        if (at >= 0) {
+            table_->place((int32_t)stream, at, false, page.age);
+        } else {
+            table_->wrote(write);
+        }
+        done += write.cells.size();
+    }
+}
+
+void kv_cache::state_read(llama_io_read_i &from, llama_seq_id seq_id, llama_state_seq_flags) {
+    if (seq_id >= 0 && !has_sequence(seq_id, __func__)) {
+        refuse_state("there is no such sequence");
+    }
+    checked_reader io(from);
+    saved_state saved = parse(io, seq_id);
+    check_room(saved, seq_id);
+    for (const auto &[stream, page] : saved.pages) {
+        const auto size = (size_t)page_bytes(page.open != 0, (int32_t)page.cells.size());
+        saved.data.push_back({aligned(size), {}});
+        io.read(saved.data.back().bytes.get(), size);
+    }
+    uint64_t checksum;
+    from.read(&checksum, sizeof(checksum));
+#ifndef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION // a fuzzer would never guess it
+    if (checksum != io.checksum()) {
+        refuse_state("its checksum does not fit: it is damaged");
+    }
+#endif
+    const auto remove = [&] {
+        if (seq_id < 0) {
+            clear(false);
+        } else {
+            seq_rm(seq_id, -1, -1);
+        }
+    };
+    remove();
+    try {
+        for (size_t i = 0; i < saved.pages.size(); ++i) {
+            restore_page(saved.pages[i].first, saved.pages[i].second, saved.data[i]);
+            saved.data[i] = {};
+        }
+        for (uint32_t s = 0; seq_id < 0 && s < n_stream && s < saved.heads.size(); ++s) {
+            v_heads[s] = std::min(saved.heads[s], v_cells[s].size());
+        }
+    } catch (...) { // a page could not be decoded, or moving others failed
+        remove();
+        throw;
+    }
+}
+
+} // namespace xquant

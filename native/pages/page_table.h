@@ -1,0 +1,131 @@
+/* page_table.h: which pages of a cache are open, sealed or free, and what must move before cells are written.
+ *
+ * XQ_PAGE consecutive cells of a stream are a page, in all layers together.  A page is free (it has no cells), open
+ * (its rows lie in one of the stream's slots) or sealed (it lies in codes).  The table knows no data and nobody who
+ * keeps it:
+ *
+ *     find_cells()   cells for new tokens                                               changes nothing
+ *     plan()         what must be sealed and opened before cells are written            changes nothing
+ *     commit_*()     the data has moved: this is how it lies now
+ *
+ * A page is open until its codes exist, and its slot is given away only then.  Whoever moves data may stop half-way and
+ * loses nothing: the table still says where the data lies, and the next plan says the same again.
+ *
+ * Rule of sealing: a page is sealed when at least `window` tokens were written after its newest one, unless it is among
+ * the pinned first pages of a sequence.  If more slots are needed than are free, the pages that were written longest
+ * ago are sealed early, the first of a sequence last: precision gives way, never correctness.
+ *
+ * Rule of writing: a sequence writes into open pages that are its own, then into free pages, then into any open page,
+ * and only then into sealed ones.  Pages of one sequence each keep what one user wrote out of another's scales and
+ * states; and a beginning that many prompts share may end inside a sealed page, which would be encoded anew each time.
+ */
+#pragma once
+
+#include "store.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace xq {
+
+/* Shape and policy of a cache. */
+struct page_shape {
+    int32_t n_streams, n_cells; /* n_cells: of a stream */
+    int32_t n_slots;            /* open pages of a stream, at most */
+    int32_t reserved;           /* slots that find_cells() leaves to the window */
+    int64_t window;             /* newest tokens that stay open; negative: nothing is ever sealed */
+    int32_t pinned;             /* first pages of a sequence that stay open */
+
+    int32_t n_pages() const { return (int32_t)(((int64_t)n_cells + XQ_PAGE - 1) / XQ_PAGE); }
+};
+
+/* What the cells of a page hold. */
+struct page_content {
+    uint32_t valid[XQ_PAGE / 32] = {}; /* bit t: token t has a cell */
+    int32_t lowest = INT32_MAX;        /* position; INT32_MAX: there are no cells */
+};
+
+/* The cells, as their keeper shows them. */
+class cell_view {
+  public:
+    virtual ~cell_view() = default;
+    virtual bool is_used(int32_t stream, int32_t cell) const = 0;
+    virtual bool is_any_used(int32_t stream, int32_t page) const = 0;
+    virtual page_content content(int32_t stream, int32_t page) const = 0;
+    /* Whether all cells of a page that are used belong to a sequence. */
+    virtual bool is_own(int32_t stream, int32_t page, int32_t sequence) const = 0;
+};
+
+/* Cells that are about to be written, in the order of their tokens. */
+struct page_write {
+    int32_t stream;
+    std::vector<uint32_t> cells;
+};
+
+/* What must happen, in this order; moves as the update verb reads them. */
+struct page_plan {
+    bool fits = true;                /* false: more pages are written than there are slots; nothing else is said */
+    std::vector<page_move> released; /* pages without cells are free again */
+    std::vector<page_move> seals;    /* data: rows in `slot` to codes */
+    std::vector<page_move> unseals;  /* data: codes to rows in `slot` */
+    std::vector<page_move> opens;    /* no data: an empty page gets `slot` */
+};
+
+class XQ_API page_table {
+  public:
+    explicit page_table(const page_shape &shape) : shape_(shape) { clear(); }
+
+    void clear();
+
+    const page_shape &shape() const { return shape_; }
+    bool seals() const { return shape_.window >= 0 && shape_.n_slots < shape_.n_pages(); }
+    /* A slot, or an xq_slot. */
+    int32_t state(int32_t stream, int32_t page) const { return at(stream, page).state; }
+    /* Tokens written since the page's newest one. */
+    uint64_t age(int32_t stream, int32_t page) const { return streams_[stream].clock - at(stream, page).written; }
+
+    /* Cells for one token of each of the sequences, all in one stream, looked for from cell `head` on; empty: they do
+     * not fit. */
+    std::vector<uint32_t> find_cells(const cell_view &cells, int32_t stream, const std::vector<int32_t> &sequences,
+                                     uint32_t head) const;
+    /* What must happen before cells are written, which the view may show as used already.  ages: pages that left the
+     * window are sealed as well, and not only those that must make room. */
+    page_plan plan(const cell_view &cells, const std::vector<page_write> &writes, bool ages = true) const;
+
+    /* The parts of a plan, each once its data has moved; seals first, for their slots. */
+    void commit_seals(const page_plan &plan);
+    void commit_opens(const page_plan &plan);
+    /* The cells are written: their stream's clock moves on. */
+    void wrote(const page_write &write);
+
+    /* Bytes that the table itself takes. */
+    size_t bytes() const {
+        return streams_.size() * (shape_.n_pages() * sizeof(page) + shape_.n_slots * sizeof(int32_t));
+    }
+
+    /* A restored page whose data comes from elsewhere: sealed, or in a slot that plan() gave it; age: as it was. */
+    void place(int32_t stream, int32_t page, bool sealed, uint64_t age);
+    /* Stream `to` becomes what stream `from` is; its data was copied. */
+    void copy_stream(int32_t from, int32_t to) { streams_[to] = streams_[from]; }
+
+  private:
+    struct page {
+        int32_t state = XQ_SLOT_NONE;
+        uint64_t written = 0; /* clock of its newest token */
+    };
+    struct stream {
+        std::vector<page> pages;
+        std::vector<int32_t> free_slots;
+        uint64_t clock = 0; /* tokens written so far */
+    };
+    class search;
+
+    const page &at(int32_t stream, int32_t page) const { return streams_[stream].pages[page]; }
+    bool is_pinned(int32_t lowest) const { return lowest < (int64_t)shape_.pinned * XQ_PAGE; }
+    bool plan_stream(const cell_view &cells, const page_write &write, bool ages, page_plan &out) const;
+
+    page_shape shape_;
+    std::vector<stream> streams_;
+};
+
+} // namespace xq

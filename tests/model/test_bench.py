@@ -1,0 +1,88 @@
+"""bench: rows for every type and depth; random models of given shapes; bad arguments are named."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from support.clock import Clock, seconds
+from xquant_gguf import Llama, synthetic
+from xquant_gguf.bench import UNTIMED, bench
+from xquant_gguf.cli import main
+
+TINY = synthetic.Shape(n_layer=3, n_embd=128, n_ff=64, n_head=4, n_head_kv=2, head_dim=64, n_vocab=300)
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setitem(synthetic.SHAPES, "tiny", TINY)
+    return synthetic.write(tmp_path / "tiny.gguf", "tiny", 2)
+
+
+def test_random_models_have_the_shape(model: Path) -> None:
+    llm = Llama(str(model), kv_type="f16", n_ctx=256, verbose=False)
+    found = {
+        key: llm.metadata[f"llama.{key}"] for key in ("block_count", "embedding_length", "attention.head_count_kv")
+    }
+    assert found == {"block_count": "2", "embedding_length": "128", "attention.head_count_kv": "2"}
+    assert llm.n_vocab() == 300
+    llm.close()
+
+
+def test_rows(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch)
+    out = tmp_path / "out.json"
+    options = ["--depths", "1200,0", "--kv-types", "f16,xquant", "--rounds", "1", "--n-prompt", "8", "--n-decode", "2"]
+    assert main(["bench", str(model), *options, "--threads", "1", "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())["results"]
+    assert [(r["depth"], r["kv_type"]) for r in rows] == [(0, "f16"), (0, "xquant"), (1200, "f16"), (1200, "xquant")]
+    prompt, step = 8 / seconds(8), 1 / seconds(1)
+    assert [(r["prompt_tps"], r["decode_tps"]) for r in rows] == [pytest.approx((prompt, step))] * 4
+    assert rows[1]["kv_bytes"] < rows[0]["kv_bytes"]
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+def test_the_cache_is_as_before(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speed at a depth is that depth's: what is timed is cut off again."""
+    clock, steps = Clock(monkeypatch), list[str]()
+    rows = bench(str(model), ["xquant"], [300, 40], rounds=2, n_prompt=8, n_decode=2, done=steps.append, n_threads=1)
+    assert [r.depth for r in rows] == [40, 300]
+    assert steps == ["fill", "warm up", "measure", "measure"] * 2
+
+    def timed(depth: int) -> list[tuple[int, int]]:
+        return [(depth, 8), *((depth + 8 + i, 1) for i in range(UNTIMED + 2))] * 3
+
+    assert clock.batches == [(0, 40), *timed(40), (40, 260), *timed(300)]
+
+
+def test_sequences_count_together(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three sequences: a prompt is a batch of its own for each, a step is one batch for all."""
+    Clock(monkeypatch)
+    (row,) = bench(str(model), ["f16"], [16], rounds=1, n_prompt=8, n_decode=2, parallel=3, n_threads=1)
+    assert (row.prompt_tps, row.decode_tps) == pytest.approx((8 / seconds(8), 3 / seconds(3)))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["bench"], "name a model, or --shape"),
+        (["bench", "x.gguf", "--shape", "llama-8b"], "but not both"),
+        (["bench", "x.gguf", "--layers", "2"], "--layers is 2"),
+        (["bench", "x.gguf", "--depths", "-4"], "'-4', must be an integer of at least 0"),
+        (["bench", "nowhere.gguf"], r"nowhere\.gguf"),
+    ],
+)
+def test_bad_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+
+    assert main(argv) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_bad_shapes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="shape is 'llama-9b', must be one of llama-8b"):
+        synthetic.write(tmp_path / "m.gguf", "llama-9b")
+    with pytest.raises(ValueError, match="layers is -1"):
+        synthetic.write(tmp_path / "m.gguf", "llama-8b", -1)

@@ -1,0 +1,133 @@
+"""The command xquant-gguf on SmolLM2."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from support.clock import Clock, seconds
+from xquant_gguf import Llama
+from xquant_gguf.cli import main
+from xquant_gguf.evaluate import evaluate
+
+
+def test_generate(
+    smollm2: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], prose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Llama generates, and the speeds at which it was read and generated."""
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(prose[:1500])
+    llm = Llama(smollm2, kv_type="xquant", n_ctx=1024, verbose=False)
+    tokens = llm.tokenize(prompt.read_bytes(), special=True)
+    assert len(tokens) < llm.n_batch
+    drawn = llm.generate(tokens, temp=0.0, repeat_penalty=1.1)
+    text = llm.detokenize([token for token, _ in zip(drawn, range(5), strict=False)]).decode()
+    llm.close()
+    Clock(monkeypatch)
+    assert main(["generate", smollm2, "--prompt-file", str(prompt), "--max-tokens", "5", "--n-ctx", "1024"]) == 0
+    out = capfd.readouterr().out
+    speeds = len(tokens) / seconds(len(tokens)), 1 / seconds(1)
+    told = f"prompt {len(tokens)} tokens, {speeds[0]:.1f} tokens/s; decode 5 tokens, {speeds[1]:.1f} tokens/s"
+    assert out.startswith(f"{text}\n\n{told}\n")
+    for name in ("f16", "q8_0", "q4_0", "xquant"):
+        assert f"\n{name} " in out
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+def test_generate_tells_sizes_for_every_type(smollm2: str, kv_type: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", smollm2, "--kv-type", kv_type, "--max-tokens", "2", "--n-ctx", "512"]) == 0
+    out = capfd.readouterr().out
+    assert all(f"\n{name} " in out for name in ("f16", "q8_0", "q4_0", "xquant"))
+
+
+def test_generate_follows_a_plan(smollm2: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text('{"preset": "xquant-tiny", "window": 256}')
+    assert main(["generate", smollm2, "--kv-plan", str(plan), "--max-tokens", "2", "--n-ctx", "512"]) == 0
+    assert "\nxquant-tiny " in capfd.readouterr().out
+
+
+def test_generate_cuts_a_prompt_that_is_too_long(
+    smollm2: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], prose: str
+) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(prose)
+    assert main(["generate", smollm2, "--prompt-file", str(prompt), "--max-tokens", "3", "--n-ctx", "512"]) == 0
+    assert "prompt cut to 509 tokens" in capfd.readouterr().err
+
+
+def test_inspect(smollm2: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", smollm2, "--n-ctx", "32768", "--kv-type", "xquant-paper", "--json"]) == 0
+    out = json.loads(capfd.readouterr().out)
+    # 30 layers: K 2 bits in 28 of them, V 2 bits in 2, the odd layers from 15 on borrow V codes
+    assert out["k_bits"] == [2] * 28 + [1] * 2
+    assert out["v_bits"] == [2] * 2 + [1] * 28
+    assert out["equivalent_bits"] == pytest.approx((28 * 2 + 2 + 2 * 2 + 28 - 8) / 60)
+    assert out["true_bits"] == pytest.approx(out["equivalent_bits"] + 1)
+    assert out["kv_bytes"]["f16"] == 2 * 32768 * 30 * 3 * 128
+    # 256 pages of 30 layers and 3 heads: K codes 4096, V 2048, scales 256 each; 7 slots of F16 at 512 tokens a batch
+    assert main(["inspect", smollm2, "--n-ctx", "32768", "--json"]) == 0
+    xquant = json.loads(capfd.readouterr().out)["kv_bytes"]["xquant"]
+    # and the page tables, and 330 bytes a layer: counters that nodes keep
+    assert 0 <= xquant - 90 * (256 * 6656 + 7 * 128 * 256) < 8192 + 30 * 330
+    assert main(["inspect", smollm2, "--n-ctx", "32768"]) == 0
+    assert "3.250 true bits, 3.000 equivalent bits" in capfd.readouterr().out
+
+
+def test_evaluate(smollm2: str, tmp_path: Path, prose: str, capfd: pytest.CaptureFixture[str]) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out.json"
+    text.write_text(prose)
+    arguments = ["--tokens", "1024", "--n-ctx", "1024", "--n-ubatch", "128", "--skip", "512", "--json", str(out)]
+    assert (
+        main(["evaluate", smollm2, "--text", str(text), "--kv-types", "f16,q4_0,xquant,xquant-tiny", *arguments]) == 0
+    )
+    assert "xquant-tiny" in capfd.readouterr().out
+    results = {r["kv_type"]: r for r in json.loads(out.read_text())["results"]}
+    names = {"kv_type", "ppl", "kld", "kld_p99", "top1", "true_bits", "equivalent_bits", "kv_bytes"}
+    assert all(set(r) >= names for r in results.values())
+    assert (results["f16"]["kld"], results["f16"]["top1"]) == (pytest.approx(0, abs=1e-9), 1)
+    # as measured with AVX2 kernels; other kernels round otherwise
+    for name, kld, top1, ppl in (
+        ("q4_0", 0.037, 0.89, 37.1), ("xquant", 0.0067, 0.94, 36.2), ("xquant-tiny", 0.030, 0.91, 36.6),
+    ):  # fmt: skip
+        told = results[name]
+        assert told["kld"] == pytest.approx(kld, rel=0.5)
+        assert told["top1"] == pytest.approx(top1, abs=0.03)
+        assert told["ppl"] == pytest.approx(ppl, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "no-such-model.gguf"], "no-such-model.gguf"),
+        (["inspect", "MODEL", "--kv-type", "nope"], "kv_type is 'nope', must be one of"),
+        (["inspect", "MODEL", "--kv-type", "q8_0"], "kv_type is 'q8_0', must be one of xquant"),
+        (["inspect", "no-such-model.gguf"], "no-such-model.gguf"),
+        (["generate", "MODEL", "--prompt", ""], "the prompt is empty"),
+        (["generate", "MODEL", "--n-ctx", "512", "--max-tokens", "512"], "--max-tokens is 512, must be less than"),
+        (["evaluate", "MODEL", "--text", "no-such-text"], "no-such-text"),
+    ],
+)
+def test_errors_are_one_line(
+    smollm2: str, arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([smollm2 if a == "MODEL" else a for a in arguments]) == 1
+    err = capfd.readouterr().err.strip().splitlines()
+    assert err[-1].startswith("xquant-gguf: ")
+    assert message in err[-1]
+
+
+@pytest.mark.parametrize("option", ["--n-ctx=-1", "--max-tokens=0", "--threads=0", "--n-ctx=x", "--n-ctx=99999999999"])
+def test_numbers_out_of_range_are_named(option: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "model.gguf", option])
+    name, value = option.split("=")
+    assert re.search(f"argument {name}: is '{value}', must be an integer of at least [01]", capfd.readouterr().err)
+
+
+def test_a_text_that_is_too_short(smollm2: str) -> None:
+    with pytest.raises(ValueError, match="4096 were asked for"):
+        evaluate(smollm2, "short", ["xquant"], n_tokens=4096, progress=False)

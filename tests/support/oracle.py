@@ -1,0 +1,191 @@
+"""A numpy transformer with an XQuant KV cache, written from the rules alone: what the fork of llama.cpp must compute.
+
+Everything is float64 except what the cache rounds and the angles of RoPE (float32, one multiplication per pair of
+channels, as llama.cpp computes them: at position 700 another order moves a key by more than an F16 rounding step).
+
+The rule of the cache, for one sequence whose tokens lie in cells 0, 1, 2, ... and P = 128 cells a page:
+
+    before a micro-batch is written, with T tokens stored, page p >= pinned is sealed if P (p + 1) <= T - window
+    then the keys (after RoPE) and values of the micro-batch are written as F16 rows
+    then its queries attend: F16 rows of open pages, dequantized values of sealed pages, causal within the micro-batch
+
+Pages are sealed from their F16 rows by the reference codec, which is the specification of the codes (arXiv 2510.11236,
+section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from support.tiny_gguf import Shape, Weights
+from xquant_gguf import reference
+from xquant_gguf.plan import Layer
+
+PAGE = 128
+
+Array = NDArray[np.float64]
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """x [n][width] over its root mean square, times weight [width]."""
+    scaled: Array = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    return scaled
+
+
+def rope(x: Array, positions: NDArray[np.int64], freq_base: float, halves: bool) -> Array:
+    """Rotates pairs of channels of x [n][head][d] by position times freq_base^(-2 i / d) (arXiv 2104.09864)."""
+    d = x.shape[-1]
+    step = np.float32(np.float32(freq_base) ** np.float32(-2.0 / d))
+    theta = np.empty((len(positions), d // 2), dtype=np.float32)
+    theta[:, 0] = positions
+    for i in range(1, d // 2):
+        theta[:, i] = theta[:, i - 1] * step
+    cos, sin = (f(theta).astype(np.float64)[:, None, :] for f in (np.cos, np.sin))
+    first, second = (x[..., : d // 2], x[..., d // 2 :]) if halves else (x[..., 0::2], x[..., 1::2])
+    turned = first * cos - second * sin, first * sin + second * cos
+    return np.concatenate(turned, axis=-1) if halves else np.stack(turned, axis=-1).reshape(x.shape)
+
+
+class Side:
+    """Keys or values of one layer: F16 rows, codes of sealed pages, and what attention reads."""
+
+    def __init__(self, n_ctx: int, n_head_kv: int, width: int) -> None:
+        self.width = width
+        self.rows = np.zeros((n_head_kv, n_ctx, width), dtype=np.float16)
+        self.read = np.zeros((n_head_kv, n_ctx, width))
+        self.codes: dict[tuple[int, int], bytes] = {}  # (KV head, page) -> codes of a sealed page
+        self.parameters: dict[tuple[int, int], bytes] = {}
+
+    def write(self, first: int, x: Array) -> None:
+        """Stores x [n][head][width] as the rows of cells first, first + 1, ..."""
+        rows = x.astype(np.float32).astype(np.float16).transpose(1, 0, 2)
+        end = first + len(x)
+        self.rows[:, first:end] = rows
+        self.read[:, first:end] = rows
+
+    def page(self, head: int, page: int) -> NDArray[np.float16]:
+        """The F16 rows [PAGE][width] of a page."""
+        return self.rows[head, page * PAGE : (page + 1) * PAGE]
+
+    def replace(self, head: int, page: int, values: NDArray[np.float32]) -> None:
+        """From now on attention reads these values [PAGE][width] in a page."""
+        self.read[head, page * PAGE : (page + 1) * PAGE] = values
+
+
+class Oracle:
+    """One sequence of a tiny model; decode() takes tokens in order and returns the logits of each.
+
+    layers: what each layer stores, None: always F16 rows; window: newest tokens that stay F16, negative: never seal;
+    pinned: first pages that stay F16; n_ubatch: most tokens of a micro-batch.
+    """
+
+    def __init__(
+        self, shape: Shape, weights: Weights, layers: Sequence[Layer | None], window: int, pinned: int, n_ubatch: int
+    ) -> None:
+        if len(layers) != shape.n_layer:
+            raise ValueError(f"layers must have {shape.n_layer} entries, not {len(layers)}")
+        self.shape = shape
+        self.weights = {name: weight.astype(np.float64) for name, weight in weights.items()}
+        self.layers = layers
+        self.window = window
+        self.pinned = pinned
+        self.n_ubatch = n_ubatch
+        self.maps: dict[int, tuple[Sequence[int], NDArray[np.float32]]] = {}
+        self.n_stored = 0
+        self.sealed: set[int] = set()
+        self.keys = [Side(shape.n_ctx, shape.n_head_kv, shape.key_length) for _ in layers]
+        self.values = [Side(shape.n_ctx, shape.n_head_kv, shape.value_length) for _ in layers]
+
+    def decode(self, tokens: Sequence[int]) -> Array:
+        """Logits [n][vocabulary] of tokens, micro-batch by micro-batch."""
+        return np.concatenate(
+            [self.micro_batch(tokens[i : i + self.n_ubatch]) for i in range(0, len(tokens), self.n_ubatch)]
+        )
+
+    def pages_to_seal(self) -> Iterator[int]:
+        """The open pages whose newest token left the window."""
+        if self.window >= 0:
+            for page in range(self.pinned, (self.n_stored - self.window) // PAGE):
+                if page not in self.sealed:
+                    yield page
+
+    def seal(self, il: int, page: int) -> None:
+        """Replaces the F16 rows of a page in layer il by codes, keys and values."""
+        layer = self.layers[il]
+        if layer is None:
+            return
+        valid = np.ones(PAGE, dtype=bool)
+        for side, stores, seal, dequantize in (
+            (layer.k, self.keys, reference.seal_k, reference.dequantize_k),
+            (layer.v, self.values, reference.seal_v, reference.dequantize_v),
+        ):
+            store = stores[il]
+            for head in range(self.shape.n_head_kv):
+                mapped = self.predict(il, head, page) if side.source >= 0 else []
+                borrowed = stores[side.owner].codes[head, page] if side.owner >= 0 else None
+                codes, parameters, _ = seal(side, store.page(head, page), valid, borrowed, *mapped)
+                store.codes[head, page] = codes if borrowed is None else borrowed
+                store.parameters[head, page] = parameters
+                values = dequantize(side, store.width, store.codes[head, page], parameters, *mapped)
+                store.replace(head, page, values)
+
+    def predict(self, il: int, head: int, page: int) -> list[NDArray[np.float32]]:
+        """What the map of a layer says of a page's values."""
+        layer, (heads, weight) = self.layers[il], self.maps[il]
+        assert layer is not None
+        source = self.layers[layer.v.source]
+        assert source is not None
+        store, at = self.values[layer.v.source], (heads[head], page)
+        return [reference.predict_v(source.v, store.width, store.codes[at], store.parameters[at], weight[head])]
+
+    def attention(self, il: int, q: Array) -> Array:
+        """softmax(q k / sqrt(d)) v for q [n][head][d] of the newest n cells; the result is [n][head * e]."""
+        n, n_head, d = q.shape
+        end = self.n_stored + n
+        keys, values = self.keys[il].read[:, :end], self.values[il].read[:, :end]
+        hidden = np.arange(end)[None, :] > np.arange(self.n_stored, end)[:, None]  # [n][cell]
+        sinks = self.weights.get(f"blk.{il}.attn_sinks.weight")
+        out = np.empty((n, n_head, values.shape[-1]))
+        for head in range(n_head):
+            head_kv = head // (n_head // self.shape.n_head_kv)
+            scores = q[:, head] @ keys[head_kv].T / np.sqrt(d)
+            scores[hidden] = -np.inf
+            sink = -np.inf if sinks is None else float(sinks[head])
+            top = np.maximum(scores.max(axis=1, keepdims=True), sink)
+            p = np.exp(scores - top)
+            out[:, head] = p @ values[head_kv] / (p.sum(axis=1, keepdims=True) + np.exp(sink - top))
+        return out.reshape(n, -1)
+
+    def project(self, il: int, name: str, x: Array, n_head: int) -> Array:
+        """Query, key or value heads [n][head][width] of x [n][n_embd]."""
+        y = x @ self.weights[f"blk.{il}.attn_{name}.weight"].T
+        bias = self.weights.get(f"blk.{il}.attn_{name}.bias")
+        return (y if bias is None else y + bias).reshape(len(x), n_head, -1)
+
+    def micro_batch(self, tokens: Sequence[int]) -> Array:
+        """Logits [n][vocabulary] of at most n_ubatch tokens."""
+        shape, weights = self.shape, self.weights
+        positions = np.arange(self.n_stored, self.n_stored + len(tokens))
+        pages = list(self.pages_to_seal())
+        x = weights["token_embd.weight"][list(tokens)]
+        for il in range(shape.n_layer):
+            block = f"blk.{il}."
+            for page in pages:
+                self.seal(il, page)
+            h = rms_norm(x, weights[block + "attn_norm.weight"], shape.rms_eps)
+            q = rope(self.project(il, "q", h, shape.n_head), positions, shape.freq_base, shape.rope_halves)
+            k = rope(self.project(il, "k", h, shape.n_head_kv), positions, shape.freq_base, shape.rope_halves)
+            self.keys[il].write(self.n_stored, k)
+            self.values[il].write(self.n_stored, self.project(il, "v", h, shape.n_head_kv))
+            x = x + self.attention(il, q) @ weights[block + "attn_output.weight"].T
+            h = rms_norm(x, weights[block + "ffn_norm.weight"], shape.rms_eps)
+            gate = h @ weights[block + "ffn_gate.weight"].T
+            up = h @ weights[block + "ffn_up.weight"].T
+            x = x + (gate / (1 + np.exp(-gate)) * up) @ weights[block + "ffn_down.weight"].T
+        self.sealed.update(pages)
+        self.n_stored += len(tokens)
+        x = rms_norm(x, weights["output_norm.weight"], shape.rms_eps)
+        return x @ weights["output.weight"].T

@@ -1,0 +1,140 @@
+"""Plans: presets, names, bits, sizes, dictionaries."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from xquant_gguf import Plan, Side, native
+from xquant_gguf.plan import Shape, block_bytes, fit_names, param_names, preset_names, shortest
+
+LLAMA_8B = [Shape(128, 128, 8)] * 32
+
+MAP = {"heads": [0], "weight": "ADw="}
+
+
+@pytest.mark.parametrize(
+    ("name", "true", "equivalent"),
+    [
+        ("xquant", 3.25 - 1 / 16, 3.0),  # values of 128 channels share 16 bits
+        ("xquant-small", 2.75 - 1 / 16, 2.5),
+        ("xquant-tiny", 1.75 - 1 / 16, 1.5),
+        ("xquant-paper", 2.375, 1.375),
+        ("xquant-paper-128", 1.625, 1.375),
+    ],
+)
+def test_bits_of_the_presets(name: str, true: float, equivalent: float) -> None:
+    plan = Plan.from_preset(name, 32)
+    assert plan.true_bits(LLAMA_8B) == pytest.approx(true)
+    assert plan.equivalent_bits() == equivalent
+
+
+def test_the_papers_schedule() -> None:
+    """32 layers: k_q 30, v_q 2, k_m 32, v_m 16 (arXiv 2510.11236)."""
+    layers = Plan.from_preset("xquant-paper", 32).layers
+    assert [layer.k.bits for layer in layers] == [2] * 30 + [1] * 2
+    assert [layer.v.bits for layer in layers] == [2] * 2 + [1] * 30
+    assert [i for i, layer in enumerate(layers) if layer.v.owner >= 0] == list(range(17, 32, 2))
+    assert all(layer.v.owner == i - 1 for i, layer in enumerate(layers) if layer.v.owner >= 0)
+    assert {layer.v.eta for layer in layers} == {shortest(1 / 6), 0.045}
+
+
+def test_cache_bytes_at_32k() -> None:
+    """Qwen2.5-Coder-0.5B: a quarter of F16, windows counted."""
+    shapes = [Shape(64, 64, 2)] * 24
+    plan = Plan.from_preset("xquant", 24)
+    assert plan.slots(32768) == 7
+    f16 = 2 * 32768 * 24 * 2 * 128
+    assert f16 / plan.cache_bytes(shapes, 32768) > 4.3
+
+
+def test_names_are_those_of_the_enumerations() -> None:
+    """In their order: what the numbers of a file or of C mean."""
+    _, lib = native.load()
+    for prefix, names in (("XQ_FIT", fit_names()), ("XQ_PARAM", param_names())):
+        assert [getattr(lib, f"{prefix}_{name.upper()}") for name in names] == list(range(len(names)))
+    assert len(fit_names()) == 5
+
+
+def test_slots_of_many_sequences_leave_most_pages_to_codes() -> None:
+    """Each wants its window and its pinned pages; those beyond the first get an eighth of all pages at most."""
+    plan = replace(Plan.from_preset("xquant", 2), window=200, pinned=2)
+    assert plan.slots(128 * 1000) == 2 + 2 + 4 + 1
+    assert plan.slots(128 * 1000, 513) == 2 + 2 + 5 + 1
+    assert plan.slots(128 * 1000, n_seq=3) == 6 + 5 + 4 + 1
+    assert plan.slots(128 * 80, n_seq=8) == 2 + 2 + 4 + 1 + 80 // 8
+    assert plan.slots(128 * 5 + 1) == 6  # all there are
+    assert replace(plan, window=-1).slots(128 * 1000) == 1000
+    shapes = [Shape(64, 96, 2), Shape(128, 128, 1)]
+    blocks = sum(block_bytes(layer, s) * s.heads for layer, s in zip(plan.layers, shapes, strict=True))
+    rows = 2 * 128 * (2 * (64 + 96) + 256)
+    assert plan.cache_bytes(shapes, 128 * 1000) == 1000 * blocks + 9 * rows
+    assert plan.cache_bytes(shapes, 128 * 9) == 9 * rows  # every page has a slot: there are no blocks
+    with pytest.raises(ValueError, match="0 pages, micro-batches of 512 tokens, 1 sequences: must be above 0"):
+        plan.slots(0)
+
+
+def test_dictionary_round_trip(tmp_path: Path) -> None:
+    plan = Plan.from_preset("xquant-paper", 6)
+    changed = replace(plan.layers[2], k=Side(3, 64, "minmax", "f16", False, -1, 0.02))
+    plan = replace(plan, layers=(*plan.layers[:2], changed, *plan.layers[3:]), window=64)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan.to_dict()))
+    assert Plan.load(path, 6) == plan
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"preset": "none"}, 'preset "none" is unknown; there are xquant'),
+        ({"layer": {}}, "unknown key 'layer'; there are expected_kld, layers, maps, pinned, preset, window"),
+        ({"window": "big"}, "window is 'big', must be an integer"),
+        ({"window": -2}, "window is -2, must be -1"),
+        ({"pinned": 5000}, "pinned is 5000, must be 0 to 1024"),
+        ({"layers": {"3-1": {}}}, "layers '3-1' must lie within 0 to 3"),
+        ({"layers": {"x": {}}}, "must be a number or a range"),
+        ({"layers": {"1": {"q": {}}}}, "unknown key 'q'"),
+        ({"layers": {"1": {"k": {"bits": 2.5}}}}, "bits is 2.5, must be int"),
+        ({"layers": {"1": {"k": {"bits": 5}}}}, "layer 1, K: bits is 5, must be 0 to 4"),
+        ({"layers": {"1": {"k": {"group": 16}}}}, "group is 16, must be 32, 64 or 128 tokens"),
+        ({"layers": {"1": {"k": {"fit": "best"}}}}, "fit is 'best', must be one of paper"),
+        ({"layers": {"1": {"k": {"rotate": True}}}}, "rotate is 1, must be 0"),
+        ({"layers": {"1": {"v": {"eta": 0.5}}}}, "eta is 0.5, must be in"),
+        ({"layers": {"1": {"v": {"owner": 3}}}}, "borrowed codes need fit paper"),
+        (
+            {"layers": {"0-3": {"v": {"fit": "paper", "param": "f16"}}, "1": {"v": {"owner": 2}}}},
+            "owner is 2, must be an ea",
+        ),
+        ({"layers": {"0-3": {"v": {"fit": "lsq"}}}}, "fit lsq is for borrowed codes"),
+        ({"layers": {"1": {"v": {"source": 1}}}, "maps": {"1": MAP}}, "map is 1, must be an earlier layer"),
+        ({"layers": {"1": {"k": {"source": 0}}}}, "map is 0, must be -1: keys are not mapped"),
+        ({"layers": {"1-2": {"v": {"source": 0}}, "3": {"v": {"source": 2}}}}, "its map reads layer 2, which must be"),
+        ({"layers": {"1": {"v": {"source": 0}}}}, "layer 1 is mapped from layer 0, but maps has no 1"),
+        ({"maps": {"1": {"heads": [0], "weight": "?"}}}, "weight is not base64"),
+        ({"maps": {"1": {"heads": [0], "weight": "AHw="}}}, "weight must be finite F16 numbers"),
+        ({"expected_kld": "low"}, "expected_kld is 'low', must be a number of at least 0"),
+        ({"maps": {"1": {"heads": [0]}}}, "must have heads, a list, and weight, a string"),
+        ([1], "must be an object"),
+    ],
+)
+def test_bad_plans_are_named(source: object, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(source))
+    with pytest.raises(ValueError, match=message):
+        Plan.load(path, 4)
+
+
+def test_widths_that_no_group_fits() -> None:
+    plan = Plan.from_preset("xquant-paper", 2)
+    with pytest.raises(ValueError, match="layer 0, V: group 32 does not divide the head width 80; use 0"):
+        plan.check([Shape(80, 80, 1)] * 2)
+    with pytest.raises(ValueError, match="head width is 72, must be a multiple of 16"):
+        plan.check([Shape(72, 64, 1)] * 2)
+    assert block_bytes(Plan.from_preset("xquant", 1).layers[0], Shape(80, 80, 1)) % 64 == 0
+
+
+def test_preset_names() -> None:
+    assert preset_names() == ("xquant", "xquant-small", "xquant-tiny", "xquant-paper", "xquant-paper-128")
