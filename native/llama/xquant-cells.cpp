@@ -44,10 +44,7 @@ llama_memory_context_ptr kv_cache::init_batch(llama_batch_allocr &balloc, uint32
         nothing.push_back({(int32_t)s, {}});
     }
     table_->commit_seals(table_->plan(cells_view(*this), nothing, false));
-    auto out = llama_kv_cache::init_batch(balloc, n_ubatch, embd_all);
-    // a micro-batch writes no more pages than there are slots: in a fragmented cache fewer tokens fit at a time
-    return llama_memory_status_is_fail(out->get_status()) && n_ubatch > 1 ? init_batch(balloc, n_ubatch / 2, embd_all)
-                                                                          : std::move(out);
+    return in_fewer_tokens(n_ubatch, [&](uint32_t n) { return llama_kv_cache::init_batch(balloc, n, embd_all); });
 }
 
 llama_memory_context_ptr kv_cache::init_update(llama_context *lctx, bool optimize) {

@@ -172,7 +172,18 @@ class kv_cache final : public llama_kv_cache {
     bool warned_ = false;    /* of values that are not finite */
 };
 
-/* The XQuant cache that is a context's memory, or the part of it for layers that do not slide; null: there is none. */
+/* init_batch with fewer and fewer tokens until it succeeds: a micro-batch writes no more pages than there are slots,
+ * and in a fragmented cache fewer tokens fit at a time. */
+template <typename F> llama_memory_context_ptr in_fewer_tokens(uint32_t n_ubatch, const F &init_batch) {
+    llama_memory_context_ptr out = init_batch(n_ubatch);
+    while (llama_memory_status_is_fail(out->get_status()) && n_ubatch > 1) {
+        out = init_batch(n_ubatch /= 2);
+    }
+    return out;
+}
+
+/* The XQuant cache that is a context's memory, or the part of it for layers whose attention sees all tokens; null:
+ * there is none. */
 kv_cache *kv_cache_of(llama_memory_i *memory);
 
 } // namespace xquant

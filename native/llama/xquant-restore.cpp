@@ -129,7 +129,6 @@ void kv_cache::put_cell(uint32_t stream, uint32_t index, const saved_cell &cell)
     if (cell.shift != 0) {
         cells.pos_add(index, cell.shift);
     }
-    v_heads[stream] = index + 1;
 }
 
 /* ---- pages ---- */
