@@ -1,6 +1,7 @@
 /* xquant-api.cpp: what libllama exports beside llama.h; see xquant_llama.h. */
 #include "xquant-kv-cache.h"
 
+#include "llama-arch.h"
 #include "llama-context.h"
 #include "llama-hparams.h"
 #include "llama-model.h"
@@ -44,7 +45,8 @@ int xquant_llama_get_shapes(const llama_context *ctx, int32_t *d, int32_t *e, in
     }
     const auto &hparams = ctx->get_model().hparams;
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
-        const bool has = hparams.has_kv(il);
+        // of hybrids one alone has attention in its recurrent layers
+        const bool has = hparams.has_kv(il) && (!hparams.is_recr(il) || ctx->get_model().arch == LLM_ARCH_FALCON_H1);
         d[il] = has ? (int32_t)hparams.n_embd_head_k(il) : 0;
         e[il] = has ? (int32_t)hparams.n_embd_head_v(il) : 0;
         n_head_kv[il] = has ? (int32_t)hparams.n_head_kv(il) : 0;

@@ -22,7 +22,8 @@ template <typename base> class hybrid final : public base {
     using base::base;
 
     llama_memory_context_ptr init_batch(llama_batch_allocr &balloc, uint32_t n_ubatch, bool embd_all) override {
-        return in_fewer_tokens(n_ubatch, [&](uint32_t n) { return base::init_batch(balloc, n, embd_all); });
+        return in_fewer_tokens(*kv_cache_of(this), balloc, n_ubatch,
+                               [&](uint32_t n) { return base::init_batch(balloc, n, embd_all); });
     }
 
     void state_read(llama_io_read_i &io, llama_seq_id seq_id, llama_state_seq_flags flags) override {

@@ -18,7 +18,7 @@ class kv_cache_iswa final : public llama_kv_cache_iswa {
     using llama_kv_cache_iswa::llama_kv_cache_iswa;
 
     llama_memory_context_ptr init_batch(llama_batch_allocr &balloc, uint32_t n_ubatch, bool embd_all) override {
-        return in_fewer_tokens(n_ubatch,
+        return in_fewer_tokens(*kv_cache_of(this), balloc, n_ubatch,
                                [&](uint32_t n) { return llama_kv_cache_iswa::init_batch(balloc, n, embd_all); });
     }
 
