@@ -23,7 +23,7 @@ def model_layers(model_path: str) -> tuple[list[Shape], list[int], int]:
 
 _PLAIN: dict[str, Any] = {
     "window": 0,
-    "bytes_sliding": 0,
+    "bytes_other": 0,
     "pages_open": 0,
     "pages_sealed": 0,
     "pages_free": 0,
@@ -71,7 +71,7 @@ class CacheInfo:
             **fixed,
             "bytes_allocated": info["bytes_allocated"] + info["bytes_other"],
             "bytes_used": info["bytes_used"] + info["bytes_other"],
-            "bytes_sliding": info["bytes_other"],
+            "bytes_other": info["bytes_other"],
             "pages_open": info["pages_open"],
             "pages_sealed": info["pages_sealed"],
             "pages_free": info["pages_free"],
@@ -108,9 +108,10 @@ def inspect_cache(
     *,
     n_ctx: int,
     n_ubatch: int = 512,
+    n_seq: int = 1,
     swa_full: bool | None = None,
 ) -> tuple[dict[str, Any], dict[str, int | None], int]:
-    """The XQuant cache of a model at n_ctx tokens, without loading weights.
+    """The XQuant cache of a model at n_ctx tokens, which n_seq sequences share, without loading weights.
 
     Returns what CacheInfo says of it, the bytes of the whole cache by type (f16, q8_0, q4_0, then the preset; None
     where llama.cpp refuses the type), and the n_ctx in force.  Raises ValueError if the model cannot have the cache.
@@ -126,5 +127,9 @@ def inspect_cache(
                 sizes[kv_type] = None
         with model.session(preset, plan=kv_plan, **size) as session:
             info, n_ctx = CacheInfo(session.ctx, preset, (fork.GGML_TYPE_XQUANT,) * 2).now(), session.n_ctx
+            if found := fork.plan(session.ctx, preset):  # a cache takes memory for more sequences when they come
+                plan, shapes, _ = found
+                one, all_of_them = (plan.cache_bytes(shapes, n_ctx, n_ubatch, n) for n in (1, n_seq))
+                info["bytes_allocated"] += all_of_them - one
     sizes[preset] = info["bytes_allocated"]
     return info, sizes, n_ctx

@@ -93,7 +93,7 @@ class Llama(llama_cpp.Llama):
         (arXiv 2510.11236); true_bits: bits per value of sealed tokens, everything counted; bytes_allocated;
         bytes_used: of these, what holds tokens now; pages_open, pages_sealed: pages in F16 and in codes; kernels: the
         kernel set in force; expected_kld: the KL divergence from F16 that calibration measured.  For sliding-window
-        models the F16 cache of the sliding layers is in the bytes, and in bytes_sliding.
+        models the F16 cache of sliding layers, and states of recurrent ones, are in the bytes, and in bytes_other.
         """
         if self.ctx is None:
             raise ValueError(f"{self.model_path} was closed")

@@ -207,7 +207,7 @@ class Plan:
     def slots(self, n_ctx: int, n_ubatch: int = 512, n_seq: int = 1) -> int:
         """Pages that have room in F16: pinned, window, one micro-batch and one more; at most all of n_ctx.
 
-        What sequences beyond the first add is at most an eighth of all.
+        n_seq: sequences that have tokens in the cache; those beyond the first add a sixth of all at most.
         """
         return _checked(native.load()[1].xq_plan_slots(self._c_plan(), -(-n_ctx // PAGE), n_ubatch, n_seq))
 

@@ -262,10 +262,10 @@ int32_t xq_plan_slots(const xq_plan *plan, int32_t n_pages, int32_t n_ubatch, in
     if (plan->window < 0) {
         return n_pages;
     }
-    // sequences that share a stream each want their window and their pinned pages
-    const auto wanted = [&](int64_t n) { return plan->pinned * n + pages_of(plan->window * n); };
-    const int64_t others = std::min<int64_t>(wanted(n_seq) - wanted(1), n_pages / 8);
-    return (int32_t)std::min<int64_t>(wanted(1) + others + pages_of(n_ubatch) + 1, n_pages);
+    // a window begins within a page, and ends within another
+    const int64_t wanted = (int64_t)plan->pinned + pages_of(plan->window) + 1;
+    const int64_t others = std::min<int64_t>(wanted * (n_seq - 1), n_pages / 6);
+    return (int32_t)std::min<int64_t>(wanted + others + pages_of(n_ubatch), n_pages);
 }
 
 int64_t xq_cache_bytes(const xq_plan *plan, const int32_t *d, const int32_t *e, const int32_t *n_head_kv,

@@ -125,8 +125,8 @@ XQ_API int xq_plan_check(const xq_plan *plan, const int32_t *d, const int32_t *e
 XQ_API int xq_check_side(const xq_side *side, int32_t is_k, int32_t width);
 XQ_API int xq_block_layout_of(const xq_layer *layer, int32_t d, int32_t e, xq_block_layout *layout);
 /* Open pages that a stream of n_pages pages has room for, with micro-batches of n_ubatch tokens and n_seq sequences in
- * it: pinned * n_seq + ceil(window * n_seq / XQ_PAGE) + ceil(n_ubatch / XQ_PAGE) + 1.  At most all; and what sequences
- * beyond the first add is at most an eighth of all. */
+ * it: n_seq * (pinned + ceil(window / XQ_PAGE) + 1) + ceil(n_ubatch / XQ_PAGE).  At most all; and what sequences beyond
+ * the first add is at most a sixth of all. */
 XQ_API int32_t xq_plan_slots(const xq_plan *plan, int32_t n_pages, int32_t n_ubatch, int32_t n_seq);
 /* Bytes of the blocks and rows of one stream: of layers l of widths d[l] and e[l] with n_head_kv[l] KV heads; d[l] = 0:
  * not part of the cache.  A cache whose pages all have slots has no blocks. */

@@ -87,6 +87,32 @@ INSERTIONS: list[dict[str, str]] = [
         res = xquant::new_kv_cache(
                 cparams.n_ubatch,
      """},
+    {"name": "cache: make it beside recurrent layers", "file": "src/llama-model.cpp",
+     "in": "llama_model::create_memory", "instead": "res = new llama_memory_hybrid(", "text": """
+        res = xquant::new_memory_hybrid(
+                cparams.n_ubatch,
+     """},
+    {"name": "cache: make it beside recurrent and sliding layers", "file": "src/llama-model.cpp",
+     "in": "llama_model::create_memory", "instead": "res = new llama_memory_hybrid_iswa(",
+     "text": "res = xquant::new_memory_hybrid_iswa("},
+    {"name": "cache: hybrid of parts", "file": "src/llama-memory-hybrid.h", "in": "struct llama_memory_hybrid",
+     "before": "~llama_memory_hybrid() = default;", "text": """
+        // of parts that were made before
+        llama_memory_hybrid(
+            const llama_model & model,
+            std::unique_ptr<llama_kv_cache> attn,
+            std::unique_ptr<llama_memory_recurrent> recr);
+
+     """},
+    {"name": "cache: hybrid of parts that slide", "file": "src/llama-memory-hybrid-iswa.h",
+     "in": "struct llama_memory_hybrid_iswa", "before": "~llama_memory_hybrid_iswa() = default;", "text": """
+        // of parts that were made before
+        llama_memory_hybrid_iswa(
+            const llama_model & model,
+            std::unique_ptr<llama_kv_cache_iswa> attn,
+            std::unique_ptr<llama_memory_recurrent> recr);
+
+     """},
     {"name": "cache: check the memory", "file": "src/llama-model.cpp", "in": "llama_model::create_memory",
      "before": "return res; }", "text": """
         xquant::check_memory(*this, params, std::unique_ptr<llama_memory_i>(res));
@@ -122,6 +148,13 @@ INSERTIONS: list[dict[str, str]] = [
         xquant::kv_cache * xq() const;
 
      """},
+    # where ours stores rows is not llama.cpp's to say: some inputs fill the tensors all the same, which have no memory
+    *({"name": f"subclass: no places of {side}", "file": "src/llama-kv-cache.cpp",
+       "in": f"llama_kv_cache_context::set_input_{side}_idxs", "at": "begin", "text": """
+        if (xq()) {
+            return;
+        }
+       """} for side in ("k", "v")),
     {"name": "subclass: begin a micro-batch", "file": "src/llama-kv-cache.cpp", "in": "llama_kv_cache_context::apply",
      "after": "kv->apply_ubatch(sinfos[i_cur], ubatches[i_cur]);", "text": """
         if (auto * own = xq(); own && !own->begin(sinfos[i_cur])) {

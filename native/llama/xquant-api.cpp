@@ -1,9 +1,9 @@
 /* xquant-api.cpp: what libllama exports beside llama.h; see xquant_llama.h. */
 #include "xquant-kv-cache.h"
 
+#include "llama-arch.h"
 #include "llama-context.h"
 #include "llama-hparams.h"
-#include "llama-kv-cache-iswa.h"
 #include "llama-model.h"
 
 using namespace xquant;
@@ -12,17 +12,21 @@ static kv_cache *cache_of(const llama_context *ctx) {
     return ctx ? kv_cache_of(ctx->get_memory()) : nullptr;
 }
 
+static int64_t bytes_of(const llama_memory_i &memory) {
+    int64_t bytes = 0;
+    for (const auto &[type, size] : memory.memory_breakdown()) {
+        bytes += (int64_t)size;
+    }
+    return bytes;
+}
+
 int xquant_llama_get_info(const llama_context *ctx, xquant_llama_info *info) {
     const kv_cache *cache = cache_of(ctx);
     if (!cache || !info) {
         return -1;
     }
     cache->info(*info);
-    if (const auto *both = dynamic_cast<const llama_kv_cache_iswa *>(ctx->get_memory())) {
-        for (const auto &[type, bytes] : both->get_swa()->memory_breakdown()) {
-            info->bytes_other += (int64_t)bytes;
-        }
-    }
+    info->bytes_other = bytes_of(*ctx->get_memory()) - bytes_of(*cache);
     return 0;
 }
 
@@ -41,17 +45,13 @@ int xquant_llama_get_shapes(const llama_context *ctx, int32_t *d, int32_t *e, in
     }
     const auto &hparams = ctx->get_model().hparams;
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
-        const bool has = hparams.has_kv(il);
+        // of hybrids one alone has attention in its recurrent layers
+        const bool has = hparams.has_kv(il) && (!hparams.is_recr(il) || ctx->get_model().arch == LLM_ARCH_FALCON_H1);
         d[il] = has ? (int32_t)hparams.n_embd_head_k(il) : 0;
         e[il] = has ? (int32_t)hparams.n_embd_head_v(il) : 0;
         n_head_kv[il] = has ? (int32_t)hparams.n_head_kv(il) : 0;
     }
-    *bytes = 0;
-    if (auto *memory = ctx->get_memory()) {
-        for (const auto &[type, size] : memory->memory_breakdown()) {
-            *bytes += (int64_t)size;
-        }
-    }
+    *bytes = ctx->get_memory() ? bytes_of(*ctx->get_memory()) : 0;
     return (int)hparams.n_layer_all;
 }
 

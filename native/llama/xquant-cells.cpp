@@ -6,6 +6,7 @@
  */
 #include "xquant-cells.h"
 
+#include "llama-batch.h"
 #include "llama-context.h"
 #include "llama-impl.h"
 
@@ -36,18 +37,24 @@ kv_cache::slot_info kv_cache::find_slot(const llama_ubatch &ubatch, bool) const 
     return out;
 }
 
-llama_memory_context_ptr kv_cache::init_batch(llama_batch_allocr &balloc, uint32_t n_ubatch, bool embd_all) {
-    // llama.cpp looks for all micro-batches' cells before the first is computed: pages that removal emptied are free
-    // now
+void kv_cache::make_room(const llama_batch_allocr &balloc) {
+    // llama.cpp looks for all micro-batches' cells before the first is computed: what removal emptied is free already
     std::vector<xq::page_write> nothing;
     for (uint32_t s = 0; s < n_stream; ++s) {
         nothing.push_back({(int32_t)s, {}});
     }
     table_->commit_seals(table_->plan(cells_view(*this), nothing, false));
-    auto out = llama_kv_cache::init_batch(balloc, n_ubatch, embd_all);
-    // a micro-batch writes no more pages than there are slots: in a fragmented cache fewer tokens fit at a time
-    return llama_memory_status_is_fail(out->get_status()) && n_ubatch > 1 ? init_batch(balloc, n_ubatch / 2, embd_all)
-                                                                          : std::move(out);
+    std::set<llama_seq_id> sequences;
+    const llama_batch &batch = balloc.get_batch();
+    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+        sequences.insert(batch.seq_id[i], batch.seq_id[i] + batch.n_seq_id[i]);
+    }
+    make_room(std::move(sequences));
+}
+
+llama_memory_context_ptr kv_cache::init_batch(llama_batch_allocr &balloc, uint32_t n_ubatch, bool embd_all) {
+    return in_fewer_tokens(*this, balloc, n_ubatch,
+                           [&](uint32_t n) { return llama_kv_cache::init_batch(balloc, n, embd_all); });
 }
 
 llama_memory_context_ptr kv_cache::init_update(llama_context *lctx, bool optimize) {
@@ -70,7 +77,7 @@ bool kv_cache::begin(const slot_info &sinfo) {
         return false;
     }
     for (const auto &write : writes) {
-        table_->wrote(write);
+        table_->wrote(cells_view(*this), write);
     }
     current_ = sinfo;
     n_batches_++;
@@ -133,8 +140,10 @@ void kv_cache::clear(bool data) {
     llama_kv_cache::clear(data);
     table_->clear();
     if (data) {
-        for (const auto &[ctx, buffer] : buffers_) {
-            ggml_backend_buffer_clear(buffer.get(), 0);
+        for (const buffers *some : {&fixed_, &open_}) {
+            for (const auto &[ctx, buffer] : *some) {
+                ggml_backend_buffer_clear(buffer.get(), 0);
+            }
         }
         fill_aux();
     }
@@ -158,9 +167,8 @@ void kv_cache::seq_cp(llama_seq_id from, llama_seq_id to, llama_pos p0, llama_po
     sc_info = {};
     runner_.synchronize();
     for (const auto &l : layers_) {
-        for (int i = 0; i < 2; ++i) { // blocks, rows
-            ggml_backend_tensor_copy(l->streams[2 * s0 + i], l->streams[2 * s1 + i]);
-        }
+        ggml_backend_tensor_copy(l->block_streams[s0], l->block_streams[s1]);
+        ggml_backend_tensor_copy(l->row_streams[s0], l->row_streams[s1]);
     }
     table_->copy_stream((int32_t)s0, (int32_t)s1);
     if (p0 > 0) {

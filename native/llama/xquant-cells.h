@@ -40,6 +40,14 @@ class kv_cache::cells_view : public xq::cell_view {
         }
         return true;
     }
+    int32_t owner(int32_t stream, int32_t cell) const override {
+        const auto &c = cells(stream);
+        int32_t sequence = 0;
+        while (!c.seq_has((uint32_t)cell, sequence)) {
+            sequence++;
+        }
+        return sequence;
+    }
 
   private:
     const llama_kv_cells &cells(int32_t stream) const { return kv.v_cells[stream]; }

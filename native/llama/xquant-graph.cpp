@@ -24,18 +24,21 @@ static constexpr int64_t rows_at_once = 1 << 21, max_pieces = 8;
 class kv_cache::page_input final : public llm_graph_input_i {
   public:
     page_input(const kv_cache &kv, ggml_tensor *tensor, uint32_t n_tokens)
-        : kv(kv), tensor(tensor), n_tokens(n_tokens) {}
+        : kv(kv), tensor(tensor), n_tokens(n_tokens), generation(kv.generation_) {}
 
     void set_input(const llama_ubatch *) override {
         if (tensor->buffer) {
             kv.set_input(tensor);
         }
     }
-    bool can_reuse(const llm_graph_params &params) override { return params.ubatch.n_tokens == n_tokens; }
+    bool can_reuse(const llm_graph_params &params) override {
+        return params.ubatch.n_tokens == n_tokens && generation == kv.generation_;
+    }
 
     const kv_cache &kv;
     ggml_tensor *tensor;
     uint32_t n_tokens;
+    uint64_t generation; /* of the tensors that the graph's nodes name */
 };
 
 ggml_tensor *kv_cache::input_of(const llm_graph_context &graph) const {

@@ -7,6 +7,8 @@
 
 class llama_kv_cache;
 class llama_kv_cache_iswa;
+class llama_memory_hybrid;
+class llama_memory_hybrid_iswa;
 struct llama_cparams;
 struct llama_hparams;
 struct llama_model;
@@ -49,5 +51,19 @@ llama_kv_cache_iswa *new_kv_cache_iswa(const llama_model &model, ggml_type type_
                                        const llama_memory_i::layer_filter_cb &filter,
                                        const llama_memory_i::layer_reuse_cb &reuse,
                                        const llama_memory_i::layer_share_cb &share);
+
+/* Likewise for a model with recurrent layers, without and with sliding ones. */
+llama_memory_hybrid *new_memory_hybrid(uint32_t n_ubatch, const llama_model &model, ggml_type type_k, ggml_type type_v,
+                                       bool v_trans, uint32_t kv_size, uint32_t n_pad, uint32_t n_swa,
+                                       llama_swa_type swa_type, ggml_type type_r, ggml_type type_s, uint32_t rs_size,
+                                       uint32_t n_seq_max, uint32_t n_rs_seq, bool offload, bool unified,
+                                       const llama_memory_i::layer_filter_cb &filter_attn,
+                                       const llama_memory_i::layer_filter_cb &filter_recr);
+llama_memory_hybrid_iswa *new_memory_hybrid_iswa(const llama_model &model, ggml_type type_k, ggml_type type_v,
+                                                 bool v_trans, bool swa_full, uint32_t kv_size, uint32_t n_ubatch,
+                                                 uint32_t n_pad, ggml_type type_r, ggml_type type_s, uint32_t rs_size,
+                                                 uint32_t n_seq_max, uint32_t n_rs_seq, bool offload, bool unified,
+                                                 const llama_memory_i::layer_filter_cb &filter_attn,
+                                                 const llama_memory_i::layer_filter_cb &filter_recr);
 
 } // namespace xquant

@@ -80,9 +80,10 @@ int32_t kv_cache::pages(uint32_t stream, int32_t n, xquant_llama_page *out) cons
         return -1;
     }
     const int32_t n_pages = table_->shape().n_pages();
+    const cells_view view(*this);
     for (int32_t p = 0; p < std::min(n, n_pages); ++p) {
-        const auto content = cells_view(*this).content((int32_t)stream, p);
-        out[p] = {table_->state((int32_t)stream, p), 0, table_->age((int32_t)stream, p)};
+        const auto content = view.content((int32_t)stream, p);
+        out[p] = {table_->state((int32_t)stream, p), 0, table_->age(view, (int32_t)stream, p)};
         for (const uint32_t word : content.valid) {
             out[p].n_cells += __builtin_popcount(word);
         }

@@ -35,7 +35,7 @@ kv_cache::kv_cache(const llama_model &model, const llama_hparams &hparams, bool 
                    uint32_t n_ubatch)
     : llama_kv_cache(model, hparams, GGML_TYPE_F16, GGML_TYPE_F16, false, offload, unified, kv_size, n_seq_max, n_pad,
                      0, LLAMA_SWA_TYPE_NONE, nullptr, no_layers, nullptr, nullptr),
-      d_(XQ_MAX_LAYERS), e_(XQ_MAX_LAYERS), by_model_layer_(hparams.n_layer_all) {
+      d_(XQ_MAX_LAYERS), e_(XQ_MAX_LAYERS), by_model_layer_(hparams.n_layer_all), n_ubatch_(n_ubatch) {
     const auto holds = [&](uint32_t il) { return hparams.has_kv(il) && (!filter || filter((int32_t)il)); };
     std::vector<int32_t> heads(XQ_MAX_LAYERS);
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
@@ -47,22 +47,19 @@ kv_cache::kv_cache(const llama_model &model, const llama_hparams &hparams, bool 
     }
     origin_ = resolve_plan(model, d_.data(), e_.data(), heads.data(), plan_);
 
-    // sequences that share a stream each want their window and their pinned pages
-    const uint32_t n_seq = n_stream == 1 ? n_seq_max : 1;
     xq::page_shape shape = {};
     shape.n_streams = (int32_t)n_stream;
     shape.n_cells = (int32_t)kv_size;
-    shape.n_slots = xq_plan_slots(&plan_, shape.n_pages(), (int32_t)n_ubatch, (int32_t)n_seq);
-    shape.window = plan_.window < 0 ? -1 : (int64_t)plan_.window * n_seq;
+    shape.window = plan_.window;
     shape.pinned = plan_.pinned;
-    shape.reserved = std::min(plan_.window < 0 ? 0 : pages_of((uint64_t)shape.window),
-                              std::max(shape.n_slots - pages_of(n_ubatch) - 1, 0));
     table_ = std::make_unique<xq::page_table>(shape);
+    const auto [n_slots, reserved] = slots_for(1);
+    table_->grow(n_slots, reserved);
 
-    std::map<ggml_backend_buffer_type_t, ggml_context_ptr> contexts;
+    contexts fixed, open;
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
         if (holds(il)) {
-            add_layer((int32_t)il, offload, contexts);
+            add_layer((int32_t)il, offload, fixed);
         }
     }
     for (uint32_t il = 0; reuse && il < hparams.n_layer_all; ++il) {
@@ -71,11 +68,16 @@ kv_cache::kv_cache(const llama_model &model, const llama_hparams &hparams, bool 
             by_model_layer_[il] = by_model_layer_[from];
         }
     }
-    allocate(contexts);
+    for (const auto &l : layers_) {
+        std::tie(l->nodes.rows, l->row_streams) = new_rows(*l, n_slots, open);
+    }
+    fixed_ = allocate(fixed);
+    open_ = allocate(open);
+    fill_aux();
     clear(false);
 }
 
-void kv_cache::add_layer(int32_t il, bool offload, std::map<ggml_backend_buffer_type_t, ggml_context_ptr> &contexts) {
+void kv_cache::add_layer(int32_t il, bool offload, contexts &fixed) {
     auto l = std::make_unique<layer>();
     const auto earlier = [&](int32_t number) { return number < 0 ? l.get() : find(number); };
     const std::string name = "layer " + std::to_string(il);
@@ -118,52 +120,19 @@ void kv_cache::add_layer(int32_t il, bool offload, std::map<ggml_backend_buffer_
     nodes.k_other = l->k_owner == l.get() ? nullptr : l->k_owner->nodes.blocks;
     nodes.v_other = v_other == l.get() ? nullptr : v_other->nodes.blocks;
 
-    auto &ctx = contexts[l->buft];
-    if (!ctx) {
-        ggml_init_params params = {};
-        params.mem_size = hparams.n_layer_all * (3 + 2 * (size_t)n_stream) * ggml_tensor_overhead();
-        params.no_alloc = true;
-        ctx.reset(ggml_init(params));
-    }
+    ggml_context *ctx = context_of(fixed, l->buft);
     // a cache that fits into its slots needs no blocks; an empty tensor would need special care everywhere
     const int64_t block_bytes = table_->seals() ? xq_store_block_bytes(&l->plan, &l->shape) : 1;
     const int64_t map_bytes = l->map ? (int64_t)(l->map->weight.size() * sizeof(float)) : 0;
-    nodes.blocks = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I8, block_bytes, n_stream);
-    nodes.rows = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, xq_store_row_bytes(&l->shape) / 2, n_stream);
-    nodes.aux = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, aux_map(l->shape.n_head_kv, n_stream) + map_bytes);
+    nodes.blocks = ggml_new_tensor_2d(ctx, GGML_TYPE_I8, block_bytes, n_stream);
+    nodes.aux = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, aux_map(l->shape.n_head_kv, n_stream) + map_bytes);
     ggml_format_name(nodes.blocks, "cache_xq_blocks_l%d", il);
-    ggml_format_name(nodes.rows, "cache_xq_rows_l%d", il);
     ggml_format_name(nodes.aux, "cache_xq_aux_l%d", il);
     for (uint32_t s = 0; s < n_stream; ++s) {
-        for (ggml_tensor *t : {nodes.blocks, nodes.rows}) {
-            l->streams.push_back(ggml_view_1d(ctx.get(), t, t->ne[0], s * t->nb[1]));
-        }
+        l->block_streams.push_back(ggml_view_1d(ctx, nodes.blocks, nodes.blocks->ne[0], s * nodes.blocks->nb[1]));
     }
     by_model_layer_[il] = l.get();
     layers_.push_back(std::move(l));
-}
-
-void kv_cache::allocate(std::map<ggml_backend_buffer_type_t, ggml_context_ptr> &contexts) {
-    for (auto &[buft, ctx] : contexts) {
-        ggml_backend_buffer_ptr buffer;
-        if (hparams.no_alloc) { // llama.cpp asks how large it would be
-            buffer.reset(ggml_backend_buft_alloc_buffer(buft, 0));
-            for (ggml_tensor *t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
-                t->buffer = buffer.get();
-            }
-        } else {
-            buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
-        }
-        if (!buffer) {
-            refuse("its memory could not be allocated");
-        }
-        ggml_backend_buffer_clear(buffer.get(), 0);
-        const double size = (double)ggml_backend_buffer_get_size(buffer.get()) / (1024.0 * 1024.0);
-        LLAMA_LOG_INFO("%s: %10s XQuant KV buffer size = %8.2f MiB\n", __func__, ggml_backend_buffer_name(buffer.get()),
-                       size);
-        buffers_.emplace_back(std::move(ctx), std::move(buffer));
-    }
-    fill_aux();
 }
 
 /* What layers' nodes read of maps. */
@@ -180,16 +149,6 @@ void kv_cache::fill_aux() const {
 
 const layer *kv_cache::find(int32_t il) const {
     return il >= 0 && il < (int32_t)by_model_layer_.size() ? by_model_layer_[il] : nullptr;
-}
-
-std::map<ggml_backend_buffer_type_t, size_t> kv_cache::memory_breakdown() const {
-    std::map<ggml_backend_buffer_type_t, size_t> out;
-    for (const auto &[ctx, buffer] : buffers_) {
-        ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(buffer.get());
-        out[buft] += hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft)
-                                      : ggml_backend_buffer_get_size(buffer.get());
-    }
-    return out;
 }
 
 /* ---- the classes that llama.cpp makes ---- */

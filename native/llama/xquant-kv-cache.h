@@ -23,6 +23,7 @@
 #include "xquant_llama.h"
 
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -53,8 +54,8 @@ struct layer {
     ggml_backend_buffer_type_t buft;
     bool on_host;
     layer_tensors nodes;
-    std::vector<ggml_tensor *> streams; /* views of blocks and rows, two a stream: what a copy of a stream copies */
-    int64_t block_bytes;                /* of one page and KV head */
+    std::vector<ggml_tensor *> block_streams, row_streams; /* views, one a stream: what a copy of a stream copies */
+    int64_t block_bytes;                                   /* of one page and KV head */
 };
 
 class kv_cache final : public llama_kv_cache {
@@ -97,6 +98,8 @@ class kv_cache final : public llama_kv_cache {
 
     /* ---- ours ---- */
 
+    /* Called before cells are looked for: pages without cells are free, and the batch's sequences have slots. */
+    void make_room(const llama_batch_allocr &balloc);
     /* Prepares pages for a micro-batch whose cells are taken; false: it cannot be, and the log says why. */
     bool begin(const slot_info &sinfo);
     /* Attention of a model layer; k_cur and v_cur may be null: a layer that reads the cache of an earlier one. */
@@ -122,10 +125,23 @@ class kv_cache final : public llama_kv_cache {
     struct saved_state;
     struct page_data;
 
+    /* Tensors of a kind of memory, and that memory. */
+    using contexts = std::map<ggml_backend_buffer_type_t, ggml_context_ptr>;
+    using buffers = std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>>;
+    using rows_of_layer = std::pair<ggml_tensor *, std::vector<ggml_tensor *>>; /* and views of them by stream */
+
     const layer *find(int32_t il) const;
-    void add_layer(int32_t il, bool offload, std::map<ggml_backend_buffer_type_t, ggml_context_ptr> &contexts);
-    void allocate(std::map<ggml_backend_buffer_type_t, ggml_context_ptr> &contexts);
+    void add_layer(int32_t il, bool offload, contexts &fixed);
+    ggml_context *context_of(contexts &of, ggml_backend_buffer_type_t buft) const;
+    rows_of_layer new_rows(const layer &l, int32_t n_slots, contexts &open) const;
+    buffers allocate(contexts &of) const;
     void fill_aux() const;
+
+    /* Slots that so many sequences in a stream want, as far as a sixth of the pages goes, and those for windows. */
+    std::pair<int32_t, int32_t> slots_for(uint32_t n_seq) const;
+    /* More slots, if sequences want them beside those that have cells; without memory there are no more. */
+    void make_room(std::set<llama_seq_id> sequences);
+    bool grow(int32_t n_slots, int32_t reserved);
     uint64_t count_nonfinite() const;
     void warn_of_nonfinite();
 
@@ -164,7 +180,9 @@ class kv_cache final : public llama_kv_cache {
     std::vector<int32_t> d_, e_; /* [XQ_MAX_LAYERS] head widths, 0: no cache */
     std::vector<std::unique_ptr<layer>> layers_;
     std::vector<const layer *> by_model_layer_; /* [model layer]; null: not in this cache */
-    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> buffers_;
+    uint32_t n_ubatch_;
+    buffers fixed_, open_;    /* blocks and what nodes keep; rows */
+    uint64_t generation_ = 0; /* of the rows: how often they were moved into others */
     std::unique_ptr<xq::page_table> table_;
     runner runner_;
     slot_info current_;      /* of the micro-batch that begin() prepared last */
@@ -172,7 +190,21 @@ class kv_cache final : public llama_kv_cache {
     bool warned_ = false;    /* of values that are not finite */
 };
 
-/* The XQuant cache that is a context's memory, or the part of it for layers that do not slide; null: there is none. */
+/* init_batch of a memory that holds the cache, with fewer and fewer tokens until it succeeds: a micro-batch writes no
+ * more pages than there are slots, and in a fragmented cache fewer tokens fit at a time. */
+template <typename F>
+llama_memory_context_ptr in_fewer_tokens(kv_cache &cache, const llama_batch_allocr &balloc, uint32_t n_ubatch,
+                                         const F &init_batch) {
+    cache.make_room(balloc);
+    llama_memory_context_ptr out = init_batch(n_ubatch);
+    while (llama_memory_status_is_fail(out->get_status()) && n_ubatch > 1) {
+        out = init_batch(n_ubatch /= 2);
+    }
+    return out;
+}
+
+/* The XQuant cache that is a context's memory, or the part of it for layers whose attention sees all tokens; null:
+ * there is none. */
 kv_cache *kv_cache_of(llama_memory_i *memory);
 
 } // namespace xquant

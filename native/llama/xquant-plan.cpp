@@ -9,8 +9,6 @@
 #include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
-#include "llama-memory-hybrid-iswa.h"
-#include "llama-memory-hybrid.h"
 #include "llama-memory-recurrent.h"
 #include "llama-model.h"
 
@@ -59,8 +57,9 @@ void check_context(const llama_model &model, const llama_memory_params &params, 
 
 void check_type(const llama_model &model, ggml_type type_k) {
     if (type_k == GGML_TYPE_XQUANT) {
-        refuse_model(model, llm_arch_is_hybrid(model.arch) ? "it mixes recurrent states with keys and values"
-                                                           : "it has a cache of its own kind");
+        refuse_model(model, model.hparams.indexer_head_size > 0
+                                ? "its sparse attention has an indexer, which keeps keys of its own"
+                                : "it has a cache of its own kind");
     }
 }
 

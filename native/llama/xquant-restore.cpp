@@ -76,7 +76,7 @@ void kv_cache::put_block(uint32_t stream, const saved_page &page, int32_t at, pa
                                     (size_t)l->block_bytes);
         }
     }
-    table_->place((int32_t)stream, at, true, page.age);
+    table_->place((int32_t)stream, at, true, page.cells[0].sequences[0], page.age);
 }
 
 /* Rows of the saved cells first, first + 1, ... to cells of the cache, whose pages are open. */
@@ -129,7 +129,6 @@ void kv_cache::put_cell(uint32_t stream, uint32_t index, const saved_cell &cell)
     if (cell.shift != 0) {
         cells.pos_add(index, cell.shift);
     }
-    v_heads[stream] = index + 1;
 }
 
 /* ---- pages ---- */
@@ -193,9 +192,9 @@ void kv_cache::restore_page(uint32_t stream, const saved_page &page, page_data &
             put_cell(stream, write.cells[i], page.cells[done + i]);
         }
         if (at >= 0) {
-            table_->place((int32_t)stream, at, false, page.age);
+            table_->place((int32_t)stream, at, false, page.cells[0].sequences[0], page.age);
         } else {
-            table_->wrote(write);
+            table_->wrote(cells_view(*this), write);
         }
         done += write.cells.size();
     }
@@ -215,11 +214,9 @@ void kv_cache::state_read(llama_io_read_i &from, llama_seq_id seq_id, llama_stat
     }
     uint64_t checksum;
     from.read(&checksum, sizeof(checksum));
-#ifndef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION // a fuzzer would never guess it
     if (checksum != io.checksum()) {
         refuse_state("its checksum does not fit: it is damaged");
     }
-#endif
     const auto remove = [&] {
         if (seq_id < 0) {
             clear(false);
@@ -228,6 +225,13 @@ void kv_cache::state_read(llama_io_read_i &from, llama_seq_id seq_id, llama_stat
         }
     };
     remove();
+    std::set<llama_seq_id> sequences;
+    for (const auto &[stream, page] : saved.pages) {
+        for (const saved_cell &cell : page.cells) {
+            sequences.insert(cell.sequences.begin(), cell.sequences.end());
+        }
+    }
+    make_room(std::move(sequences));
     try {
         for (size_t i = 0; i < saved.pages.size(); ++i) {
             restore_page(saved.pages[i].first, saved.pages[i].second, saved.data[i]);

@@ -75,7 +75,7 @@ std::vector<kv_cache::saved_page> kv_cache::pages_to_save(uint32_t stream, llama
         if (!page.cells.empty()) {
             page.number = seq_id < 0 ? (uint32_t)p : (uint32_t)out.size();
             page.open = table_->state((int32_t)stream, p) >= 0;
-            page.age = table_->age((int32_t)stream, p);
+            page.age = table_->age(cells_view(*this), (int32_t)stream, p);
             page.at = p;
             out.push_back(std::move(page));
         }

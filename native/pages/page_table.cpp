@@ -175,7 +175,8 @@ bool page_table::plan_stream(const cell_view &cells, const page_write &write, bo
             }
         } else if (state >= 0) {
             const page_content content = cells.content(write.stream, p);
-            if (ages && seals() && age(write.stream, p) >= (uint64_t)shape_.window && !is_pinned(content.lowest)) {
+            if (ages && seals() && !is_pinned(content.lowest) &&
+                age(cells, write.stream, p) >= (uint64_t)shape_.window) {
                 seal(p, content);
             } else {
                 candidates.push_back({p, is_pinned(content.lowest) ? content.lowest : INT32_MAX, content});
@@ -183,7 +184,7 @@ bool page_table::plan_stream(const cell_view &cells, const page_write &write, bo
         }
     }
     const auto is_better = [&](const candidate &a, const candidate &b) {
-        return a.rank != b.rank ? a.rank > b.rank : age(write.stream, a.page) > age(write.stream, b.page);
+        return a.rank != b.rank ? a.rank > b.rank : st.pages[a.page].written < st.pages[b.page].written;
     };
 
     for (const int32_t p : written) {
@@ -233,23 +234,44 @@ void page_table::commit_opens(const page_plan &plan) {
     }
 }
 
-void page_table::wrote(const page_write &write) {
+/* ---- clocks ---- */
+
+uint64_t page_table::age(const cell_view &cells, int32_t stream, int32_t page) const {
+    const struct stream &st = streams_[stream];
+    const auto &pg = st.pages[page];
+    if ((size_t)pg.sequence < st.clocks.size() && cells.is_own(stream, page, pg.sequence)) {
+        return st.clocks[pg.sequence] - pg.own;
+    }
+    return st.clock - pg.written;
+}
+
+void page_table::wrote(const cell_view &cells, const page_write &write) {
     stream &st = streams_[write.stream];
     for (const uint32_t cell : write.cells) {
-        st.pages[cell / XQ_PAGE].written = ++st.clock;
+        const int32_t sequence = cells.owner(write.stream, (int32_t)cell);
+        page &pg = st.pages[cell / XQ_PAGE];
+        pg = {pg.state, sequence, ++st.clock, ++st.clock_of(sequence)};
     }
 }
 
-void page_table::place(int32_t stream, int32_t page, bool sealed, uint64_t age) {
+void page_table::place(int32_t stream, int32_t page, bool sealed, int32_t sequence, uint64_t age) {
     struct stream &st = streams_[stream];
     auto &pg = st.pages[page];
-    if (sealed) {
-        if (pg.state >= 0) {
-            st.free_slots.push_back(pg.state);
-        }
-        pg.state = XQ_SLOT_SEALED;
+    if (sealed && pg.state >= 0) {
+        st.free_slots.push_back(pg.state);
     }
-    pg.written = st.clock - age; // wraps where it is older than the clock, and age() wraps back
+    // clocks wrap where the page is older than they are, and age() wraps back
+    pg = {sealed ? XQ_SLOT_SEALED : pg.state, sequence, st.clock - age, st.clock_of(sequence) - age};
+}
+
+void page_table::grow(int32_t n_slots, int32_t reserved) {
+    for (stream &st : streams_) {
+        for (int32_t slot = shape_.n_slots; slot < n_slots; ++slot) {
+            st.free_slots.insert(st.free_slots.begin(), slot); // the lowest is taken first
+        }
+    }
+    shape_.n_slots = n_slots;
+    shape_.reserved = reserved;
 }
 
 } // namespace xq

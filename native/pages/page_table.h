@@ -11,9 +11,10 @@
  * A page is open until its codes exist, and its slot is given away only then.  Whoever moves data may stop half-way and
  * loses nothing: the table still says where the data lies, and the next plan says the same again.
  *
- * Rule of sealing: a page is sealed when at least `window` tokens were written after its newest one, unless it is among
- * the pinned first pages of a sequence.  If more slots are needed than are free, the pages that were written longest
- * ago are sealed early, the first of a sequence last: precision gives way, never correctness.
+ * Rule of sealing: a page is sealed when at least `window` tokens of its sequence were written after its newest one,
+ * unless it is among the pinned first pages of a sequence.  Its sequence is the one that wrote last; where others have
+ * cells in the page, anybody's tokens count.  If more slots are needed than are free, the pages that were written
+ * longest ago are sealed early, the first of a sequence last: precision gives way, never correctness.
  *
  * Rule of writing: a sequence writes into open pages that are its own, then into free pages, then into any open page,
  * and only then into sealed ones.  Pages of one sequence each keep what one user wrote out of another's scales and
@@ -23,6 +24,7 @@
 
 #include "store.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -32,8 +34,8 @@ namespace xq {
 struct page_shape {
     int32_t n_streams, n_cells; /* n_cells: of a stream */
     int32_t n_slots;            /* open pages of a stream, at most */
-    int32_t reserved;           /* slots that find_cells() leaves to the window */
-    int64_t window;             /* newest tokens that stay open; negative: nothing is ever sealed */
+    int32_t reserved;           /* slots that find_cells() leaves to windows */
+    int32_t window;             /* newest tokens of a sequence that stay open; negative: nothing is ever sealed */
     int32_t pinned;             /* first pages of a sequence that stay open */
 
     int32_t n_pages() const { return (int32_t)(((int64_t)n_cells + XQ_PAGE - 1) / XQ_PAGE); }
@@ -54,6 +56,8 @@ class cell_view {
     virtual page_content content(int32_t stream, int32_t page) const = 0;
     /* Whether all cells of a page that are used belong to a sequence. */
     virtual bool is_own(int32_t stream, int32_t page, int32_t sequence) const = 0;
+    /* The first sequence of a cell that is used. */
+    virtual int32_t owner(int32_t stream, int32_t cell) const = 0;
 };
 
 /* Cells that are about to be written, in the order of their tokens. */
@@ -81,8 +85,8 @@ class XQ_API page_table {
     bool seals() const { return shape_.window >= 0 && shape_.n_slots < shape_.n_pages(); }
     /* A slot, or an xq_slot. */
     int32_t state(int32_t stream, int32_t page) const { return at(stream, page).state; }
-    /* Tokens written since the page's newest one. */
-    uint64_t age(int32_t stream, int32_t page) const { return streams_[stream].clock - at(stream, page).written; }
+    /* Tokens written since the page's newest one, as the rule of sealing counts them. */
+    uint64_t age(const cell_view &cells, int32_t stream, int32_t page) const;
 
     /* Cells for one token of each of the sequences, all in one stream, looked for from cell `head` on; empty: they do
      * not fit. */
@@ -95,28 +99,38 @@ class XQ_API page_table {
     /* The parts of a plan, each once its data has moved; seals first, for their slots. */
     void commit_seals(const page_plan &plan);
     void commit_opens(const page_plan &plan);
-    /* The cells are written: their stream's clock moves on. */
-    void wrote(const page_write &write);
+    /* The cells are written: clocks of their stream and their sequences move on. */
+    void wrote(const cell_view &cells, const page_write &write);
+    /* More slots, from now on. */
+    void grow(int32_t n_slots, int32_t reserved);
 
     /* Bytes that the table itself takes. */
     size_t bytes() const {
         return streams_.size() * (shape_.n_pages() * sizeof(page) + shape_.n_slots * sizeof(int32_t));
     }
 
-    /* A restored page whose data comes from elsewhere: sealed, or in a slot that plan() gave it; age: as it was. */
-    void place(int32_t stream, int32_t page, bool sealed, uint64_t age);
+    /* A restored page of a sequence whose data comes from elsewhere: sealed, or in a slot that plan() gave it; age: as
+     * it was. */
+    void place(int32_t stream, int32_t page, bool sealed, int32_t sequence, uint64_t age);
     /* Stream `to` becomes what stream `from` is; its data was copied. */
     void copy_stream(int32_t from, int32_t to) { streams_[to] = streams_[from]; }
 
   private:
     struct page {
         int32_t state = XQ_SLOT_NONE;
-        uint64_t written = 0; /* clock of its newest token */
+        int32_t sequence = 0;          /* that wrote last */
+        uint64_t written = 0, own = 0; /* clocks of its newest token: of the stream, of the sequence */
     };
     struct stream {
         std::vector<page> pages;
         std::vector<int32_t> free_slots;
-        uint64_t clock = 0; /* tokens written so far */
+        uint64_t clock = 0;           /* tokens written so far */
+        std::vector<uint64_t> clocks; /* [sequence] */
+
+        uint64_t &clock_of(int32_t sequence) {
+            clocks.resize(std::max(clocks.size(), (size_t)sequence + 1));
+            return clocks[sequence];
+        }
     };
     class search;
 

@@ -30,6 +30,7 @@ struct array_view : xq::cell_view {
         }
         return true;
     }
+    int32_t owner(int32_t stream, int32_t cell) const override { return __builtin_ctzll(sequences(stream, cell)); }
 
   private:
     uint64_t sequences(int32_t stream, int32_t cell) const {
@@ -50,7 +51,7 @@ struct xq_pages {
     xq::page_write write;
 };
 
-xq_pages *xq_pages_new(int32_t n_streams, int32_t n_cells, int32_t n_slots, int32_t reserved, int64_t window,
+xq_pages *xq_pages_new(int32_t n_streams, int32_t n_cells, int32_t n_slots, int32_t reserved, int32_t window,
                        int32_t pinned) {
     const xq::page_shape shape = {n_streams, n_cells, n_slots, reserved, window, pinned};
     return n_streams < 1 || n_cells < 1 || n_slots < 1 || n_slots > shape.n_pages() ? nullptr : new xq_pages(shape);
@@ -68,8 +69,8 @@ int32_t xq_pages_state(const xq_pages *pages, int32_t stream, int32_t page) {
     return pages->table.state(stream, page);
 }
 
-uint64_t xq_pages_age(const xq_pages *pages, int32_t stream, int32_t page) {
-    return pages->table.age(stream, page);
+uint64_t xq_pages_age(const xq_pages *pages, const xq_pages_cells *cells, int32_t stream, int32_t page) {
+    return pages->table.age(array_view(pages->table.shape(), *cells), stream, page);
 }
 
 int32_t xq_pages_find(const xq_pages *pages, const xq_pages_cells *cells, int32_t stream, int32_t n,
@@ -101,8 +102,12 @@ void xq_pages_commit_opens(xq_pages *pages) {
     pages->table.commit_opens(pages->plan);
 }
 
-void xq_pages_wrote(xq_pages *pages) {
-    pages->table.wrote(pages->write);
+void xq_pages_wrote(xq_pages *pages, const xq_pages_cells *cells) {
+    pages->table.wrote(array_view(pages->table.shape(), *cells), pages->write);
+}
+
+void xq_pages_grow(xq_pages *pages, int32_t n_slots, int32_t reserved) {
+    pages->table.grow(n_slots, reserved);
 }
 
 void xq_pages_copy_stream(xq_pages *pages, int32_t from, int32_t to) {

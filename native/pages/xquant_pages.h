@@ -25,13 +25,13 @@ typedef struct xq_pages_counts {
     int32_t fits, n_released, n_seals, n_unseals, n_opens;
 } xq_pages_counts;
 
-/* window < 0: never seals.  reserved: slots that new tokens leave to the window. */
-XQ_API xq_pages *xq_pages_new(int32_t n_streams, int32_t n_cells, int32_t n_slots, int32_t reserved, int64_t window,
+/* window < 0: never seals.  reserved: slots that new tokens leave to windows. */
+XQ_API xq_pages *xq_pages_new(int32_t n_streams, int32_t n_cells, int32_t n_slots, int32_t reserved, int32_t window,
                               int32_t pinned);
 XQ_API void xq_pages_free(xq_pages *pages);
 XQ_API void xq_pages_clear(xq_pages *pages);
 XQ_API int32_t xq_pages_state(const xq_pages *pages, int32_t stream, int32_t page);
-XQ_API uint64_t xq_pages_age(const xq_pages *pages, int32_t stream, int32_t page);
+XQ_API uint64_t xq_pages_age(const xq_pages *pages, const xq_pages_cells *cells, int32_t stream, int32_t page);
 /* out: [n] cells for one token of each of the sequences; how many: n, or 0 if they do not fit. */
 XQ_API int32_t xq_pages_find(const xq_pages *pages, const xq_pages_cells *cells, int32_t stream, int32_t n,
                              const int32_t *sequences, uint32_t head, uint32_t *out);
@@ -42,7 +42,8 @@ XQ_API xq_pages_counts xq_pages_plan(xq_pages *pages, const xq_pages_cells *cell
 XQ_API void xq_pages_commit_seals(xq_pages *pages);
 XQ_API void xq_pages_commit_opens(xq_pages *pages);
 /* The cells of the last plan are written. */
-XQ_API void xq_pages_wrote(xq_pages *pages);
+XQ_API void xq_pages_wrote(xq_pages *pages, const xq_pages_cells *cells);
+XQ_API void xq_pages_grow(xq_pages *pages, int32_t n_slots, int32_t reserved);
 XQ_API void xq_pages_copy_stream(xq_pages *pages, int32_t from, int32_t to);
 
 /* cdef: end */

@@ -199,6 +199,20 @@ def test_streams_are_copied_after_what_was_asked_before(fork: Fork) -> None:
     np.testing.assert_array_equal(run(False), run(True))
 
 
+def test_open_pages_move_when_sequences_come(fork: Fork) -> None:
+    """Rows go into larger tensors, and graphs that name the old ones are not used again."""
+    path, rows = fork.path(CASES["gqa-xquant"].model), tokens()
+    with Context(path, "xquant", n_ctx=8192, n_seq=4, n_gpu_layers=ALL) as context:
+        context.decode(rows[:700], 0, [0])
+        want = context.decode(rows[700:701], 700, [0])
+        slots = context.info()["n_slots"]
+        for sequence in (1, 2, 3):
+            llama_cpp.llama_memory_seq_rm(context.memory, 0, 700, -1)
+            context.decode(rows[:10], 0, [sequence])
+            assert context.info()["n_slots"] == slots + 3 * sequence
+            np.testing.assert_allclose(context.decode(rows[700:701], 700, [0]), want, rtol=0, atol=1e-3 * want.std())
+
+
 def test_long_prompts_take_a_few_heads_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """66,000 tokens by 32 KV heads are too many rows to unpack at once: as single tokens see them."""
     shape = synthetic.Shape(n_layer=2, n_embd=128, n_ff=64, n_head=32, n_head_kv=32, head_dim=64, n_vocab=300)

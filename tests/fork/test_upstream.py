@@ -13,7 +13,6 @@ from functools import cache
 import pytest
 
 from support import tiny_gguf, upstream
-from support.faults import Fault, cache_types
 
 # one name a kind: plain, experts, biases, windows (iSWA), windows with sinks, ALiBi
 PLAIN = ("llama-dense", "llama-moe", "qwen2-dense", "gemma3-dense", "gpt-oss-moe", "bloom-dense")
@@ -114,7 +113,7 @@ def test_thread_safety(programs: Programs, case: str) -> None:
 
 
 @pytest.mark.parametrize("model", HYBRID)
-@pytest.mark.parametrize("case", cache_types(xquant=Fault("hybrid models are refused, with a message")))
+@pytest.mark.parametrize("case", ["f16", "xquant"])
 def test_recurrent_state_rollback(programs: Programs, case: str, model: str) -> None:
     run = programs("test-recurrent-state-rollback", model, case)
     assert run.status == 0, run.text[-2000:]

@@ -6,6 +6,9 @@
  */
 #include "fuzz.h"
 
+#include "xquant-hash.h"
+
+#include <algorithm>
 #include <fstream>
 #include <memory>
 
@@ -58,6 +61,20 @@ std::vector<std::unique_ptr<live>> make_kinds() {
     kinds.push_back(
         std::make_unique<live>(fuzz::load_model("plain", {{"xquant.window", "-1"}}), fuzz::shape{1024, n_seq, true}));
     return kinds;
+}
+
+/* A state whose checksum fits, which a mutation would never find. */
+std::vector<uint8_t> with_checksum(const uint8_t *data, size_t size) {
+    static const char magic[] = "XQS3";
+    std::vector<uint8_t> state(data, data + size);
+    const auto start = std::search(state.begin(), state.end(), magic, magic + 4);
+    if (state.end() - start >= 4 + 8) {
+        xquant::hasher hash;
+        hash.add(&*start, (size_t)(state.end() - start) - 8);
+        const uint64_t checksum = hash.value();
+        std::copy_n((const uint8_t *)&checksum, 8, state.end() - 8);
+    }
+    return state;
 }
 
 /* What an application may do next; then one more token of every sequence. */
@@ -115,7 +132,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     live &to = *kinds[data[0] % kinds.size()];
     const llama_seq_id sequence = data[1] % (n_seq + 1);
     const int next = data[2];
-    data += 3;
+    const std::vector<uint8_t> state = with_checksum(data + 3, size - 3);
+    data = state.data();
     size -= 3;
 
     llama_context *ctx = to.context.ctx;

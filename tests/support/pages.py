@@ -76,7 +76,7 @@ class Table:
         return [self.state(stream, page) for page in range(self.n_pages)]
 
     def age(self, stream: int, page: int) -> int:
-        return int(self.lib.xq_pages_age(self.table, stream, page))
+        return int(self.lib.xq_pages_age(self.table, self._cells(), stream, page))
 
     def find(self, stream: int, sequences: list[int], head: int = 0) -> list[int]:
         out = np.zeros(len(sequences), np.uint32)
@@ -103,7 +103,10 @@ class Table:
         self.lib.xq_pages_commit_opens(self.table)
 
     def wrote(self) -> None:
-        self.lib.xq_pages_wrote(self.table)
+        self.lib.xq_pages_wrote(self.table, self._cells())
+
+    def grow(self, n_slots: int, reserved: int) -> None:
+        self.lib.xq_pages_grow(self.table, n_slots, reserved)
 
     def clear(self) -> None:
         self.lib.xq_pages_clear(self.table)

@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import numpy as np
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from numpy.typing import NDArray
 
 from support.pages import NONE, PAGE, SEALED, Plan, Table
 
@@ -32,10 +33,14 @@ class Cache(RuleBasedStateMachine):
         self.seals = window >= 0 and self.n_slots < n_pages
         self.n_streams, self.n_cells = n_streams, n_cells
         self.values = np.full((n_streams, self.table.n_pages, PAGE), -1, np.int64)  # what each cell was given
-        self.slots = np.full((n_streams, self.n_slots, PAGE), -2, np.int64)
+        self.slots: NDArray[np.int64] = np.full((n_streams, self.n_slots, PAGE), -2, np.int64)
         self.codes = np.full((n_streams, self.table.n_pages, PAGE), -3, np.int64)
         self.next = 1  # values are never used twice
         self.ends = {(s, q): 0 for s in range(n_streams) for q in range(N_SEQ)}
+        self.reserved = reserved
+        self.written = [[0] * (N_SEQ + 1) for _ in range(n_streams)]  # tokens of each sequence, and of all
+        # by page: the sequence that wrote last, and `written` then
+        self.newest: list[dict[int, tuple[int, list[int]]]] = [{} for _ in range(n_streams)]
 
     def used(self, stream: int) -> list[int]:
         return [int(i) for i in np.flatnonzero(self.table.sequences[stream])]
@@ -116,6 +121,10 @@ class Cache(RuleBasedStateMachine):
             self.slots[stream, slot, cell % PAGE] = self.values[stream, cell // PAGE, cell % PAGE] = self.next
             self.next += 1
         self.table.wrote()
+        for cell, owner in zip(cells, tokens, strict=True):
+            for which in (owner, N_SEQ):
+                self.written[stream][which] += 1
+            self.newest[stream][cell // PAGE] = owner, list(self.written[stream])
         self.check_policy(stream, {c // PAGE for c in cells}, n)
 
     def check_policy(self, stream: int, written: set[int], n: int) -> None:
@@ -125,6 +134,11 @@ class Cache(RuleBasedStateMachine):
             if self.seals and state >= 0 and page not in written and cells:
                 lowest = min(self.table.positions[stream, cells])
                 assert self.table.age(stream, page) - n < self.window or lowest < self.pinned * PAGE
+            if state != NONE and cells:
+                owner, then = self.newest[stream][page]
+                own = all(self.table.sequences[stream, cell] >> owner & 1 for cell in cells)
+                which = owner if own else N_SEQ
+                assert self.table.age(stream, page) == self.written[stream][which] - then[which]
 
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
@@ -156,11 +170,25 @@ class Cache(RuleBasedStateMachine):
         self.table.copy_stream(source, target)
         for array in (self.values, self.slots, self.codes):
             array[target] = array[source]
+        self.written[target] = list(self.written[source])
+        self.newest[target] = dict(self.newest[source])
+
+    @precondition(lambda self: self.n_slots < self.table.n_pages)
+    @rule(n=st.integers(1, 3))
+    def grow(self, n: int) -> None:
+        n = min(n, self.table.n_pages - self.n_slots)
+        self.n_slots += n
+        self.table.grow(self.n_slots, self.reserved)
+        self.seals = self.window >= 0 and self.n_slots < self.table.n_pages
+        more = np.full((self.n_streams, n, PAGE), -2, np.int64)
+        self.slots = np.concatenate([self.slots, more], axis=1)
 
     @rule()
     def clear(self) -> None:
         self.table.clear()
         self.ends = dict.fromkeys(self.ends, 0)
+        self.written = [[0] * (N_SEQ + 1) for _ in range(self.n_streams)]
+        self.newest = [{} for _ in range(self.n_streams)]
 
     @invariant()
     def finds_every_token(self) -> None:
@@ -201,6 +229,19 @@ def test_sequences_do_not_share_pages_while_there_are_others() -> None:
         pages = {row[owner] // PAGE for row in cells}
         others = {row[other] // PAGE for row in cells for other in range(3) if other != owner}
         assert not pages & others
+
+
+def test_a_sequence_that_waits_keeps_its_window() -> None:
+    """While another one writes, with slots for both; a page that both have is as old as anybody's tokens make it."""
+    table = Table(1, 32 * PAGE, 8, 2, PAGE, 1)
+    waiting = {cell // PAGE for cell in written(table, [0] * (3 * PAGE))}
+    for i in range(6):
+        written(table, [1] * PAGE, position=i * PAGE)
+    assert sum(table.state(0, page) >= 0 for page in waiting) == 2  # pinned, and the newest
+    table.sequences[0, : 3 * PAGE] |= np.uint64(2)  # now the other one has it too
+    assert table.age(0, max(waiting)) == 0
+    table.sequences[0, 2 * PAGE + 5] = 2
+    assert table.age(0, max(waiting)) == 6 * PAGE
 
 
 def test_micro_batches_of_a_batch_fill_one_page() -> None:

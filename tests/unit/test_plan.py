@@ -60,12 +60,12 @@ def test_names_are_those_of_the_enumerations() -> None:
 
 
 def test_slots_of_many_sequences_leave_most_pages_to_codes() -> None:
-    """Each wants its window and its pinned pages; those beyond the first get an eighth of all pages at most."""
+    """Each wants its window and its pinned pages; those beyond the first get a sixth of all pages at most."""
     plan = replace(Plan.from_preset("xquant", 2), window=200, pinned=2)
     assert plan.slots(128 * 1000) == 2 + 2 + 4 + 1
     assert plan.slots(128 * 1000, 513) == 2 + 2 + 5 + 1
-    assert plan.slots(128 * 1000, n_seq=3) == 6 + 5 + 4 + 1
-    assert plan.slots(128 * 80, n_seq=8) == 2 + 2 + 4 + 1 + 80 // 8
+    assert plan.slots(128 * 1000, n_seq=3) == 3 * (2 + 2 + 1) + 4
+    assert plan.slots(128 * 80, n_seq=8) == 2 + 2 + 1 + 4 + 80 // 6
     assert plan.slots(128 * 5 + 1) == 6  # all there are
     assert replace(plan, window=-1).slots(128 * 1000) == 1000
     shapes = [Shape(64, 96, 2), Shape(128, 128, 1)]

@@ -20,13 +20,15 @@ def run(args: argparse.Namespace) -> int:
     preset = kv_type_of(args)
     if preset in LLAMA_TYPES:
         raise ValueError(f"kv_type is {preset!r}, must be one of {', '.join(preset_names())} to inspect its plan")
-    info, sizes, n_ctx = inspect_cache(args.model, preset, args.kv_plan, n_ctx=args.n_ctx, n_ubatch=args.n_ubatch)
+    info, sizes, n_ctx = inspect_cache(
+        args.model, preset, args.kv_plan, n_ctx=args.n_ctx, n_ubatch=args.n_ubatch, n_seq=args.n_seq
+    )
     if text := warning_of(info):
         print(text, file=sys.stderr)
     carried = carried_keys(args.model)
     if args.json:
         keys = ("preset", "layers", "k_bits", "v_bits", "equivalent_bits", "true_bits", "window", "kernels")
-        settings = {"n_ctx": n_ctx, "n_ubatch": args.n_ubatch}
+        settings = {"n_ctx": n_ctx, "n_ubatch": args.n_ubatch, "n_seq": args.n_seq}
         print(json.dumps({**{k: info[k] for k in keys}, **settings, "kv_bytes": sizes, "file": carried}, indent=2))
         return 0
     if info["layers"]:
@@ -54,5 +56,6 @@ def add(commands: Commands) -> None:
     text = "what the cache stores, and its bytes at a context length"
     sub = add_command(commands, "inspect", run, text, n_ctx=32768)
     sub.add_argument("--n-ubatch", type=at_least(1), default=512, help=UBATCH)
+    sub.add_argument("--n-seq", type=at_least(1), default=1, help="sequences that share the cache (default 1)")
     sub.add_argument("--json", action="store_true", help="print JSON")
     cache_options(sub)

@@ -1,0 +1,144 @@
+/* xquant-memory.cpp: the memory of the cache's tensors: blocks, which stay, and rows of open pages, which grow with the
+ * sequences that want some.
+ *
+ * A cache begins with the slots of one sequence.  Whoever brings more, a batch or a saved state, asks for room first:
+ * rows move into larger tensors then, and graphs that name the old ones are not used again (generation_).
+ */
+#include "xquant-kv-cache.h"
+
+#include "xquant-offsets.h"
+
+#include "llama-hparams.h"
+#include "llama-impl.h"
+
+#include <algorithm>
+
+namespace xquant {
+
+ggml_context *kv_cache::context_of(contexts &of, ggml_backend_buffer_type_t buft) const {
+    auto &ctx = of[buft];
+    if (!ctx) {
+        ggml_init_params params = {};
+        params.mem_size = hparams.n_layer_all * (2 + (size_t)n_stream) * ggml_tensor_overhead();
+        params.no_alloc = true;
+        ctx.reset(ggml_init(params));
+    }
+    return ctx.get();
+}
+
+kv_cache::rows_of_layer kv_cache::new_rows(const layer &l, int32_t n_slots, contexts &open) const {
+    ggml_context *ctx = context_of(open, l.buft);
+    xq_shape shape = l.shape;
+    shape.n_slots = n_slots;
+    ggml_tensor *rows = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, xq_store_row_bytes(&shape) / 2, n_stream);
+    ggml_format_name(rows, "cache_xq_rows_l%d", l.il);
+    std::vector<ggml_tensor *> streams;
+    for (uint32_t s = 0; s < n_stream; ++s) {
+        streams.push_back(ggml_view_1d(ctx, rows, rows->ne[0], s * rows->nb[1]));
+    }
+    return {rows, std::move(streams)};
+}
+
+kv_cache::buffers kv_cache::allocate(contexts &of) const {
+    buffers out;
+    for (auto &[buft, ctx] : of) {
+        ggml_backend_buffer_ptr buffer;
+        if (hparams.no_alloc) { // llama.cpp asks how large it would be
+            buffer.reset(ggml_backend_buft_alloc_buffer(buft, 0));
+            for (ggml_tensor *t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
+                t->buffer = buffer.get();
+            }
+        } else {
+            buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
+        }
+        if (!buffer) {
+            refuse("its memory could not be allocated");
+        }
+        ggml_backend_buffer_clear(buffer.get(), 0);
+        const double size = (double)ggml_backend_buffer_get_size(buffer.get()) / (1024.0 * 1024.0);
+        LLAMA_LOG_INFO("%s: %10s XQuant KV buffer size = %8.2f MiB\n", __func__, ggml_backend_buffer_name(buffer.get()),
+                       size);
+        out.emplace_back(std::move(ctx), std::move(buffer));
+    }
+    return out;
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> kv_cache::memory_breakdown() const {
+    std::map<ggml_backend_buffer_type_t, size_t> out;
+    for (const buffers *some : {&fixed_, &open_}) {
+        for (const auto &[ctx, buffer] : *some) {
+            ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(buffer.get());
+            out[buft] += hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft)
+                                          : ggml_backend_buffer_get_size(buffer.get());
+        }
+    }
+    return out;
+}
+
+/* ---- slots by need ---- */
+
+std::pair<int32_t, int32_t> kv_cache::slots_for(uint32_t n_seq) const {
+    const int32_t n = n_stream == 1 ? (int32_t)std::max(n_seq, 1u) : 1, n_pages = table_->shape().n_pages();
+    const int32_t n_slots = xq_plan_slots(&plan_, n_pages, (int32_t)n_ubatch_, n);
+    const int32_t windows = plan_.window < 0 ? 0 : n * pages_of((uint64_t)plan_.window);
+    return {n_slots, std::min(windows, std::max(n_slots - pages_of(n_ubatch_) - 1, 0))};
+}
+
+void kv_cache::make_room(std::set<llama_seq_id> sequences) {
+    for (llama_seq_id id = 0; id < (llama_seq_id)n_seq_max; ++id) {
+        if (v_cells[seq_to_stream[id]].seq_pos_max(id) >= 0) {
+            sequences.insert(id);
+        }
+    }
+    const auto [n_slots, reserved] = slots_for((uint32_t)sequences.size());
+    if (n_slots > table_->shape().n_slots && !layers_.empty() && grow(n_slots, reserved)) {
+        LLAMA_LOG_INFO("xquant: room for %d open pages, for %d sequences\n", n_slots, (int)sequences.size());
+    }
+}
+
+/* Copies the open pages of a layer into the same slots of a larger one. */
+static void copy_rows(const layer &from, const layer &to, int32_t n_streams) {
+    std::vector<uint8_t> bytes;
+    for (const bool is_k : {true, false}) {
+        bytes.resize((size_t)from.shape.n_slots * XQ_PAGE * (is_k ? from.shape.d : from.shape.e) * sizeof(uint16_t));
+        for (int32_t s = 0; s < n_streams; ++s) {
+            for (int32_t head = 0; head < from.shape.n_head_kv; ++head) {
+                const size_t here = row_offset(from, is_k, s, head, 0), there = row_offset(to, is_k, s, head, 0);
+                ggml_backend_tensor_get(from.nodes.rows, bytes.data(), here, bytes.size());
+                ggml_backend_tensor_set(to.nodes.rows, bytes.data(), there, bytes.size());
+            }
+        }
+    }
+}
+
+bool kv_cache::grow(int32_t n_slots, int32_t reserved) {
+    contexts open;
+    buffers memory;
+    std::vector<layer> larger;
+    for (const auto &l : layers_) {
+        larger.push_back(*l);
+        larger.back().shape.n_slots = n_slots;
+        std::tie(larger.back().nodes.rows, larger.back().row_streams) = new_rows(*l, n_slots, open);
+    }
+    try {
+        memory = allocate(open);
+    } catch (const std::exception &) {
+        LLAMA_LOG_WARN("xquant: there is no memory for %d open pages: %d must do, and pages are sealed early\n",
+                       n_slots, table_->shape().n_slots);
+        return false;
+    }
+    runner_.synchronize();
+    for (size_t i = 0; i < layers_.size(); ++i) {
+        layer &l = *layers_[i];
+        copy_rows(l, larger[i], (int32_t)n_stream);
+        l.nodes.rows = larger[i].nodes.rows;
+        l.row_streams = larger[i].row_streams;
+        l.shape.n_slots = n_slots;
+    }
+    open_ = std::move(memory);
+    table_->grow(n_slots, reserved);
+    generation_++;
+    return true;
+}
+
+} // namespace xquant
