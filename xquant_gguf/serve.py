@@ -149,6 +149,13 @@ def parser() -> argparse.ArgumentParser:
 
 def settings_of(argv: Sequence[str]) -> tuple[ServerSettings, list[Model]]:
     """Settings from the command line, or from the configuration file that it or $CONFIG_FILE names."""
+    server, models = _given(argv)
+    if "interrupt_requests" not in server.model_fields_set:
+        server.interrupt_requests = False  # llama_cpp's default ends an answer when somebody else asks
+    return server, models
+
+
+def _given(argv: Sequence[str]) -> tuple[ServerSettings, list[Model]]:
     args = parser().parse_args([_underscores(word) for word in argv])
     path = os.environ.pop("CONFIG_FILE", args.config_file)  # llama_cpp would read it again, with its own models
     if path is None:
@@ -160,7 +167,7 @@ def settings_of(argv: Sequence[str]) -> tuple[ServerSettings, list[Model]]:
     if path.endswith((".yaml", ".yml")):
         text = json.dumps(yaml.safe_load(text))
     config = Config.model_validate_json(text)
-    return ServerSettings.model_validate(config.model_dump(exclude={"models"})), config.models
+    return ServerSettings.model_validate(config.model_dump(exclude={"models"}, exclude_unset=True)), config.models
 
 
 def _underscores(word: str) -> str:

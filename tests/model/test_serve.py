@@ -55,7 +55,7 @@ def serving(model: str, folder: Path, *options: str, **env: str) -> Iterator[tup
 
 @pytest.fixture(scope="module")
 def url(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    options = ["--kv-type", "xquant", "--n-ctx", "1024", "--interrupt-requests", "false", "--model-alias", "small"]
+    options = ["--kv-type", "xquant", "--n-ctx", "1024", "--model-alias", "small"]
     with serving(smollm2, tmp_path_factory.mktemp("serve"), *options) as (address, log):
         assert '"preset": "xquant", "equivalent_bits": 3.0, "true_bits": 3.25' in log.read_text()
         yield address
@@ -113,7 +113,7 @@ def test_the_cache_is_told(url: str) -> None:
 
 
 def test_asking_for_the_cache_ends_no_answer(smollm2: str, tmp_path: Path) -> None:
-    """Any other request ends an answer that streams, unless --interrupt-requests is false.
+    """Nor does any other request, unless --interrupt-requests is true, which is llama_cpp's default.
 
     $HOST, which some compilers' environments set to something else, does not count beside --host.
     """
