@@ -110,9 +110,9 @@ def build(source: Path, release: Release, out: Path) -> Path:
     run(["cmake", "--build", out / "build", "--target", "fork"])
     shutil.rmtree(package, ignore_errors=True)
     run(["cmake", "--install", out / "build", "--prefix", package, "--component", "xquant"])
-    ours = ROOT / "xquant_gguf"
     others = shutil.ignore_patterns("lib", "__pycache__")
-    shutil.copytree(ours, package / "xquant_gguf", ignore=others, dirs_exist_ok=True)
+    for ours in ("xquant_gguf", "xquant_gguf_hook"):
+        shutil.copytree(ROOT / ours, package / ours, ignore=others, dirs_exist_ok=True)
     if bindings_version(source):
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
         run([*pip, package, source], CMAKE_ARGS="-DLLAMA_BUILD=OFF")

@@ -18,6 +18,8 @@ from xquant_gguf.plan import PlanSource
 from xquant_gguf.session import RefusedState, Session
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from typing_extensions import Self, Unpack
 
 
@@ -105,6 +107,21 @@ class Llama(llama_cpp.Llama):
         return codec.kernels()
 
     # ---- what llama_cpp does, with errors that leave everything as it was ----
+
+    def generate(self, tokens: Sequence[int], *args: Any, **options: Any) -> Iterator[Any]:
+        """As llama_cpp's; ValueError if a grammar cannot be parsed, which would end the process there."""
+        if (grammar := options.get("grammar")) is not None:
+            self.check_grammar(grammar)
+        return super().generate(tokens, *args, **options)
+
+    def check_grammar(self, grammar: llama_cpp.LlamaGrammar) -> None:
+        """ValueError if llama.cpp cannot parse a grammar."""
+        text, root = grammar._grammar, grammar._root
+        vocab = llama_cpp.llama_model_get_vocab(self.model)
+        sampler = llama_cpp.llama_sampler_init_grammar(vocab, text.encode(), root.encode())
+        if not sampler:
+            raise ValueError(f"the grammar cannot be parsed, or has no rule {root!r}: {text[:200]!r}")
+        llama_cpp.llama_sampler_free(sampler)
 
     def save_state(self) -> llama_cpp.LlamaState:
         """The context's state and what Llama knows of it; RuntimeError with llama.cpp's reason if it cannot be had."""

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any, Optional
 import llama_cpp
 import uvicorn
 import yaml
-from fastapi import Depends
+from fastapi import Depends, HTTPException
 from llama_cpp.server import app as server
 from llama_cpp.server.cli import add_args_from_model, parse_model_from_args
 from llama_cpp.server.model import LlamaProxy
 from llama_cpp.server.settings import ConfigFileSettings, ModelSettings, ServerSettings
 from pydantic import Field
 
+from xquant_gguf import session
 from xquant_gguf.kv_types import LLAMA_TYPES
 from xquant_gguf.llama import Llama
 from xquant_gguf.plan import preset_names
@@ -41,6 +43,13 @@ class Served(Llama):
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Served:
         return super().from_pretrained(*args, **_known(options))
+
+    def check_grammar(self, grammar: llama_cpp.LlamaGrammar) -> None:
+        """As Llama's; what a client sent is the client's error."""
+        try:
+            super().check_grammar(grammar)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
 
     def eval(self, tokens: Sequence[int]) -> None:
         super().eval(tokens)
@@ -73,12 +82,23 @@ class Model(ModelSettings):
             def __init__(self, model_path: str, **options: Any) -> None:
                 if "flash_attn" not in settings.model_fields_set:
                     del options["flash_attn"]  # the server's default is no, which contradicts a quantized cache
-                kv_type = settings.kv_type
-                if kv_type is None and settings.kv_plan is None and settings.type_k is None and settings.type_v is None:
-                    kv_type = "xquant"
-                super().__init__(model_path, **{**options, "kv_type": kv_type, "kv_plan": settings.kv_plan})
+                super().__init__(
+                    model_path, **{**options, "kv_type": settings.cache_of(model_path), "kv_plan": settings.kv_plan}
+                )
 
         return Configured
+
+    def cache_of(self, model_path: str) -> str | None:
+        """The kv_type that was asked for, or else ours; F16, with a warning, for a model that cannot have it."""
+        if self.kv_type or self.kv_plan or self.type_k is not None or self.type_v is not None:
+            return self.kv_type
+        with session.Model(model_path, weights=False) as model:
+            try:
+                model.session("xquant", n_ctx=256).close()
+            except ValueError as error:
+                warnings.warn(f"{error}: it is served with an F16 cache", stacklevel=2)
+                return "f16"
+        return "xquant"
 
 
 class Config(ConfigFileSettings):
@@ -129,6 +149,13 @@ def parser() -> argparse.ArgumentParser:
 
 def settings_of(argv: Sequence[str]) -> tuple[ServerSettings, list[Model]]:
     """Settings from the command line, or from the configuration file that it or $CONFIG_FILE names."""
+    server, models = _given(argv)
+    if "interrupt_requests" not in server.model_fields_set:
+        server.interrupt_requests = False  # llama_cpp's default ends an answer when somebody else asks
+    return server, models
+
+
+def _given(argv: Sequence[str]) -> tuple[ServerSettings, list[Model]]:
     args = parser().parse_args([_underscores(word) for word in argv])
     path = os.environ.pop("CONFIG_FILE", args.config_file)  # llama_cpp would read it again, with its own models
     if path is None:
@@ -140,7 +167,7 @@ def settings_of(argv: Sequence[str]) -> tuple[ServerSettings, list[Model]]:
     if path.endswith((".yaml", ".yml")):
         text = json.dumps(yaml.safe_load(text))
     config = Config.model_validate_json(text)
-    return ServerSettings.model_validate(config.model_dump(exclude={"models"})), config.models
+    return ServerSettings.model_validate(config.model_dump(exclude={"models"}, exclude_unset=True)), config.models
 
 
 def _underscores(word: str) -> str:
@@ -151,6 +178,9 @@ def _underscores(word: str) -> str:
 
 def application(server_settings: ServerSettings, models: Sequence[Model]) -> Any:
     """llama_cpp's FastAPI application over our Llama; the first model is loaded at once."""
+    for settings in models:  # now rather than at the first request, but for models that are not here yet
+        if Path(settings.model).exists():
+            settings.kv_type = settings.cache_of(settings.model)
     proxy = Proxy(list(models))
     with _in_place_of(server, "LlamaProxy", lambda models: proxy):
         app = server.create_app(server_settings=server_settings, model_settings=list(models))

@@ -71,8 +71,8 @@ kv_cache::kv_cache(const llama_model &model, const llama_hparams &hparams, bool 
     for (const auto &l : layers_) {
         std::tie(l->nodes.rows, l->row_streams) = new_rows(*l, n_slots, open);
     }
-    fixed_ = allocate(fixed);
-    open_ = allocate(open);
+    fixed_ = allocate(fixed, "blocks of codes");
+    open_ = allocate(open, "F16 rows of open pages");
     fill_aux();
     clear(false);
 }

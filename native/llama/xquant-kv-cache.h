@@ -134,7 +134,7 @@ class kv_cache final : public llama_kv_cache {
     void add_layer(int32_t il, bool offload, contexts &fixed);
     ggml_context *context_of(contexts &of, ggml_backend_buffer_type_t buft) const;
     rows_of_layer new_rows(const layer &l, int32_t n_slots, contexts &open) const;
-    buffers allocate(contexts &of) const;
+    buffers allocate(contexts &of, const char *what) const;
     void fill_aux() const;
 
     /* Slots that so many sequences in a stream want, as far as a sixth of the pages goes, and those for windows. */

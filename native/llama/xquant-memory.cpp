@@ -39,7 +39,7 @@ kv_cache::rows_of_layer kv_cache::new_rows(const layer &l, int32_t n_slots, cont
     return {rows, std::move(streams)};
 }
 
-kv_cache::buffers kv_cache::allocate(contexts &of) const {
+kv_cache::buffers kv_cache::allocate(contexts &of, const char *what) const {
     buffers out;
     for (auto &[buft, ctx] : of) {
         ggml_backend_buffer_ptr buffer;
@@ -56,8 +56,8 @@ kv_cache::buffers kv_cache::allocate(contexts &of) const {
         }
         ggml_backend_buffer_clear(buffer.get(), 0);
         const double size = (double)ggml_backend_buffer_get_size(buffer.get()) / (1024.0 * 1024.0);
-        LLAMA_LOG_INFO("%s: %10s XQuant KV buffer size = %8.2f MiB\n", __func__, ggml_backend_buffer_name(buffer.get()),
-                       size);
+        LLAMA_LOG_INFO("xquant: %10s KV %s = %8.2f MiB (%d cells, %d layers)\n", ggml_backend_buffer_name(buffer.get()),
+                       what, size, (int)get_size(), (int)layers_.size());
         out.emplace_back(std::move(ctx), std::move(buffer));
     }
     return out;
@@ -121,7 +121,7 @@ bool kv_cache::grow(int32_t n_slots, int32_t reserved) {
         std::tie(larger.back().nodes.rows, larger.back().row_streams) = new_rows(*l, n_slots, open);
     }
     try {
-        memory = allocate(open);
+        memory = allocate(open, "F16 rows of open pages");
     } catch (const std::exception &) {
         LLAMA_LOG_WARN("xquant: there is no memory for %d open pages: %d must do, and pages are sealed early\n",
                        n_slots, table_->shape().n_slots);

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from support import tiny_gguf
+from support.contexts import Context
 from xquant_gguf import Llama
 from xquant_gguf.inspect import inspect_cache
 from xquant_gguf.session import Model
@@ -42,6 +43,21 @@ def test_sizes_are_those_of_real_caches(sliding: str, n_ctx: int, n_ubatch: int,
     assert info["bytes_other"] > 0
     assert info["layers"] == [0, 1]
     assert in_force == n_ctx
+
+
+@pytest.mark.parametrize("n_seq", [1, 2, 4])
+def test_sizes_of_several_sequences_are_those_of_caches_that_have_them(sliding: str, n_seq: int) -> None:
+    _, sizes, _ = inspect_cache(sliding, "xquant", None, n_ctx=8192, n_ubatch=128, n_seq=n_seq)
+    with Context(Path(sliding), "xquant", n_ctx=8192, n_ubatch=128, n_seq=8) as context:
+        other = context.info()["bytes_other"]  # sliding layers, which have room for all from the start
+        for sequence in range(n_seq):
+            context.decode([5, 6, 7], 0, [sequence])
+        info = context.info()
+        page_table = 4 * (info["n_slots"] - 4)  # four bytes for each slot beyond those of one
+        with Context(Path(sliding), "xquant", n_ctx=8192, n_ubatch=128) as alone:
+            other -= alone.info()["bytes_other"]
+        assert sizes["xquant"] == info["bytes_allocated"] + info["bytes_other"] - other - page_table
+        assert info["n_slots"] == 4 + 3 * (n_seq - 1)
 
 
 def test_a_type_that_does_not_fit_the_heads_has_no_size(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import openai
 import pytest
 from llama_cpp.server.settings import ServerSettings
 
+from support import tiny_gguf
 from xquant_gguf import cli, serve
 
 TALK = [{"role": "user", "content": "What is the capital of France?"}]
@@ -54,7 +55,7 @@ def serving(model: str, folder: Path, *options: str, **env: str) -> Iterator[tup
 
 @pytest.fixture(scope="module")
 def url(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    options = ["--kv-type", "xquant", "--n-ctx", "1024", "--interrupt-requests", "false", "--model-alias", "small"]
+    options = ["--kv-type", "xquant", "--n-ctx", "1024", "--model-alias", "small"]
     with serving(smollm2, tmp_path_factory.mktemp("serve"), *options) as (address, log):
         assert '"preset": "xquant", "equivalent_bits": 3.0, "true_bits": 3.25' in log.read_text()
         yield address
@@ -112,7 +113,7 @@ def test_the_cache_is_told(url: str) -> None:
 
 
 def test_asking_for_the_cache_ends_no_answer(smollm2: str, tmp_path: Path) -> None:
-    """Any other request ends an answer that streams, unless --interrupt-requests is false.
+    """Nor does any other request, unless --interrupt-requests is true, which is llama_cpp's default.
 
     $HOST, which some compilers' environments set to something else, does not count beside --host.
     """
@@ -129,6 +130,26 @@ def test_asking_for_the_cache_ends_no_answer(smollm2: str, tmp_path: Path) -> No
     assert told[-1] == "data: [DONE]"
     assert len(told) > 80
     assert used[0] < used[1] <= used[2]
+
+
+def test_a_grammar_that_is_none_is_the_clients_error(url: str) -> None:
+    for grammar in ("root ::= [", 'other ::= "a"'):
+        for path, prompt in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": TALK})):
+            body = {**prompt, "grammar": grammar, "max_tokens": 3}
+            response = httpx.post(f"{url}/v1/{path}", json=body, timeout=60)
+            assert response.status_code == 400, response.text
+            assert "the grammar cannot be parsed" in response.text
+    assert httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=60).status_code == 200
+
+
+def test_models_that_cannot_have_our_cache_are_served_with_f16(tmp_path: Path, smollm2: str) -> None:
+    """With a warning, before anything is asked; a cache that was asked for stays."""
+    shape = tiny_gguf.Shape(key_length=40, value_length=40)
+    path = str(tiny_gguf.write(tmp_path / "odd.gguf", shape, tiny_gguf.random_weights(shape)))
+    models = [serve.Model(model=path), serve.Model(model=smollm2), serve.Model(model=smollm2, kv_type="q8_0")]
+    with pytest.warns(UserWarning, match="odd.gguf.* it is served with an F16 cache"):
+        serve.application(ServerSettings(), models)
+    assert [model.kv_type for model in models] == ["f16", "xquant", "q8_0"]
 
 
 def test_options_go_before_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
