@@ -61,6 +61,25 @@ def test_more_of_them_than_pages_answer_as_with_f16(paths: dict[str, Path]) -> N
     assert kld(logits["f16"], logits["xquant"]) < 2e-3
 
 
+@pytest.mark.parametrize("kv_type", ["f16", "xquant", "xquant-tiny"])
+def test_a_sequence_that_waits_stays_as_it_is(paths: dict[str, Path], kv_type: str) -> None:
+    """While others come and go, in a cache with room for the windows of both: it was sealed as far as its own go."""
+    n = 640
+    with Context(paths["plain"], kv_type, n_ctx=4096, n_ubatch=64, n_seq=2) as context:
+        context.decode(TOKENS[:n], 0, [0])
+        context.decode(TOKENS[3000 : 3000 + n], 0, [1])  # now both have room
+        context.decode(TOKENS[n : n + 40], n, [0])
+        out = []
+        for request in range(4):
+            out.append(context.decode(TOKENS[n + 40 : n + 60], n + 40, [0]))
+            llama_cpp.llama_memory_seq_rm(context.memory, 0, n + 40, -1)
+            llama_cpp.llama_memory_seq_rm(context.memory, 1, -1, -1)
+            context.decode(TOKENS[5000 + 1000 * request :][:n], 0, [1])
+    # drafts that were removed have aged it by some tokens before the first request; then nothing does
+    assert max(kld(out[1], later) for later in out[1:]) < 1e-9
+    assert kld(out[0], out[1]) < 1e-3
+
+
 @pytest.mark.parametrize("kv_type", ["xquant", "xquant-tiny"])
 def test_a_sequence_that_waits_is_sealed_once(paths: dict[str, Path], kv_type: str) -> None:
     """A chat shares its pages with one that ended, and other requests come and go in the cells that this left.

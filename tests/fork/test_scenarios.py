@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 from llama_cpp.llama_cache import LlamaDiskCache, LlamaRAMCache
@@ -21,7 +20,7 @@ from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecodi
 from numpy.typing import NDArray
 
 from support import tiny_gguf
-from support.contexts import Context
+from support.contexts import Context, last_logits
 from support.tiny_gguf import text
 from xquant_gguf import Llama
 from xquant_gguf.llama import llama_cpp
@@ -51,10 +50,6 @@ def make(folder: Path, kv_type: str) -> Make:
         return Llama(str(folder / "plain.gguf"), **{**given, "verbose": False, "logits_all": True, **options})
 
     return llama
-
-
-def last_logits(llm: Llama) -> NDArray[np.float32]:
-    return np.array(llm.scores[llm.n_tokens - 1])
 
 
 def close(a: NDArray[np.float32], b: NDArray[np.float32]) -> bool:
@@ -208,18 +203,7 @@ def test_embeddings(make: Make, folder: Path) -> None:
 
 def test_lora(make: Make, tmp_path: Path) -> None:
     """An adapter changes the logits, and they do not depend on how the prompt came in."""
-    path, rng = tmp_path / "lora.gguf", np.random.default_rng(2)
-    shape = tiny_gguf.Shape()
-    writer = gguf.GGUFWriter(path, shape.arch)
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 4.0)
-    tensors = {}
-    for il in range(shape.n_layer):
-        name = f"blk.{il}.attn_k.weight"
-        tensors[f"{name}.lora_a"] = rng.standard_normal((4, shape.n_embd)).astype(np.float32)
-        tensors[f"{name}.lora_b"] = 0.1 * rng.standard_normal((128, 4)).astype(np.float32)
-    tiny_gguf.finish(writer, tensors)
+    path = tiny_gguf.write_lora(tmp_path / "lora.gguf", tiny_gguf.Shape())
 
     def adapted() -> Llama:
         return make(lora_path=str(path))

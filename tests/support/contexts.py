@@ -15,7 +15,11 @@ from xquant_gguf import fork
 from xquant_gguf.kv_types import LLAMA_TYPES
 from xquant_gguf.session import Logits, Model, RefusedState, Row
 
-__all__ = ["Context", "Logits", "llama_cpp"]
+__all__ = ["Context", "Logits", "last_logits", "llama_cpp"]
+
+
+def last_logits(llm: llama_cpp.Llama) -> Logits:
+    return np.array(llm.scores[llm.n_tokens - 1])
 
 
 class Context:

@@ -1,4 +1,6 @@
-"""One model with one type of cache, in a process of its own: python -m support.model_run MODEL TYPE MICRO_BATCH FOLDER.
+"""One model with one type of cache, in a process of its own.
+
+usage: python -m support.model_run MODEL TYPE MICRO_BATCH FOLDER [short]
 
 Writes FOLDER/<step>.npy with logits after each step, and FOLDER/told.json with what the context said. A step that ends
 the process leaves those before it. Types: a cache type of llama.cpp; `open`: XQuant, with a plan that never seals;
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,22 @@ from xquant_gguf import fork, reference
 from xquant_gguf.plan import PAGE, Layer
 from xquant_gguf.session import Model, Session
 
-N_CTX, PROMPT, MORE = 2048, 600, 40
+N_CTX, MORE = 2048, 40
 WHOLE = 640  # a micro-batch that takes the prompt whole
 XQUANT = ("open", "sealed", "specified")
-SEALED_PAGES = range(1, 3)  # of the prompt: behind the pinned one, and out of the window of the token that follows it
+
+
+@dataclass(frozen=True)
+class Length:
+    """Tokens of the prompt; where the tail is cut off; pages of the prompt that are sealed behind it."""
+
+    prompt: int
+    cut: int
+    sealed: tuple[int, ...]
+
+
+LONG = Length(600, 500, (1, 2))  # behind the pinned page, and out of the window of the token that follows the prompt
+SHORT = Length(130, 120, (0,))  # for models of 256 learned positions, with a plan without window and pinned pages
 
 
 def tokens_of(n_vocab: int) -> list[int]:
@@ -41,21 +56,21 @@ def made(model: Model, kind: str, n_ubatch: int) -> Session:
     )  # fmt: skip
 
 
-def steps(session: Session, tokens: list[int]) -> Any:
+def steps(session: Session, tokens: list[int], length: Length) -> Any:
     """(name, logits) of each step; those that a cache cannot do are left out."""
 
     def go_on(name: str, count: int, first: int) -> tuple[str, Logits]:
         return name, session.answer(tokens[-count:], first).copy()
 
-    yield "prompt", session.answer(tokens[:PROMPT], 0)[-50:].copy()
-    rows = [session.answer(tokens[PROMPT + i : PROMPT + i + 1], PROMPT + i).copy() for i in range(20)]
-    yield "decode", np.concatenate(rows)
+    n = length.prompt
+    yield "prompt", session.answer(tokens[:n], 0)[-50:].copy()
+    yield "decode", np.concatenate([session.answer(tokens[n + i : n + i + 1], n + i).copy() for i in range(20)])
     state = session.save(0)
-    if session.remove(0, 500):
-        yield go_on("removal of the tail", 60, 500)
+    if session.remove(0, length.cut):
+        yield go_on("removal of the tail", 60, length.cut)
     session.load(state, 0)
-    yield go_on("state", MORE, PROMPT + 20)
-    if not llama_cpp.llama_memory_can_shift(session.memory):
+    yield go_on("state", MORE, n + 20)
+    if length is SHORT or not llama_cpp.llama_memory_can_shift(session.memory):
         return
     session.clear()
     session.answer(tokens[:300], 0)
@@ -64,8 +79,8 @@ def steps(session: Session, tokens: list[int]) -> Any:
         yield go_on("shift", MORE, 260)
 
 
-def specify(session: Session) -> None:
-    """Makes keys and values of SEALED_PAGES, which lie open, what the default plan makes of them."""
+def specify(session: Session, length: Length) -> None:
+    """Makes keys and values of pages, which lie open, what the default plan makes of them when it seals them."""
     found = fork.plan(session.ctx, "xquant")
     assert found
     plan, shapes, numbers = found
@@ -73,8 +88,8 @@ def specify(session: Session) -> None:
     for layer, shape, number in zip(plan.layers, shapes, numbers, strict=True):
         for name, width in (("k", shape.d), ("v", shape.e)):
             for head in range(shape.heads):
-                rows = fork.read_rows(session.ctx, number, name, head, PROMPT, width)
-                for page in SEALED_PAGES:
+                rows = fork.read_rows(session.ctx, number, name, head, length.prompt, width)
+                for page in length.sealed:
                     at = slice(page * PAGE, (page + 1) * PAGE)
                     rows[at] = sealed(layer, name, rows[at], everyone)
                 fork.write_rows(session.ctx, number, name, head, rows)
@@ -86,8 +101,14 @@ def sealed(layer: Layer, name: str, rows: Any, valid: Any) -> Any:
     return reference.dequantize_v(layer.v, rows.shape[1], *reference.seal_v(layer.v, rows, valid)[:2])
 
 
-def main(path: str, kind: str, n_ubatch: int, folder: Path) -> None:
-    with Model(path, n_gpu_layers=0, overrides={} if kind in ("sealed", "f16", "q8_0") else {"xquant.window": -1}) as m:
+def overrides_of(kind: str, length: Length) -> dict[str, int]:
+    if kind in ("open", "specified"):
+        return {"xquant.window": -1}
+    return {"xquant.window": 0, "xquant.pinned": 0} if kind == "sealed" and length is SHORT else {}
+
+
+def main(path: str, kind: str, n_ubatch: int, folder: Path, length: Length) -> None:
+    with Model(path, n_gpu_layers=0, overrides=overrides_of(kind, length)) as m:
         told: dict[str, Any] = {
             "hybrid": bool(llama_cpp.llama_model_is_hybrid(m.handle)),
             "recurrent": bool(llama_cpp.llama_model_is_recurrent(m.handle)),
@@ -109,16 +130,17 @@ def main(path: str, kind: str, n_ubatch: int, folder: Path) -> None:
             if kind in XQUANT:
                 tell(shapes=sorted({(shape.d, shape.e) for shape in fork.layers(session.ctx)[0]}))
             if kind in ("sealed", "specified") and n_ubatch == WHOLE:
-                session.answer(tokens[:PROMPT], 0)
+                n = length.prompt
+                session.answer(tokens[:n], 0)
                 if kind == "specified":
-                    specify(session)
-                np.save(folder / "next", session.answer(tokens[PROMPT : PROMPT + MORE], PROMPT).copy())
+                    specify(session, length)
+                np.save(folder / "next", session.answer(tokens[n : n + MORE], n).copy())
                 tell(sealed=[i for i, page in enumerate(fork.pages(session.ctx)) if page.n_cells and not page.is_open])
             else:
-                for name, logits in steps(session, tokens):
+                for name, logits in steps(session, tokens, length):
                     np.save(folder / name, logits)
         tell(done=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]), SHORT if sys.argv[5:] == ["short"] else LONG)

@@ -23,7 +23,7 @@ import numpy as np
 
 from support import upstream
 from support.contexts import Logits
-from support.model_run import SEALED_PAGES, WHOLE
+from support.model_run import LONG, SHORT, WHOLE, Length
 
 # Mean squared error over the variance of the logits. A cache that never seals, beside F16 without flash attention, and
 # a sealing one beside numpy's of the same keys and values.
@@ -46,9 +46,10 @@ class Run:
         return self.status == 0 and bool(self.told.get("done"))
 
 
-def run(model: Path, kind: str, n_ubatch: int) -> Run:
+def run(model: Path, kind: str, n_ubatch: int, length: Length = LONG) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "support.model_run", str(model), kind, str(n_ubatch), folder]
+        command += ["short"] if length is SHORT else []
         try:
             out = subprocess.run(
                 command, env=ENVIRONMENT, capture_output=True, text=True, errors="replace", timeout=300, check=False
@@ -90,8 +91,13 @@ def kind_of(told: dict[str, Any], refused: str) -> str:
 
 def examine(model: Path) -> Row:
     row = Row(model.stem)
+    length = LONG
     row.needed = "prompt" in run(model, "q8_0", 64).logits
     first = run(model, "open", 64)
+    if not row.needed and first.status != 0:  # llama.cpp stops the process where learned positions end
+        length = SHORT
+        row.needed = "prompt" in run(model, "q8_0", 64, length).logits
+        first = run(model, "open", 64, length)
     if refused := str(first.told.get("refused", "")):
         row.refused = refused.partition("cannot use it: ")[2].partition("; use ")[0] or refused
     row.kind = kind_of(first.told, row.refused)
@@ -99,12 +105,13 @@ def examine(model: Path) -> Row:
         return row
     row.shapes = ", ".join(str(d) if d == e else f"{d}/{e}" for d, e in first.told.get("shapes", []))
     for n_ubatch in (64, 512):
-        f16 = run(model, "f16", n_ubatch)
-        opened = first if n_ubatch == 64 else run(model, "open", n_ubatch)
+        f16 = run(model, "f16", n_ubatch, length)
+        opened = first if n_ubatch == 64 else run(model, "open", n_ubatch, length)
         row.open = max(row.open, beside_f16(row, f"open, micro-batches of {n_ubatch}", opened, f16))
-        sealing = run(model, "sealed", n_ubatch)
+        sealing = run(model, "sealed", n_ubatch, length)
         row.harm = max(row.harm, beside_f16(row, f"sealed, micro-batches of {n_ubatch}", sealing, f16))
-    row.sealed = beside_numpy(row, run(model, "sealed", WHOLE), run(model, "specified", WHOLE))
+    sealing, specified = (run(model, kind, WHOLE, length) for kind in ("sealed", "specified"))
+    row.sealed = beside_numpy(row, sealing, specified, length)
     if row.open > OPEN or row.sealed > SEALED:
         row.failed.append(f"{row.open:.1e} from F16, {row.sealed:.1e} from numpy")
     return row
@@ -119,13 +126,13 @@ def beside_f16(row: Row, what: str, ours: Run, f16: Run) -> float:
     return max((error(ours.logits[step], f16.logits[step]) for step in set(f16.logits) & set(ours.logits)), default=0)
 
 
-def beside_numpy(row: Row, ours: Run, specified: Run) -> float:
+def beside_numpy(row: Row, ours: Run, specified: Run, length: Length) -> float:
     for name, one in (("sealed", ours), ("specified", specified)):
         if not one.done:
             row.failed.append(f"{name}: {one.said.strip()[-300:]}")
     if row.failed:
         return 0.0
-    if ours.told["shapes"] and ours.told["sealed"] != list(SEALED_PAGES):
+    if ours.told["shapes"] and ours.told["sealed"] != list(length.sealed):
         row.failed.append(f"pages {ours.told['sealed']} were sealed")
     return error(ours.logits["next"], specified.logits["next"])
 
@@ -146,11 +153,11 @@ What an XQuant cache does with a random model of each architecture that llama.cp
 PYTHONPATH=tests python -m support.models --write docs/models.md
 ```
 
-Each model decodes a prompt of 600 tokens in micro-batches of 64 and of 512, then token by token; the tail is removed, \
-a state is saved and loaded, positions are shifted: whatever an F16 cache can. *Open* is a plan that never seals, \
-beside F16 without flash attention; *numpy*, sealed pages beside the specification applied to F16's own keys and \
-values; *harm*, the default plan beside F16, which on random weights says little. All are squared errors over the \
-variance of the logits, at the worst step.
+Each model decodes a prompt of 600 tokens (130 with 256 learned positions) in micro-batches of 64 and of 512, then \
+token by token; the tail is removed, a state is saved and loaded, positions are shifted: whatever an F16 cache can. \
+*Open* is a plan that never seals, beside F16 without flash attention; *numpy*, sealed pages beside the specification \
+applied to F16's own keys and values; *harm*, the default plan beside F16, which on random weights says little. All \
+are squared errors over the variance of the logits, at the worst step.
 """
 
 
