@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -164,3 +165,12 @@ def test_nothing_to_quantize_is_told_by_commands(sliding: str, capfd: pytest.Cap
         assert "all layers slide, and sliding layers stay F16: there is nothing to choose" in capfd.readouterr().err
     with pytest.raises(ValueError, match="kv_plan: layers '0' cannot be: the model's cache has no layers"):
         Llama(sliding, kv_plan={"layers": {"0": {"k": {"bits": 2}}}}, n_ctx=512, verbose=False)
+
+
+@pytest.mark.parametrize("folder", ["/nonexistent", "t" * 200])
+def test_a_plan_needs_no_folder_for_temporary_files(path: str, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is handed over in memory: however long a folder's name is, or if there is none."""
+    monkeypatch.setattr(tempfile, "tempdir", folder)
+    llm = Llama(path, kv_plan={"preset": "xquant-small", "window": 256}, n_ctx=512, verbose=False)
+    assert (llm.kv_cache_info()["window"], llm.kv_cache_info()["k_bits"][0]) == (256, 3)
+    llm.close()
