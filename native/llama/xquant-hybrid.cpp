@@ -12,9 +12,19 @@
 #include "llama-memory-hybrid.h"
 #include "llama-model.h"
 
+#include <optional>
+
 namespace xquant {
 
 namespace {
+
+/* What a state with these flags holds of attention: of a partial one nothing, or what slides; null: nothing. */
+llama_memory_i *attention_in(llama_kv_cache &cache, llama_state_seq_flags flags) {
+    return (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0 ? &cache : nullptr;
+}
+llama_memory_i *attention_in(llama_kv_cache_iswa &cache, llama_state_seq_flags flags) {
+    return (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0 ? (llama_memory_i *)&cache : cache.get_swa();
+}
 
 /* base: llama_memory_hybrid, or the one whose attention slides in some layers. */
 template <typename base> class hybrid final : public base {
@@ -27,16 +37,21 @@ template <typename base> class hybrid final : public base {
     }
 
     void state_read(llama_io_read_i &io, llama_seq_id seq_id, llama_state_seq_flags flags) override {
-        const snapshot before(*this, seq_id, flags);
-        // of sliding layers' caches a partial state has all, of others nothing
-        if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0 || std::is_same_v<base, llama_memory_hybrid_iswa>) {
+        llama_memory_i *recurrent = base::get_mem_recr(), *attention = attention_in(*base::get_mem_attn(), flags);
+        const snapshot before(*recurrent, seq_id, flags);
+        std::optional<snapshot> attention_before;
+        if (attention) {
+            attention_before.emplace(*attention, seq_id, flags);
             base::get_mem_attn()->state_read(io, seq_id, flags); // if it is refused, nothing has changed
         }
         try {
-            base::get_mem_recr()->state_read(io, seq_id, flags);
+            recurrent->state_read(io, seq_id, flags);
         } catch (...) {
             io.discard();
-            before.restore(*this);
+            before.restore(*recurrent);
+            if (attention) {
+                attention_before->restore(*attention);
+            }
             throw;
         }
     }
