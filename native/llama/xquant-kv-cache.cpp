@@ -165,17 +165,13 @@ std::unique_ptr<llama_kv_cache> make_kv_cache(uint32_t n_ubatch, const llama_mod
                                                 n_seq_max, n_pad, n_swa, swa_type, mem_other, filter, reuse, share);
     }
     if (hparams.is_mla()) {
-        refuse(std::string("architecture ") + model.arch_name() +
-               " cannot use it: its attention is MLA, which stores latent vectors instead of keys and values; use the "
-               "cache type f16 or q8_0 instead");
+        refuse_model(model, "its attention is MLA, which stores latent vectors instead of keys and values");
     }
     if (hparams.n_rel_attn_bkts > 0) {
-        refuse(std::string("architecture ") + model.arch_name() +
-               " cannot use it: its attention has a position bias; use the cache type f16 instead");
+        refuse_model(model, "its attention has a position bias", "f16");
     }
     if (mem_other || share) {
-        refuse(std::string("architecture ") + model.arch_name() +
-               " cannot use it: its cache shares the cells of another context; use the cache type f16 instead");
+        refuse_model(model, "its cache shares the cells of another context", "f16");
     }
     return std::make_unique<kv_cache>(model, hparams, offload, unified, kv_size, n_seq_max, n_pad, filter, reuse,
                                       n_ubatch);

@@ -31,6 +31,9 @@ namespace xquant {
 
 /* Records why a context cannot be created (xquant_llama_error) and throws it. */
 [[noreturn]] void refuse(const std::string &reason);
+/* Likewise for all contexts of a model's architecture. */
+[[noreturn]] void refuse_model(const llama_model &model, const std::string &why,
+                               const std::string &instead = "f16 or q8_0");
 
 /* The plan that a new cache follows, and the block that it was read from (empty: a preset).  d, e, n_head_kv
  * [XQ_MAX_LAYERS]: of the layers that the cache holds, else 0. */

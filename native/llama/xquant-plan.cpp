@@ -32,8 +32,9 @@ static bool is_ours(const llama_memory_params &params) {
     return params.type_k == GGML_TYPE_XQUANT || params.type_v == GGML_TYPE_XQUANT;
 }
 
-[[noreturn]] static void refuse_model(const llama_model &model, const std::string &why) {
-    refuse("architecture " + model.arch_name() + " cannot use it: " + why + "; use the cache type f16 or q8_0 instead");
+void refuse_model(const llama_model &model, const std::string &why, const std::string &instead) {
+    refuse("architecture " + model.arch_name() + " cannot use it: " + why + "; use the cache type " + instead +
+           " instead");
 }
 
 void check_context(const llama_model &model, const llama_memory_params &params, const llama_cparams &cparams) {
