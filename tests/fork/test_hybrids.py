@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from hypothesis import Phase, given, settings
 
 from support import upstream
 from support.contexts import llama_cpp
+from support.models import error
 from xquant_gguf.kv_types import number_of
-from xquant_gguf.session import Logits, Model, RefusedState, Session
+from xquant_gguf.session import Model, RefusedState, Session
 
 # a kind each of recurrent layers that llama.cpp can roll back: delta net, Mamba2, convolution beside sliding attention
 NAMES = ("qwen35-dense", "nemotron_h-dense", "lfm2-dense")
@@ -25,9 +27,7 @@ TOKENS = np.random.default_rng(5).integers(3, 100, 1000).tolist()
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("hybrids")
-    built = upstream.build(upstream.ROOT / "build" / "upstream")
-    names = "|".join(name.rsplit("-", 1)[0] for name in NAMES)
-    assert upstream.run(built / "test-llama-archs", ("-a", f"^({names})$", "-s", "1", "-o", out), out).status == 0
+    upstream.make_models(out, NAMES)
     return out
 
 
@@ -44,10 +44,6 @@ def made(model: Model, kv_type: str, n_seq: int = 1, window: int | None = None) 
     params.type_k = params.type_v = number_of(kv_type)
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     return Session.make(model.handle, params)
-
-
-def difference(got: Logits, want: Logits) -> float:
-    return float(((got - want) ** 2).mean() / want.var())
 
 
 # Squared error over the variance: pages may be sealed a few tokens earlier where drafts were removed again.
@@ -71,7 +67,7 @@ def test_drafts_that_are_rolled_back_leave_nothing(model: Model, kv_type: str, d
             if n_drafts > right:
                 assert drafting.remove(0, end + 1 + right)
             want = np.concatenate([plain.answer([token], end + i).copy() for i, token in enumerate(batch[: 1 + right])])
-            assert difference(got, want) < SAME[kv_type]
+            assert error(got, want) < SAME[kv_type]
             end += 1 + right
         assert plain.length() == drafting.length() == end
 
@@ -91,10 +87,27 @@ def test_a_refused_state_changes_nothing(model: Model, sequence: int | None) -> 
         assert live.save(1) == twin.save(1)
         for s, first, end in ((0, 350, 800), (1, 40, 140)):
             got, want = (session.answer(TOKENS[end : end + 20], first, [s]).copy() for session in (live, twin))
-            assert difference(got, want) < 1e-6  # cells of sliding layers may have changed places
+            assert error(got, want) < 1e-6  # cells of sliding layers may have changed places
         live.load(state, sequence)
         got, want = (session.answer(TOKENS[450:470], 450, [0]).copy() for session in (live, saved))
-        assert difference(got, want) < 1e-4
+        assert error(got, want) < 1e-4
+
+
+def test_a_refused_part_of_a_state_changes_nothing(model: Model) -> None:
+    """Of recurrent layers alone, and of sliding ones, as rollback saves it: attention keeps all that it has."""
+    partial = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+    with made(model, "xquant") as live, made(model, "xquant") as twin:
+        for session in (live, twin):
+            session.answer(TOKENS[:450], 0)
+        size = llama_cpp.llama_state_seq_get_size_ext(live.ctx, 0, partial)
+        state = (ctypes.c_uint8 * size)()
+        assert llama_cpp.llama_state_seq_get_data_ext(live.ctx, state, size, 0, partial) == size
+        for cut in (1, size // 2, size - 20):
+            assert llama_cpp.llama_state_seq_set_data_ext(live.ctx, state, size - cut, 0, partial) == 0
+        assert llama_cpp.llama_state_seq_set_data_ext(live.ctx, state, size, 0, partial) == size
+        assert live.length() == twin.length() == 450
+        got, want = (session.answer(TOKENS[450:470], 450).copy() for session in (live, twin))
+        assert error(got, want) < 1e-6
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "xquant"])
@@ -111,7 +124,7 @@ def test_sequences_do_not_see_each_other(model: Model, kv_type: str) -> None:
             assert np.isfinite(got).all()
             if sequence == 0:
                 want = alone.answer(TOKENS[400:401], 400, [0])[-1].copy()
-            assert difference(got, want) < 1e-3
+            assert error(got, want) < 1e-3
         together.remove(0, -1)
         assert together.length(0) == 0
         assert together.length(2) == 401

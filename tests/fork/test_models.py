@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support import models
+from support import models, upstream
 
 RUN = {
     "llama-dense": "plain",
@@ -28,7 +28,8 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {path.stem: path for path in models.make_models(tmp_path_factory.mktemp("models"))}
+    paths = upstream.make_models(tmp_path_factory.mktemp("models"), [*RUN, *REFUSED])
+    return {path.stem: path for path in paths}
 
 
 @pytest.mark.parametrize("name", RUN)

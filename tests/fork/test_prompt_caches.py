@@ -16,7 +16,7 @@ from llama_cpp.llama import LlamaState
 from llama_cpp.llama_cache import LlamaDiskCache, LlamaRAMCache
 
 from support import tiny_gguf
-from support.contexts import Logits, llama_cpp
+from support.contexts import Logits, difference, llama_cpp
 from xquant_gguf import Llama
 
 STORY, OTHER, LONG = tiny_gguf.text(400, 1), tiny_gguf.text(450, 2), tiny_gguf.text(900, 3)
@@ -38,10 +38,6 @@ def ask(llm: Llama, prompt: str) -> Logits:
     """Logits behind a prompt, by the way of create_completion with all its caches."""
     llm(prompt, max_tokens=1, temperature=0.0)
     return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), (llm.n_vocab(),)).copy()
-
-
-def difference(got: Logits, want: Logits) -> float:
-    return float(np.abs(got - want).mean() / want.std())
 
 
 def agree(llm: Llama) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from support import tiny_gguf
-from support.contexts import Context, Logits, llama_cpp
+from support.contexts import Context, Logits, difference, llama_cpp
 
 RNG = np.random.default_rng(16)
 TOKENS, OTHER = (RNG.integers(3, tiny_gguf.N_VOCAB, 4000).tolist() for _ in range(2))
@@ -57,11 +57,6 @@ def answer(context: Context, sequence: int, first: int) -> Logits:
     logits = context.decode(TOKENS[first : first + 20], first, [sequence])
     remove(context, sequence, first)
     return logits
-
-
-def difference(got: Logits, want: Logits) -> float:
-    """In standard deviations, on average."""
-    return float(np.abs(got - want).mean() / want.std())
 
 
 # ---- one sequence among others ----

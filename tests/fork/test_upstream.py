@@ -40,11 +40,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
     """Runs program(name, model, case, more arguments), once for each combination."""
     built = upstream.build(upstream.ROOT / "build" / "upstream")
     folder = tmp_path_factory.mktemp("upstream")
-    architectures = {name.rsplit("-", 1)[0] for name in PLAIN + HYBRID}
-    made = upstream.run(
-        built / "test-llama-archs", ("-a", f"^({'|'.join(architectures)})$", "-s", "1", "-o", folder), folder
-    )
-    assert made.status == 0, made.text[-4000:]
+    upstream.make_models(folder, PLAIN + HYBRID)
     tiny = tiny_gguf.MODELS["plain"]
     tiny_gguf.write(folder / "tiny.gguf", tiny, tiny_gguf.random_weights(tiny))
 

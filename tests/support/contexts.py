@@ -15,11 +15,16 @@ from xquant_gguf import fork
 from xquant_gguf.kv_types import LLAMA_TYPES
 from xquant_gguf.session import Logits, Model, RefusedState, Row
 
-__all__ = ["Context", "Logits", "last_logits", "llama_cpp"]
+__all__ = ["Context", "Logits", "difference", "last_logits", "llama_cpp"]
 
 
 def last_logits(llm: llama_cpp.Llama) -> Logits:
     return np.array(llm.scores[llm.n_tokens - 1])
+
+
+def difference(got: Logits, want: Logits) -> float:
+    """In standard deviations, on average."""
+    return float(np.abs(got - want).mean() / want.std())
 
 
 class Context:

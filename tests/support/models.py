@@ -137,14 +137,6 @@ def beside_numpy(row: Row, ours: Run, specified: Run, length: Length) -> float:
     return error(ours.logits["next"], specified.logits["next"])
 
 
-def make_models(folder: Path) -> list[Path]:
-    """Builds llama.cpp's generator and lets it write its models."""
-    built = upstream.build(upstream.ROOT / "build" / "upstream")
-    out = upstream.run(built / "test-llama-archs", ("-s", "1", "-o", folder), folder)
-    assert out.status == 0, out.text[-4000:]
-    return sorted(folder.glob("*.gguf"))
-
-
 HEAD = """# Models
 
 What an XQuant cache does with a random model of each architecture that llama.cpp's own generator writes. Written by
@@ -181,7 +173,7 @@ def main() -> int:
     args = parser.parse_args()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
-        models = [path for path in make_models(Path(folder)) if not args.names or path.stem in args.names]
+        models = upstream.make_models(Path(folder), args.names)
         for row in pool.map(examine, models):
             state = row.refused or "; ".join(row.failed) or "ok"
             print(f"{row.name:24} {row.kind:18} {row.open:8.0e} {row.sealed:8.0e} {row.harm:8.0e}  {state}", flush=True)

@@ -78,3 +78,12 @@ def run(program: Path, arguments: Sequence[str | Path], folder: Path) -> Run:
     """Runs it to its end in a folder of the test's."""
     out = _run([program, *arguments], folder)
     return Run(out.returncode, re.sub(r"\x1b\[[\d;]*m", "", out.stdout))
+
+
+def make_models(folder: Path, names: Sequence[str] = ()) -> list[Path]:
+    """Random models that llama.cpp's own generator writes: one for each architecture and kind, or those of names."""
+    architectures = {name.rpartition("-")[0] for name in names}
+    only = ("-a", f"^({'|'.join(sorted(architectures))})$") if names else ()
+    out = run(build(ROOT / "build" / "upstream") / "test-llama-archs", (*only, "-s", "1", "-o", folder), folder)
+    assert out.status == 0, out.text[-4000:]
+    return [path for path in sorted(folder.glob("*.gguf")) if not names or path.stem in names]
