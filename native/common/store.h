@@ -1,7 +1,7 @@
 /* store.h: where a layer's pages and a verb's data lie: the only address arithmetic, for every backend.
  *
  *     codes or parameters of page p:  base + stream * s + head * h + page * p      (bytes; xq_side_store)
- *     F16 rows of the page in slot n: base + stream * s + head * h + n * XQ_PAGE * width      (elements)
+ *     F16 row of token t in slot n:   base + stream * s + head * h + (n * XQ_PAGE + t) * token     (elements)
  *
  * Query rows of a KV head are counted token by token: row r is token r / n_rep and head r % n_rep of the n_rep heads
  * that share the KV head.  Nothing here looks at data, except first_stream and map_heads.  Free functions that each
@@ -21,7 +21,8 @@ struct side_view {
     int32_t width;
     uint8_t *codes, *param;         /* of page 0; null where absent */
     int64_t codes_page, param_page; /* bytes from page to page */
-    uint16_t *rows;                 /* F16 [slot][XQ_PAGE][width] */
+    int32_t rows_token;             /* elements from row to row */
+    uint16_t *rows;                 /* F16 [slot][XQ_PAGE][rows_token] */
 };
 
 XQ_BOTH const xq_side_store &side_of(const xq_store &store, bool is_k) {
@@ -37,6 +38,7 @@ XQ_BOTH side_view side_at(const xq_side_store &side, int stream, int head) {
             side.param + (head * side.param_head + stream * side.param_stream),
             side.codes_page,
             side.param_page,
+            (int32_t)side.rows_token,
             (uint16_t *)((char *)side.rows + (head * (2 * side.rows_head) + stream * (2 * side.rows_stream)))};
 }
 /* The values that the map of a KV head reads; they have no rows. */
@@ -54,13 +56,18 @@ XQ_BOTH uint8_t *page_codes(const side_view &side, int page) {
 XQ_BOTH uint8_t *page_param(const side_view &side, int page) {
     return side.param + page * side.param_page;
 }
-/* [XQ_PAGE][width] of an open page. */
+/* [XQ_PAGE][rows_token] of an open page. */
 XQ_BOTH uint16_t *slot_rows(const side_view &side, int slot) {
-    return side.rows + (int64_t)slot * XQ_PAGE * side.width;
+    return side.rows + (int64_t)slot * XQ_PAGE * side.rows_token;
 }
 /* Whether its codes are its own, not another layer's. */
 XQ_BOTH bool own_codes(const side_view &side) {
     return side.plan.owner < 0;
+}
+
+/* Sides that a layer stores. */
+XQ_BOTH int n_sides(const xq_store &store) {
+    return store.latent ? 1 : 2;
 }
 
 /* ---- update ---- */
@@ -86,7 +93,7 @@ XQ_BOTH row_place place_of(const xq_store &store, int32_t row) {
 }
 /* [width] of a row of a stream, in the open pages. */
 XQ_BOTH uint16_t *row_at(const side_view &side, int row) {
-    return side.rows + (int64_t)row * side.width;
+    return side.rows + (int64_t)row * side.rows_token;
 }
 /* [width] of a new key or value. */
 XQ_BOTH const float *new_row(const xq_update_args &args, bool is_k, int token, int head) {

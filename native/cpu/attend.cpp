@@ -51,6 +51,7 @@ void attend_part(const kernel_set &set, const row_group &g, int part) {
     attention a = {};
     a.k = side_at(store.k, stream, g.head);
     a.v = side_at(store.v, stream, g.head);
+    a.latent = store.latent != 0;
     a.mapped = store.mapped != 0;
     if (a.mapped) {
         a.source = source_at(store, stream, g.head);

@@ -2,7 +2,7 @@
  * for open pages, and attention_avx2_codes.h for the product with codes.  What its rounding costs is measured in
  * tests/kernels/test_attend.py.
  */
-#include "attention_avx2_codes.h"
+#include "attention_avx2_latent.h"
 #include "attention_avx2_open.h"
 #include "attention_pages.h"
 
@@ -12,7 +12,7 @@ namespace {
 
 #include "attention_sealed.h"
 
-struct avx2_set : open_pages, sealed_pages {
+struct avx2_set : open_pages, sealed_pages, latent_pages {
     static bool softmax(float *s, float scale, float softcap, const uint16_t *mask, float slope, float *max,
                         float *sum) {
         const __m256 infinite = _mm256_set1_ps(-INFINITY);

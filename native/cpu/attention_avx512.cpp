@@ -1,7 +1,7 @@
 /* attention_avx512.cpp: attention for AVX-512 (F, BW, DQ, VL) with VNNI.  See attention_pages.h for the equations and
  * attention_avx512_codes.h for the product with codes.
  */
-#include "attention_avx512_codes.h"
+#include "attention_avx512_latent.h"
 #include "attention_avx512_open.h"
 #include "attention_pages.h"
 
@@ -11,7 +11,7 @@ namespace {
 
 #include "attention_sealed.h"
 
-struct avx512_set : open_pages, sealed_pages {
+struct avx512_set : open_pages, sealed_pages, latent_pages {
     static bool softmax(float *s, float scale, float softcap, const uint16_t *mask, float slope, float *max,
                         float *sum) {
         constexpr int n = XQ_PAGE / 16;

@@ -8,7 +8,10 @@
  *     K: q . k_j = sum_i (q_i s_i) c[i][j] + sum_i q_i z_i          i = channel, j = token
  *     V: out_j   = sum_i (p_i s_i) c[i][j] + sum_i p_i z_i          i = token, j = channel
  *
- * so that one primitive serves both, y[j] += sum_i a[i] c[i][j].
+ * so that one primitive serves both, y[j] += sum_i a[i] c[i][j].  Of a latent layer, whose values are channels of its
+ * keys, with scale s and zero z of the keys' channel i,
+ *
+ *     out_i   = s_i sum_t p_t c[i][t] + z_i sum_t p_t
  *
  * A masked token takes no part, whatever lies in its cell: its score is replaced, not added to, and its p is 0.
  *
@@ -139,7 +142,11 @@ template <typename Set> XQ_INLINE void attend_page(const attention &a, int page)
         return;
     }
     if (open) {
-        Set::open_values(a.v.width, kept, p, slot_rows(a.v, slot), sums);
+        Set::open_values(a.v, slot, kept, p, sums);
+        return;
+    }
+    if (a.latent) {
+        Set::latent_values(a.k, a.v.width, page, kept, p, sums);
         return;
     }
     Set::sealed_values(a.v, page, kept, p, sums);

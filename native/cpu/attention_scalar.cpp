@@ -24,19 +24,27 @@ void load_parameters(const xq_side &side, int n, const uint8_t *param, float *sc
     }
 }
 
+/* c [16]: codes of row i, for the 16 columns of one block of codes with n_i rows. */
+void row_of_codes(int bits, int n_i, const uint8_t *block, int i, float *c) {
+    const int low_bits = bits == 3 ? 2 : bits, rows_a_unit = 32 / low_bits;
+    const uint8_t *unit = block + 64 * (i / rows_a_unit) + i % 4;
+    const uint8_t *high = block + 64 * ((n_i + 15) / 16) + 64 * (i / 32) + i % 4; // the 1-bit part of 3-bit codes
+    for (int j = 0; j < 16; ++j) {
+        int code = unit[4 * j] >> (low_bits * (i % rows_a_unit / 4)) & ((1 << low_bits) - 1);
+        if (bits == 3) {
+            code |= (high[4 * j] >> (i % 32 / 4) & 1) << 2;
+        }
+        c[j] = (float)code;
+    }
+}
+
 /* y [16] += sum_i a[i] c[i][j], for the 16 columns j of one block of codes with n_i rows. */
 void multiply_codes(int bits, int n_i, const uint8_t *block, const float *a /* [n_i] */, float *y /* [16] */) {
-    const int low_bits = bits == 3 ? 2 : bits, rows_a_unit = 32 / low_bits;
-    const uint8_t *high = block + 64 * ((n_i + 15) / 16); // the 1-bit part of 3-bit codes
     for (int i = 0; i < n_i; ++i) {
-        const uint8_t *unit = block + 64 * (i / rows_a_unit) + i % 4;
-        const int shift = low_bits * (i % rows_a_unit / 4);
+        float c[16];
+        row_of_codes(bits, n_i, block, i, c);
         for (int j = 0; j < 16; ++j) {
-            int code = unit[4 * j] >> shift & ((1 << low_bits) - 1);
-            if (bits == 3) {
-                code |= (high[64 * (i / 32) + i % 4 + 4 * j] >> (i % 32 / 4) & 1) << 2;
-            }
-            y[j] += a[i] * (float)code;
+            y[j] += a[i] * c[j];
         }
     }
 }
@@ -58,14 +66,15 @@ struct scalar_set {
         }
     }
 
-    static void open_values(int e, int n, const float *const *p, const uint16_t *v, float *const *out) {
+    static void open_values(const side_view &v, int slot, int n, const float *const *p, float *const *out) {
+        const uint16_t *rows = slot_rows(v, slot);
         for (int t = 0; t < XQ_PAGE; ++t) {
             float value[XQ_MAX_HEAD_DIM];
-            for (int j = 0; j < e; ++j) {
-                value[j] = half_to_float(v[t * e + j]);
+            for (int j = 0; j < v.width; ++j) {
+                value[j] = half_to_float(rows[t * v.rows_token + j]);
             }
             for (int row = 0; row < n; ++row) {
-                for (int j = 0; j < e && p[row][t] != 0.0f; ++j) {
+                for (int j = 0; j < v.width && p[row][t] != 0.0f; ++j) {
                     out[row][j] += p[row][t] * value[j];
                 }
             }
@@ -114,6 +123,37 @@ struct scalar_set {
                     }
                     for (int k = 0; k < 16; ++k) {
                         out[row][j + k] += y[k];
+                    }
+                }
+            }
+        }
+    }
+
+    static void latent_values(const side_view &k, int e, int page, int n, const float *const *p, float *const *out) {
+        const uint8_t *param = page_param(k, page), *codes = page_codes(k, page);
+        const int d = k.width, group = k.plan.group, bits = k.plan.bits;
+        float scale[XQ_MAX_HEAD_DIM], zero[XQ_MAX_HEAD_DIM];
+        for (int t0 = 0; t0 < XQ_PAGE; t0 += group, param += parameter_bytes(k.plan, d)) {
+            load_parameters(k.plan, d, param, scale, zero);
+            for (int row = 0; row < n; ++row) {
+                float total = 0.0f;
+                for (int t = t0; t < t0 + group; ++t) {
+                    total += p[row][t];
+                }
+                for (int i = 0; i < e; ++i) {
+                    out[row][i] += zero[i] * total;
+                }
+            }
+            for (int t = t0; t < t0 + group && bits > 0; t += 16) {
+                for (int i = 0; i < e; ++i) {
+                    float c[16];
+                    row_of_codes(bits, d, codes + t / 16 * column_bytes(bits, d), i, c);
+                    for (int row = 0; row < n; ++row) {
+                        float sum = 0.0f;
+                        for (int j = 0; j < 16; ++j) {
+                            sum += p[row][t + j] * c[j];
+                        }
+                        out[row][i] += scale[i] * sum;
                     }
                 }
             }

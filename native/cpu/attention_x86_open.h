@@ -11,7 +11,9 @@ struct open_pages {
         }
     }
 
-    static void open_values(int e, int n, const float *const *p, const uint16_t *v, float *const *out) {
+    static void open_values(const side_view &v, int slot, int n, const float *const *p, float *const *out) {
+        const uint16_t *rows = slot_rows(v, slot);
+        const int e = v.width;
         alignas(64) float values[open_tokens * XQ_MAX_HEAD_DIM];
         for (int t0 = 0; t0 < XQ_PAGE; t0 += open_tokens) {
             // tokens that no row sees may hold anything: 0 times a not-a-number must not happen
@@ -19,9 +21,10 @@ struct open_pages {
             if (seen == 0) {
                 continue;
             }
-            to_float(v + t0 * e, open_tokens * e, values);
             for (int t = 0; t < open_tokens; ++t) {
-                if (!(seen >> t & 1)) {
+                if (seen >> t & 1) {
+                    to_float(rows + (t0 + t) * v.rows_token, e, values + t * e);
+                } else {
                     fill(values + t * e, e, 0.0f);
                 }
             }

@@ -37,6 +37,7 @@ struct prediction {
 /* One KV head over a range of pages, for query rows that share the head: see attention_pages.h. */
 struct attention {
     side_view k, v, source;
+    bool latent;              /* V is the first channels of K, and lies there */
     bool mapped;              /* V is what a map of source leaves over */
     const int32_t *page_slot; /* [page_end]: a slot, or an xq_slot */
     int page_begin, page_end;

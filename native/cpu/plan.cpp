@@ -109,6 +109,10 @@ static int bad(int32_t layer, char side, const char *field, double value, const 
     return fail(XQ_ERR_PLAN, "layer %d, %c: %s is %g, must be %s", layer, side, field, value, allowed);
 }
 
+static bool is_width(int32_t width) {
+    return width >= 16 && width <= XQ_MAX_HEAD_DIM && width % 16 == 0;
+}
+
 /* width: of this side's head, or 0 if unknown. */
 static int check_fields(const xq_side &side, int32_t l, bool is_k, int32_t width) {
     const char name = is_k ? 'K' : 'V';
@@ -131,8 +135,9 @@ static int check_fields(const xq_side &side, int32_t l, bool is_k, int32_t width
     if (side.rotate != 0 && (is_k || side.rotate != 1)) {
         return bad(l, name, "rotate", side.rotate, is_k ? "0" : "0 or 1");
     }
-    if (width != 0 && (width < 16 || width > XQ_MAX_HEAD_DIM || width % 16 != 0)) {
-        return bad(l, name, "head width", width, "a multiple of 16 from 16 to 512");
+    if (width != 0 && !is_width(width)) {
+        return fail(XQ_ERR_PLAN, "layer %d, %c: head width is %d, must be a multiple of 16 from 16 to %d", l, name, width,
+                    XQ_MAX_HEAD_DIM);
     }
     if (!is_k && width != 0 && side.group > 0 && side.group < width && width % side.group != 0) {
         return fail(XQ_ERR_PLAN, "layer %d, V: group %d does not divide the head width %d; use 0 for the whole head", l,
@@ -214,6 +219,9 @@ int xq_plan_check(const xq_plan *plan, const int32_t *d, const int32_t *e) {
             continue; // not part of the cache
         }
         for (const bool is_k : {true, false}) {
+            if (!is_k && e && e[l] == 0) {
+                continue; // latent
+            }
             if (const int status = check_side(plan, l, is_k, is_k ? d : e); status != XQ_OK) {
                 return status;
             }
@@ -225,15 +233,16 @@ int xq_plan_check(const xq_plan *plan, const int32_t *d, const int32_t *e) {
 /* ---- sizes ---- */
 
 int xq_block_layout_of(const xq_layer *layer, int32_t d, int32_t e, xq_block_layout *layout) {
-    if (!layer || !layout || d < 16 || e < 16 || d > XQ_MAX_HEAD_DIM || e > XQ_MAX_HEAD_DIM || d % 16 || e % 16) {
-        return fail(XQ_ERR_ARGUMENT, "head widths are %d and %d, must be multiples of 16 from 16 to %d", d, e,
-                    XQ_MAX_HEAD_DIM);
+    if (!layer || !layout || !is_width(d) || (e != 0 && !is_width(e))) {
+        return fail(XQ_ERR_ARGUMENT,
+                    "head widths are %d and %d, must be multiples of 16 from 16 to %d; of values 0 in a latent layer", d,
+                    e, XQ_MAX_HEAD_DIM);
     }
-    for (const bool is_k : {true, false}) {
-        const int status = check_fields(is_k ? layer->k : layer->v, 0, is_k, is_k ? d : e);
-        if (status != XQ_OK) {
-            return status;
-        }
+    if (const int status = check_fields(layer->k, 0, true, d); status != XQ_OK) {
+        return status;
+    }
+    if (const int status = e > 0 ? check_fields(layer->v, 0, false, e) : XQ_OK; status != XQ_OK) {
+        return status;
     }
     int64_t at = 0;
     const auto take = [&at](int64_t bytes) {
@@ -243,8 +252,8 @@ int xq_block_layout_of(const xq_layer *layer, int32_t d, int32_t e, xq_block_lay
     };
     layout->k_codes = take(page_codes_bytes(layer->k, true, d));
     layout->k_param = take(page_param_bytes(layer->k, true, d));
-    layout->v_codes = take(page_codes_bytes(layer->v, false, e));
-    layout->v_param = take(page_param_bytes(layer->v, false, e));
+    layout->v_codes = take(e > 0 ? page_codes_bytes(layer->v, false, e) : 0);
+    layout->v_param = take(e > 0 ? page_param_bytes(layer->v, false, e) : 0);
     layout->bytes = (int32_t)at;
     return XQ_OK;
 }

@@ -2,6 +2,8 @@
  *
  *     blocks  [stream][KV head][page][block]          block: K codes | K parameters | V codes | V parameters
  *     rows    F16 [stream], of each: K [KV head][slot][XQ_PAGE][d], then V [KV head][slot][XQ_PAGE][e]
+ *
+ * A latent layer has no parts of V: V is another view of K.
  */
 #include "check.h"
 #include "kernels.h"
@@ -18,9 +20,10 @@ bool accepts_shape(const xq_shape *shape) {
                                                                         {"n_streams", shape->n_streams, 1, most}});
 }
 
-/* One side over both areas.  codes_at, param_at: in a block, -1 where absent; rows_at: elements, in a stream's rows. */
+/* One side over both areas.  codes_at, param_at: in a block, -1 where absent; rows: of the side's first KV head. */
 xq_side_store side_store(const xq_side &plan, int32_t width, const xq_shape &shape, uint8_t *blocks,
-                         int64_t blocks_stream, const xq_block_layout &layout, int32_t codes_at, int32_t param_at) {
+                         int64_t blocks_stream, const xq_block_layout &layout, int32_t codes_at, int32_t param_at,
+                         uint16_t *rows, int64_t rows_stream) {
     xq_side_store side = {};
     side.plan = plan;
     side.width = width;
@@ -31,12 +34,16 @@ xq_side_store side_store(const xq_side &plan, int32_t width, const xq_shape &sha
         side.codes_head = head;
         side.codes_stream = blocks_stream;
     }
-    if (blocks) {
+    if (blocks && param_at >= 0) {
         side.param = blocks + param_at;
         side.param_page = layout.bytes;
         side.param_head = head;
         side.param_stream = blocks_stream;
     }
+    side.rows = rows;
+    side.rows_token = width;
+    side.rows_head = (int64_t)shape.n_slots * XQ_PAGE * width;
+    side.rows_stream = rows_stream / (int64_t)sizeof(uint16_t);
     return side;
 }
 
@@ -64,8 +71,9 @@ int64_t xq_store_row_bytes(const xq_shape *shape) {
     if (!accepts_shape(shape)) {
         return XQ_ERR_ARGUMENT;
     }
-    if (shape->d < 16 || shape->e < 16 || shape->d > XQ_MAX_HEAD_DIM || shape->e > XQ_MAX_HEAD_DIM) {
-        return fail(XQ_ERR_ARGUMENT, "shape: d is %d and e %d, must be 16 to %d", shape->d, shape->e, XQ_MAX_HEAD_DIM);
+    if (shape->d < 16 || shape->d > XQ_MAX_HEAD_DIM || shape->e < 0 || shape->e > XQ_MAX_HEAD_DIM) {
+        return fail(XQ_ERR_ARGUMENT, "shape: d is %d and e %d, must be 16 to %d; e is 0 in a latent layer", shape->d,
+                    shape->e, XQ_MAX_HEAD_DIM);
     }
     return (int64_t)shape->n_head_kv * shape->n_slots * XQ_PAGE * (shape->d + shape->e) * (int64_t)sizeof(uint16_t);
 }
@@ -92,13 +100,27 @@ int xq_store_init(xq_store *store, const xq_layer *layer, const xq_shape *shape,
     store->n_pages = shape->n_pages;
     store->n_slots = shape->n_slots;
     store->n_streams = shape->n_streams;
-    store->k = side_store(layer->k, shape->d, *shape, blocks, blocks_stream, layout, layout.k_codes, layout.k_param);
-    store->v = side_store(layer->v, shape->e, *shape, blocks, blocks_stream, layout, layout.v_codes, layout.v_param);
-    store->k.rows_head = (int64_t)shape->n_slots * XQ_PAGE * shape->d;
-    store->v.rows_head = (int64_t)shape->n_slots * XQ_PAGE * shape->e;
-    store->k.rows = rows;
-    store->v.rows = rows + shape->n_head_kv * store->k.rows_head;
-    store->k.rows_stream = store->v.rows_stream = rows_stream / (int64_t)sizeof(uint16_t);
+    uint16_t *v_rows = rows + (int64_t)shape->n_head_kv * shape->n_slots * XQ_PAGE * shape->d;
+    store->k = side_store(layer->k, shape->d, *shape, blocks, blocks_stream, layout, layout.k_codes, layout.k_param,
+                          rows, rows_stream);
+    store->v = side_store(layer->v, shape->e, *shape, blocks, blocks_stream, layout, layout.v_codes, layout.v_param,
+                          v_rows, rows_stream);
+    return XQ_OK;
+}
+
+int xq_store_latent(xq_store *store, int32_t e) {
+    if (!none_null("xq_store_latent", {{"store", store}})) {
+        return XQ_ERR_ARGUMENT;
+    }
+    if (store->v.width != 0 || store->mapped || e < 16 || e > store->k.width || e % 16) {
+        return fail(XQ_ERR_ARGUMENT,
+                    "xq_store_latent: e is %d, must be a multiple of 16 from 16 to %d; V of the store has width %d, must "
+                    "be 0",
+                    e, store->k.width, store->v.width);
+    }
+    store->latent = 1;
+    store->v = store->k;
+    store->v.width = e;
     return XQ_OK;
 }
 
@@ -142,7 +164,7 @@ int xq_store_map(xq_store *store, const xq_store *source, const int32_t *heads, 
     store->mapped = 1;
     store->source = source->v;
     store->source.rows = nullptr;
-    store->source.rows_head = store->source.rows_stream = 0;
+    store->source.rows_token = store->source.rows_head = store->source.rows_stream = 0;
     store->map_heads = heads;
     store->map = map;
     return XQ_OK;

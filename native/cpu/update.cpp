@@ -12,7 +12,7 @@ static int move_page(const kernel_set &set, const xq_store &store, const page_mo
                      bool seals) {
     const page_side x(store, is_k, move.stream, move.page, head);
     uint16_t *rows = slot_rows(x.side, move.slot);
-    const int64_t stride = x.side.width;
+    const int64_t stride = x.side.rows_token;
     if (seals) {
         return is_k ? set.seal_k(x.page, rows, stride, move.valid)
                     : set.seal_v(x.page, rows, stride, move.valid, x.predicted);
@@ -59,15 +59,15 @@ int cpu_update(const xq_store *store, const xq_update_args *args, const xq_exec 
         return XQ_ERR_KERNELS;
     }
     uint64_t n_bad = 0;
-    const int64_t n_sides = 2 * (int64_t)store->n_head_kv;
-    each_task(*set, *exec, ((int64_t)args->n_seals + args->n_unseals) * n_sides, [&](int64_t task) {
-        const int number = (int)(task / n_sides), side = (int)(task % n_sides);
+    const int sides = n_sides(*store), parts = sides * store->n_head_kv; // of a page
+    each_task(*set, *exec, ((int64_t)args->n_seals + args->n_unseals) * parts, [&](int64_t task) {
+        const int number = (int)(task / parts), part = (int)(task % parts);
         const bool seals = number < args->n_seals;
         const page_move &move = seals ? move_at(args->seals, number) : move_at(args->unseals, number - args->n_seals);
-        n_bad += (uint64_t)move_page(*set, *store, move, side % 2 == 0, side / 2, seals);
+        n_bad += (uint64_t)move_page(*set, *store, move, part % sides == 0, part / sides, seals);
     });
-    each_task(*set, *exec, 2 * (int64_t)args->n_tokens, [&](int64_t task) {
-        n_bad += (uint64_t)write_token(*set, *store, *args, task % 2 == 0, (int)(task / 2));
+    each_task(*set, *exec, sides * (int64_t)args->n_tokens, [&](int64_t task) {
+        n_bad += (uint64_t)write_token(*set, *store, *args, task % sides == 0, (int)(task / sides));
     });
     if (n_bad > 0) {
         __atomic_fetch_add(args->n_nonfinite, n_bad, __ATOMIC_RELAXED);

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int threads = XQ_PAGE, n_warps = threads / 32, max_width = XQ_MAX_HEAD_DIM;
 constexpr int max_groups = max_width / 32; /* V: groups of channels of a head */
+constexpr int channels = (max_width + threads - 1) / threads; /* of a thread */
 
 /* Sum (or maximum) over the block, the same on every thread. */
 template <typename F> __device__ float over_block(float x, float *scratch /* [n_warps] */, const F &join) {
@@ -76,7 +77,7 @@ __device__ float sealed_score(scratch &s, const side_view &k, int page) {
     return score;
 }
 
-__device__ void add_sealed_values(scratch &s, const side_view &v, int page, float *out /* [width / threads] */) {
+__device__ void add_sealed_values(scratch &s, const side_view &v, int page, float *out /* [channels] */) {
     const uint8_t *param = page_param(v, page), *codes = page_codes(v, page);
     const int length = group_length(v.plan, v.width);
     for (int g = 0; g < v.width / length; ++g) {
@@ -96,13 +97,33 @@ __device__ void add_sealed_values(scratch &s, const side_view &v, int page, floa
     }
 }
 
-/* rows: [XQ_PAGE][width] of an open page; tokens without weight are not read. */
-__device__ void add_open_values(const scratch &s, const __half *rows, int width, float *out /* [width / threads] */) {
-    for (int j = threadIdx.x, n = 0; j < width; j += threads, ++n) {
+/* Values that are channels of keys: out_i += sum over the tiles of scale_i sum_t p_t c[i][t] + zero_i sum_t p_t. */
+__device__ void add_latent_values(const scratch &s, const side_view &k, int width, int page, float *out) {
+    const uint8_t *codes = page_codes(k, page);
+    for (int i = threadIdx.x, n = 0; i < width; i += threads, ++n) {
+        for (int t0 = 0; t0 < XQ_PAGE; t0 += k.plan.group) {
+            const uint8_t *param = page_param(k, page) + t0 / k.plan.group * parameter_bytes(k.plan, k.width);
+            const parameters x = load_parameters(k.plan, param, k.width, i);
+            float total = 0.0f, sum = 0.0f;
+            for (int t = t0; t < t0 + k.plan.group; ++t) {
+                total += s.p[t];
+                if (k.plan.bits > 0) {
+                    sum += s.p[t] * (float)(codes_of(k.plan.bits, k.width, codes, t, i & ~3) >> 8 * (i & 3) & 0xffu);
+                }
+            }
+            out[n] += x.scale * (sum - x.middle * total) + x.base * total;
+        }
+    }
+}
+
+/* Of an open page; tokens without weight are not read. */
+__device__ void add_open_values(const scratch &s, const side_view &v, int slot, float *out /* [channels] */) {
+    const __half *rows = open_rows(v, slot);
+    for (int j = threadIdx.x, n = 0; j < v.width; j += threads, ++n) {
         float sum = 0.0f;
         for (int t = 0; t < XQ_PAGE; ++t) {
             if (s.p[t] != 0.0f) {
-                sum += s.p[t] * __half2float(rows[t * width + j]);
+                sum += s.p[t] * __half2float(rows[t * v.rows_token + j]);
             }
         }
         out[n] += sum;
@@ -125,7 +146,7 @@ __global__ void __launch_bounds__(threads)
         s.q[i] = q[i];
     }
 
-    float sealed[max_width / threads] = {}, open[max_width / threads] = {}, source[max_width / threads] = {};
+    float sealed[channels] = {}, open[channels] = {}, source[channels] = {};
     float top = -INFINITY, total = 0.0f;
     const page_range pages = pages_of_part(args, blockIdx.z);
     for (int page = pages.begin; page < pages.end; ++page) {
@@ -156,19 +177,22 @@ __global__ void __launch_bounds__(threads)
         const float factor = expf(before - top), p = expf(score - top);
         s.p[tid] = p;
         total = total * factor + over_block(p, s.reduce, sum_of);
-        for (int n = 0; n < max_width / threads; ++n) {
+        for (int n = 0; n < channels; ++n) {
             sealed[n] *= factor;
             open[n] *= factor;
             source[n] *= factor;
         }
-        if (slot == XQ_SLOT_SEALED) {
+        if (slot == XQ_SLOT_SEALED && store.latent) {
+            __syncthreads();
+            add_latent_values(s, k, v.width, page, sealed);
+        } else if (slot == XQ_SLOT_SEALED) {
             add_sealed_values(s, v, page, sealed);
             if (store.mapped) {
                 __syncthreads();
                 add_sealed_values(s, source_at(store, stream, head_kv), page, source);
             }
         } else {
-            add_open_values(s, open_rows(v, slot), v.width, open);
+            add_open_values(s, v, slot, open);
         }
         __syncthreads();
     }

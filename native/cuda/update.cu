@@ -44,12 +44,21 @@ __device__ int load_slab(const slab_place &at, const matrix &m, const page_move 
     return bad;
 }
 
-/* grid (slab, 2 * KV head + side, move), one warp each: an open page becomes codes. */
+/* The side and KV head of a block, by its number of those of a page: a latent layer has keys alone. */
+__device__ bool is_key(const xq_store &store, unsigned number) {
+    return number % n_sides(store) == 0;
+}
+__device__ int head_of(const xq_store &store, unsigned number) {
+    return (int)number / n_sides(store);
+}
+
+/* grid (slab, side of a KV head, move), one warp each: an open page becomes codes. */
 __global__ void __launch_bounds__(slab)
     seal_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_update_args args) {
     extern __shared__ float shared[];
     const page_move &move = move_at(args.seals, blockIdx.z);
-    const slab_place at = {blockIdx.y % 2 == 0, move.stream, (int)blockIdx.y / 2, move.page, (int)blockIdx.x * slab};
+    const slab_place at = {is_key(store, blockIdx.y), move.stream, head_of(store, blockIdx.y), move.page,
+                           (int)blockIdx.x * slab};
     const side_view side = side_at(side_of(store, at.is_k), at.stream, at.head);
     const matrix m = matrix_of(side, at.is_k);
     if (at.first >= m.n_i) {
@@ -76,12 +85,13 @@ __global__ void __launch_bounds__(slab)
     }
 }
 
-/* grid (slab, 2 * KV head + side, move), one warp each: a sealed page becomes rows again. */
+/* grid (slab, side of a KV head, move), one warp each: a sealed page becomes rows again. */
 __global__ void __launch_bounds__(slab)
     unseal_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_update_args args) {
     extern __shared__ float shared[];
     const page_move &move = move_at(args.unseals, blockIdx.z);
-    const slab_place at = {blockIdx.y % 2 == 0, move.stream, (int)blockIdx.y / 2, move.page, (int)blockIdx.x * slab};
+    const slab_place at = {is_key(store, blockIdx.y), move.stream, head_of(store, blockIdx.y), move.page,
+                           (int)blockIdx.x * slab};
     const side_view side = side_at(side_of(store, at.is_k), at.stream, at.head);
     if (at.first < (at.is_k ? side.width : XQ_PAGE)) {
         unseal_slab(store, at, open_rows(side, move.slot), side.width, shared);
@@ -90,11 +100,11 @@ __global__ void __launch_bounds__(slab)
 
 constexpr unsigned max_shares = 256; /* of the tokens */
 
-/* grid (2 * KV head + side, share of the tokens), a thread each channel: new keys or values to the open rows that they
+/* grid (side of a KV head, share of the tokens), a thread each channel: new keys or values to the open rows that they
  * belong to.  In decoding each instruction takes longer to come than to run: the code is short. */
 __global__ void rows_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_update_args args) {
-    const bool is_k = blockIdx.x % 2 == 0;
-    const int head = blockIdx.x / 2, j = threadIdx.x;
+    const bool is_k = is_key(store, blockIdx.x);
+    const int head = head_of(store, blockIdx.x), j = threadIdx.x;
     const xq_side_store &side = side_of(store, is_k);
     wait_for_previous();
     launch_next();
@@ -116,17 +126,17 @@ __global__ void rows_kernel(const __grid_constant__ xq_store store, const __grid
 
 int launch_update(const xq_store &store, const xq_update_args &args, cudaStream_t stream) {
     const size_t shared = slab_bytes(store);
-    const unsigned n_slabs = slabs_of(store), n_sides = 2 * (unsigned)store.n_head_kv;
+    const unsigned n_slabs = slabs_of(store), sides = n_sides(store) * (unsigned)store.n_head_kv;
     if (args.n_seals > 0 && allow_shared(seal_kernel, shared)) {
-        seal_kernel<<<dim3(n_slabs, n_sides, args.n_seals), slab, shared, stream>>>(store, args);
+        seal_kernel<<<dim3(n_slabs, sides, args.n_seals), slab, shared, stream>>>(store, args);
     }
     if (args.n_unseals > 0 && allow_shared(unseal_kernel, shared)) {
-        unseal_kernel<<<dim3(n_slabs, n_sides, args.n_unseals), slab, shared, stream>>>(store, args);
+        unseal_kernel<<<dim3(n_slabs, sides, args.n_unseals), slab, shared, stream>>>(store, args);
     }
     if (args.n_tokens > 0) {
         const unsigned n_tokens = (unsigned)args.n_tokens, n_shares = n_tokens < max_shares ? n_tokens : max_shares;
         const int width = store.k.width > store.v.width ? store.k.width : store.v.width;
-        launch_early(rows_kernel, dim3(n_sides, n_shares), (unsigned)(width + 31) / 32 * 32, 0, stream, store, args);
+        launch_early(rows_kernel, dim3(sides, n_shares), (unsigned)(width + 31) / 32 * 32, 0, stream, store, args);
     }
     return launched("update");
 }

@@ -34,7 +34,7 @@ static xq_side unpack(const packed_side &side) {
             side.eta};
 }
 
-node_params params_of(const xq_layer &layer, const xq_shape &shape, const xq_layer *v_other) {
+node_params params_of(const xq_layer &layer, const xq_shape &shape, int32_t n_values, const xq_layer *v_other) {
     const bool mapped = layer.v.source >= 0;
     const auto units = [](int32_t bytes) { return bytes < 0 ? absent : (uint16_t)(bytes / 64); };
     node_params p = {};
@@ -42,7 +42,8 @@ node_params params_of(const xq_layer &layer, const xq_shape &shape, const xq_lay
     p.v = pack(layer.v);
     p.source = mapped ? pack(v_other->v) : packed_side{};
     p.d = (uint16_t)shape.d;
-    p.e = (uint16_t)shape.e;
+    p.e = (uint16_t)n_values;
+    p.flags = shape.e == 0 ? flag_latent : 0;
     p.n_head_kv = (uint16_t)shape.n_head_kv;
     p.n_pages = shape.n_pages;
     xq_block_layout at = {-1, -1, -1, -1, 0};
@@ -91,7 +92,7 @@ ggml_tensor *new_attend(ggml_context *ctx, const layer_tensors &l, ggml_tensor *
     params.scale = options.scale;
     params.softcap = options.softcap;
     params.max_bias = options.max_bias;
-    params.flags = rows->op == GGML_OP_XQUANT_UPDATE ? flag_after_update : 0;
+    params.flags |= rows->op == GGML_OP_XQUANT_UPDATE ? flag_after_update : 0;
     const int64_t n_rows = q->ne[1] * q->ne[2], n_out = l.params.e * n_rows;
     const int64_t state = (l.params.v.flags & side_mapped ? 3 : 2) * (int64_t)l.params.e + 2;
     return finish(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_out + state * n_rows * options.n_parts),
@@ -102,7 +103,7 @@ ggml_tensor *new_unpack(ggml_context *ctx, const layer_tensors &l, ggml_tensor *
                         int32_t first_head, const int64_t ne[4]) {
     node_params params = l.params;
     params.number = first_head;
-    params.flags = is_k ? flag_is_k : 0;
+    params.flags |= is_k ? flag_is_k : 0;
     return finish(ggml_new_tensor(ctx, GGML_TYPE_F16, 4, ne), GGML_OP_XQUANT_UNPACK, params,
                   {input, rows, l.blocks, l.k_other, l.v_other, l.aux});
 }
@@ -137,8 +138,9 @@ static xq_store store_of(const node_params &p, const ggml_tensor *node, const la
     const ggml_tensor *k_other = node->src[at.k_other], *v_other = node->src[at.v_other];
     const xq_layer layer = {unpack(p.k), unpack(p.v)};
     const auto bytes = [](uint16_t units) { return units == absent ? -1 : (int64_t)units * 64; };
-    xq_shape shape = {p.d, p.e, p.n_head_kv, p.n_pages, 0, (int32_t)rows->ne[1]};
-    shape.n_slots = (int32_t)(rows->ne[0] / ((int64_t)XQ_PAGE * (p.d + p.e) * p.n_head_kv));
+    const bool latent = p.flags & flag_latent;
+    xq_shape shape = {p.d, latent ? 0 : p.e, p.n_head_kv, p.n_pages, 0, (int32_t)rows->ne[1]};
+    shape.n_slots = (int32_t)(rows->ne[0] / ((int64_t)XQ_PAGE * (shape.d + shape.e) * p.n_head_kv));
 
     xq_store store = {};
     const bool seals = blocks->ne[0] > 1;
@@ -149,6 +151,9 @@ static xq_store store_of(const node_params &p, const ggml_tensor *node, const la
     }
     if (seals && k_other) {
         read_other(store.k, k_other, p, 0);
+    }
+    if (latent && xq_store_latent(&store, p.e) != XQ_OK) {
+        return {};
     }
     if (seals && v_other && layer.v.owner >= 0) {
         read_other(store.v, v_other, p, bytes(p.other_codes));
@@ -185,15 +190,17 @@ static int run_update(const xq_backend &backend, const ggml_tensor *node, const 
         a.unseals = a.seals + (int64_t)p.number * XQ_MOVE_WORDS;
         a.n_unseals = (int32_t)moves->ne[1] - p.number;
     }
-    if (const ggml_tensor *k = src[update_k_cur], *v = src[update_v_cur]; k && v) {
+    if (const ggml_tensor *k = src[update_k_cur]) {
         a.rows = rows_of(src[update_input], store);
         a.k_cur = (const float *)k->data;
-        a.v_cur = (const float *)v->data;
         a.k_head_stride = (int64_t)k->nb[1];
         a.k_token_stride = (int64_t)k->nb[2];
+        a.n_tokens = (int32_t)k->ne[2];
+    }
+    if (const ggml_tensor *v = src[update_v_cur]) {
+        a.v_cur = (const float *)v->data;
         a.v_head_stride = (int64_t)v->nb[1];
         a.v_token_stride = (int64_t)v->nb[2];
-        a.n_tokens = (int32_t)k->ne[2];
     }
     return backend.update(&store, &a, &exec);
 }
