@@ -173,6 +173,15 @@ INSERTIONS: list[dict[str, str]] = [
             ? mctx_cur->xq()->build_attention(*this, q_cur, k_cur, v_cur, kq_b, kq_mask, sinks, v_mla, kq_scale, il)
             : build_attn_mha
      """},
+    {"name": "graph: attention over latent rows", "file": "src/llama-graph.cpp",
+     "in": "llm_graph_context::build_attn(llm_graph_input_attn_k *)", "instead": "ggml_tensor * v = ggml_view_4d(",
+     "text": "ggml_tensor * v = mctx_cur->xq() ? v_cur : ggml_view_4d("},
+    {"name": "graph: attention of latent layers", "file": "src/llama-graph.cpp",
+     "in": "llm_graph_context::build_attn(llm_graph_input_attn_k *)", "instead": "build_attn_mha", "text": """
+        mctx_cur->xq()
+            ? mctx_cur->xq()->build_attention(*this, q_cur, k_cur, v_cur, kq_b, kq_mask, sinks, v_mla, kq_scale, il)
+            : build_attn_mha
+     """},
     {"name": "graph: attention beside sliding layers", "file": "src/llama-graph.cpp",
      "in": "llm_graph_context::build_attn(llm_graph_input_attn_kv_iswa *)", "instead": "build_attn_mha", "text": """
         mctx_cur->xq()

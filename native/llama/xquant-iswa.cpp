@@ -8,6 +8,7 @@
 #include "xquant-snapshot.h"
 
 #include "llama-kv-cache-iswa.h"
+#include "llama-model.h"
 
 namespace xquant {
 
@@ -57,6 +58,9 @@ llama_kv_cache_iswa *new_kv_cache_iswa(const llama_model &model, ggml_type type_
         return new kind(model, type_k, type_v, v_trans, offload, swa_full, unified, kv_size, n_seq_max, n_ubatch, n_pad,
                         mem_other, filter, reuse, share);
     };
+    if (type_k == GGML_TYPE_XQUANT && model.hparams.is_mla()) {
+        refuse_model(model, "it has latent layers (MLA) beside sliding ones");
+    }
     return type_k == GGML_TYPE_XQUANT ? make((kv_cache_iswa *)nullptr) : make((llama_kv_cache_iswa *)nullptr);
 }
 

@@ -41,7 +41,7 @@ kv_cache::kv_cache(const llama_model &model, const llama_hparams &hparams, bool 
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
         if (holds(il)) {
             d_[il] = (int32_t)hparams.n_embd_head_k(il);
-            e_[il] = (int32_t)hparams.n_embd_head_v(il);
+            e_[il] = hparams.is_mla() ? 0 : (int32_t)hparams.n_embd_head_v(il);
             heads[il] = (int32_t)hparams.n_head_kv(il);
         }
     }
@@ -86,6 +86,7 @@ void kv_cache::add_layer(int32_t il, bool offload, contexts &fixed) {
     l->shape = {
         d_[il],           e_[il], (int32_t)hparams.n_head_kv(il), table_->shape().n_pages(), table_->shape().n_slots,
         (int32_t)n_stream};
+    l->n_values = (int32_t)hparams.n_embd_head_v(il);
     l->k_owner = earlier(l->plan.k.owner);
     l->v_owner = earlier(l->plan.v.owner);
     l->v_source = earlier(l->plan.v.source);
@@ -116,7 +117,7 @@ void kv_cache::add_layer(int32_t il, bool offload, contexts &fixed) {
     l->block_bytes = layout.bytes;
     const layer *v_other = l->plan.v.source >= 0 ? l->v_source : l->v_owner;
     layer_tensors &nodes = l->nodes;
-    nodes.params = params_of(l->plan, l->shape, v_other == l.get() ? nullptr : &v_other->plan);
+    nodes.params = params_of(l->plan, l->shape, l->n_values, v_other == l.get() ? nullptr : &v_other->plan);
     nodes.k_other = l->k_owner == l.get() ? nullptr : l->k_owner->nodes.blocks;
     nodes.v_other = v_other == l.get() ? nullptr : v_other->nodes.blocks;
 
@@ -163,9 +164,6 @@ std::unique_ptr<llama_kv_cache> make_kv_cache(uint32_t n_ubatch, const llama_mod
     if (type_k != GGML_TYPE_XQUANT) {
         return std::make_unique<llama_kv_cache>(model, hparams, type_k, type_v, v_trans, offload, unified, kv_size,
                                                 n_seq_max, n_pad, n_swa, swa_type, mem_other, filter, reuse, share);
-    }
-    if (hparams.is_mla()) {
-        refuse_model(model, "its attention is MLA, which stores latent vectors instead of keys and values");
     }
     if (hparams.n_rel_attn_bkts > 0) {
         refuse_model(model, "its attention has a position bias", "f16");

@@ -100,6 +100,9 @@ void kv_cache::make_room(std::set<llama_seq_id> sequences) {
 static void copy_rows(const layer &from, const layer &to, int32_t n_streams) {
     std::vector<uint8_t> bytes;
     for (const bool is_k : {true, false}) {
+        if (!is_k && from.shape.e == 0) {
+            continue;
+        }
         bytes.resize((size_t)from.shape.n_slots * XQ_PAGE * (is_k ? from.shape.d : from.shape.e) * sizeof(uint16_t));
         for (int32_t s = 0; s < n_streams; ++s) {
             for (int32_t head = 0; head < from.shape.n_head_kv; ++head) {

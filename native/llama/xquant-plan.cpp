@@ -197,6 +197,12 @@ std::shared_ptr<const metadata> resolve_plan(const llama_model &model, const int
         out = std::make_shared<metadata>();
         lay_preset(preset == file.given.end() ? "xquant" : preset->second.c_str(), d, n_layers, plan);
     }
+    for (int32_t il = 0; il < n_layers; ++il) {
+        if (d[il] > 0 && e[il] == 0) { // latent: nothing is stored of V
+            plan.layers[il].v = {};
+            plan.layers[il].v.owner = plan.layers[il].v.source = -1;
+        }
+    }
     lay_overrides(file.given, plan);
     if (xq_plan_check(&plan, d, e) != XQ_OK) {
         refuse(xq_error());

@@ -42,6 +42,9 @@ void kv_cache::page_data::decode(const std::vector<std::unique_ptr<layer>> &laye
         if (status == XQ_OK && l->k_owner != l.get()) {
             status = xq_store_borrow(&store, 1, &stores.at(l->k_owner));
         }
+        if (status == XQ_OK && l->shape.e == 0) {
+            status = xq_store_latent(&store, l->n_values);
+        }
         if (status == XQ_OK && l->v_owner != l.get()) {
             status = xq_store_borrow(&store, 0, &stores.at(l->v_owner));
         }
@@ -50,6 +53,10 @@ void kv_cache::page_data::decode(const std::vector<std::unique_ptr<layer>> &laye
         }
         for (const bool is_k : {true, false}) {
             std::vector<uint16_t> rows((size_t)XQ_PAGE * shape.n_head_kv * (is_k ? shape.d : shape.e));
+            if (rows.empty()) { // latent: no V
+                decoded[1].emplace_back();
+                continue;
+            }
             xq_unpack_args args = {};
             args.table = &sealed;
             args.n_streams = args.n_kv_pages = 1;
@@ -94,6 +101,9 @@ void kv_cache::put_rows(uint32_t stream, const saved_page &page, const std::vect
         for (int32_t head = 0; head < l.shape.n_head_kv; ++head) {
             for (const bool is_k : {true, false}) {
                 const size_t width = (size_t)(is_k ? l.shape.d : l.shape.e), size = width * sizeof(uint16_t);
+                if (width == 0) {
+                    continue;
+                }
                 std::vector<uint16_t> rows(cells.size() * width);
                 for (size_t i = 0; i < cells.size(); ++i) {
                     const uint16_t *row = page.open

@@ -29,11 +29,15 @@ bool kv_cache::shift_pages(llama_context *lctx, const std::vector<xq::page_move>
     const auto rotated = [&](ggml_context *ctx, const layer &l) {
         ggml_tensor *k = new_read_keys(ctx, l.nodes, list);
         runner_.place(k, l.buft);
-        k = build_rope_shift(cparams, ctx, k, angles, nullptr, model.get_rope_factors(cparams, l.il),
-                             model.get_rope_freq_base(cparams, l.il), model.get_rope_freq_scale(cparams, l.il),
-                             (uint32_t)l.il);
-        runner_.place(k, l.buft); // in place: elsewhere it would write what lies here
-        return k;
+        // of latent rows the last channels are rotated, and of the keys that are made of them
+        const int64_t n_rot = hparams.n_rot((uint32_t)l.il), first = hparams.n_lora_kv > 0 ? k->ne[0] - n_rot : 0;
+        ggml_tensor *part = ggml_view_3d(ctx, k, first > 0 ? n_rot : k->ne[0], k->ne[1], k->ne[2], k->nb[1], k->nb[2],
+                                         (size_t)first * k->nb[0]);
+        part = build_rope_shift(cparams, ctx, part, angles, nullptr, model.get_rope_factors(cparams, l.il),
+                                model.get_rope_freq_base(cparams, l.il), model.get_rope_freq_scale(cparams, l.il),
+                                (uint32_t)l.il);
+        runner_.place(part, l.buft); // in place: elsewhere it would write what lies here
+        return std::pair(k, part);
     };
     const auto build = [&](ggml_context *ctx, ggml_cgraph *graph) {
         list = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, XQ_MOVE_WORDS, (int64_t)pages.size());
@@ -45,8 +49,9 @@ bool kv_cache::shift_pages(llama_context *lctx, const std::vector<xq::page_move>
         std::map<const layer *, ggml_tensor *> keys;
         for (const auto &l : layers_) {
             if (hparams.has_rope((uint32_t)l->il)) {
-                keys[l.get()] = rotated(ctx, *l);
-                ggml_build_forward_expand(graph, keys[l.get()]);
+                const auto [all, part] = rotated(ctx, *l);
+                keys[l.get()] = all;
+                ggml_build_forward_expand(graph, part);
             }
         }
         for (const auto &l : layers_) {

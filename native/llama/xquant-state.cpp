@@ -104,7 +104,7 @@ void kv_cache::write_page(llama_io_write_i &io, uint32_t stream, const saved_pag
             for (const bool is_k : {true, false}) {
                 const size_t row = (size_t)(is_k ? l->shape.d : l->shape.e) * sizeof(uint16_t);
                 const size_t base = page.open ? row_offset(*l, is_k, s, head, table_->state(s, page.at)) : 0;
-                for (int32_t t = 0; t < XQ_PAGE && page.open; ++t) { // runs of saved cells
+                for (int32_t t = 0; t < XQ_PAGE && page.open && row > 0; ++t) { // runs of saved cells
                     const int32_t first = t;
                     while (t < XQ_PAGE && has_token(page.valid, t)) {
                         t++;

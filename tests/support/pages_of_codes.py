@@ -26,6 +26,7 @@ class Case:
     v: Side = V
     d: int = 64
     e: int = 0  # 0: d
+    latent: bool = False  # the values are the first e channels of the keys
     heads: int = 2
     n_rep: int = 2
     n_tokens: int = 1
@@ -82,6 +83,16 @@ CASES = {
     "two streams, groups, sinks": Case(
         Side(3, 64), n_streams=2, n_tokens=23, n_rep=3, sinks=True, table=(-1, 0, -1, 1)
     ),
+    **{
+        f"latent k{k} d{d}": Case(Side(k, 128), d=d, e=e, heads=1, n_rep=16, latent=True)
+        for k in (1, 2, 3, 4)
+        for d, e in ((576, 512), (320, 256))
+    },
+    "latent, tiles": Case(Side(3, 32), d=96, e=80, heads=2, n_rep=3, n_tokens=5, latent=True),
+    "latent, tiles of two": Case(Side(1, 64, "clip"), d=80, e=48, heads=1, n_rep=7, latent=True, sinks=True),
+    "latent, log8": Case(Side(4, 128, "minmax", "log8"), d=64, e=64, n_rep=2, n_tokens=3, latent=True, softcap=9.0),
+    "latent, means": Case(Side(0, 64), d=64, e=16, n_rep=2, n_streams=2, latent=True, max_bias=8.0),
+    "latent, borrowed": Case(Side(4, 128, "lsq", owner=0), d=80, e=64, n_rep=1, n_tokens=35, latent=True),
     "mapped": Case(v=replace(V, bits=1), source=V),
     "mapped from 1 bit": Case(d=128, source=replace(V, bits=1), n_tokens=5),
     "mapped, nothing left over": Case(v=Side(0, 0, rotate=True), source=replace(V, bits=3), n_tokens=35),
@@ -105,7 +116,7 @@ def random_parameters(rng: np.random.Generator, side: Side, n: int) -> bytes:
 def random_block(rng: np.random.Generator, layer: Layer, at: Storage) -> NDArray[np.uint8]:
     """One sealed page; what is not codes or parameters is poison."""
     block = np.full(at.layout.bytes, 0xFF, np.uint8)
-    for name, side, n_i, n_j in (("k", layer.k, at.d, PAGE), ("v", layer.v, PAGE, at.e)):
+    for name, side, n_i, n_j in (("k", layer.k, at.d, PAGE), ("v", layer.v, PAGE, at.e))[: 1 if at.latent else 2]:
         codes_at, param_at = at.part_at(name)
         if side.bits > 0 and side.owner < 0:
             codes = rng.integers(0, 2**side.bits, (n_i, n_j), dtype=np.uint8)
@@ -123,10 +134,11 @@ class Content:
     layer: Layer
     rows: tuple[Halves, Halves]
     pages: NDArray[np.uint8] | None = None
+    latent: int = 0
 
     def put(self, on: Device, n_pages: int, **reads: object) -> Storage:
         """Storage with this content, or with random codes, which are kept."""
-        out = Storage(on, self.layer, self.rows, n_pages, **reads)  # type: ignore[arg-type]
+        out = Storage(on, self.layer, self.rows, n_pages, latent=self.latent, **reads)  # type: ignore[arg-type]
         if self.pages is None:
             rng = np.random.default_rng(n_pages)
             pages = [random_block(rng, self.layer, out) for _ in range(out.streams * out.heads * n_pages)]
@@ -152,13 +164,15 @@ class Made:
         self.table = [list(case.table), list(case.table)[::-1]][: case.n_streams]
         self.n_pages, slots = len(case.table) + 1, max(max(case.table), 0) + 1
         shape = (case.n_streams + 1, case.heads, slots)  # the cache has one stream more
-        self.own = Content(Layer(case.k, case.v), random_rows(rng, *shape, case.d, e))
+        latent = e if case.latent else 0
+        rows = random_rows(rng, *shape, case.d, 0 if latent else e)
+        self.own = Content(Layer(case.k, case.v), rows, latent=latent)
         owner = Layer(*(replace(s, owner=-1, fit="minmax") for s in (case.k, case.v)))
-        self.owner = Content(owner, self.own.rows) if case.k.owner >= 0 or case.v.owner >= 0 else None
+        self.owner = Content(owner, rows, latent=latent) if case.k.owner >= 0 or case.v.owner >= 0 else None
         self.source, self.map = None, None
         if case.source is not None:
             self.own.layer = Layer(case.k, replace(case.v, source=0))
-            self.source = Content(Layer(Side(4, 128), case.source), self.own.rows)
+            self.source = Content(Layer(Side(4, 128), case.source), rows)
             heads = np.arange(case.heads, dtype=np.int32)[::-1].copy()
             self.map = heads, (rng.standard_normal((case.heads, e, e)) / e**0.5).astype(np.float32)
         n_head, n_cells = case.heads * case.n_rep, len(case.table) * PAGE

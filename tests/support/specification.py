@@ -36,6 +36,8 @@ class Pages:
 
     def rows(self, name: str, stream: int, head: int, page: int) -> Floats:
         """Keys or values [PAGE][width] of a sealed page, exactly as it stores them."""
+        if name == "v" and self.of.latent:
+            return self.rows("k", stream, head, page)[:, : self.of.e]
         of, parts = self.of, self.parts(self.of, name, stream, head, page)
         if name == "k":
             return reference.dequantize_k(of.layer.k, of.d, *parts)
@@ -49,6 +51,8 @@ class Pages:
     def stored(self, name: str, table: Sequence[Sequence[int]], first_stream: int = 0) -> Floats:
         """Keys or values [stream][KV head][cell][width] as pages store them, not rounded to F16; 0 without cells."""
         of, open_rows = self.of, self.open["kv".index(name)]
+        if name == "v" and of.latent:
+            open_rows = self.open[0][..., : of.e]
         out = np.zeros((len(table), of.heads, len(table[0]), PAGE, open_rows.shape[-1]), np.float32)
         for s, slots in enumerate(table):
             for page, slot in enumerate(slots):

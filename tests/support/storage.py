@@ -48,6 +48,7 @@ class Storage:
     """Blocks, poisoned, and open pages of one layer.
 
     rows: K [stream][KV head][slot][PAGE][d], V [...][e], F16.  owner: the layer whose codes the borrowed sides read.
+    latent: above 0, the values are so many channels of the keys, and rows of V are empty.
     source, map_: the layer that predicts V; heads of it [KV head], and [KV head][e][e].  seals: whether it has blocks.
     """
 
@@ -61,16 +62,18 @@ class Storage:
         source: Storage | None = None,
         map_: tuple[NDArray[np.int32], Floats] | None = None,
         seals: bool = True,
+        latent: int = 0,
     ) -> None:
         ffi, lib = native.load()
         self.device, self.layer, self.n_pages = device, layer, n_pages
         self.owner, self.source, self.map = owner, source, map_
         self.streams, self.heads, self.slots, _, self.d = rows[0].shape
-        self.e = rows[1].shape[-1]
+        self.latent, e = latent, rows[1].shape[-1]  # e: what is stored
+        self.e = latent or e
         c, self.layout = c_layer(layer), ffi.new("xq_block_layout *")
-        shape = ffi.new("xq_shape *", (self.d, self.e, self.heads, n_pages, self.slots, self.streams))
+        shape = ffi.new("xq_shape *", (self.d, e, self.heads, n_pages, self.slots, self.streams))
         n_blocks, n_rows = lib.xq_store_block_bytes(c, shape), lib.xq_store_row_bytes(shape)
-        assert lib.xq_block_layout_of(c, self.d, self.e, self.layout) == 0, native.error()
+        assert lib.xq_block_layout_of(c, self.d, e, self.layout) == 0, native.error()
         self.blocks_stream, self.rows_stream = n_blocks + APART, n_rows + APART
         self.blocks = Buffer(device, self.streams * self.blocks_stream) if seals else None
         self.open = Buffer(device, self.streams * self.rows_stream)
@@ -87,6 +90,8 @@ class Storage:
             if side.owner >= 0:
                 assert owner is not None
                 self._ok(lib.xq_store_borrow(self.c, is_k, owner.c))
+        if latent:
+            self._ok(lib.xq_store_latent(self.c, latent))
         if source is not None and map_ is not None:
             self._map = [Buffer(device, x) for x in map_]
             heads, map_at = self._map[0].pointer("int32_t"), self._map[1].pointer("float")
@@ -108,7 +113,7 @@ class Storage:
         """The open pages as they are now."""
         flat = self.open.get(np.uint8, (self.streams, self.rows_stream))[:, :-APART].copy().view(np.float16)
         n, shape = self.heads * self.slots * PAGE * self.d, (self.streams, self.heads, self.slots, PAGE)
-        return flat[:, :n].reshape(*shape, self.d), flat[:, n:].reshape(*shape, self.e)
+        return flat[:, :n].reshape(*shape, self.d), flat[:, n:].reshape(*shape, 0 if self.latent else self.e)
 
     def pages(self) -> NDArray[np.uint8]:
         """The blocks as they are now, [stream][KV head][page][byte]."""
