@@ -8,7 +8,7 @@ the verb of attention, split as the fork splits them.  All are nodes of ggml gra
 rounds over as many copies of the layer as outgrow the caches: the median, and the least, which a machine with other
 work still shows; both ratios.  ns: per cached token and KV head (prompt: and
 query row).  floor: the bytes that are read over the speed of a loop that only reads memory.  The data are random: speed
-does not depend on them.
+does not depend on them.  Values of latent layers (MLA) are part of the keys, and the bits of values are not looked at.
 """
 
 from __future__ import annotations
@@ -28,13 +28,30 @@ from xquant_gguf import codec, native
 from xquant_gguf.cli.text import table
 from xquant_gguf.plan import PAGE, Side, side_to_c
 
-Shape = tuple[str, int, int, int]  # name, heads, KV heads, head width
-SHAPES: dict[str, Shape] = {
-    "qwen": ("Qwen2.5-1.5B", 12, 2, 128),
-    "llama": ("Llama-3-8B", 32, 8, 128),
-    "small": ("Qwen2.5-0.5B", 14, 2, 64),
-    "smol": ("SmolLM2-135M", 9, 3, 64),
-    "one": ("one KV head", 8, 1, 128),
+
+@dataclass(frozen=True)
+class Shape:
+    """Heads of a layer, and their widths: e of values, or, of a latent layer, of the part of keys that they are."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    d: int
+    e: int
+    latent: bool = False
+
+
+SHAPES = {
+    "qwen": Shape("Qwen2.5-1.5B", 12, 2, 128, 128),
+    "llama": Shape("Llama-3-8B", 32, 8, 128, 128),
+    "small": Shape("Qwen2.5-0.5B", 14, 2, 64, 64),
+    "smol": Shape("SmolLM2-135M", 9, 3, 64, 64),
+    "one": Shape("one KV head", 8, 1, 128, 128),
+    "qwen36": Shape("Qwen3.6-27B", 24, 4, 256, 256),
+    "wide16": Shape("16 heads of 256", 16, 1, 256, 256),
+    "gemma4": Shape("Gemma-4-31B, global", 32, 4, 512, 512),
+    "mla": Shape("DeepSeek-V2-Lite", 16, 1, 576, 512, latent=True),
+    "mla320": Shape("Mistral 4", 32, 1, 320, 256, latent=True),
 }
 GGML_TYPES = {"f16": (F16, 1, 2), "q8_0": (Q8_0, 32, 34), "q4_0": (Q4_0, 32, 18)}  # type, values and bytes of a block
 CACHE = 48 << 20  # bytes of copies that outgrow the caches
@@ -59,31 +76,34 @@ class Row:
 
 
 def queries(graph: Graph, shape: Shape, n_queries: int) -> NDArray[np.float32]:
-    _, n_head, _, width = shape
-    return np.random.default_rng(1).standard_normal((n_head, n_queries, width), dtype=np.float32)
+    return np.random.default_rng(1).standard_normal((shape.heads, n_queries, shape.d), dtype=np.float32)
 
 
 def ggml_layer(kind: str, shape: Shape, n_tokens: int, n_queries: int) -> tuple[Graph, int]:
     """One layer of llama.cpp's cache and its attention; the bytes of keys and values."""
-    _, n_head, n_kv, width = shape
     number, values, size = GGML_TYPES[kind]
     rng = np.random.default_rng(0)
-    n_bytes = n_tokens * n_kv * width // values * size
-    graph = Graph(3 * n_bytes + (n_tokens * n_queries + n_head * n_queries * width * 2) * 4)
+    widths = [shape.d] if shape.latent else [shape.d, shape.e]
+    n_bytes = [n_tokens * shape.kv_heads * width // values * size for width in widths]
+    graph = Graph(sum(n_bytes) + (n_tokens * n_queries + shape.heads * n_queries * shape.d * 2) * 4)
     sides = []
-    for _ in range(2):
-        raw = rng.integers(0, 256, (n_bytes // size, size), dtype=np.uint8)
+    for width, n in zip(widths, n_bytes, strict=True):
+        raw = rng.integers(0, 256, (n // size, size), dtype=np.uint8)
         if number == F16:
-            raw = rng.standard_normal(n_bytes // 2, dtype=np.float32).astype(np.float16)
+            raw = rng.standard_normal(n // 2, dtype=np.float32).astype(np.float16)
         else:
             raw[:, :2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
-        rows = graph.tensor(number, width, n_kv, n_tokens, data=raw)
-        sides.append(graph.base.ggml_permute(graph.ctx, rows, 0, 2, 1, 3))
-    q = graph.tensor(F32, width, n_queries, n_head, data=queries(graph, shape, n_queries))
+        sides.append(graph.tensor(number, width, shape.kv_heads, n_tokens, data=raw))
+    if shape.latent:
+        row = shape.d // values * size
+        ne, nb = (shape.e, shape.kv_heads, n_tokens, 1), (row, row * shape.kv_heads, row * shape.kv_heads * n_tokens)
+        sides.append(graph.base.ggml_view_4d(graph.ctx, sides[0], *ne, *nb, 0))
+    sides = [graph.base.ggml_permute(graph.ctx, rows, 0, 2, 1, 3) for rows in sides]
+    q = graph.tensor(F32, shape.d, n_queries, shape.heads, data=queries(graph, shape, n_queries))
     mask = graph.tensor(F16, n_tokens, n_queries)
-    args = (graph.ctx, q, *sides, mask, width**-0.5, 0.0, 0.0)
+    args = (graph.ctx, q, *sides, mask, shape.d**-0.5, 0.0, 0.0)
     graph.finish(graph.base.ggml_flash_attn_ext(*args))
-    return graph, 2 * n_bytes
+    return graph, sum(n_bytes)
 
 
 def sides_of(layer: str) -> tuple[Side, Side]:
@@ -91,19 +111,20 @@ def sides_of(layer: str) -> tuple[Side, Side]:
     return Side(int(layer[1]), PAGE), Side(int(layer[3]), 0, "lloyd", "log8", rotate=True)
 
 
-def blocks(layer: Any, at: Any, width: int, n_pages: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+def blocks(layer: Any, at: Any, shape: Shape, n_pages: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Random sealed pages [page][block] of an xq_layer with the block layout `at`."""
     _, lib = native.load()
-    k_param = (rng.random((n_pages, 2, width), dtype=np.float32) * 0.02).astype(np.float16)
+    k_param = (rng.random((n_pages, 2, shape.d), dtype=np.float32) * 0.02).astype(np.float16)
     v_param = np.stack([rng.integers(120, 140, (n_pages, PAGE)), rng.integers(-9, 9, (n_pages, PAGE))], 1)
-    k_bytes, v_bytes = (lib.xq_packed_bytes(*n) for n in ((layer.k.bits, width, PAGE), (layer.v.bits, PAGE, width)))
+    sides = (layer.k.bits, shape.d, PAGE), (layer.v.bits, PAGE, shape.e)
+    k_bytes, v_bytes = (lib.xq_packed_bytes(*side) for side in sides)
     out = np.zeros((n_pages, at.bytes), np.uint8)
     for start, part in (
         (at.k_codes, rng.integers(0, 256, (n_pages, k_bytes), dtype=np.uint8)),
         (at.k_param, k_param.view(np.uint8).reshape(n_pages, -1)),
         (at.v_codes, rng.integers(0, 256, (n_pages, v_bytes), dtype=np.uint8)),
         (at.v_param, v_param.astype(np.uint8).reshape(n_pages, -1)),
-    ):
+    )[: 2 if shape.latent else 4]:
         out[:, start : start + part.shape[1]] = part
     return out
 
@@ -124,20 +145,22 @@ def parts_of(n_threads: int, n_kv: int, n_rows: int, n_pages: int) -> int:
 
 def xquant_layer(layer: str, shape: Shape, n_tokens: int, n_queries: int, n_threads: int) -> tuple[Graph, int]:
     """One layer of sealed pages and its attention; the bytes of the pages."""
-    _, n_head, n_kv, width = shape
+    n_head, n_kv, width, e = shape.heads, shape.kv_heads, shape.d, 0 if shape.latent else shape.e
     ffi, lib = native.load()
     graph = Graph(0)
     n_pages = n_tokens // PAGE
     c, at = ffi.new("xq_layer *"), ffi.new("xq_block_layout *")
     for side, into in zip(sides_of(layer), (c.k, c.v), strict=True):
         side_to_c(into, side, layer)
-    lib.xq_block_layout_of(c, width, width, at)
+    lib.xq_block_layout_of(c, width, e, at)
     rng = np.random.default_rng(0)
-    data = np.stack([blocks(c, at, width, n_pages, rng) for _ in range(n_kv)])
-    rows = graph.pointer("uint16_t[]", np.zeros(2 * n_kv * PAGE * width, np.uint16))
+    data = np.stack([blocks(c, at, shape, n_pages, rng) for _ in range(n_kv)])
+    rows = graph.pointer("uint16_t[]", np.zeros(n_kv * PAGE * (width + e), np.uint16))
     store, a = graph.new("xq_store *"), graph.new("xq_attend_args *")
-    area = ffi.new("xq_shape *", (width, width, n_kv, n_pages, 1, 1))
+    area = ffi.new("xq_shape *", (width, e, n_kv, n_pages, 1, 1))
     if lib.xq_store_init(store, c, area, aligned(graph, data), 0, rows, 0) != 0:
+        raise ValueError(native.error())
+    if shape.latent and lib.xq_store_latent(store, shape.e) != 0:
         raise ValueError(native.error())
     a.q = graph.pointer("float[]", queries(graph, shape, n_queries))  # [head][query row][width]
     a.q_head_stride, a.q_token_stride = 4 * width * n_queries, 4 * width
@@ -147,7 +170,7 @@ def xquant_layer(layer: str, shape: Shape, n_tokens: int, n_queries: int, n_thre
     a.scale, a.n_parts = width**-0.5, parts_of(n_threads, n_kv, n_queries * n_head // n_kv, n_pages)
     a.partial = graph.pointer("float[]", np.empty(lib.xq_attend_states(store, a), np.float32))
     a.arrivals = graph.pointer("uint32_t[]", np.zeros(n_kv * (-(-n_queries * n_head // n_kv // GROUP_ROWS)), np.uint32))
-    a.out = graph.pointer("float[]", np.empty(n_head * n_queries * width, np.float32))
+    a.out = graph.pointer("float[]", np.empty(n_head * n_queries * shape.e, np.float32))
     job = graph.new("attend_job *", {"backend": lib.xq_cpu(), "store": store, "args": a})
     graph.finish(graph.node("attend_node", job))
     graph.run(1)
@@ -200,11 +223,12 @@ def measure(
     found = timed(runs, seconds)
     for graph in graphs:
         graph.close()
-    unit = 1e9 / (n_tokens * shape[2] * (1 if n_queries == 1 else n_queries * shape[1] // shape[2]))
+    n_rep = shape.heads // shape.kv_heads
+    unit = 1e9 / (n_tokens * shape.kv_heads * (1 if n_queries == 1 else n_queries * n_rep))
     rows = []
     for key, (median, best) in found.items():
         speed, floor = sizes[key] / median / 1e9, sizes[key] / bytes_per_s * unit
-        rows.append(Row(shape[0], *names[key], threads, n_queries, median * unit, best * unit, speed, floor))
+        rows.append(Row(shape.name, *names[key], threads, n_queries, median * unit, best * unit, speed, floor))
     return rows
 
 

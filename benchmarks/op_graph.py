@@ -33,6 +33,7 @@ void *ggml_init(struct ggml_init_params);
 void ggml_free(void *);
 void *ggml_new_tensor_4d(void *, int, int64_t, int64_t, int64_t, int64_t);
 void *ggml_permute(void *, void *, int, int, int, int);
+void *ggml_view_4d(void *, void *, int64_t, int64_t, int64_t, int64_t, size_t, size_t, size_t, size_t);
 void *ggml_get_data(const void *);
 size_t ggml_nbytes(const void *);
 void *ggml_flash_attn_ext(void *, void *, void *, void *, void *, float, float, float);

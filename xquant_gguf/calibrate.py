@@ -64,6 +64,8 @@ def value_side(bits: int, source: int = -1) -> Side:
     return replace(_preset_sides()[1][min(bits, 2)], bits=bits, source=source)
 
 
+NOTHING: Rows = np.empty((0, 0, 0), np.float16)
+"""V of a latent layer."""
 PROBES: dict[str, Callable[[int], Side]] = {"k": key_side, "v": value_side}
 
 
@@ -77,10 +79,10 @@ class Budget:
     def cost(self, side: Side, shape: Shape, is_k: bool) -> float:
         """What one side of one layer costs."""
         if self.equivalent:
-            return side.bits / 2
+            return side.bits / 2 if shape.e else side.bits * is_k
         none = Side(0, PAGE)  # stores one F16 number for each channel of K or token of V
         layer = Layer(side, none) if is_k else Layer(none, side)
-        other = 2 * PAGE if is_k else 2 * shape.d
+        other = 2 * PAGE * (shape.e > 0) if is_k else 2 * shape.d
         return float((block_bytes(layer, shape) - other) * shape.heads)
 
     def total(self, shapes: Sequence[Shape]) -> float:
@@ -94,7 +96,8 @@ class Budget:
 class Calibration:
     """A plan and what is known of it.
 
-    sensitivity: {"k", "v"}: KL divergence that 1-bit codes of each layer alone cause, the noise of a run included.
+    sensitivity: {"k", "v"}: KL divergence that 1-bit codes of each layer alone cause, the noise of a run included; 0
+    for V of latent layers, which is part of K.
     """
 
     plan: Plan
@@ -110,7 +113,7 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan and its bits, the model's numbers of its layers, their sensitivity, and what made it."""
-        bits = {"true_bits": self.plan.true_bits(self.shapes), "equivalent_bits": self.plan.equivalent_bits()}
+        bits = {"true_bits": self.plan.true_bits(self.shapes), "equivalent_bits": self.plan.equivalent_bits(self.shapes)}
         made = {"layers": self.layers, "sensitivity": self.sensitivity, "made_by": asdict(self.made_by)}
         return {**bits, **made, "plan": self.plan.to_dict()}
 
@@ -213,7 +216,7 @@ def calibrate(
                 bar.set_description("measuring layers")
                 sensitivity = {name: _sensitivity(reading, name, bar) for name in "kv"}
             bar.set_description("choosing")
-            rows = {name: [reading.rows[i, name] for i in range(len(probe.layers))] for name in "kv"}
+            rows = {name: [reading.rows.get((i, name), NOTHING) for i in range(len(probe.layers))] for name in "kv"}
             plan = _Choices(budget, probe.shapes, rows, sensitivity, maps).plan()
             kld = float(probe.kld(replace(plan, window=0), tokens[-CHECK_TOKENS:], CHECK_SKIP).mean())
             bar.update()
@@ -237,10 +240,10 @@ def _tool() -> str:
 def _sensitivity(reading: Reading, name: str, bar: Any) -> list[float]:
     """KL divergence that coarse codes of one side of each layer alone cause."""
     side, out = PROBES[name](PROBE_BITS), []
-    for where, rows in reading.rows.items():
-        if where[1] == name:
-            out.append(float(reading.kld({where: _read_back(side, rows, name)}).mean()))
-            bar.update()
+    for i in range(reading.n_layers):
+        rows = reading.rows.get((i, name))
+        out.append(0.0 if rows is None else float(reading.kld({(i, name): _read_back(side, rows, name)}).mean()))
+        bar.update()
     return out
 
 
@@ -277,6 +280,8 @@ class _Choices:
     def _map_from(self, source: int) -> None:
         """Adds the choices of the next layers whose values layer `source` predicts."""
         shape, values = self.shapes[source], self.rows["v"]
+        if not shape.e:
+            return
         for bits in (1, 2, 3):
             stored = _stored(values[source], bits)
             for i in range(source + 1, min(source + 3, len(self.shapes))):

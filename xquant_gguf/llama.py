@@ -91,7 +91,8 @@ class Llama(llama_cpp.Llama):
     def kv_cache_info(self) -> dict[str, Any]:
         """What the KV cache stores and how much memory it takes.
 
-        preset; k_bits, v_bits: bits of codes per layer; equivalent_bits: code bits per value, borrowed codes counted 0
+        preset; k_bits, v_bits: bits of codes per layer, v_bits None where values are part of the keys (MLA);
+        equivalent_bits: code bits per value, borrowed codes counted 0
         (arXiv 2510.11236); true_bits: bits per value of sealed tokens, everything counted; bytes_allocated;
         bytes_used: of these, what holds tokens now; pages_open, pages_sealed: pages in F16 and in codes; kernels: the
         kernel set in force; expected_kld: the KL divergence from F16 that calibration measured.  For sliding-window

@@ -58,7 +58,10 @@ class ValueMap:
 
 @dataclass(frozen=True)
 class Shape:
-    """Head widths and number of KV heads of one layer; heads = 0: the layer has no cache."""
+    """Head widths and number of KV heads of one layer; heads = 0: the layer has no cache.
+
+    e = 0: a latent layer (MLA), which stores keys alone: its values are channels of them.
+    """
 
     d: int
     e: int
@@ -194,14 +197,16 @@ class Plan:
         stored = sum(8 * block_bytes(layer, s) * s.heads for layer, s in pairs)
         return stored / sum(PAGE * (s.d + s.e) * s.heads for _, s in pairs)
 
-    def equivalent_bits(self) -> float:
+    def equivalent_bits(self, shapes: Sequence[Shape] | None = None) -> float:
         """Bits of codes per value, averaged over K, V and layers; borrowed codes count 0 (arXiv 2510.11236).
 
-        16 if there are no layers.
+        16 if there are no layers.  shapes: of them, so that V of latent layers is left out; None: there are none.
         """
         if not self.layers:
             return 16.0
-        sides = [side for layer in self.layers for side in (layer.k, layer.v)]
+        widths = [s.e for s in shapes] if shapes else [1] * len(self.layers)
+        pairs = list(zip(self.layers, widths, strict=True))
+        sides = [layer.k for layer in self.layers] + [layer.v for layer, e in pairs if e > 0]
         return sum(side.bits for side in sides if side.owner < 0) / len(sides)
 
     def slots(self, n_ctx: int, n_ubatch: int = 512, n_seq: int = 1) -> int:

@@ -84,13 +84,13 @@ class Probe:
 
 
 class Reading:
-    """A text in an F16 cache.  rows: its keys and values, as the cache stores them."""
+    """A text in an F16 cache.  rows: its keys and values, as the cache stores them; latent layers have no values."""
 
     def __init__(
         self, probe: Probe, session: Session, tokens: Sequence[int], passages: Sequence[Sequence[tuple[int, int]]]
     ) -> None:
         """passages: (position, token) of those to be scored; each is a sequence of its own behind its first cells."""
-        self._probe, self._session = probe, session
+        self._probe, self._session, self.n_layers = probe, session, len(probe.layers)
         for first in range(0, len(tokens), session.n_ubatch):
             some = enumerate(tokens[first : first + session.n_ubatch], first)
             session.decode([(token, position, (0,)) for position, token in some], "none")
@@ -101,6 +101,7 @@ class Reading:
             )
             for i, (layer, shape) in enumerate(numbered)
             for name, width in (("k", shape.d), ("v", shape.e))
+            if width > 0
         }
         self._starts = {s: passage[0][0] for s, passage in enumerate(passages, 1)}
         self._scored = [(token, at, (s,)) for s, passage in enumerate(passages, 1) for at, token in passage]

@@ -16,8 +16,20 @@ SPECIAL = ("<unk>", "<s>", "</s>")
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Ranks of queries and of what is cached, and the channels of a head's query and key that are rotated (MLA)."""
+
+    q_rank: int
+    kv_rank: int
+    rope_dim: int
+
+
+@dataclass(frozen=True)
 class Shape:
-    """Widths of a llama-like model; n_layer: of the real one.  value_dim: of values, 0: as keys'."""
+    """Widths of a llama-like model; n_layer: of the real one.  value_dim: of values, 0: as keys'.
+
+    latent: attention is that of DeepSeek-V2, with head_dim and value_dim behind the latent vectors.
+    """
 
     n_layer: int
     n_embd: int
@@ -29,6 +41,11 @@ class Shape:
     value_dim: int = 0
     freq_base: float = 500000.0
     rms_eps: float = 1e-5
+    latent: Latent | None = None
+
+    @property
+    def arch(self) -> str:
+        return "deepseek2" if self.latent else "llama"
 
 
 SHAPES = {
@@ -36,22 +53,42 @@ SHAPES = {
     "qwen2.5-1.5b": Shape(28, 1536, 8960, 12, 2, 128, 151936),
     "qwen2.5-0.5b": Shape(24, 896, 4864, 14, 2, 64, 151936),
     "smollm2-135m": Shape(30, 576, 1536, 9, 3, 64, 49152),
+    # the layers of hybrids and of models with sliding layers that see all tokens
+    "qwen3.6-27b": Shape(16, 5120, 17408, 24, 4, 256, 248320),
+    "gemma-4-31b": Shape(10, 5376, 21504, 32, 4, 512, 262144),
+    # its experts, as one dense layer of as many weights as a token uses
+    "glm-4.7-flash": Shape(47, 2048, 10240, 20, 1, 256, 154880, 256, latent=Latent(768, 512, 64)),
 }
+
+
+def attention(shape: Shape) -> list[tuple[str, tuple[int, ...]]]:
+    """What makes queries, keys and values of a layer."""
+    n_head, n_kv, d, e = shape.n_head, shape.n_head_kv, shape.head_dim, shape.value_dim or shape.head_dim
+    if shape.latent is None:
+        sizes = {"q": n_head * d, "k": n_kv * d, "v": n_kv * e}
+        return [(f"attn_{name}", (size, shape.n_embd)) for name, size in sizes.items()]
+    q_rank, kv_rank, rope = shape.latent.q_rank, shape.latent.kv_rank, shape.latent.rope_dim
+    return [
+        ("attn_q_a", (q_rank, shape.n_embd)),
+        ("attn_q_a_norm", (q_rank,)),
+        ("attn_q_b", (n_head * d, q_rank)),
+        ("attn_kv_a_mqa", (kv_rank + rope, shape.n_embd)),
+        ("attn_kv_a_norm", (kv_rank,)),
+        ("attn_k_b", (n_head, kv_rank, d - rope)),
+        ("attn_v_b", (n_head, e, kv_rank)),
+    ]
 
 
 def tensors(shape: Shape, n_layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes [out][in] of the weights."""
-    n_q, n_kv = shape.n_head * shape.head_dim, shape.n_head_kv * shape.head_dim
     yield "token_embd.weight", (shape.n_vocab, shape.n_embd)
     yield "output_norm.weight", (shape.n_embd,)
     yield "output.weight", (shape.n_vocab, shape.n_embd)
     for i in range(n_layer):
         for name, size in (
             ("attn_norm", (shape.n_embd,)),
-            ("attn_q", (n_q, shape.n_embd)),
-            ("attn_k", (n_kv, shape.n_embd)),
-            ("attn_v", (n_kv, shape.n_embd)),
-            ("attn_output", (shape.n_embd, n_q)),
+            *attention(shape),
+            ("attn_output", (shape.n_embd, shape.n_head * (shape.value_dim or shape.head_dim))),
             ("ffn_norm", (shape.n_embd,)),
             ("ffn_gate", (shape.n_ff, shape.n_embd)),
             ("ffn_up", (shape.n_ff, shape.n_embd)),
@@ -68,7 +105,7 @@ def write(path: str | Path, name: str, n_layer: int = 0) -> Path:
     n_layer = n_layer or shape.n_layer
     if n_layer < 1:
         raise ValueError(f"layers is {n_layer}, must be at least 1")
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, shape.arch)
     writer.add_name(f"random, shape of {name}")
     add_shape(writer, replace(shape, n_layer=n_layer), N_CTX_TRAIN)
     n_named = shape.n_vocab - len(SPECIAL) - N_BYTES
@@ -91,7 +128,8 @@ def _weights(rng: np.random.Generator, size: tuple[int, ...]) -> NDArray[np.gene
     """Norms are 1; matrices are normal with outputs as large as inputs, rows repeated: speed does not see it."""
     if len(size) == 1:
         return np.ones(size, np.float32)
-    rows = (rng.standard_normal((min(size[0], 1024), size[1]), dtype=np.float32) * size[1] ** -0.5).astype(np.float16)
+    n, width = int(np.prod(size[:-1])), size[-1]
+    rows = (rng.standard_normal((min(n, 1024), width), dtype=np.float32) * width**-0.5).astype(np.float16)
     return np.resize(rows, size)
 
 
@@ -103,12 +141,29 @@ def add_shape(writer: gguf.GGUFWriter, shape: Shape, n_ctx: int) -> None:
     writer.add_feed_forward_length(shape.n_ff)
     writer.add_head_count(shape.n_head)
     writer.add_head_count_kv(shape.n_head_kv)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.value_dim or shape.head_dim)
-    writer.add_rope_dimension_count(shape.head_dim)
+    if shape.latent is None:
+        writer.add_key_length(shape.head_dim)
+        writer.add_value_length(shape.value_dim or shape.head_dim)
+        writer.add_rope_dimension_count(shape.head_dim)
+    else:
+        add_latent(writer, shape, shape.latent)
     writer.add_rope_freq_base(shape.freq_base)
     writer.add_layer_norm_rms_eps(shape.rms_eps)
     writer.add_vocab_size(shape.n_vocab)
+
+
+def add_latent(writer: gguf.GGUFWriter, shape: Shape, latent: Latent) -> None:
+    """The keys of latent attention, and that no layer has experts."""
+    writer.add_q_lora_rank(latent.q_rank)
+    writer.add_kv_lora_rank(latent.kv_rank)
+    writer.add_key_length(latent.kv_rank + latent.rope_dim)
+    writer.add_value_length(latent.kv_rank)
+    writer.add_key_length_mla(shape.head_dim)
+    writer.add_value_length_mla(shape.value_dim or shape.head_dim)
+    writer.add_rope_dimension_count(latent.rope_dim)
+    writer.add_leading_dense_block_count(shape.n_layer)
+    writer.add_expert_feed_forward_length(shape.n_ff)
+    writer.add_expert_shared_count(0)
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, more: Sequence[str], kind: gguf.TokenType) -> None:

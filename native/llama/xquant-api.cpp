@@ -48,7 +48,7 @@ int xquant_llama_get_shapes(const llama_context *ctx, int32_t *d, int32_t *e, in
         // of hybrids one alone has attention in its recurrent layers
         const bool has = hparams.has_kv(il) && (!hparams.is_recr(il) || ctx->get_model().arch == LLM_ARCH_FALCON_H1);
         d[il] = has ? (int32_t)hparams.n_embd_head_k(il) : 0;
-        e[il] = has ? (int32_t)hparams.n_embd_head_v(il) : 0;
+        e[il] = has && !hparams.is_mla() ? (int32_t)hparams.n_embd_head_v(il) : 0;
         n_head_kv[il] = has ? (int32_t)hparams.n_head_kv(il) : 0;
     }
     *bytes = ctx->get_memory() ? bytes_of(*ctx->get_memory()) : 0;

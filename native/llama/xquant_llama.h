@@ -39,11 +39,11 @@ typedef struct xquant_llama_info {
 /* 0, or -1 if the context has no XQuant cache. */
 XQ_API int xquant_llama_get_info(const struct llama_context *ctx, xquant_llama_info *info);
 /* The plan in force by model layer, and the head widths and KV heads of every layer ([XQ_MAX_LAYERS] each; d = 0: the
- * layer is not in the XQuant cache).  0, or -1 if the context has no XQuant cache. */
+ * layer is not in the XQuant cache; e = 0: it is a latent layer).  0, or -1 if the context has no XQuant cache. */
 XQ_API int xquant_llama_get_plan(const struct llama_context *ctx, xq_plan *plan, int32_t *d, int32_t *e,
                                  int32_t *n_head_kv);
-/* Head widths and KV heads of every model layer with keys and values ([XQ_MAX_LAYERS] each; 0: none), and the bytes of
- * the context's cache, of any type.  The number of model layers, or -1. */
+/* Head widths and KV heads of every model layer with keys and values ([XQ_MAX_LAYERS] each; 0: none; e = 0: latent),
+ * and the bytes of the context's cache, of any type.  The number of model layers, or -1. */
 XQ_API int xquant_llama_get_shapes(const struct llama_context *ctx, int32_t *d, int32_t *e, int32_t *n_head_kv,
                                    int64_t *bytes);
 /* F16 rows [n_cells][width] of the keys or values of a model layer's KV head: the first n_cells cells, which must all

@@ -86,7 +86,7 @@ def specify(session: Session, length: Length) -> None:
     plan, shapes, numbers = found
     everyone = np.ones(PAGE, bool)
     for layer, shape, number in zip(plan.layers, shapes, numbers, strict=True):
-        for name, width in (("k", shape.d), ("v", shape.e)):
+        for name, width in (("k", shape.d), ("v", shape.e))[: 2 if shape.e else 1]:
             for head in range(shape.heads):
                 rows = fork.read_rows(session.ctx, number, name, head, length.prompt, width)
                 for page in length.sealed:

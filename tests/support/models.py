@@ -86,7 +86,8 @@ class Row:
 
 def kind_of(told: dict[str, Any], refused: str) -> str:
     names = [name for name in ("recurrent", "hybrid", "sliding") if told.get(name)]
-    return ", ".join(names + (["MLA"] if "MLA" in refused else [])) or "plain"
+    latent = any(e == 0 for _, e in told.get("shapes", [])) or "MLA" in refused
+    return ", ".join(names + (["MLA"] if latent else [])) or "plain"
 
 
 def examine(model: Path) -> Row:
@@ -103,7 +104,8 @@ def examine(model: Path) -> Row:
     row.kind = kind_of(first.told, row.refused)
     if row.refused:
         return row
-    row.shapes = ", ".join(str(d) if d == e else f"{d}/{e}" for d, e in first.told.get("shapes", []))
+    shapes = [tuple(pair) for pair in first.told.get("shapes", [])]
+    row.shapes = ", ".join(f"{d}, latent" if e == 0 else str(d) if d == e else f"{d}/{e}" for d, e in shapes)
     for n_ubatch in (64, 512):
         f16 = run(model, "f16", n_ubatch, length)
         opened = first if n_ubatch == 64 else run(model, "open", n_ubatch, length)

@@ -38,12 +38,13 @@ def plan_text(result: Calibration) -> str:
     """A plan as a table, with its quality and its sizes."""
     plan, shapes = result.plan, result.shapes
     rows = [["layer", "K", "V", *(["harm of K1", "of V1"] if result.sensitivity else [])]]
-    for i, (number, layer) in enumerate(zip(result.layers, plan.layers, strict=True)):
+    for i, (number, layer, shape) in enumerate(zip(result.layers, plan.layers, shapes, strict=True)):
         k = f"{layer.k.bits} bits" + (f", {layer.k.group} tokens" if layer.k.group != PAGE else "")
         v = f"{layer.v.bits} bits" + (f" + layer {result.layers[layer.v.source]}" if layer.v.source >= 0 else "")
+        v = v if shape.e else "part of K"
         rows.append([str(number), k + f", {layer.k.param}", v, *(f"{s[i]:.5f}" for s in result.sensitivity.values())])
     lines = [
-        f"{plan.preset}: {plan.true_bits(shapes):.3f} true bits, {plan.equivalent_bits():.3f} equivalent bits a value"
+        f"{plan.preset}: {plan.true_bits(shapes):.3f} true bits, {plan.equivalent_bits(shapes):.3f} equivalent bits a value"
     ]
     if plan.expected_kld is not None:
         lines.append(f"expected KL divergence from F16: {plan.expected_kld:.4f}")

@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
 def print_plan(info: Mapping[str, Any]) -> None:
     """What kv_cache_info says of a plan, with a table of its layers."""
     rows = [["layer", "K bits", "V bits"]]
-    rows += [[str(i), str(k), str(v)] for i, k, v in zip(info["layers"], info["k_bits"], info["v_bits"], strict=True)]
+    sides = zip(info["layers"], info["k_bits"], info["v_bits"], strict=True)
+    rows += [[str(i), str(k), "part of K" if v is None else str(v)] for i, k, v in sides]
     print(
         f"{info['preset']}: {info['true_bits']:.3f} true bits, {info['equivalent_bits']:.3f} equivalent bits a value;"
     )
