@@ -113,7 +113,7 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan and its bits, the model's numbers of its layers, their sensitivity, and what made it."""
-        bits = {"true_bits": self.plan.true_bits(self.shapes), "equivalent_bits": self.plan.equivalent_bits(self.shapes)}
+        bits = {f"{name}_bits": getattr(self.plan, f"{name}_bits")(self.shapes) for name in ("true", "equivalent")}
         made = {"layers": self.layers, "sensitivity": self.sensitivity, "made_by": asdict(self.made_by)}
         return {**bits, **made, "plan": self.plan.to_dict()}
 

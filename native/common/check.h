@@ -113,7 +113,8 @@ inline bool accepts_store(const xq_store *store) {
            none_null("store", {{"k.rows", store->k.rows}, {"v.rows", store->v.rows}}) &&
            accepts_side("k", store->k, true, seals) &&
            (store->latent ? accepts_latent(*store) : accepts_side("v", store->v, false, seals)) &&
-           (!seals || store->latent || (store->v.plan.source >= 0) == (store->mapped != 0) || // who never seals needs no map
+           (!seals || store->latent ||
+            (store->v.plan.source >= 0) == (store->mapped != 0) || // who never seals needs no map
             !fail(XQ_ERR_ARGUMENT, "store: mapped is %d, but v.plan.source is %d", store->mapped,
                   store->v.plan.source)) &&
            (!store->mapped || accepts_source(*store, seals));

@@ -32,8 +32,7 @@ static inline void fold_weights(const float *p /* [n], at least 0 */, int n, wei
     for (int t = 0; t < n; t += 8) {
         const __m256i x = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(p + t), inverse));
         // of each lane of four numbers the four bytes, in all its words
-        const __m256i bytes =
-            _mm256_shuffle_epi8(x, _mm256_set1_epi32(0x0c080400));
+        const __m256i bytes = _mm256_shuffle_epi8(x, _mm256_set1_epi32(0x0c080400));
         _mm256_store_si256((__m256i *)out.p[t / 8], bytes);
         whole = _mm256_add_epi32(whole, x);
     }
@@ -87,8 +86,8 @@ XQ_INLINE void sum_channels(const uint8_t *codes, int64_t column, int s, int uni
         }
     }
     for (int r = 0; r < R; ++r) {
-        out[r] = _mm_cvtepi32_ps(
-            _mm_add_epi32(_mm256_castsi256_si128(total[r]), _mm256_extracti128_si256(total[r], 1)));
+        out[r] =
+            _mm_cvtepi32_ps(_mm_add_epi32(_mm256_castsi256_si128(total[r]), _mm256_extracti128_si256(total[r], 1)));
     }
 }
 

@@ -136,8 +136,8 @@ static int check_fields(const xq_side &side, int32_t l, bool is_k, int32_t width
         return bad(l, name, "rotate", side.rotate, is_k ? "0" : "0 or 1");
     }
     if (width != 0 && !is_width(width)) {
-        return fail(XQ_ERR_PLAN, "layer %d, %c: head width is %d, must be a multiple of 16 from 16 to %d", l, name, width,
-                    XQ_MAX_HEAD_DIM);
+        return fail(XQ_ERR_PLAN, "layer %d, %c: head width is %d, must be a multiple of 16 from 16 to %d", l, name,
+                    width, XQ_MAX_HEAD_DIM);
     }
     if (!is_k && width != 0 && side.group > 0 && side.group < width && width % side.group != 0) {
         return fail(XQ_ERR_PLAN, "layer %d, V: group %d does not divide the head width %d; use 0 for the whole head", l,
@@ -235,8 +235,8 @@ int xq_plan_check(const xq_plan *plan, const int32_t *d, const int32_t *e) {
 int xq_block_layout_of(const xq_layer *layer, int32_t d, int32_t e, xq_block_layout *layout) {
     if (!layer || !layout || !is_width(d) || (e != 0 && !is_width(e))) {
         return fail(XQ_ERR_ARGUMENT,
-                    "head widths are %d and %d, must be multiples of 16 from 16 to %d; of values 0 in a latent layer", d,
-                    e, XQ_MAX_HEAD_DIM);
+                    "head widths are %d and %d, must be multiples of 16 from 16 to %d; of values 0 in a latent layer",
+                    d, e, XQ_MAX_HEAD_DIM);
     }
     if (const int status = check_fields(layer->k, 0, true, d); status != XQ_OK) {
         return status;

@@ -113,10 +113,11 @@ int xq_store_latent(xq_store *store, int32_t e) {
         return XQ_ERR_ARGUMENT;
     }
     if (store->v.width != 0 || store->mapped || e < 16 || e > store->k.width || e % 16) {
-        return fail(XQ_ERR_ARGUMENT,
-                    "xq_store_latent: e is %d, must be a multiple of 16 from 16 to %d; V of the store has width %d, must "
-                    "be 0",
-                    e, store->k.width, store->v.width);
+        return fail(
+            XQ_ERR_ARGUMENT,
+            "xq_store_latent: e is %d, must be a multiple of 16 from 16 to %d; V of the store has width %d, must "
+            "be 0",
+            e, store->k.width, store->v.width);
     }
     store->latent = 1;
     store->v = store->k;

@@ -15,7 +15,7 @@ namespace xq {
 namespace {
 
 constexpr int threads = XQ_PAGE, n_warps = threads / 32, max_width = XQ_MAX_HEAD_DIM;
-constexpr int max_groups = max_width / 32; /* V: groups of channels of a head */
+constexpr int max_groups = max_width / 32;                    /* V: groups of channels of a head */
 constexpr int channels = (max_width + threads - 1) / threads; /* of a thread */
 
 /* Sum (or maximum) over the block, the same on every thread. */

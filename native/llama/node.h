@@ -116,8 +116,7 @@ struct attend_options {
 
 /* The parameters of a layer; v_other: the layer whose values' codes it borrows, or that its map reads; null: none.
  * n_values: width of the values that are read: shape.e, or, of a latent layer, whose e is 0, of a part of the keys. */
-GGML_API node_params params_of(const xq_layer &layer, const xq_shape &shape, int32_t n_values,
-                               const xq_layer *v_other);
+GGML_API node_params params_of(const xq_layer &layer, const xq_shape &shape, int32_t n_values, const xq_layer *v_other);
 
 /* Writes a micro-batch: k_cur, v_cur F32 [d or e, KV head, token]; v_cur: null in a latent layer. */
 GGML_API ggml_tensor *new_update(ggml_context *ctx, const layer_tensors &l, ggml_tensor *input, ggml_tensor *k_cur,

@@ -15,13 +15,13 @@ RUN = {
     "nemotron_h-dense": "hybrid",  # Mamba2, layers without either
     "falcon-h1-dense": "hybrid",  # both in one layer
     "lfm2-dense": "hybrid, sliding",  # convolution
+    "deepseek2-moe": "MLA",
+    "kimi-linear-moe": "hybrid, MLA",
 }
 REFUSED = {
-    "deepseek2-moe": "its attention is MLA",
-    "kimi-linear-moe": "its attention is MLA",
     "deepseek32-moe": "its sparse attention has an indexer",
     "qwen4exp-moe": "its sparse attention has an indexer",
-    "deepseek4-moe": "its attention is MLA",
+    "deepseek4-moe": "its sparse attention has an indexer",
     "mamba-dense": "it keeps a recurrent state",
 }
 

@@ -226,6 +226,28 @@ def test_pages_are_opened_again(coder: Device) -> None:
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("d", [80, 576])
+def test_a_latent_layer_seals_and_writes_keys_alone(coder: Device, d: int) -> None:
+    rng = np.random.default_rng(d)
+    layer, rows = Layer(Side(4, 64), V), (outlying_rows(rng, 2, 3, d, 16)[0], random_rows(rng, 2, HEADS, 3, 0)[1])
+    storage = Storage(coder, layer, rows, 4, latent=64)
+    moves = [Move(2, 1, valid_tokens(rng)), Move(0, 0, stream=1)]
+    storage.update(moves)
+    for move in moves:
+        for head in range(HEADS):
+            codes, param, _ = reference.seal_k(layer.k, rows[0][move.stream, head, move.slot], move.valid)
+            assert Pages(storage).parts(storage, "k", move.stream, head, move.page) == (codes, param)
+    assert storage.layout.v_codes == storage.layout.v_param == -1
+    new = rng.standard_normal((2, HEADS, d), dtype=np.float32)
+    storage.write(np.array([5, PAGE + 3], np.int32), (new, new))
+    storage.update(unseals=[Move(2, 2)], n_threads=3)
+    want, pages = rows[0].copy(), Pages(storage)
+    want[0, :, 0, 5], want[0, :, 1, 3] = finite(new[0]), finite(new[1])
+    for head in range(HEADS):
+        want[0, head, 2] = pages.rows("k", 0, head, 2).astype(np.float16)
+    np.testing.assert_array_equal(storage.rows()[0], want)
+
+
 @pytest.mark.parametrize("n_threads", [1, 3])
 def test_rows_are_stored_finite_and_counted_once(coder: Device, n_threads: int) -> None:
     rng = np.random.default_rng(2)

@@ -51,6 +51,23 @@ def test_cache_bytes_at_32k() -> None:
     assert f16 / plan.cache_bytes(shapes, 32768) > 4.3
 
 
+def test_a_latent_layer_stores_keys_alone() -> None:
+    """GLM-4.7-Flash's shape: one row of 576 channels a token, whose first 512 are the values."""
+    shapes = [Shape(576, 0, 1)] * 3
+    for name, bits in (("xquant", 4), ("xquant-small", 3), ("xquant-tiny", 2)):
+        plan = Plan.from_preset(name, 3)
+        plan.check(shapes)
+        assert plan.true_bits(shapes) == bits + 0.25
+        assert plan.equivalent_bits(shapes) == bits
+        n_block = 576 * 128 * bits // 8 + 2 * 576 * 2
+        assert block_bytes(plan.layers[0], shapes[0]) == n_block
+        assert plan.cache_bytes(shapes, 128 * 100) == 3 * (100 * n_block + 7 * 128 * 576 * 2)
+    owner = replace(plan, layers=(plan.layers[0], replace(plan.layers[1], v=Side(1, 0, "lsq", rotate=True, owner=0))))
+    owner.check(shapes[:2])  # nothing is stored of V: what its plan says is not looked at
+    with pytest.raises(ValueError, match="layer 1, V: owner 0 must be a layer of the cache with the same head width"):
+        owner.check([shapes[0], Shape(64, 64, 1)])
+
+
 def test_names_are_those_of_the_enumerations() -> None:
     """In their order: what the numbers of a file or of C mean."""
     _, lib = native.load()

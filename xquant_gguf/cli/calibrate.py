@@ -43,9 +43,8 @@ def plan_text(result: Calibration) -> str:
         v = f"{layer.v.bits} bits" + (f" + layer {result.layers[layer.v.source]}" if layer.v.source >= 0 else "")
         v = v if shape.e else "part of K"
         rows.append([str(number), k + f", {layer.k.param}", v, *(f"{s[i]:.5f}" for s in result.sensitivity.values())])
-    lines = [
-        f"{plan.preset}: {plan.true_bits(shapes):.3f} true bits, {plan.equivalent_bits(shapes):.3f} equivalent bits a value"
-    ]
+    true, equivalent = plan.true_bits(shapes), plan.equivalent_bits(shapes)
+    lines = [f"{plan.preset}: {true:.3f} true bits, {equivalent:.3f} equivalent bits a value"]
     if plan.expected_kld is not None:
         lines.append(f"expected KL divergence from F16: {plan.expected_kld:.4f}")
     sizes = [["tokens", "MiB", "F16 / this"]]
