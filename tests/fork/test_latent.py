@@ -47,16 +47,17 @@ def test_nothing_is_stored_for_values(model: Path) -> None:
         assert ours.info()["bytes_used"] == 3 * sizes
 
 
-def test_four_bits_are_harmless(model: Path) -> None:
-    """Beside fewer: on random weights it says that nothing is mixed up."""
+def test_more_bits_do_less_harm(model: Path) -> None:
+    """On random weights that says only that nothing is mixed up: less than llama.cpp's own four bits."""
+    types = ("q4_0", "xquant", "xquant-small", "xquant-tiny")
     with Context(model, "f16") as f16:
         want = f16.decode(TOKENS[:900], 0)[-100:]
     harm = {}
-    for kv_type in ("xquant", "xquant-small", "xquant-tiny"):
+    for kv_type in types:
         with Context(model, kv_type) as ours:
             harm[kv_type] = error(ours.decode(TOKENS[:900], 0)[-100:], want)
-    assert harm["xquant"] < 1e-4
-    assert harm["xquant"] < harm["xquant-small"] < harm["xquant-tiny"] < 1e-2
+    assert harm["xquant"] < harm["q4_0"] / 2
+    assert harm["xquant"] < harm["xquant-small"] < harm["xquant-tiny"] < 0.2
 
 
 def test_a_sequence_of_mixed_pages_is_saved_and_loaded(model: Path) -> None:

@@ -103,5 +103,5 @@ def test_head_widths(width: int, tmp_path: Path) -> None:
         assert llm.kv_cache_info()["pages_sealed"] == 3
         llm.close()
     else:
-        with pytest.raises(ValueError, match="head width is 72, must be a multiple of 16 from 16 to 512"):
+        with pytest.raises(ValueError, match="head width is 72, must be a multiple of 16 from 16 to 576"):
             Llama(path, kv_type="xquant", n_ctx=2048, verbose=False)
