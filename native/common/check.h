@@ -72,19 +72,13 @@ inline bool accepts_side(const char *name, const xq_side_store &side, bool is_k,
            !fail(XQ_ERR_ARGUMENT, "store: %s.codes must not be null for %d bits", name, side.plan.bits);
 }
 
-/* V of a latent layer lies where K does. */
+/* How many of the values' channels are the keys'. */
 inline bool accepts_latent(const xq_store &store) {
-    const xq_side_store &k = store.k, &v = store.v;
-    const bool same = k.codes == v.codes && k.param == v.param && k.rows == v.rows && k.codes_page == v.codes_page &&
-                      k.codes_head == v.codes_head && k.codes_stream == v.codes_stream &&
-                      k.param_page == v.param_page && k.param_head == v.param_head &&
-                      k.param_stream == v.param_stream && k.rows_token == v.rows_token && k.rows_head == v.rows_head &&
-                      k.rows_stream == v.rows_stream;
-    return (same || !fail(XQ_ERR_ARGUMENT, "store: latent is 1, but v does not lie where k does")) &&
-           (!store.mapped || !fail(XQ_ERR_ARGUMENT, "store: latent and mapped are both 1")) &&
-           ((v.width >= 16 && v.width <= k.width && v.width % 16 == 0) ||
-            !fail(XQ_ERR_ARGUMENT, "store: v.width of a latent layer is %d, must be a multiple of 16 from 16 to %d",
-                  v.width, k.width));
+    return in_range("store", {{"latent", store.latent, 0, store.k.width}}) &&
+           multiples("store", {{"latent", store.latent, 16}}) &&
+           in_range("store", {{"latent + v.width", value_width(store), 16, XQ_MAX_HEAD_DIM}}) &&
+           (!store.latent || !store.mapped ||
+            !fail(XQ_ERR_ARGUMENT, "store: latent is %d and mapped 1; one of them must be 0", store.latent));
 }
 
 /* The values that a map of the store reads; seals: whether the layer ever seals, and its source with it. */
@@ -110,10 +104,11 @@ inline bool accepts_store(const xq_store *store) {
     const int64_t n_rows = (int64_t)store->n_streams * store->n_slots * XQ_PAGE;
     const bool seals = store->k.param != nullptr;
     return in_range("store", {{"n_streams * n_slots * 128", n_rows, 1, INT32_MAX}}) &&
-           none_null("store", {{"k.rows", store->k.rows}, {"v.rows", store->v.rows}}) &&
-           accepts_side("k", store->k, true, seals) &&
-           (store->latent ? accepts_latent(*store) : accepts_side("v", store->v, false, seals)) &&
-           (!seals || store->latent ||
+           none_null("store", {{"k.rows", store->k.rows}}) && accepts_side("k", store->k, true, seals) &&
+           ((store->latent > 0 && store->v.width == 0) ||
+            (none_null("store", {{"v.rows", store->v.rows}}) && accepts_side("v", store->v, false, seals))) &&
+           accepts_latent(*store) &&
+           (!seals || store->v.width == 0 ||
             (store->v.plan.source >= 0) == (store->mapped != 0) || // who never seals needs no map
             !fail(XQ_ERR_ARGUMENT, "store: mapped is %d, but v.plan.source is %d", store->mapped,
                   store->v.plan.source)) &&
@@ -143,7 +138,7 @@ inline bool accepts_update(const xq_store *store, const xq_update_args *args) {
            (!unseals || none_null("update", {{"unseals", args->unseals}})) &&
            (!(seals || writes) || none_null("update", {{"n_nonfinite", args->n_nonfinite}})) &&
            (!writes || (none_null("update", {{"rows", args->rows}, {"k_cur", args->k_cur}}) &&
-                        (store->latent || none_null("update", {{"v_cur", args->v_cur}})) &&
+                        (n_sides(*store) == 1 || none_null("update", {{"v_cur", args->v_cur}})) &&
                         multiples("update", {{"k_head_stride", args->k_head_stride, 4},
                                              {"k_token_stride", args->k_token_stride, 4},
                                              {"v_head_stride", args->v_head_stride, 4},
@@ -180,7 +175,7 @@ inline bool accepts_unpack(const xq_store *store, const xq_unpack_args *args) {
            none_null("unpack", {{"table", args->table}, {"rows", args->rows}}) &&
            in_range("unpack", {{"n_streams", args->n_streams, 1, store->n_streams},
                                {"n_kv_pages", args->n_kv_pages, 1, store->n_pages},
-                               {"is_k", args->is_k, store->latent ? 1 : 0, 1},
+                               {"is_k", args->is_k, n_sides(*store) == 1 ? 1 : 0, 1},
                                {"first_head", args->first_head, 0, store->n_head_kv - 1},
                                {"n_heads", args->n_heads, 1, store->n_head_kv - (int64_t)args->first_head}});
 }

@@ -1,7 +1,7 @@
 /* store.h: where a layer's pages and a verb's data lie: the only address arithmetic, for every backend.
  *
  *     codes or parameters of page p:  base + stream * s + head * h + page * p      (bytes; xq_side_store)
- *     F16 row of token t in slot n:   base + stream * s + head * h + (n * XQ_PAGE + t) * token     (elements)
+ *     F16 rows of the page in slot n: base + stream * s + head * h + n * XQ_PAGE * width      (elements)
  *
  * Query rows of a KV head are counted token by token: row r is token r / n_rep and head r % n_rep of the n_rep heads
  * that share the KV head.  Nothing here looks at data, except first_stream and map_heads.  Free functions that each
@@ -21,8 +21,7 @@ struct side_view {
     int32_t width;
     uint8_t *codes, *param;         /* of page 0; null where absent */
     int64_t codes_page, param_page; /* bytes from page to page */
-    int32_t rows_token;             /* elements from row to row */
-    uint16_t *rows;                 /* F16 [slot][XQ_PAGE][rows_token] */
+    uint16_t *rows;                 /* F16 [slot][XQ_PAGE][width] */
 };
 
 XQ_BOTH const xq_side_store &side_of(const xq_store &store, bool is_k) {
@@ -38,7 +37,6 @@ XQ_BOTH side_view side_at(const xq_side_store &side, int stream, int head) {
             side.param + (head * side.param_head + stream * side.param_stream),
             side.codes_page,
             side.param_page,
-            (int32_t)side.rows_token,
             (uint16_t *)((char *)side.rows + (head * (2 * side.rows_head) + stream * (2 * side.rows_stream)))};
 }
 /* The values that the map of a KV head reads; they have no rows. */
@@ -56,18 +54,22 @@ XQ_BOTH uint8_t *page_codes(const side_view &side, int page) {
 XQ_BOTH uint8_t *page_param(const side_view &side, int page) {
     return side.param + page * side.param_page;
 }
-/* [XQ_PAGE][rows_token] of an open page. */
+/* [XQ_PAGE][width] of an open page. */
 XQ_BOTH uint16_t *slot_rows(const side_view &side, int slot) {
-    return side.rows + (int64_t)slot * XQ_PAGE * side.rows_token;
+    return side.rows + (int64_t)slot * XQ_PAGE * side.width;
 }
 /* Whether its codes are its own, not another layer's. */
 XQ_BOTH bool own_codes(const side_view &side) {
     return side.plan.owner < 0;
 }
 
-/* Sides that a layer stores. */
+/* Sides that a layer stores: all values may be channels of keys. */
 XQ_BOTH int n_sides(const xq_store &store) {
-    return store.latent ? 1 : 2;
+    return store.v.width > 0 ? 2 : 1;
+}
+/* Channels of the values that are read. */
+XQ_BOTH int value_width(const xq_store &store) {
+    return store.latent + store.v.width;
 }
 
 /* ---- update ---- */
@@ -93,7 +95,7 @@ XQ_BOTH row_place place_of(const xq_store &store, int32_t row) {
 }
 /* [width] of a row of a stream, in the open pages. */
 XQ_BOTH uint16_t *row_at(const side_view &side, int row) {
-    return side.rows + (int64_t)row * side.rows_token;
+    return side.rows + (int64_t)row * side.width;
 }
 /* [width] of a new key or value. */
 XQ_BOTH const float *new_row(const xq_update_args &args, bool is_k, int token, int head) {
@@ -140,15 +142,15 @@ XQ_BOTH int64_t attend_row(const xq_attend_args &args, int nth_stream, int token
 }
 /* Numbers of a state: maximum, sum of p, then sums over values: sealed, open and, mapped, those of the source. */
 XQ_BOTH int state_width(const xq_store &store) {
-    return (store.mapped ? 3 : 2) * store.v.width + 2;
+    return (store.mapped ? 3 : 2) * value_width(store) + 2;
 }
 XQ_BOTH float *state_at(const xq_store &store, const xq_attend_args &args, int part, int64_t row) {
     const int64_t n_rows = (int64_t)args.n_streams * args.n_tokens * args.n_head;
     return args.partial + (part * n_rows + row) * state_width(store);
 }
-/* [e] of an output. */
+/* [latent + e] of an output. */
 XQ_BOTH float *out_at(const xq_store &store, const xq_attend_args &args, int64_t row) {
-    return args.out + row * store.v.width;
+    return args.out + row * value_width(store);
 }
 
 /* ---- unpack, read_keys, write_keys ---- */

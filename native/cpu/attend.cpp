@@ -51,7 +51,7 @@ void attend_part(const kernel_set &set, const row_group &g, int part) {
     attention a = {};
     a.k = side_at(store.k, stream, g.head);
     a.v = side_at(store.v, stream, g.head);
-    a.latent = store.latent != 0;
+    a.latent = store.latent;
     a.mapped = store.mapped != 0;
     if (a.mapped) {
         a.source = source_at(store, stream, g.head);
@@ -69,9 +69,10 @@ void attend_part(const kernel_set &set, const row_group &g, int part) {
     set.attend(a);
 }
 
-/* Merges the parts of one row: out [e]. */
+/* Merges the parts of one row: out [latent + e]. */
 void finish_row(const kernel_set &set, const row_group &g, int row) {
-    const int e = g.store.v.width, n = state_width(g.store) - 2, head = g.query_head(row);
+    const int width = value_width(g.store), e = g.store.v.width, n = state_width(g.store) - 2;
+    const int head = g.query_head(row);
     float *out = out_at(g.store, g.args, attend_row(g.args, g.nth_stream, g.token(row), head));
     const float sink = g.args.sinks ? g.args.sinks[head] : -INFINITY;
     float max = sink;
@@ -79,7 +80,7 @@ void finish_row(const kernel_set &set, const row_group &g, int row) {
         max = std::max(max, g.state(part, row)[0]);
     }
     if (max == -INFINITY) {
-        std::fill(out, out + e, 0.0f); // nothing is visible
+        std::fill(out, out + width, 0.0f); // nothing is visible
         return;
     }
     float sum = std::exp(sink - max);
@@ -96,8 +97,8 @@ void finish_row(const kernel_set &set, const row_group &g, int row) {
             sums[j] += factor * state[2 + j];
         }
     }
-    const float *open = sums + e, *source = open + e;
-    std::copy(sums, sums + e, out);
+    const float *open = sums + width, *source = open + width;
+    std::copy(sums, sums + width, out);
     for (int k = 0; k < e && g.store.mapped; ++k) {
         const float *weight = map_of(g.store, g.head) + (int64_t)k * e;
         for (int j = 0; j < e; ++j) {
@@ -105,9 +106,9 @@ void finish_row(const kernel_set &set, const row_group &g, int row) {
         }
     }
     if (g.store.v.plan.rotate) {
-        set.hadamard(out, 1, e);
+        set.hadamard(out + g.store.latent, 1, e);
     }
-    for (int j = 0; j < e; ++j) {
+    for (int j = 0; j < width; ++j) {
         out[j] = (out[j] + open[j]) / sum;
     }
 }

@@ -43,10 +43,9 @@ template <int R> static inline void dot_rows(int d, const float *const *q, const
 
 /* out[row][j] += sum of p[row][t] v[t][j] for R rows and the n tokens t that are named. */
 template <int R>
-static inline void add_rows(const side_view &v, int slot, const float *const *p, const uint8_t *tokens, int n,
+static inline void add_rows(const uint16_t *rows, int row, int e, const float *const *p, const uint8_t *tokens, int n,
                             float *const *out) {
-    const uint16_t *rows = slot_rows(v, slot);
-    for (int j = 0; j < v.width; j += 16) {
+    for (int j = 0; j < e; j += 16) {
         float32x4_t sum[R][4];
         for (int r = 0; r < R; ++r) {
             for (int c = 0; c < 4; ++c) {
@@ -55,7 +54,7 @@ static inline void add_rows(const side_view &v, int slot, const float *const *p,
         }
         for (int i = 0; i < n; ++i) {
             const int t = tokens[i];
-            const uint16_t *at = rows + t * v.rows_token + j;
+            const uint16_t *at = rows + t * row + j;
             const float32x4_t value[4] = {load_half(at), load_half(at + 4), load_half(at + 8), load_half(at + 12)};
             for (int r = 0; r < R; ++r) {
                 const float32x4_t x = vdupq_n_f32(p[r][t]);
@@ -79,7 +78,8 @@ struct neon_set : sealed_pages, latent_pages {
         by_rows(n, [&](auto rows, int row) { dot_rows<rows>(d, q + row, k, scores + row); });
     }
 
-    static void open_values(const side_view &v, int slot, int n, const float *const *p, float *const *out) {
+    /* e channels of rows that lie `row` elements apart. */
+    static void open_values(const uint16_t *rows, int row, int e, int n, const float *const *p, float *const *out) {
         // tokens that no row sees may hold anything: 0 times a not-a-number must not happen
         uint8_t seen[XQ_PAGE];
         int n_seen = 0;
@@ -95,7 +95,7 @@ struct neon_set : sealed_pages, latent_pages {
                 n_seen += bits[t] != 0;
             }
         }
-        by_rows(n, [&](auto rows, int row) { add_rows<rows>(v, slot, p + row, seen, n_seen, out + row); });
+        by_rows(n, [&](auto some, int i) { add_rows<some>(rows, row, e, p + i, seen, n_seen, out + i); });
     }
 
     static bool softmax(float *s, float scale, float softcap, const uint16_t *mask, float slope, float *max,

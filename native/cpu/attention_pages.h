@@ -8,8 +8,8 @@
  *     K: q . k_j = sum_i (q_i s_i) c[i][j] + sum_i q_i z_i          i = channel, j = token
  *     V: out_j   = sum_i (p_i s_i) c[i][j] + sum_i p_i z_i          i = token, j = channel
  *
- * so that one primitive serves both, y[j] += sum_i a[i] c[i][j].  Of a latent layer, whose values are channels of its
- * keys, with scale s and zero z of the keys' channel i,
+ * so that one primitive serves both, y[j] += sum_i a[i] c[i][j].  Of values that are channels i of the
+ * keys, with their scale s and zero z,
  *
  *     out_i   = s_i sum_t p_t c[i][t] + z_i sum_t p_t
  *
@@ -31,15 +31,19 @@
 namespace xq {
 namespace {
 
-/* Where the state of a row lies: maximum, sum of p, then the sums of p v [e]. */
+/* Channels of the values that are read. */
+inline int value_width(const attention &a) {
+    return a.latent + a.v.width;
+}
+/* Where the state of a row lies: maximum, sum of p, then the sums of p v [value_width]. */
 struct row_state {
     float *max, *sum, *sealed, *open, *source;
-    row_state(float *state, int e)
-        : max(state), sum(state + 1), sealed(state + 2), open(sealed + e), source(open + e) {}
+    row_state(float *state, int width)
+        : max(state), sum(state + 1), sealed(state + 2), open(sealed + width), source(open + width) {}
 };
 /* Numbers of the sums of a row: sealed, open and, if mapped, source. */
 inline int n_sums(const attention &a) {
-    return (a.mapped ? 3 : 2) * a.v.width;
+    return (a.mapped ? 3 : 2) * value_width(a);
 }
 
 inline void fill(float *x, int n, float value) {
@@ -121,7 +125,7 @@ template <typename Set> XQ_INLINE void attend_page(const attention &a, int page)
     int kept = 0; // rows with a finite score
     for (int i = 0; i < seen.n; ++i) {
         const int row = seen.row[i];
-        const row_state state(a.states[row], a.v.width);
+        const row_state state(a.states[row], value_width(a));
         const uint16_t *mask = seen.kind[i] == mask_zero ? nullptr : a.mask[row] + (int64_t)page * XQ_PAGE;
         const float before = *state.max;
         if (!Set::softmax(p[i], a.scale, a.softcap, mask, a.slope ? a.slope[row] : 1.0f, state.max, state.sum)) {
@@ -141,12 +145,21 @@ template <typename Set> XQ_INLINE void attend_page(const attention &a, int page)
     if (kept == 0) {
         return;
     }
-    if (open) {
-        Set::open_values(a.v, slot, kept, p, sums);
+    if (a.latent > 0) {
+        if (open) {
+            Set::open_values(slot_rows(a.k, slot), a.k.width, a.latent, kept, p, sums);
+        } else {
+            Set::latent_values(a.k, a.latent, page, kept, p, sums);
+        }
+        for (int i = 0; i < kept; ++i) {
+            sums[i] += a.latent;
+        }
+    }
+    if (a.v.width == 0) {
         return;
     }
-    if (a.latent) {
-        Set::latent_values(a.k, a.v.width, page, kept, p, sums);
+    if (open) {
+        Set::open_values(slot_rows(a.v, slot), a.v.width, a.v.width, kept, p, sums);
         return;
     }
     Set::sealed_values(a.v, page, kept, p, sums);
@@ -158,7 +171,7 @@ template <typename Set> XQ_INLINE void attend_page(const attention &a, int page)
 /* Writes, per row, the state of an online softmax over the pages.  A row that sees no cell: -inf, 0, zeros. */
 template <typename Set> void attend(const attention &a) {
     for (int row = 0; row < a.n_rows; ++row) {
-        const row_state state(a.states[row], a.v.width);
+        const row_state state(a.states[row], value_width(a));
         fill(state.sealed, n_sums(a), 0.0f);
         *state.max = -INFINITY;
         *state.sum = 0.0f;

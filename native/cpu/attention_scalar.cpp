@@ -66,16 +66,16 @@ struct scalar_set {
         }
     }
 
-    static void open_values(const side_view &v, int slot, int n, const float *const *p, float *const *out) {
-        const uint16_t *rows = slot_rows(v, slot);
+    /* e channels of rows that lie `row` elements apart. */
+    static void open_values(const uint16_t *rows, int row, int e, int n, const float *const *p, float *const *out) {
         for (int t = 0; t < XQ_PAGE; ++t) {
             float value[XQ_MAX_HEAD_DIM];
-            for (int j = 0; j < v.width; ++j) {
-                value[j] = half_to_float(rows[t * v.rows_token + j]);
+            for (int j = 0; j < e; ++j) {
+                value[j] = half_to_float(rows[t * row + j]);
             }
-            for (int row = 0; row < n; ++row) {
-                for (int j = 0; j < v.width && p[row][t] != 0.0f; ++j) {
-                    out[row][j] += p[row][t] * value[j];
+            for (int i = 0; i < n; ++i) {
+                for (int j = 0; j < e && p[i][t] != 0.0f; ++j) {
+                    out[i][j] += p[i][t] * value[j];
                 }
             }
         }

@@ -11,9 +11,8 @@ struct open_pages {
         }
     }
 
-    static void open_values(const side_view &v, int slot, int n, const float *const *p, float *const *out) {
-        const uint16_t *rows = slot_rows(v, slot);
-        const int e = v.width;
+    /* e channels of rows that lie `row` elements apart. */
+    static void open_values(const uint16_t *rows, int row, int e, int n, const float *const *p, float *const *out) {
         alignas(64) float values[open_tokens * XQ_MAX_HEAD_DIM];
         for (int t0 = 0; t0 < XQ_PAGE; t0 += open_tokens) {
             // tokens that no row sees may hold anything: 0 times a not-a-number must not happen
@@ -23,12 +22,12 @@ struct open_pages {
             }
             for (int t = 0; t < open_tokens; ++t) {
                 if (seen >> t & 1) {
-                    to_float(rows + (t0 + t) * v.rows_token, e, values + t * e);
+                    to_float(rows + (t0 + t) * row, e, values + t * e);
                 } else {
                     fill(values + t * e, e, 0.0f);
                 }
             }
-            by_rows(n, [&](auto rows, int row) { add_rows<rows>(e, p + row, values, t0, open_tokens, out + row); });
+            by_rows(n, [&](auto some, int i) { add_rows<some>(e, p + i, values, t0, open_tokens, out + i); });
         }
     }
 };

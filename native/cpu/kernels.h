@@ -37,7 +37,7 @@ struct prediction {
 /* One KV head over a range of pages, for query rows that share the head: see attention_pages.h. */
 struct attention {
     side_view k, v, source;
-    bool latent;              /* V is the first channels of K, and lies there */
+    int latent;               /* channels of the values, the first, that are the first of K */
     bool mapped;              /* V is what a map of source leaves over */
     const int32_t *page_slot; /* [page_end]: a slot, or an xq_slot */
     int page_begin, page_end;
@@ -46,7 +46,7 @@ struct attention {
     const uint16_t *const *mask; /* [n_rows] -> F16 [page_end * XQ_PAGE], added to the scores; null: no mask */
     const float *slope;          /* [n_rows] factor of the mask (ALiBi); null: 1 */
     float scale, softcap;
-    float *const *states; /* [n_rows] -> [2 e + 2], mapped: [3 e + 2] */
+    float *const *states; /* [n_rows] -> [2 w + 2], mapped: [3 w + 2], w = latent + e */
 };
 
 struct kernel_set {

@@ -2,8 +2,6 @@
  *
  *     blocks  [stream][KV head][page][block]          block: K codes | K parameters | V codes | V parameters
  *     rows    F16 [stream], of each: K [KV head][slot][XQ_PAGE][d], then V [KV head][slot][XQ_PAGE][e]
- *
- * A latent layer has no parts of V: V is another view of K.
  */
 #include "check.h"
 #include "kernels.h"
@@ -41,7 +39,6 @@ xq_side_store side_store(const xq_side &plan, int32_t width, const xq_shape &sha
         side.param_stream = blocks_stream;
     }
     side.rows = rows;
-    side.rows_token = width;
     side.rows_head = (int64_t)shape.n_slots * XQ_PAGE * width;
     side.rows_stream = rows_stream / (int64_t)sizeof(uint16_t);
     return side;
@@ -72,7 +69,7 @@ int64_t xq_store_row_bytes(const xq_shape *shape) {
         return XQ_ERR_ARGUMENT;
     }
     if (shape->d < 16 || shape->d > XQ_MAX_HEAD_DIM || shape->e < 0 || shape->e > XQ_MAX_HEAD_DIM) {
-        return fail(XQ_ERR_ARGUMENT, "shape: d is %d and e %d, must be 16 to %d; e is 0 in a latent layer", shape->d,
+        return fail(XQ_ERR_ARGUMENT, "shape: d is %d and e %d, must be 16 to %d; e is 0 where values are the keys'", shape->d,
                     shape->e, XQ_MAX_HEAD_DIM);
     }
     return (int64_t)shape->n_head_kv * shape->n_slots * XQ_PAGE * (shape->d + shape->e) * (int64_t)sizeof(uint16_t);
@@ -108,20 +105,17 @@ int xq_store_init(xq_store *store, const xq_layer *layer, const xq_shape *shape,
     return XQ_OK;
 }
 
-int xq_store_latent(xq_store *store, int32_t e) {
+int xq_store_latent(xq_store *store, int32_t n) {
     if (!none_null("xq_store_latent", {{"store", store}})) {
         return XQ_ERR_ARGUMENT;
     }
-    if (store->v.width != 0 || store->mapped || e < 16 || e > store->k.width || e % 16) {
-        return fail(
-            XQ_ERR_ARGUMENT,
-            "xq_store_latent: e is %d, must be a multiple of 16 from 16 to %d; V of the store has width %d, must "
-            "be 0",
-            e, store->k.width, store->v.width);
+    const int32_t most = store->k.width < XQ_MAX_HEAD_DIM - store->v.width ? store->k.width
+                                                                            : XQ_MAX_HEAD_DIM - store->v.width;
+    if (store->mapped || n < 16 || n > most || n % 16) {
+        return fail(XQ_ERR_ARGUMENT, "xq_store_latent: n is %d, must be a multiple of 16 from 16 to %d, and mapped %d, 0",
+                    n, most, store->mapped);
     }
-    store->latent = 1;
-    store->v = store->k;
-    store->v.width = e;
+    store->latent = n;
     return XQ_OK;
 }
 
@@ -165,7 +159,7 @@ int xq_store_map(xq_store *store, const xq_store *source, const int32_t *heads, 
     store->mapped = 1;
     store->source = source->v;
     store->source.rows = nullptr;
-    store->source.rows_token = store->source.rows_head = store->source.rows_stream = 0;
+    store->source.rows_head = store->source.rows_stream = 0;
     store->map_heads = heads;
     store->map = map;
     return XQ_OK;

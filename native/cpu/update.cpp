@@ -12,7 +12,7 @@ static int move_page(const kernel_set &set, const xq_store &store, const page_mo
                      bool seals) {
     const page_side x(store, is_k, move.stream, move.page, head);
     uint16_t *rows = slot_rows(x.side, move.slot);
-    const int64_t stride = x.side.rows_token;
+    const int64_t stride = x.side.width;
     if (seals) {
         return is_k ? set.seal_k(x.page, rows, stride, move.valid)
                     : set.seal_v(x.page, rows, stride, move.valid, x.predicted);

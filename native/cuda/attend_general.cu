@@ -116,14 +116,14 @@ __device__ void add_latent_values(const scratch &s, const side_view &k, int widt
     }
 }
 
-/* Of an open page; tokens without weight are not read. */
-__device__ void add_open_values(const scratch &s, const side_view &v, int slot, float *out /* [channels] */) {
-    const __half *rows = open_rows(v, slot);
-    for (int j = threadIdx.x, n = 0; j < v.width; j += threads, ++n) {
+/* width channels of an open page of keys or values; tokens without weight are not read. */
+__device__ void add_open_values(const scratch &s, const side_view &side, int width, int slot, float *out) {
+    const __half *rows = open_rows(side, slot);
+    for (int j = threadIdx.x, n = 0; j < width; j += threads, ++n) {
         float sum = 0.0f;
         for (int t = 0; t < XQ_PAGE; ++t) {
             if (s.p[t] != 0.0f) {
-                sum += s.p[t] * __half2float(rows[t * v.rows_token + j]);
+                sum += s.p[t] * __half2float(rows[t * side.width + j]);
             }
         }
         out[n] += sum;
@@ -146,7 +146,9 @@ __global__ void __launch_bounds__(threads)
         s.q[i] = q[i];
     }
 
+    // sums over values, and over channels of keys that are values
     float sealed[channels] = {}, open[channels] = {}, source[channels] = {};
+    float sealed_keys[channels] = {}, open_keys[channels] = {};
     float top = -INFINITY, total = 0.0f;
     const page_range pages = pages_of_part(args, blockIdx.z);
     for (int page = pages.begin; page < pages.end; ++page) {
@@ -180,28 +182,37 @@ __global__ void __launch_bounds__(threads)
         for (int n = 0; n < channels; ++n) {
             sealed[n] *= factor;
             open[n] *= factor;
+            sealed_keys[n] *= factor;
+            open_keys[n] *= factor;
             source[n] *= factor;
         }
-        if (slot == XQ_SLOT_SEALED && store.latent) {
-            __syncthreads();
-            add_latent_values(s, k, v.width, page, sealed);
-        } else if (slot == XQ_SLOT_SEALED) {
-            add_sealed_values(s, v, page, sealed);
+        __syncthreads();
+        if (slot == XQ_SLOT_SEALED) {
+            add_latent_values(s, k, store.latent, page, sealed_keys);
+            if (v.width > 0) {
+                add_sealed_values(s, v, page, sealed);
+            }
             if (store.mapped) {
                 __syncthreads();
                 add_sealed_values(s, source_at(store, stream, head_kv), page, source);
             }
         } else {
-            add_open_values(s, v, slot, open);
+            add_open_values(s, k, store.latent, slot, open_keys);
+            add_open_values(s, v, v.width, slot, open);
         }
         __syncthreads();
     }
     float *state = state_at(store, args, blockIdx.z, attend_row(args, nth_stream, token, head));
+    const int width = value_width(store);
+    for (int j = tid, n = 0; j < store.latent; j += threads, ++n) {
+        state[2 + j] = sealed_keys[n];
+        state[2 + width + j] = open_keys[n];
+    }
     for (int j = tid, n = 0; j < v.width; j += threads, ++n) {
-        state[2 + j] = sealed[n];
-        state[2 + v.width + j] = open[n];
+        state[2 + store.latent + j] = sealed[n];
+        state[2 + width + store.latent + j] = open[n];
         if (store.mapped) {
-            state[2 + 2 * v.width + j] = source[n];
+            state[2 + 2 * width + j] = source[n];
         }
     }
     if (tid == 0) {

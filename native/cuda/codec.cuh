@@ -13,7 +13,7 @@
 
 namespace xq {
 
-/* [XQ_PAGE][rows_token] of an open page. */
+/* [XQ_PAGE][width] of an open page. */
 __device__ inline __half *open_rows(const side_view &side, int slot) {
     return (__half *)slot_rows(side, slot);
 }

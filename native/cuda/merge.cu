@@ -3,7 +3,7 @@
  *     out = (H (sum_i w_i sealed_i + W^T sum_i w_i source_i) + sum_i w_i open_i) / (sum_i w_i sum_i + exp(sink - m))
  *
  * with w_i = exp(max_i - m), H the normalised Hadamard matrix if values were rotated, W the map of the KV head if they
- * were mapped.  One block a row, one thread a channel.
+ * were mapped; H for channels that are stored as values.  One block a row, one thread a channel.
  */
 #include "launch.h"
 
@@ -16,6 +16,7 @@ namespace {
 __global__ void merge_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_attend_args args) {
     __shared__ float x[XQ_MAX_HEAD_DIM];
     const int row = blockIdx.x, head = row % args.n_head, j = threadIdx.x, e = store.v.width;
+    const int width = value_width(store), own = j - store.latent; // own: channel of what is stored of V
     float *out = out_at(store, args, row);
     const float sink = args.sinks ? args.sinks[head] : -INFINITY;
     float max = sink;
@@ -33,9 +34,9 @@ __global__ void merge_kernel(const __grid_constant__ xq_store store, const __gri
         const float weight = expf(state[0] - max);
         sum += weight * state[1];
         sealed += weight * state[2 + j];
-        open += weight * state[2 + e + j];
+        open += weight * state[2 + width + j];
         if (store.mapped) {
-            source += weight * state[2 + 2 * e + j];
+            source += weight * state[2 + 2 * width + j];
         }
     }
     if (store.mapped) {
@@ -52,11 +53,13 @@ __global__ void merge_kernel(const __grid_constant__ xq_store store, const __gri
         for (int h = 1; h < block; h *= 2) {
             x[j] = sealed;
             __syncthreads();
-            const float other = x[j ^ h];
-            sealed = j & h ? other - sealed : sealed + other;
+            if (own >= 0) {
+                const float other = x[store.latent + (own ^ h)];
+                sealed = own & h ? other - sealed : sealed + other;
+            }
             __syncthreads();
         }
-        sealed *= rsqrtf((float)block);
+        sealed *= own >= 0 ? rsqrtf((float)block) : 1.0f;
     }
     out[j] = (sealed + open) / sum;
 }
@@ -64,7 +67,7 @@ __global__ void merge_kernel(const __grid_constant__ xq_store store, const __gri
 } // namespace
 
 int launch_merge(const xq_store &store, const xq_attend_args &args, cudaStream_t stream) {
-    merge_kernel<<<args.n_streams * args.n_tokens * args.n_head, store.v.width, 0, stream>>>(store, args);
+    merge_kernel<<<args.n_streams * args.n_tokens * args.n_head, value_width(store), 0, stream>>>(store, args);
     return launched("merge");
 }
 

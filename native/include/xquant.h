@@ -35,11 +35,11 @@
  *
  * so that reading takes one more pass over the source's codes and one small product for each row of the query.
  *
- * A latent layer (MLA, multi-head latent attention) stores one row of D channels a token as its key; its values are the
- * first E channels of it.  Nothing is stored for V: E is 0 wherever storage is spoken of.  Reading values takes one
+ * The first channels of a layer's values may be the first of its keys: all of them in latent attention (MLA), which
+ * stores one row a token.  E counts what is stored of V: the others, 0 where there are none.  Reading them takes one
  * more pass over the codes of the keys, the other way round:
  *
- *     out_i = zero_i sum_t p_t + scale_i sum_t p_t c[i][t]            i < E; zero and scale: of the tile of tokens
+ *     out_i = zero_i sum_t p_t + scale_i sum_t p_t c[i][t]            zero and scale: of the tile of tokens
  *
  * The part between the two cdef marks is what the Python binding reads: plain declarations only.
  */
@@ -125,8 +125,8 @@ XQ_API const char *xq_plan_preset_names(void);
 XQ_API const char *xq_fit_names(void);
 XQ_API const char *xq_param_names(void);
 /* Checks every field, and head widths d[n_layers] and e[n_layers]; d and e may be null.
- * A layer with d = 0 is not part of the cache: nothing is checked and nobody may borrow from it.  e = 0: a latent
- * layer, of whose V likewise. */
+ * A layer with d = 0 is not part of the cache: nothing is checked and nobody may borrow from it.  e = 0: nothing is
+ * stored of V, of which likewise. */
 XQ_API int xq_plan_check(const xq_plan *plan, const int32_t *d, const int32_t *e);
 /* Checks one side on its own for a head width; which layer owns its codes is not looked at. */
 XQ_API int xq_check_side(const xq_side *side, int32_t is_k, int32_t width);
@@ -206,9 +206,9 @@ enum xq_limit {
  *     codes + s * codes_stream + h * codes_head + p * codes_page       its own, or those of the layer it borrows from
  *     param + s * param_stream + h * param_head + p * param_page
  *
- * and of the F16 row [width] of token t of the open page in slot n:
+ * and of F16 rows [XQ_PAGE][width] of the open page in slot n:
  *
- *     rows + s * rows_stream + h * rows_head + (n * XQ_PAGE + t) * rows_token
+ *     rows + s * rows_stream + h * rows_head + n * XQ_PAGE * width
  */
 typedef struct xq_side_store {
     xq_side plan;
@@ -217,21 +217,21 @@ typedef struct xq_side_store {
     int64_t codes_page, codes_head, codes_stream; /* bytes */
     int64_t param_page, param_head, param_stream; /* bytes */
     uint16_t *rows;
-    int64_t rows_token, rows_head, rows_stream; /* elements; rows_token: width, or of the keys that hold the values */
+    int64_t rows_head, rows_stream; /* elements */
 } xq_side_store;
 
 /* One layer.  On a GPU every pointer to data is a device pointer. */
 typedef struct xq_store {
     int32_t n_head_kv, n_pages, n_slots, n_streams;
     xq_side_store k, v;
-    int32_t latent;           /* 1: V is the first v.width channels of K: v lies where k does */
+    int32_t latent;           /* so many of the values' channels, the first, are the first of the keys; v: the others */
     int32_t mapped;           /* 1: V is what a map of `source` leaves over */
     xq_side_store source;     /* the values that the map reads, with own codes, as wide as V; no rows */
     const int32_t *map_heads; /* [KV head]: of the source */
     const float *map;         /* [KV head][e of the source][e] */
 } xq_store;
 
-/* Shape of a layer's storage, in elements of its kind; e = 0: a latent layer's. */
+/* Shape of a layer's storage, in elements of its kind; e = 0: nothing is stored of V. */
 typedef struct xq_shape {
     int32_t d, e, n_head_kv, n_pages, n_slots, n_streams;
 } xq_shape;
@@ -249,8 +249,8 @@ XQ_API int64_t xq_store_block_bytes(const xq_layer *layer, const xq_shape *shape
 XQ_API int64_t xq_store_row_bytes(const xq_shape *shape);
 /* K's or V's codes are those that another layer stores. */
 XQ_API int xq_store_borrow(xq_store *store, int32_t is_k, const xq_store *owner);
-/* V is the first e channels of K: of a store whose shape has e = 0, after xq_store_borrow. */
-XQ_API int xq_store_latent(xq_store *store, int32_t e);
+/* The first n channels of the values are those of the keys, before the e that the shape says. */
+XQ_API int xq_store_latent(xq_store *store, int32_t n);
 /* V is what a map of another layer's values leaves over. */
 XQ_API int xq_store_map(xq_store *store, const xq_store *source, const int32_t *heads, const float *map);
 
@@ -280,7 +280,7 @@ typedef struct xq_update_args {
     const int32_t *unseals; /* [n_unseals][XQ_MOVE_WORDS]: a sealed page becomes rows in a slot; valid: not looked at */
     int32_t n_seals, n_unseals;
     const int32_t *rows;        /* [n_tokens]: (stream * n_slots + slot) * XQ_PAGE + token of the page */
-    const float *k_cur, *v_cur; /* [token][KV head][d or e]; v_cur of a latent layer: not looked at */
+    const float *k_cur, *v_cur; /* [token][KV head][d or e]; v_cur for e = 0: not looked at */
     int64_t k_head_stride, k_token_stride, v_head_stride, v_token_stride; /* bytes */
     int32_t n_tokens;
     uint64_t *n_nonfinite; /* [1]: grows by the number of values that were not finite; null: if nothing comes in */
@@ -306,10 +306,10 @@ typedef struct xq_attend_args {
     float *partial;       /* room for xq_attend_states() numbers */
     uint32_t *arrivals; /* [stream][group of query rows of a KV head][KV head]: 0, and 0 again afterwards; for one part
                            not looked at.  A group: XQ_CPU_GROUP_ROWS or XQ_CUDA_GROUP_ROWS */
-    float *out;         /* [stream][token][head][e] */
+    float *out;         /* [stream][token][head][latent + e] */
 } xq_attend_args;
 
-/* Numbers of the states of all parts: [part][stream][token][head][2 e + 2, mapped: 3 e + 2]: the maximum score, the sum
+/* Numbers of the states of all parts: [part][stream][token][head][2 w + 2, mapped: 3 w + 2], w = latent + e: the maximum score, the sum
  * of p, the sum of p v over sealed pages as they are stored, over open ones, and of p u over the source's. */
 XQ_API int64_t xq_attend_states(const xq_store *store, const xq_attend_args *args);
 
@@ -317,7 +317,7 @@ XQ_API int64_t xq_attend_states(const xq_store *store, const xq_attend_args *arg
 typedef struct xq_unpack_args {
     const int32_t *table, *first_stream; /* as above */
     int32_t n_streams, n_kv_pages;
-    int32_t is_k, first_head, n_heads; /* KV heads that are wanted; of a latent layer keys alone */
+    int32_t is_k, first_head, n_heads; /* KV heads that are wanted; is_k = 0: what is stored of V */
     uint16_t *rows;                    /* F16 [stream][n_kv_pages * XQ_PAGE][n_heads][d or e]; pages without cells: 0 */
 } xq_unpack_args;
 

@@ -34,7 +34,7 @@ static xq_side unpack(const packed_side &side) {
             side.eta};
 }
 
-node_params params_of(const xq_layer &layer, const xq_shape &shape, int32_t n_values, const xq_layer *v_other) {
+node_params params_of(const xq_layer &layer, const xq_shape &shape, int32_t latent, const xq_layer *v_other) {
     const bool mapped = layer.v.source >= 0;
     const auto units = [](int32_t bytes) { return bytes < 0 ? absent : (uint16_t)(bytes / 64); };
     node_params p = {};
@@ -42,8 +42,8 @@ node_params params_of(const xq_layer &layer, const xq_shape &shape, int32_t n_va
     p.v = pack(layer.v);
     p.source = mapped ? pack(v_other->v) : packed_side{};
     p.d = (uint16_t)shape.d;
-    p.e = (uint16_t)n_values;
-    p.flags = shape.e == 0 ? flag_latent : 0;
+    p.e = (uint16_t)shape.e;
+    p.latent = (uint16_t)latent;
     p.n_head_kv = (uint16_t)shape.n_head_kv;
     p.n_pages = shape.n_pages;
     xq_block_layout at = {-1, -1, -1, -1, 0};
@@ -92,9 +92,9 @@ ggml_tensor *new_attend(ggml_context *ctx, const layer_tensors &l, ggml_tensor *
     params.scale = options.scale;
     params.softcap = options.softcap;
     params.max_bias = options.max_bias;
-    params.flags |= rows->op == GGML_OP_XQUANT_UPDATE ? flag_after_update : 0;
-    const int64_t n_rows = q->ne[1] * q->ne[2], n_out = l.params.e * n_rows;
-    const int64_t state = (l.params.v.flags & side_mapped ? 3 : 2) * (int64_t)l.params.e + 2;
+    params.flags = rows->op == GGML_OP_XQUANT_UPDATE ? flag_after_update : 0;
+    const int64_t n_rows = q->ne[1] * q->ne[2], width = l.params.latent + l.params.e, n_out = width * n_rows;
+    const int64_t state = (l.params.v.flags & side_mapped ? 3 : 2) * width + 2;
     return finish(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_out + state * n_rows * options.n_parts),
                   GGML_OP_XQUANT_ATTEND, params, {q, input, mask, rows, l.blocks, l.k_other, l.v_other, l.aux, sinks});
 }
@@ -103,7 +103,7 @@ ggml_tensor *new_unpack(ggml_context *ctx, const layer_tensors &l, ggml_tensor *
                         int32_t first_head, const int64_t ne[4]) {
     node_params params = l.params;
     params.number = first_head;
-    params.flags |= is_k ? flag_is_k : 0;
+    params.flags = is_k ? flag_is_k : 0;
     return finish(ggml_new_tensor(ctx, GGML_TYPE_F16, 4, ne), GGML_OP_XQUANT_UNPACK, params,
                   {input, rows, l.blocks, l.k_other, l.v_other, l.aux});
 }
@@ -138,8 +138,7 @@ static xq_store store_of(const node_params &p, const ggml_tensor *node, const la
     const ggml_tensor *k_other = node->src[at.k_other], *v_other = node->src[at.v_other];
     const xq_layer layer = {unpack(p.k), unpack(p.v)};
     const auto bytes = [](uint16_t units) { return units == absent ? -1 : (int64_t)units * 64; };
-    const bool latent = p.flags & flag_latent;
-    xq_shape shape = {p.d, latent ? 0 : p.e, p.n_head_kv, p.n_pages, 0, (int32_t)rows->ne[1]};
+    xq_shape shape = {p.d, p.e, p.n_head_kv, p.n_pages, 0, (int32_t)rows->ne[1]};
     shape.n_slots = (int32_t)(rows->ne[0] / ((int64_t)XQ_PAGE * (shape.d + shape.e) * p.n_head_kv));
 
     xq_store store = {};
@@ -152,7 +151,7 @@ static xq_store store_of(const node_params &p, const ggml_tensor *node, const la
     if (seals && k_other) {
         read_other(store.k, k_other, p, 0);
     }
-    if (latent && xq_store_latent(&store, p.e) != XQ_OK) {
+    if (p.latent > 0 && xq_store_latent(&store, p.latent) != XQ_OK) {
         return {};
     }
     if (seals && v_other && layer.v.owner >= 0) {
@@ -231,7 +230,7 @@ static int run_attend(const xq_backend &backend, const ggml_tensor *node, const 
     a.n_parts = p.number;
     a.after_update = p.flags & flag_after_update ? 1 : 0;
     a.out = (float *)node->data;
-    a.partial = a.out + q->ne[1] * q->ne[2] * store.v.width;
+    a.partial = a.out + q->ne[1] * q->ne[2] * (p.latent + p.e);
     a.arrivals = (uint32_t *)((char *)src[attend_aux]->data + aux_arrivals(p.n_head_kv));
     static std::atomic<bool> said{false};
     const char *kernel = backend.attend_kernel(&store); // null: the verb refuses the store

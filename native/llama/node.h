@@ -1,7 +1,7 @@
 /* node.h: the five operations of the fork as nodes of a ggml graph, and the way from a node to a verb of xquant.h.
  *
  *     GGML_OP_XQUANT_UPDATE      rows, in place  <- see update_src
- *     GGML_OP_XQUANT_ATTEND      F32 [e * head * token], and behind it room for states  <- attend_src
+ *     GGML_OP_XQUANT_ATTEND      F32 [(latent + e) * head * token], and behind it room for states  <- attend_src
  *     GGML_OP_XQUANT_UNPACK      F16 [width, KV head, cell, stream]  <- unpack_src
  *     GGML_OP_XQUANT_READ_KEYS   F32 [d, KV head, token of all pages]  <- keys_src
  *     GGML_OP_XQUANT_WRITE_KEYS  [1]  <- keys_src, with the keys
@@ -68,14 +68,15 @@ struct node_params {
     packed_side k, v, source;
     uint16_t d, e, n_head_kv;
     uint16_t other_codes, other_param; /* V's parts in a block of v_other, in units of 64 bytes; 0xffff: absent */
-    uint16_t flags;                    /* latent.  attend: after_update.  unpack: is_k */
+    uint16_t latent;                   /* channels of the values that are those of the keys */
+    uint16_t flags;                    /* attend: after_update.  unpack: is_k */
     int32_t n_pages;
     int32_t number; /* update: n_seals.  attend: n_parts.  unpack: first_head */
     float scale, softcap, max_bias;
 };
 static_assert(sizeof(node_params) <= GGML_MAX_OP_PARAMS, "op_params are full");
 
-constexpr uint16_t flag_after_update = 1, flag_is_k = 1, flag_latent = 2, absent = 0xffff;
+constexpr uint16_t flag_after_update = 1, flag_is_k = 1, absent = 0xffff;
 
 /* ---- layout of the small tensors ---- */
 
@@ -114,11 +115,11 @@ struct attend_options {
     int32_t n_parts;
 };
 
-/* The parameters of a layer; v_other: the layer whose values' codes it borrows, or that its map reads; null: none.
- * n_values: width of the values that are read: shape.e, or, of a latent layer, whose e is 0, of a part of the keys. */
-GGML_API node_params params_of(const xq_layer &layer, const xq_shape &shape, int32_t n_values, const xq_layer *v_other);
+/* The parameters of a layer, of whose values `latent` channels are those of its keys.  v_other: the layer whose values'
+ * codes it borrows, or that its map reads; null: none. */
+GGML_API node_params params_of(const xq_layer &layer, const xq_shape &shape, int32_t latent, const xq_layer *v_other);
 
-/* Writes a micro-batch: k_cur, v_cur F32 [d or e, KV head, token]; v_cur: null in a latent layer. */
+/* Writes a micro-batch: k_cur, v_cur F32 [d or e, KV head, token]; v_cur: null if nothing is stored of V. */
 GGML_API ggml_tensor *new_update(ggml_context *ctx, const layer_tensors &l, ggml_tensor *input, ggml_tensor *k_cur,
                                  ggml_tensor *v_cur);
 /* Seals the first n_seals of moves I32 [XQ_MOVE_WORDS, n], unseals the others. */

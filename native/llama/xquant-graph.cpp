@@ -3,9 +3,12 @@
  */
 #include "xquant-kv-cache.h"
 
+#include "xquant-shared.h"
+
 #include "llama-cparams.h"
 #include "llama-hparams.h"
 #include "llama-impl.h"
+#include "llama-model.h"
 
 #include <algorithm>
 #include <cmath>
@@ -107,7 +110,8 @@ ggml_tensor *kv_cache::attend_codes(const llm_graph_context &graph, const layer 
     if (l.on_host) { // nothing of a layer in the CPU's memory shall be copied to a device
         ggml_backend_sched_set_tensor_backend(graph.sched, node, graph.backend_cpu);
     }
-    return ggml_view_2d(graph.ctx0, node, l.n_values * n_head, n_tokens, l.n_values * n_head * sizeof(float), 0);
+    const int64_t width = (l.latent + l.shape.e) * n_head;
+    return ggml_view_2d(graph.ctx0, node, width, n_tokens, width * sizeof(float), 0);
 }
 
 ggml_tensor *kv_cache::attend_unpacked(const llm_graph_context &graph, const layer &l, ggml_tensor *rows,
@@ -133,23 +137,26 @@ ggml_tensor *kv_cache::attend_unpacked(const llm_graph_context &graph, const lay
         ggml_tensor *sink =
             sinks ? ggml_view_1d(ctx, sinks, n * n_rep, (size_t)(first * n_rep) * sinks->nb[0]) : nullptr;
         ggml_tensor *k = unpacked(true);
-        ggml_tensor *v = l.shape.e > 0 ? unpacked(false)
-                                       : ggml_view_4d(ctx, k, l.n_values, k->ne[1], k->ne[2], k->ne[3], k->nb[1],
-                                                      k->nb[2], k->nb[3], 0);
+        ggml_tensor *v = l.shape.e > 0 ? unpacked(false) : nullptr;
+        if (l.latent > 0) {
+            ggml_tensor *latent =
+                ggml_view_4d(ctx, k, l.latent, k->ne[1], k->ne[2], k->ne[3], k->nb[1], k->nb[2], k->nb[3], 0);
+            v = v ? ggml_concat(ctx, latent, v, 0) : latent;
+        }
         ggml_tensor *part = graph.build_attn_mha(heads, k, v, nullptr, mask, sink, nullptr, get_size(), scale, il);
         out = out ? ggml_concat(ctx, out, part, 0) : part;
     }
     return out;
 }
 
-/* Of a latent layer: what attention gives is a mix of latent rows, from which v_mla [n_values, e of a head, head] makes
+/* Of latent attention: what attention gives is a mix of latent rows, from which v_mla [width, e of a head, head] makes
  * values of each head. */
-static ggml_tensor *from_latent(const llm_graph_context &graph, ggml_tensor *latent /* [n_values * head, token] */,
+static ggml_tensor *from_latent(const llm_graph_context &graph, ggml_tensor *latent /* [width * head, token] */,
                                 ggml_tensor *v_mla) {
     ggml_context *ctx = graph.ctx0;
-    const int64_t n_values = v_mla->ne[0], n_head = v_mla->ne[2], n_tokens = latent->ne[1];
-    const size_t row = ggml_row_size(latent->type, n_values);
-    ggml_tensor *by_head = ggml_view_3d(ctx, latent, n_values, n_tokens, n_head, latent->nb[1], row, 0);
+    const int64_t width = v_mla->ne[0], n_head = v_mla->ne[2], n_tokens = latent->ne[1];
+    const size_t row = ggml_row_size(latent->type, width);
+    ggml_tensor *by_head = ggml_view_3d(ctx, latent, width, n_tokens, n_head, latent->nb[1], row, 0);
     ggml_tensor *values = ggml_permute(ctx, ggml_mul_mat(ctx, v_mla, by_head), 0, 2, 1, 3); // [e, head, token]
     return ggml_cont_2d(ctx, values, values->ne[0] * n_head, n_tokens);
 }
@@ -158,12 +165,18 @@ ggml_tensor *kv_cache::build_attention(const llm_graph_context &graph, ggml_tens
                                        ggml_tensor *v_cur, ggml_tensor *kq_b, ggml_tensor *kq_mask, ggml_tensor *sinks,
                                        ggml_tensor *v_mla, float kq_scale, int il) const {
     const layer &l = *by_model_layer_.at(il); // of layers without keys and values of their own: an earlier one's
-    if (kq_b || kq_mask->type != GGML_TYPE_F16 || (v_mla && v_mla->ne[0] != l.n_values)) {
+    if (kq_b || kq_mask->type != GGML_TYPE_F16 || (v_mla && v_mla->ne[0] != l.latent)) {
         refuse("this model's attention has a bias on the scores, or a latent projection of another width than its "
                "values; use the cache type f16");
     }
     ggml_context *ctx = graph.ctx0;
     ggml_tensor *input = input_of(graph), *rows = l.nodes.rows;
+    const bool shared = l.turned >= 0;
+    q = shared ? to_stored_order(ctx, q, l.turned) : q;
+    if (k_cur && shared) {
+        k_cur = to_stored_order(ctx, k_cur, l.turned);
+        v_cur = turned_channels(ctx, v_cur, l.turned);
+    }
     if (k_cur) {
         const auto f32 = [&](ggml_tensor *x) {
             return x->type == GGML_TYPE_F32 ? x : ggml_cast(ctx, x, GGML_TYPE_F32);
@@ -179,7 +192,9 @@ ggml_tensor *kv_cache::build_attention(const llm_graph_context &graph, ggml_tens
     ggml_tensor *out = !l.on_host && n_rows >= rows_to_unpack
                            ? attend_unpacked(graph, l, rows, input, q, kq_mask, sinks, kq_scale, il)
                            : attend_codes(graph, l, rows, input, q, kq_mask, sinks, kq_scale, il);
-    out = v_mla ? from_latent(graph, out, v_mla) : out;
+    out = v_mla    ? from_latent(graph, out, v_mla)
+          : shared ? shared_values(graph, out, model.layers[(size_t)l.il].attn_k_norm, l.turned)
+                   : out;
     ggml_build_forward_expand(graph.gf, out);
     return out;
 }

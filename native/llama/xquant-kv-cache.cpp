@@ -1,6 +1,8 @@
 /* xquant-kv-cache.cpp: makes the cache, its tensors and its class; see xquant-kv-cache.h. */
 #include "xquant-kv-cache.h"
 
+#include "xquant-shared.h"
+
 #include "llama-hparams.h"
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -41,7 +43,8 @@ kv_cache::kv_cache(const llama_model &model, const llama_hparams &hparams, bool 
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
         if (holds(il)) {
             d_[il] = (int32_t)hparams.n_embd_head_k(il);
-            e_[il] = hparams.is_mla() ? 0 : (int32_t)hparams.n_embd_head_v(il);
+            const int32_t turned = turned_pairs(model, (int32_t)il);
+            e_[il] = hparams.is_mla() ? 0 : turned >= 0 ? 2 * turned : (int32_t)hparams.n_embd_head_v(il);
             heads[il] = (int32_t)hparams.n_head_kv(il);
         }
     }
@@ -86,7 +89,8 @@ void kv_cache::add_layer(int32_t il, bool offload, contexts &fixed) {
     l->shape = {
         d_[il],           e_[il], (int32_t)hparams.n_head_kv(il), table_->shape().n_pages(), table_->shape().n_slots,
         (int32_t)n_stream};
-    l->n_values = (int32_t)hparams.n_embd_head_v(il);
+    l->latent = (int32_t)hparams.n_embd_head_v(il) - l->shape.e;
+    l->turned = turned_pairs(model, il);
     l->k_owner = earlier(l->plan.k.owner);
     l->v_owner = earlier(l->plan.v.owner);
     l->v_source = earlier(l->plan.v.source);
@@ -117,7 +121,7 @@ void kv_cache::add_layer(int32_t il, bool offload, contexts &fixed) {
     l->block_bytes = layout.bytes;
     const layer *v_other = l->plan.v.source >= 0 ? l->v_source : l->v_owner;
     layer_tensors &nodes = l->nodes;
-    nodes.params = params_of(l->plan, l->shape, l->n_values, v_other == l.get() ? nullptr : &v_other->plan);
+    nodes.params = params_of(l->plan, l->shape, l->latent, v_other == l.get() ? nullptr : &v_other->plan);
     nodes.k_other = l->k_owner == l.get() ? nullptr : l->k_owner->nodes.blocks;
     nodes.v_other = v_other == l.get() ? nullptr : v_other->nodes.blocks;
 

@@ -36,7 +36,8 @@ namespace xquant {
                                const std::string &instead = "f16 or q8_0");
 
 /* The plan that a new cache follows, and the block that it was read from (empty: a preset).  d, e, n_head_kv
- * [XQ_MAX_LAYERS]: of the layers that the cache holds, else 0; e = 0: of latent layers, whose V says nothing. */
+ * [XQ_MAX_LAYERS]: of the layers that the cache holds, else 0; e: what is stored of V, which says nothing where that is
+ * 0. */
 std::shared_ptr<const metadata> resolve_plan(const llama_model &model, const int32_t *d, const int32_t *e,
                                              const int32_t *n_head_kv, xq_plan &plan);
 
@@ -51,8 +52,9 @@ inline int32_t pages_of(uint64_t tokens) {
 struct layer {
     int32_t il; /* of the model */
     xq_layer plan;
-    xq_shape shape;   /* e is 0 in a latent layer */
-    int32_t n_values; /* width of what attention gives: e, or, of a latent layer, a part of its keys */
+    xq_shape shape; /* e: what is stored of the values */
+    int32_t latent; /* channels of the values that are the first of the keys: what attention gives is latent + e wide */
+    int32_t turned; /* see xquant-shared.h; -1: the layer has values of its own */
     const layer *k_owner, *v_owner, *v_source; /* whose codes are read, and whose values a map reads; itself: its own */
     const value_map *map;                      /* null: not mapped */
     ggml_backend_buffer_type_t buft;

@@ -194,6 +194,23 @@ uint64_t identify(llama_model_loader &loader) {
     return hash.value();
 }
 
+/* The frequency factors of RoPE and the weights of keys' norms, where they may say that keys hold the values. */
+std::map<std::string, std::vector<float>> read_vectors(llama_model_loader &loader) {
+    std::map<std::string, std::vector<float>> out;
+    for (const auto &[name, weight] : loader.weights_map) {
+        const bool wanted = name == "rope_freqs.weight" || name.find(".attn_k_norm.") != std::string::npos;
+        const ggml_tensor *t = weight.tensor;
+        if (wanted && loader.get_arch() == LLM_ARCH_GEMMA4 && t->type == GGML_TYPE_F32 && ggml_n_dims(t) == 1 &&
+            t->ne[0] <= XQ_MAX_HEAD_DIM && weight.idx < loader.files.size()) {
+            std::vector<float> &values = out[name];
+            values.resize((size_t)t->ne[0]);
+            loader.files[weight.idx]->seek(weight.offs, SEEK_SET);
+            loader.files[weight.idx]->read_raw(values.data(), values.size() * sizeof(values[0]));
+        }
+    }
+    return out;
+}
+
 } // namespace
 
 metadata read_plan(const gguf_context *file) {
@@ -239,6 +256,7 @@ std::shared_ptr<const model_metadata> read_metadata(llama_model_loader &loader) 
     out->plan = std::make_shared<metadata>(read_plan(loader.metadata));
     out->given = read_overrides(loader.kv_overrides);
     out->weights = identify(loader);
+    out->vectors = read_vectors(loader);
     return out;
 }
 

@@ -198,7 +198,7 @@ std::shared_ptr<const metadata> resolve_plan(const llama_model &model, const int
         lay_preset(preset == file.given.end() ? "xquant" : preset->second.c_str(), d, n_layers, plan);
     }
     for (int32_t il = 0; il < n_layers; ++il) {
-        if (d[il] > 0 && e[il] == 0) { // latent: nothing is stored of V
+        if (d[il] > 0 && e[il] == 0) { // nothing is stored of V
             plan.layers[il].v = {};
             plan.layers[il].v.owner = plan.layers[il].v.source = -1;
         }

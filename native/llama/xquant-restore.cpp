@@ -42,8 +42,8 @@ void kv_cache::page_data::decode(const std::vector<std::unique_ptr<layer>> &laye
         if (status == XQ_OK && l->k_owner != l.get()) {
             status = xq_store_borrow(&store, 1, &stores.at(l->k_owner));
         }
-        if (status == XQ_OK && l->shape.e == 0) {
-            status = xq_store_latent(&store, l->n_values);
+        if (status == XQ_OK && l->latent > 0) {
+            status = xq_store_latent(&store, l->latent);
         }
         if (status == XQ_OK && l->v_owner != l.get()) {
             status = xq_store_borrow(&store, 0, &stores.at(l->v_owner));
@@ -53,7 +53,7 @@ void kv_cache::page_data::decode(const std::vector<std::unique_ptr<layer>> &laye
         }
         for (const bool is_k : {true, false}) {
             std::vector<uint16_t> rows((size_t)XQ_PAGE * shape.n_head_kv * (is_k ? shape.d : shape.e));
-            if (rows.empty()) { // latent: no V
+            if (rows.empty()) { // nothing is stored of V
                 decoded[1].emplace_back();
                 continue;
             }

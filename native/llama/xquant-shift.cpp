@@ -6,6 +6,7 @@
  * of a graph's pages forget their shift when it has run: a later one that fails turns nothing twice.
  */
 #include "xquant-cells.h"
+#include "xquant-shared.h"
 
 #include "llama-context.h"
 #include "llama-cparams.h"
@@ -26,9 +27,12 @@ bool kv_cache::shift_pages(llama_context *lctx, const std::vector<xq::page_move>
                            const std::vector<int32_t> &by) {
     const auto &cparams = lctx->get_cparams();
     ggml_tensor *list = nullptr, *angles = nullptr;
-    const auto rotated = [&](ggml_context *ctx, const layer &l) {
+    const auto rotated = [&](ggml_context *ctx, ggml_cgraph *graph, const layer &l) {
         ggml_tensor *k = new_read_keys(ctx, l.nodes, list);
         runner_.place(k, l.buft);
+        if (l.turned >= 0) {
+            k = from_stored_order(ctx, k, l.turned);
+        }
         // of latent rows the last channels are rotated, and of the keys that are made of them
         const int64_t n_rot = hparams.n_rot((uint32_t)l.il), first = hparams.n_lora_kv > 0 ? k->ne[0] - n_rot : 0;
         ggml_tensor *part = ggml_view_3d(ctx, k, first > 0 ? n_rot : k->ne[0], k->ne[1], k->ne[2], k->nb[1], k->nb[2],
@@ -37,7 +41,8 @@ bool kv_cache::shift_pages(llama_context *lctx, const std::vector<xq::page_move>
                                 model.get_rope_freq_base(cparams, l.il), model.get_rope_freq_scale(cparams, l.il),
                                 (uint32_t)l.il);
         runner_.place(part, l.buft); // in place: elsewhere it would write what lies here
-        return std::pair(k, part);
+        ggml_build_forward_expand(graph, part);
+        return l.turned >= 0 ? to_stored_order(ctx, k, l.turned) : k;
     };
     const auto build = [&](ggml_context *ctx, ggml_cgraph *graph) {
         list = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, XQ_MOVE_WORDS, (int64_t)pages.size());
@@ -49,9 +54,8 @@ bool kv_cache::shift_pages(llama_context *lctx, const std::vector<xq::page_move>
         std::map<const layer *, ggml_tensor *> keys;
         for (const auto &l : layers_) {
             if (hparams.has_rope((uint32_t)l->il)) {
-                const auto [all, part] = rotated(ctx, *l);
-                keys[l.get()] = all;
-                ggml_build_forward_expand(graph, part);
+                keys[l.get()] = rotated(ctx, graph, *l);
+                ggml_build_forward_expand(graph, keys[l.get()]);
             }
         }
         for (const auto &l : layers_) {

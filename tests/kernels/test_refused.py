@@ -154,7 +154,9 @@ STORES = [
     ("n_streams", -1, "n_streams is -1"),
     ("k.width", 72, "k.width is 72, must be a multiple of 16 from 16 to 576"),
     ("v.width", 592, "v.width is 592"),
-    ("latent", 1, "latent is 1, but v does not lie where k does"),
+    ("latent", 8, "latent is 8, must be a multiple of 16"),
+    ("latent", 80, "latent is 80, must be 0 to 64"),
+    ("latent", -16, "latent is -16, must be 0 to 64"),
     ("k.plan.bits", 5, "k: .*bits is 5, must be 0 to 4"),
     ("v.plan.group", 7, "v: .*group is 7"),
     ("k.rows", None, "k.rows must not be null"),
@@ -320,44 +322,34 @@ def test_maps_that_cannot_be_read(here: Cpu) -> None:
     assert "heads must not be null" in native.error()
 
 
-def latent(on: Device, width: int = 48) -> Storage:
-    rows = random_rows(np.random.default_rng(0), 2, 2, 3, 64, 0)
-    return Storage(on, PLAIN, rows, 4, latent=width)
+def latent(on: Device, own: int = 0) -> Storage:
+    rows = random_rows(np.random.default_rng(0), 2, 2, 3, 64, own)
+    return Storage(on, PLAIN, rows, 4, latent=48)
 
 
-def test_a_latent_layer_has_keys_alone(any_one: Device) -> None:
-    for verb in VERBS:
-        call = Call(any_one, verb, latent(any_one))
-        if verb == "rows":
-            call.a.v_cur = native.load()[0].NULL
-        call()
+def test_values_that_are_channels_of_keys(any_one: Device) -> None:
+    """All of them, or some."""
+    for own in (0, 16):
+        for verb in VERBS:
+            call = Call(any_one, verb, latent(any_one, own))
+            if verb == "rows" and not own:
+                call.a.v_cur = native.load()[0].NULL
+            call()
     call = Call(any_one, "unpack", latent(any_one))
     call.a.is_k = 0
     refused(call, "is_k is 0, must be 1 to 1")
-    for field, value, message in (
-        ("width", 80, "v.width of a latent layer is 80, must be a multiple of 16 from 16 to 64"),
-        ("width", 0, "v.width of a latent layer is 0"),
-        ("rows_token", 48, "latent is 1, but v does not lie where k does"),
-        ("param_page", 64, "latent is 1, but v does not lie where k does"),
-    ):
-        call = Call(any_one, "attend", latent(any_one))
-        setattr(call.storage.c.v, field, value)
-        refused(call, message)
-    call.storage = latent(any_one)
+    call = Call(any_one, "attend", latent(any_one))
+    call.storage.c.latent = 0
+    refused(call, "v.width is 0, must be a multiple of 16 from 16")
+    call = Call(any_one, "attend", latent(any_one, 16))
     call.storage.c.mapped = 1
-    refused(call, "latent and mapped are both 1")
+    refused(call, "latent is 48 and mapped 1; one of them must be 0")
 
 
-@pytest.mark.parametrize("width", [80, 24, 0])
-def test_values_that_keys_do_not_have(here: Cpu, width: int) -> None:
-    ffi, lib = native.load()
-    storage, store = latent(here), ffi.new("xq_store *")
-    ffi.memmove(store, storage.c, ffi.sizeof("xq_store"))
-    store.v.width = 0
-    assert lib.xq_store_latent(store, width) < 0
-    assert f"e is {width}, must be a multiple of 16 from 16 to 64" in native.error()
-    assert lib.xq_store_latent(made(here).c, 48) < 0
-    assert "V of the store has width 64, must be 0" in native.error()
+@pytest.mark.parametrize("n", [80, 24, 0])
+def test_values_that_keys_do_not_have(here: Cpu, n: int) -> None:
+    assert native.load()[1].xq_store_latent(made(here).c, n) < 0
+    assert f"n is {n}, must be a multiple of 16 from 16 to 64, and mapped 0, 0" in native.error()
 
 
 @pytest.mark.parametrize("verb", VERBS)

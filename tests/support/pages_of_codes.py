@@ -26,7 +26,8 @@ class Case:
     v: Side = V
     d: int = 64
     e: int = 0  # 0: d
-    latent: bool = False  # the values are the first e channels of the keys
+    latent: bool = False  # the values are the first e channels of the keys,
+    own: int = 0  # and so many more of their own
     heads: int = 2
     n_rep: int = 2
     n_tokens: int = 1
@@ -92,6 +93,9 @@ CASES = {
     "latent, tiles of two": Case(Side(1, 64, "clip"), d=80, e=48, heads=1, n_rep=7, latent=True, sinks=True),
     "latent, log8": Case(Side(4, 128, "minmax", "log8"), d=64, e=64, n_rep=2, n_tokens=3, latent=True, softcap=9.0),
     "latent, means": Case(Side(0, 64), d=64, e=16, n_rep=2, n_streams=2, latent=True, max_bias=8.0),
+    "latent and own": Case(d=64, e=48, own=16, n_rep=5, latent=True, n_tokens=3),
+    "latent and own, wide": Case(v=replace(V, bits=1), d=512, e=384, own=128, heads=1, n_rep=8, latent=True, sinks=True),
+    "latent and own groups": Case(Side(2, 64), Side(3, 32), d=96, e=80, own=96, n_streams=2, latent=True),
     "latent, borrowed": Case(Side(4, 128, "lsq", owner=0), d=80, e=64, n_rep=1, n_tokens=35, latent=True),
     "mapped": Case(v=replace(V, bits=1), source=V),
     "mapped from 1 bit": Case(d=128, source=replace(V, bits=1), n_tokens=5),
@@ -116,7 +120,7 @@ def random_parameters(rng: np.random.Generator, side: Side, n: int) -> bytes:
 def random_block(rng: np.random.Generator, layer: Layer, at: Storage) -> NDArray[np.uint8]:
     """One sealed page; what is not codes or parameters is poison."""
     block = np.full(at.layout.bytes, 0xFF, np.uint8)
-    for name, side, n_i, n_j in (("k", layer.k, at.d, PAGE), ("v", layer.v, PAGE, at.e))[: 1 if at.latent else 2]:
+    for name, side, n_i, n_j in (("k", layer.k, at.d, PAGE), ("v", layer.v, PAGE, at.stored_e))[: 2 if at.stored_e else 1]:
         codes_at, param_at = at.part_at(name)
         if side.bits > 0 and side.owner < 0:
             codes = rng.integers(0, 2**side.bits, (n_i, n_j), dtype=np.uint8)
@@ -165,7 +169,7 @@ class Made:
         self.n_pages, slots = len(case.table) + 1, max(max(case.table), 0) + 1
         shape = (case.n_streams + 1, case.heads, slots)  # the cache has one stream more
         latent = e if case.latent else 0
-        rows = random_rows(rng, *shape, case.d, 0 if latent else e)
+        rows = random_rows(rng, *shape, case.d, case.own if latent else e)
         self.own = Content(Layer(case.k, case.v), rows, latent=latent)
         owner = Layer(*(replace(s, owner=-1, fit="minmax") for s in (case.k, case.v)))
         self.owner = Content(owner, rows, latent=latent) if case.k.owner >= 0 or case.v.owner >= 0 else None

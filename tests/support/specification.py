@@ -37,7 +37,13 @@ class Pages:
     def rows(self, name: str, stream: int, head: int, page: int) -> Floats:
         """Keys or values [PAGE][width] of a sealed page, exactly as it stores them."""
         if name == "v" and self.of.latent:
-            return self.rows("k", stream, head, page)[:, : self.of.e]
+            keys = self.rows("k", stream, head, page)[:, : self.of.latent]
+            own = [self.stored_rows("v", stream, head, page)] if self.of.stored_e else []
+            return np.concatenate([keys, *own], 1)
+        return self.stored_rows(name, stream, head, page)
+
+    def stored_rows(self, name: str, stream: int, head: int, page: int) -> Floats:
+        """The same of what is stored of a side: not those values that are channels of keys."""
         of, parts = self.of, self.parts(self.of, name, stream, head, page)
         if name == "k":
             return reference.dequantize_k(of.layer.k, of.d, *parts)
@@ -46,13 +52,13 @@ class Pages:
             heads, weight = of.map
             from_source = self.parts(of.source, "v", stream, int(heads[head]), page)
             predicted = reference.predict_v(of.source.layer.v, of.e, *from_source, weight[head])
-        return reference.dequantize_v(of.layer.v, of.e, *parts, predicted)
+        return reference.dequantize_v(of.layer.v, of.stored_e, *parts, predicted)
 
     def stored(self, name: str, table: Sequence[Sequence[int]], first_stream: int = 0) -> Floats:
         """Keys or values [stream][KV head][cell][width] as pages store them, not rounded to F16; 0 without cells."""
         of, open_rows = self.of, self.open["kv".index(name)]
         if name == "v" and of.latent:
-            open_rows = self.open[0][..., : of.e]
+            open_rows = np.concatenate([self.open[0][..., : of.latent], open_rows], -1)
         out = np.zeros((len(table), of.heads, len(table[0]), PAGE, open_rows.shape[-1]), np.float32)
         for s, slots in enumerate(table):
             for page, slot in enumerate(slots):

@@ -48,7 +48,7 @@ class Storage:
     """Blocks, poisoned, and open pages of one layer.
 
     rows: K [stream][KV head][slot][PAGE][d], V [...][e], F16.  owner: the layer whose codes the borrowed sides read.
-    latent: above 0, the values are so many channels of the keys, and rows of V are empty.
+    latent: so many of the values' channels, the first, are those of the keys; rows of V: the others, or empty.
     source, map_: the layer that predicts V; heads of it [KV head], and [KV head][e][e].  seals: whether it has blocks.
     """
 
@@ -68,12 +68,12 @@ class Storage:
         self.device, self.layer, self.n_pages = device, layer, n_pages
         self.owner, self.source, self.map = owner, source, map_
         self.streams, self.heads, self.slots, _, self.d = rows[0].shape
-        self.latent, e = latent, rows[1].shape[-1]  # e: what is stored
-        self.e = latent or e
+        self.latent, self.stored_e = latent, rows[1].shape[-1]
+        self.e = latent + self.stored_e
         c, self.layout = c_layer(layer), ffi.new("xq_block_layout *")
-        shape = ffi.new("xq_shape *", (self.d, e, self.heads, n_pages, self.slots, self.streams))
+        shape = ffi.new("xq_shape *", (self.d, self.stored_e, self.heads, n_pages, self.slots, self.streams))
         n_blocks, n_rows = lib.xq_store_block_bytes(c, shape), lib.xq_store_row_bytes(shape)
-        assert lib.xq_block_layout_of(c, self.d, e, self.layout) == 0, native.error()
+        assert lib.xq_block_layout_of(c, self.d, self.stored_e, self.layout) == 0, native.error()
         self.blocks_stream, self.rows_stream = n_blocks + APART, n_rows + APART
         self.blocks = Buffer(device, self.streams * self.blocks_stream) if seals else None
         self.open = Buffer(device, self.streams * self.rows_stream)
@@ -113,7 +113,7 @@ class Storage:
         """The open pages as they are now."""
         flat = self.open.get(np.uint8, (self.streams, self.rows_stream))[:, :-APART].copy().view(np.float16)
         n, shape = self.heads * self.slots * PAGE * self.d, (self.streams, self.heads, self.slots, PAGE)
-        return flat[:, :n].reshape(*shape, self.d), flat[:, n:].reshape(*shape, 0 if self.latent else self.e)
+        return flat[:, :n].reshape(*shape, self.d), flat[:, n:].reshape(*shape, self.stored_e)
 
     def pages(self) -> NDArray[np.uint8]:
         """The blocks as they are now, [stream][KV head][page][byte]."""
@@ -129,7 +129,7 @@ class Storage:
 
     def part_at(self, name: str) -> tuple[slice, slice]:
         """Where codes, if it has its own, and parameters of "k" or "v" lie in a block, without padding."""
-        side, width = (self.layer.k, self.d) if name == "k" else (self.layer.v, self.e)
+        side, width = (self.layer.k, self.d) if name == "k" else (self.layer.v, self.stored_e)
         n_codes, n_param = part_sizes(side, width, name == "k")
         at = [getattr(self.layout, f"{name}_{part}") for part in ("codes", "param")]
         return slice(at[0], at[0] + n_codes), slice(at[1], at[1] + n_param)
@@ -222,7 +222,7 @@ class Storage:
             Buffer(self.device, self.table(table, first_stream)),
             Buffer(self.device, np.array([first_stream], "<i4")),
         ]
-        shape = (len(table), len(table[0]) * PAGE, end - first, self.d if is_k else self.e)
+        shape = (len(table), len(table[0]) * PAGE, end - first, self.d if is_k else self.stored_e)
         out = Buffer(self.device, 2 * int(np.prod(shape)))
         a.table, a.first_stream, a.rows = (
             keep[0].pointer("int32_t"),
