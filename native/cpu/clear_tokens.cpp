@@ -62,7 +62,8 @@ static void clear_parameters(const xq_side &side, int n, uint8_t *param, int i) 
 
 static void clear(const xq_layer &layer, int d, int e, const xq_block_layout &at, const uint32_t valid[4],
                   uint8_t *block) {
-    const int tile = group_length(layer.k, XQ_PAGE), group = e > 0 ? group_length(layer.v, e) : 1; // e = 0: nothing of V
+    const int tile = group_length(layer.k, XQ_PAGE),
+              group = e > 0 ? group_length(layer.v, e) : 1; // e = 0: nothing of V
     uint8_t *k_param = block + at.k_param, *v_param = block + at.v_param;
     for (int t0 = 0; t0 < XQ_PAGE; t0 += tile, k_param += parameter_bytes(layer.k, d)) {
         bool any = false;

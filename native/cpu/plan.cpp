@@ -235,7 +235,8 @@ int xq_plan_check(const xq_plan *plan, const int32_t *d, const int32_t *e) {
 int xq_block_layout_of(const xq_layer *layer, int32_t d, int32_t e, xq_block_layout *layout) {
     if (!layer || !layout || !is_width(d) || (e != 0 && !is_width(e))) {
         return fail(XQ_ERR_ARGUMENT,
-                    "head widths are %d and %d, must be multiples of 16 from 16 to %d; of values 0 where they are all the keys'",
+                    "head widths are %d and %d, must be multiples of 16 from 16 to %d; of values 0 where they are all "
+                    "the keys'",
                     d, e, XQ_MAX_HEAD_DIM);
     }
     if (const int status = check_fields(layer->k, 0, true, d); status != XQ_OK) {

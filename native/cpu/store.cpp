@@ -69,8 +69,8 @@ int64_t xq_store_row_bytes(const xq_shape *shape) {
         return XQ_ERR_ARGUMENT;
     }
     if (shape->d < 16 || shape->d > XQ_MAX_HEAD_DIM || shape->e < 0 || shape->e > XQ_MAX_HEAD_DIM) {
-        return fail(XQ_ERR_ARGUMENT, "shape: d is %d and e %d, must be 16 to %d; e is 0 where values are the keys'", shape->d,
-                    shape->e, XQ_MAX_HEAD_DIM);
+        return fail(XQ_ERR_ARGUMENT, "shape: d is %d and e %d, must be 16 to %d; e is 0 where values are the keys'",
+                    shape->d, shape->e, XQ_MAX_HEAD_DIM);
     }
     return (int64_t)shape->n_head_kv * shape->n_slots * XQ_PAGE * (shape->d + shape->e) * (int64_t)sizeof(uint16_t);
 }
@@ -109,11 +109,12 @@ int xq_store_latent(xq_store *store, int32_t n) {
     if (!none_null("xq_store_latent", {{"store", store}})) {
         return XQ_ERR_ARGUMENT;
     }
-    const int32_t most = store->k.width < XQ_MAX_HEAD_DIM - store->v.width ? store->k.width
-                                                                            : XQ_MAX_HEAD_DIM - store->v.width;
+    const int32_t most =
+        store->k.width < XQ_MAX_HEAD_DIM - store->v.width ? store->k.width : XQ_MAX_HEAD_DIM - store->v.width;
     if (store->mapped || n < 16 || n > most || n % 16) {
-        return fail(XQ_ERR_ARGUMENT, "xq_store_latent: n is %d, must be a multiple of 16 from 16 to %d, and mapped %d, 0",
-                    n, most, store->mapped);
+        return fail(XQ_ERR_ARGUMENT,
+                    "xq_store_latent: n is %d, must be a multiple of 16 from 16 to %d, and mapped %d, 0", n, most,
+                    store->mapped);
     }
     store->latent = n;
     return XQ_OK;

@@ -309,8 +309,9 @@ typedef struct xq_attend_args {
     float *out;         /* [stream][token][head][latent + e] */
 } xq_attend_args;
 
-/* Numbers of the states of all parts: [part][stream][token][head][2 w + 2, mapped: 3 w + 2], w = latent + e: the maximum score, the sum
- * of p, the sum of p v over sealed pages as they are stored, over open ones, and of p u over the source's. */
+/* Numbers of the states of all parts: [part][stream][token][head][2 w + 2, mapped: 3 w + 2], w = latent + e: the
+ * maximum score, the sum of p, the sum of p v over sealed pages as they are stored, over open ones, and of p u over the
+ * source's. */
 XQ_API int64_t xq_attend_states(const xq_store *store, const xq_attend_args *args);
 
 /* Pages as F16 rows again. */

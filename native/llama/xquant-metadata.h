@@ -45,9 +45,9 @@ struct metadata {
 
 /* What a model's file and the kv_overrides of its load say. */
 struct model_metadata {
-    std::shared_ptr<const metadata> plan;     /* of the file */
-    std::map<std::string, std::string> given; /* kv_overrides whose key starts with "xquant." */
-    uint64_t weights = 0;                     /* tells weights apart: see read_metadata() */
+    std::shared_ptr<const metadata> plan;              /* of the file */
+    std::map<std::string, std::string> given;          /* kv_overrides whose key starts with "xquant." */
+    uint64_t weights = 0;                              /* tells weights apart: see read_metadata() */
     std::map<std::string, std::vector<float>> vectors; /* what xquant-shared.cpp wants to know of the tensors */
 };
 

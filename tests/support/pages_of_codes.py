@@ -94,7 +94,9 @@ CASES = {
     "latent, log8": Case(Side(4, 128, "minmax", "log8"), d=64, e=64, n_rep=2, n_tokens=3, latent=True, softcap=9.0),
     "latent, means": Case(Side(0, 64), d=64, e=16, n_rep=2, n_streams=2, latent=True, max_bias=8.0),
     "latent and own": Case(d=64, e=48, own=16, n_rep=5, latent=True, n_tokens=3),
-    "latent and own, wide": Case(v=replace(V, bits=1), d=512, e=384, own=128, heads=1, n_rep=8, latent=True, sinks=True),
+    "latent and own, wide": Case(
+        v=replace(V, bits=1), d=512, e=384, own=128, heads=1, n_rep=8, latent=True, sinks=True
+    ),
     "latent and own groups": Case(Side(2, 64), Side(3, 32), d=96, e=80, own=96, n_streams=2, latent=True),
     "latent, borrowed": Case(Side(4, 128, "lsq", owner=0), d=80, e=64, n_rep=1, n_tokens=35, latent=True),
     "mapped": Case(v=replace(V, bits=1), source=V),
@@ -120,7 +122,9 @@ def random_parameters(rng: np.random.Generator, side: Side, n: int) -> bytes:
 def random_block(rng: np.random.Generator, layer: Layer, at: Storage) -> NDArray[np.uint8]:
     """One sealed page; what is not codes or parameters is poison."""
     block = np.full(at.layout.bytes, 0xFF, np.uint8)
-    for name, side, n_i, n_j in (("k", layer.k, at.d, PAGE), ("v", layer.v, PAGE, at.stored_e))[: 2 if at.stored_e else 1]:
+    for name, side, n_i, n_j in (("k", layer.k, at.d, PAGE), ("v", layer.v, PAGE, at.stored_e))[
+        : 2 if at.stored_e else 1
+    ]:
         codes_at, param_at = at.part_at(name)
         if side.bits > 0 and side.owner < 0:
             codes = rng.integers(0, 2**side.bits, (n_i, n_j), dtype=np.uint8)
