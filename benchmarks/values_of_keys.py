@@ -1,4 +1,4 @@
-"""KL divergence from F16 that values cause which are read from codes of keys, per channel, as latent attention stores them.
+"""KL divergence that values cause which are read from codes of keys, per channel, as in latent attention.
 
 usage: values_of_keys.py MODEL --text FILE [--tokens 2048] [--bits 4,3,2]
 

@@ -21,13 +21,14 @@ UNTIMED = 4
 
 @dataclass(frozen=True)
 class Row:
-    """Medians over rounds for one KV type at one depth: tokens/s of all sequences together, bytes of the whole cache,
-    and the bytes that one decode step must read: weights, and what the cache holds at that depth."""
+    """Medians over rounds for one KV type at one depth: tokens/s of all sequences together, seconds of a decode step,
+    bytes of the whole cache, and bytes that a step must read: weights, and what the cache holds at that depth."""
 
     kv_type: str
     depth: int
     prompt_tps: float
     decode_tps: float
+    step_s: float
     kv_bytes: int
     step_bytes: int
 
@@ -69,11 +70,14 @@ class Runner:
             for i in range(first, end, size):
                 self._session.decode([(self._tokens[at], at, (s,)) for at in range(i, min(i + size, end))], "last")
 
-    def _steps(self, first: int, end: int) -> None:
-        """Tokens first .. end - 1 of all sequences together, one by one."""
-        for at in range(first, end):
-            self._session.decode([(self._tokens[at], at, (s,)) for s in range(self.parallel)])
+    def _steps(self, first: int, n: int, size: int) -> int:
+        """n steps of all sequences from token `first` on, of `size` tokens each; returns the first token behind them."""
+        for _ in range(n):
+            some = range(first, first + size)
+            self._session.decode([(self._tokens[at], at, (s,)) for s in range(self.parallel) for at in some])
             self._session.wait()
+            first += size
+        return first
 
     def fill(self, depth: int) -> None:
         """Fills the cache up to a depth, of each sequence."""
@@ -81,21 +85,23 @@ class Runner:
         self._filled = depth
         self._session.wait()
 
-    def measure(self, n_prompt: int, n_decode: int) -> tuple[float, float]:
-        """Prompt and decode tokens/s at the depth that is filled; the cache is left as it was."""
+    def measure(self, n_prompt: int, n_decode: int, step: int = 1) -> tuple[float, float]:
+        """Prompt and decode tokens/s at the depth that is filled; the cache is left as it was.
+
+        n_decode: steps, of `step` tokens each.
+        """
         prompt = self._filled + n_prompt
-        decode = prompt + UNTIMED
         start = time.perf_counter()
         self._prompt(self._filled, prompt)
         self._session.wait()
         middle = time.perf_counter()
-        self._steps(prompt, decode)
+        decode = self._steps(prompt, UNTIMED, step)
         begin = time.perf_counter()
-        self._steps(decode, decode + n_decode)
+        self._steps(decode, n_decode, step)
         end = time.perf_counter()
         for s in range(self.parallel):
             self._session.remove(s, self._filled)
-        return self.parallel * n_prompt / (middle - start), self.parallel * n_decode / (end - begin)
+        return self.parallel * n_prompt / (middle - start), self.parallel * n_decode * step / (end - begin)
 
     def cache_bytes(self) -> tuple[int, int]:
         """Bytes of the cache, and those that tokens take."""
@@ -112,13 +118,15 @@ def bench(
     n_prompt: int = 256,
     n_decode: int = 16,
     parallel: int = 1,
+    step: int = 1,
     done: Callable[[str], object] = lambda what: None,
     **options: Any,
 ) -> list[Row]:
     """Speed of every KV type at every depth; the caches of all types are held at once.
 
-    depths: tokens in the cache beforehand, of each sequence.  n_prompt, n_decode: tokens that are timed, likewise; an
-    untimed round of them comes first.  parallel: sequences, decoded together.  done: called after each step,
+    depths: tokens in the cache beforehand, of each sequence.  n_prompt, n_decode: prompt tokens and decode steps that
+    are timed, likewise; an untimed round of them comes first.  parallel: sequences, decoded together.  step: tokens of
+    a sequence in a decode step, as speculative decoding has several.  done: called after each step,
     len(depths) * (rounds + 2) of them for each KV type.  options: of Llama.
     Raises ValueError if a number is out of range.
     """
@@ -127,12 +135,13 @@ def bench(
         ("n_prompt", n_prompt, 1),
         ("n_decode", n_decode, 1),
         ("parallel", parallel, 1),
+        ("step", step, 1),
     ):
         if value < low:
             raise ValueError(f"{name} is {value}, must be at least {low}")
     if not depths or min(depths) < 0:
         raise ValueError(f"depths are {list(depths)}, must be 0 or more")
-    n_ctx = max(depths) + n_prompt + UNTIMED + n_decode
+    n_ctx = max(depths) + n_prompt + (UNTIMED + n_decode) * step
     n_ctx += -n_ctx % 256
     weights = weight_bytes(model)
     runners = [Runner(model, kv_type, n_ctx, parallel, **options) for kv_type in kv_types]
@@ -141,17 +150,17 @@ def bench(
         for runner in runners:
             runner.fill(depth)
             done("fill")
-            runner.measure(n_prompt, n_decode)
+            runner.measure(n_prompt, n_decode, step)
             done("warm up")
         runs: list[list[tuple[float, float]]] = [[] for _ in runners]
         for _ in range(rounds):
             for runner, found in zip(runners, runs, strict=True):
-                found.append(runner.measure(n_prompt, n_decode))
+                found.append(runner.measure(n_prompt, n_decode, step))
                 done("measure")
         for kv_type, runner, found in zip(kv_types, runners, runs, strict=True):
             prompt, decode = (statistics.median(run[i] for run in found) for i in (0, 1))
             allocated, used = runner.cache_bytes()
-            rows.append(Row(kv_type, depth, prompt, decode, allocated, weights + used))
+            rows.append(Row(kv_type, depth, prompt, decode, parallel * step / decode, allocated, weights + used))
     for runner in runners:
         runner.close()
     return rows

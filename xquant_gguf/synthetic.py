@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 N_CTX_TRAIN = 1 << 20
 N_BYTES = 256
 SPECIAL = ("<unk>", "<s>", "</s>")
+Q = gguf.GGMLQuantizationType
+WEIGHTS = {"f16": Q.F16, "q8_0": Q.Q8_0, "q4_k": Q.Q4_K}
+"""Types that matrices may have."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,15 @@ def tensors(shape: Shape, n_layer: int) -> Iterator[tuple[str, tuple[int, ...]]]
             yield f"blk.{i}.{name}.weight", size
 
 
-def write(path: str | Path, name: str, n_layer: int = 0) -> Path:
-    """Writes a model of a shape of SHAPES with F16 weights, n_layer layers (0: all); ValueError names what is wrong."""
+def write(path: str | Path, name: str, n_layer: int = 0, weights: str = "f16") -> Path:
+    """Writes a model of a shape of SHAPES with n_layer layers (0: all); ValueError names what is wrong.
+
+    weights: type of the matrices, of WEIGHTS; where a row is no multiple of its block, q8_0.
+    """
     if name not in SHAPES:
         raise ValueError(f"shape is {name!r}, must be one of {', '.join(SHAPES)}")
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights is {weights!r}, must be one of {', '.join(WEIGHTS)}")
     shape = SHAPES[name]
     n_layer = n_layer or shape.n_layer
     if n_layer < 1:
@@ -111,26 +119,45 @@ def write(path: str | Path, name: str, n_layer: int = 0) -> Path:
     n_named = shape.n_vocab - len(SPECIAL) - N_BYTES
     add_vocabulary(writer, [f"<unused {i}>" for i in range(n_named)], gguf.TokenType.UNUSED)
     for tensor, size in tensors(shape, n_layer):
-        kind = np.float32 if len(size) == 1 else np.float16
-        n_bytes = int(np.prod(size)) * np.dtype(kind).itemsize
-        writer.add_tensor_info(tensor, size, np.dtype(kind), n_bytes)
+        kind = type_of(size, WEIGHTS[weights])
+        values, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+        row = (*size[:-1], size[-1] // values * n_bytes)  # of bytes
+        writer.add_tensor_info(tensor, row, np.dtype(np.uint8), int(np.prod(row)), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     rng = np.random.default_rng(0)
     for _, size in tensors(shape, n_layer):
-        writer.write_tensor_data(_weights(rng, size))
+        writer.write_tensor_data(_weights(rng, size, type_of(size, WEIGHTS[weights])))
     writer.close()
     return Path(path)
 
 
-def _weights(rng: np.random.Generator, size: tuple[int, ...]) -> NDArray[np.generic]:
-    """Norms are 1; matrices are normal with outputs as large as inputs, rows repeated: speed does not see it."""
+def type_of(size: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> gguf.GGMLQuantizationType:
+    """The type of a tensor of a model whose matrices are of a kind."""
     if len(size) == 1:
-        return np.ones(size, np.float32)
-    n, width = int(np.prod(size[:-1])), size[-1]
-    rows = (rng.standard_normal((min(n, 1024), width), dtype=np.float32) * width**-0.5).astype(np.float16)
-    return np.resize(rows, size)
+        return Q.F32
+    return kind if size[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else Q.Q8_0
+
+
+def _weights(rng: np.random.Generator, size: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> NDArray[np.uint8]:
+    """Norms are 1; matrices are random with outputs as large as inputs, rows repeated: speed does not see it."""
+    if len(size) == 1:
+        return np.ones(size, np.float32).view(np.uint8)
+    n, width = min(int(np.prod(size[:-1])), 1024), size[-1]
+    values, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+    if kind == Q.F16:
+        rows = (rng.standard_normal((n, width), dtype=np.float32) * width**-0.5).astype(np.float16).view(np.uint8)
+    else:
+        blocks = rng.integers(0, 256, (n, width // values, n_bytes), dtype=np.uint8)
+        # of uniform codes; Q4_K: all scales and minima of a block are 32, the minimum is the codes' mean
+        scale = np.float16(width**-0.5 / (73 if kind == Q.Q8_0 else 147))
+        head = [scale] if kind == Q.Q8_0 else [scale, np.float16(7.5) * scale]
+        blocks[..., : 2 * len(head)] = np.array(head, np.float16).view(np.uint8)
+        if kind == Q.Q4_K:
+            blocks[..., 4:16] = [0xA0] * 8 + [0] * 4
+        rows = blocks.reshape(n, -1)
+    return np.resize(rows, (*size[:-1], rows.shape[1]))
 
 
 def add_shape(writer: gguf.GGUFWriter, shape: Shape, n_ctx: int) -> None:

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+from gguf import GGUFReader
+from gguf.quants import dequantize
 
 from support.clock import Clock, seconds
 from xquant_gguf import Llama, synthetic
@@ -65,12 +67,42 @@ def test_sequences_count_together(model: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (row.prompt_tps, row.decode_tps) == pytest.approx((8 / seconds(8), 3 / seconds(3)))
 
 
+def test_steps_of_several_tokens(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As speculative decoding has them."""
+    clock = Clock(monkeypatch)
+    (row,) = bench(str(model), ["xquant"], [40], rounds=1, n_prompt=8, n_decode=2, step=5, parallel=2, n_threads=1)
+    assert (row.decode_tps, row.step_s) == pytest.approx((10 / seconds(10), seconds(10)))
+    assert clock.batches[-1] == (40 + 8 + (UNTIMED + 1) * 5, 10)
+
+
+@pytest.mark.parametrize("weights", synthetic.WEIGHTS)
+def test_weights_of_any_type_keep_the_size_of_what_they_multiply(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each tensor's values have a standard deviation of one over the root of its width."""
+    shape = synthetic.Shape(n_layer=1, n_embd=256, n_ff=512, n_head=4, n_head_kv=2, head_dim=64, n_vocab=300)
+    monkeypatch.setitem(synthetic.SHAPES, "blocks", shape)
+    path = synthetic.write(tmp_path / "blocks.gguf", "blocks", 1, weights)
+    for tensor in GGUFReader(path).tensors:
+        values = dequantize(tensor.data, tensor.tensor_type)
+        if "norm" in tensor.name:
+            assert (values == 1).all()
+        else:
+            assert tensor.tensor_type == synthetic.WEIGHTS[weights]
+            assert values.std() * values.shape[-1] ** 0.5 == pytest.approx(1, abs=0.1)
+            assert abs(values.mean()) < 0.1 * values.std()
+    llm = Llama(str(path), kv_type="xquant", n_ctx=256, verbose=False)
+    llm.eval([5] * 20)
+    llm.close()
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["bench"], "name a model, or --shape"),
         (["bench", "x.gguf", "--shape", "llama-8b"], "but not both"),
         (["bench", "x.gguf", "--layers", "2"], "--layers is 2"),
+        (["bench", "x.gguf", "--weights", "q4_k"], "--weights is q4_k"),
         (["bench", "x.gguf", "--depths", "-4"], "'-4', must be an integer of at least 0"),
         (["bench", "nowhere.gguf"], r"nowhere\.gguf"),
     ],
@@ -86,3 +118,5 @@ def test_bad_shapes(tmp_path: Path) -> None:
         synthetic.write(tmp_path / "m.gguf", "llama-9b")
     with pytest.raises(ValueError, match="layers is -1"):
         synthetic.write(tmp_path / "m.gguf", "llama-8b", -1)
+    with pytest.raises(ValueError, match="weights is 'q2_k', must be one of f16, q8_0, q4_k"):
+        synthetic.write(tmp_path / "m.gguf", "llama-8b", 1, "q2_k")
