@@ -71,7 +71,7 @@ class Runner:
                 self._session.decode([(self._tokens[at], at, (s,)) for at in range(i, min(i + size, end))], "last")
 
     def _steps(self, first: int, n: int, size: int) -> int:
-        """n steps of all sequences from token `first` on, of `size` tokens each; returns the first token behind them."""
+        """n steps of all sequences from token `first` on, `size` tokens each; returns the first token behind them."""
         for _ in range(n):
             some = range(first, first + size)
             self._session.decode([(self._tokens[at], at, (s,)) for s in range(self.parallel) for at in some])
