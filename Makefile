@@ -6,8 +6,11 @@
 # make fuzz    TARGET=metadata, state, codec or verbs for SECONDS=60 with libFuzzer and both sanitizers (clang)
 # make llama VERSION=x.y.z (or SOURCE=folder)  tries another llama-cpp-python: do our insertions hold, the oracle tests
 # make fixes   writes docs/llama-cpp-fixes.md from native/llama/fixes.py
+# make wheels  wheels for Linux in dist, built with Zig; TARGET=name for one of them (tools/wheels.py lists them)
+# make test-wheels  installs the wheels in dist into environments of their own, generates and serves
+# make release  source archive, wheels, their tests and hashes, and the tag (CONTRIBUTING.md)
 # make lint    formatting, lint and types, as pre-commit runs them; needs Python alone: it builds nothing
-# make clean   removes .venv, .lint and build
+# make clean   removes .venv, .lint, .wheels and build
 
 VENV   := .venv
 PYTHON ?= python3
@@ -17,7 +20,7 @@ SOURCES := $(shell find native xquant_gguf xquant_gguf_hook tools -type f -not -
            CMakeLists.txt pyproject.toml
 MODEL  ?=
 
-.PHONY: all demo test test-arm asan fuzz llama fixes lint clean
+.PHONY: all demo test test-arm asan fuzz llama fixes wheels test-wheels release lint clean
 all: $(VENV)/installed
 
 $(VENV)/created:
@@ -58,13 +61,23 @@ llama: all
 fixes:
 	$(PYTHON) tools/list_fixes.py
 
-# The tools of pyproject.toml's dependency group lint, in an environment of their own (pip 25.1 is the first to read it).
-LINT := .lint
-$(LINT)/ready: pyproject.toml
-	$(PYTHON) -m venv $(LINT)
-	$(LINT)/bin/python -m pip install -q "pip>=25.1"
-	$(LINT)/bin/python -m pip install -q --group lint
+# The tools of pyproject.toml's dependency groups, in environments of their own (pip 25.1 is the first to read groups).
+LINT   := .lint
+WHEELS := .wheels
+$(LINT)/ready $(WHEELS)/ready: .%/ready: pyproject.toml
+	$(PYTHON) -m venv .$*
+	.$*/bin/python -m pip install -q "pip>=25.1"
+	.$*/bin/python -m pip install -q --group $*
 	touch $@
+
+wheels: $(WHEELS)/ready
+	$(WHEELS)/bin/python tools/wheels.py $(if $(filter command line,$(origin TARGET)),$(TARGET))
+
+test-wheels: all
+	XQUANT_WHEELS=$(or $(XQUANT_WHEELS),dist) $(BIN)/pytest tests/wheels
+
+release: all $(WHEELS)/ready
+	PYTEST=$(BIN)/pytest $(WHEELS)/bin/python tools/release.py
 
 lint: $(LINT)/ready
 	$(LINT)/bin/ruff check .
@@ -73,4 +86,4 @@ lint: $(LINT)/ready
 	$(LINT)/bin/clang-format --dry-run --Werror $$(git ls-files 'native/*.h' 'native/*.cpp' 'native/*.cu*' 'tests/*.h' 'tests/*.cpp')
 
 clean:
-	rm -rf $(VENV) $(LINT) build
+	rm -rf $(VENV) $(LINT) $(WHEELS) build

@@ -206,4 +206,27 @@ FRONT_ENDS: list[dict[str, str]] = [
             return GGML_TYPE_XQUANT;
         }
      """},
+
+    # llama-server: the cache in /metrics, the plan in /props
+    {"name": "server: header", "file": "tools/server/server-common.h", "in": "file", "after": '#include "llama.h"',
+     "text": '#include "xquant-server.h"'},
+    {"name": "server: numbers", "file": "tools/server/server-common.h", "in": "struct server_metrics", "at": "begin",
+     "text": "xquant::server_numbers xq;"},
+    {"name": "server: read numbers", "file": "tools/server/server-context.cpp",
+     "in": "server_context_impl::metrics_post_decode", "at": "begin", "text": "metrics.xq.read(ctx_tgt);"},
+    {"name": "server: metrics", "file": "tools/server/server-task.cpp", "in": "server_task_result_metrics::to_metrics",
+     "before": "return prometheus.str();", "text": """
+        add_items("gauge", metrics.xq.gauges<metric_item>());
+
+     """},
+    {"name": "server: plan", "file": "tools/server/server-context.h", "in": "struct server_context_meta", "at": "end",
+     "text": "json xq;"},
+    {"name": "server: find the plan", "file": "tools/server/server-context.cpp", "in": "server_context::get_meta",
+     "after": "ftype_name,", "text": "/* xquant */ xquant::server_plan<json>(impl->ctx_tgt),"},
+    {"name": "server: props", "file": "tools/server/server-context.cpp", "in": "get_res_props",
+     "before": "if (params.use_jinja) {", "text": """
+        if (!meta.xq.is_null()) {
+            props["xquant"] = meta.xq;
+        }
+     """},
 ]

@@ -1,4 +1,4 @@
-"""The command xquant-gguf: generate, inspect, calibrate, strip, evaluate, plot, bench, serve."""
+"""The command xquant-gguf: generate, inspect, calibrate, strip, evaluate, plot, bench, serve, server, run."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from xquant_gguf.cli import bench, calibrate, evaluate, generate, inspect, plot, serve, strip
+from xquant_gguf.cli import bench, calibrate, evaluate, generate, inspect, plot, serve, server, strip
 from xquant_gguf.session import DecodeError
 
-COMMANDS = (generate, inspect, calibrate, strip, evaluate, plot, bench, serve)
+COMMANDS = (generate, inspect, calibrate, strip, evaluate, plot, bench, serve, server)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,0 +1,52 @@
+"""What a newcomer does with an installed wheel: newcomer.py MODEL TEXT; run where nothing else is installed.
+
+Answers a question behind a long text with an F16 cache and with XQuant; prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from xquant_gguf import Llama, __version__, codec, fork
+
+QUESTION = "What is the capital of France?"
+CITIES = ("London", "Paris", "Rome", "Madrid")
+
+
+def answer(model: str, text: str, kv_type: str) -> dict[str, Any]:
+    """The answer, and where the cache's pages are."""
+    from llama_cpp import LlamaGrammar
+
+    llm = Llama(model, kv_type=kv_type, n_ctx=2048, n_batch=128, n_ubatch=128, n_threads=2, verbose=False)
+    talk = [{"role": "user", "content": f"Read this:\n{text}"}, {"role": "assistant", "content": "I have read it."}]
+    talk.append({"role": "user", "content": QUESTION})
+    cities = " | ".join(f'"{city}"' for city in CITIES)
+    grammar = LlamaGrammar.from_string(f'root ::= "The capital of France is " ({cities}) "."', verbose=False)
+    out = llm.create_chat_completion(talk, max_tokens=30, temperature=0, grammar=grammar)
+    info = llm.kv_cache_info()
+    llm.close()
+    return {
+        "answer": out["choices"][0]["message"]["content"],
+        "prompt_tokens": out["usage"]["prompt_tokens"],
+        "bytes": info["bytes_allocated"],
+        "sealed": info.get("pages_sealed", 0),
+    }
+
+
+def main() -> None:
+    model, text = sys.argv[1], Path(sys.argv[2]).read_text()[:5000]
+    import llama_cpp.llama_cpp
+
+    told: dict[str, Any] = {kv_type: answer(model, text, kv_type) for kv_type in ("f16", "xquant")}
+    told["library"] = llama_cpp.llama_cpp._lib._name
+    told["package"] = fork.__file__
+    told["version"] = __version__
+    told["kernels"] = codec.kernel_sets()
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()

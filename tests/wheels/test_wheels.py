@@ -1,0 +1,184 @@
+"""The wheels in dist (`make wheels`), or in the folder that XQUANT_WHEELS names, in environments with nothing else.
+
+Skipped where there are none. XQUANT_PYTHONS names the interpreters to try, with blanks between them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.llama_server import running
+
+ROOT = Path(__file__).resolve().parents[2]
+WHEELS = Path(os.environ.get("XQUANT_WHEELS", ROOT / "dist"))
+PYTHONS = os.environ.get("XQUANT_PYTHONS", sys.executable).split()
+PROGRAMS = ("llama-server", "llama-cli", "llama-bench", "llama-perplexity", "ggml-rpc-server")
+SYSTEM = {  # what every system of a tag has
+    "manylinux": ("libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "ld-linux"),
+    "musllinux": ("libc.so",),
+}
+TEXT = ROOT / "tests" / "support" / "prose.txt"
+MUSL = Path("/lib/ld-musl-x86_64.so.1")
+
+wheels = sorted(WHEELS.glob("xquant_gguf-*.whl"))
+
+
+def wheel_of(*words: str) -> Path:
+    """The wheel whose tag has these words; the test is skipped if there is none."""
+    for wheel in wheels:
+        if all(word in wheel.name for word in words):
+            return wheel
+    pytest.skip(f"no wheel for {' '.join(words)} in {WHEELS}: make wheels")
+
+
+def clean() -> dict[str, str]:
+    """This environment without what points to other packages and libraries."""
+    names = ("PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD")
+    return {k: v for k, v in os.environ.items() if k not in names and not k.startswith(("XQUANT", "LLAMA", "COV"))}
+
+
+def run(*command: str | Path, timeout: float = 600) -> str:
+    """What a command prints; the test fails with all that it said if it does."""
+    out = subprocess.run(command, capture_output=True, text=True, env=clean(), timeout=timeout, check=False)
+    assert out.returncode == 0, f"{command}: {out.stdout[-3000:]}{out.stderr[-3000:]}"
+    return out.stdout
+
+
+PIP = ("--only-binary", ":all:", "--find-links", str(WHEELS))
+
+
+@pytest.fixture(scope="module", params=PYTHONS)
+def bin(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of programs of a virtual environment in which the wheel is installed by its name, without a compiler."""
+    wheel = wheel_of("manylinux", "x86_64")
+    folder = tmp_path_factory.mktemp("environment")
+    run(request.param, "-m", "venv", folder)
+    run(folder / "bin" / "pip", "install", "-q", *PIP, wheel)
+    return folder / "bin"
+
+
+def check_answers(told: dict[str, Any]) -> None:
+    """What newcomer.py must print."""
+    for kv_type in ("f16", "xquant"):
+        assert told[kv_type]["answer"] == "The capital of France is Paris."
+    assert told["xquant"]["bytes"] < told["f16"]["bytes"]
+    # open: the first page, the window, a micro-batch, and the page that is not full
+    assert told["xquant"]["sealed"] >= told["xquant"]["prompt_tokens"] // 128 - 4 > 2
+
+
+@pytest.mark.parametrize("wheel", wheels, ids=lambda wheel: wheel.name)
+def test_a_wheel_holds_what_it_needs(wheel: Path, tmp_path: Path) -> None:
+    """One wheel for all versions of Python; every library that one of its own needs is in it or in the system."""
+    _, _, python, abi, platform = wheel.stem.split("-")
+    assert (python, abi) == ("py3", "none")
+    with zipfile.ZipFile(wheel) as archive:
+        files = {info.filename: info for info in archive.infolist()}
+        archive.extractall(tmp_path)
+    assert {name.split("/")[0] for name in files} == {
+        "xquant_gguf", "xquant_gguf_hook", "xquant_gguf.pth", wheel.name.rpartition("-py3")[0] + ".dist-info",
+    }  # fmt: skip
+    licences = {name.rpartition("/")[2] for name in files if "licenses" in name}
+    assert {"LICENSE", "llama.cpp-LICENSE", "llvm-LICENSE", "zig-LICENSE"} <= licences
+    for name in PROGRAMS:
+        assert files[f"xquant_gguf/lib/{name}"].external_attr >> 16 & 0o111 == 0o111, name
+    system = SYSTEM[platform.partition("_")[0]]
+    folder = tmp_path / "xquant_gguf" / "lib"
+    binaries = [path for path in folder.iterdir() if path.read_bytes()[:4] == b"\x7fELF"]
+    assert len(binaries) >= len(PROGRAMS) + 7
+    for path in binaries:
+        dynamic = run("readelf", "-d", path)
+        for line in dynamic.splitlines():
+            if "(NEEDED)" in line:
+                needed = line.partition("[")[2].rstrip("]")
+                assert (folder / needed).exists() or needed.startswith(system), f"{path.name} needs {needed}"
+            if "PATH)" in line:
+                assert line.endswith("[$ORIGIN]"), f"{path.name}: {line}"
+        assert ".debug_info" not in run("readelf", "-S", "-W", path), path.name
+
+
+def test_it_answers(bin: Path, smollm2: str) -> None:
+    told = json.loads(run(bin / "python", "-I", ROOT / "tests" / "wheels" / "newcomer.py", smollm2, TEXT))
+    check_answers(told)
+    assert Path(told["library"]).is_relative_to(bin.parent)
+    assert Path(told["package"]).is_relative_to(bin.parent)
+    # chosen at run time: all that this processor has
+    flags = Path("/proc/cpuinfo").read_text()
+    assert {"scalar", *({"avx2"} if " avx2" in flags else ()), *({"avx512"} if "avx512_vnni" in flags else ())} <= {
+        *told["kernels"]
+    }
+
+
+def ask_server(command: Sequence[str | Path], folder: Path) -> None:
+    """Starts a server, asks it four things at once, and something wrong."""
+    options = ["-c", "4096", "-np", "2", "-t", "2", "--no-webui"]
+    with running([*command, *options], folder, clean()) as server, ThreadPoolExecutor(4) as pool:
+
+        def ask(city: str) -> str:
+            talk = [{"role": "user", "content": "Where?"}]
+            response = server.post("/v1/chat/completions", messages=talk, grammar=f'root ::= "{city}"')
+            assert response.status_code == 200, response.text
+            return str(response.json()["choices"][0]["message"]["content"])
+
+        cities = ["Berlin", "Madrid", "Tokyo", "Cairo"]
+        assert list(pool.map(ask, cities)) == cities
+        # an exception that one library throws and another catches
+        assert server.post("/completion", prompt="a", grammar="root ::= [").status_code == 400
+        assert server.get("/props").json()["xquant"]["layers"]
+
+
+def test_it_serves(bin: Path, smollm2: str, tmp_path: Path) -> None:
+    ask_server([bin / "xquant-gguf", "server", smollm2], tmp_path)
+
+
+def test_a_bad_option_is_a_message(bin: Path) -> None:
+    """The programs' own libraries throw it, the program catches it."""
+    command = ("run", "llama-server", "--ctx-size", "many")
+    out = subprocess.run([bin / "xquant-gguf", *command], capture_output=True, text=True, env=clean(), check=False)
+    assert out.returncode == 1
+    assert 'error while handling argument "--ctx-size"' in out.stderr
+
+
+def test_musl(smollm2: str, tmp_path: Path) -> None:
+    """The programs of the musl wheel under Debian's musl: its threads have small stacks."""
+    wheel = wheel_of("musllinux", "x86_64")
+    if not MUSL.exists():
+        pytest.skip("on Debian: apt-get install musl")
+    shutil.unpack_archive(wheel, tmp_path, "zip")
+    lib = tmp_path / "xquant_gguf" / "lib"
+    for name in PROGRAMS:
+        (lib / name).chmod(0o755)
+    ask_server([lib / "llama-server", "-m", smollm2, "-ctk", "xquant", "-ctv", "xquant"], tmp_path)
+
+
+def test_aarch64(smollm2: str, tmp_path: Path) -> None:
+    """The ARM wheel in an unpacked Debian (arm64_root.sh), under an emulator."""
+    wheel = wheel_of("manylinux", "aarch64")
+    root = Path(os.environ.get("XQUANT_ARM64_ROOT", "none"))
+    interpreters = sorted(root.glob("usr/bin/python3.*[0-9]"))
+    if not interpreters or shutil.which("qemu-aarch64-static") is None:
+        pytest.skip("needs qemu-user-static, and XQUANT_ARM64_ROOT=folder that arm64_root.sh filled")
+    site = tmp_path / "site"
+    platforms = [f"--platform={name}_aarch64" for name in ("manylinux_2_28", "manylinux_2_17", "manylinux2014")]
+    version = interpreters[0].name.removeprefix("python")
+    pip = (sys.executable, "-m", "pip", "install", "-q", "--target", str(site))
+    run(*pip, *platforms, f"--python-version={version}", *PIP, wheel)
+    emulated: list[str | Path] = ["qemu-aarch64-static", "-cpu", "cortex-a76", "-L", root]
+    script = f"import sys, runpy; sys.path.insert(0, {str(site)!r}); sys.argv = sys.argv[1:]; "
+    script += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    newcomer = ROOT / "tests" / "wheels" / "newcomer.py"
+    told = json.loads(run(*emulated, interpreters[0], "-I", "-c", script, newcomer, smollm2, TEXT, timeout=3000))
+    check_answers(told)
+    assert told["kernels"] == ["neon-dotprod", "neon", "scalar"]
+    lib = site / "xquant_gguf" / "lib"
+    ask_server([*emulated, lib / "llama-server", "-m", smollm2, "-ctk", "xquant", "-ctv", "xquant"], tmp_path)

@@ -1,0 +1,176 @@
+"""Build wheels for many Linux systems on this one, with Zig as the compiler: wheels.py [--out dist] [TARGET ...].
+
+Zig (PyPI's package ziglang) compiles for any version of glibc, for musl, and for other processors.  A wheel is built by
+pip as any other, with tools/zig/toolchain.cmake; auditwheel then checks that it needs no newer system than its name
+says, and no library that is not in it.  Beside them goes a wheel of llama-cpp-python's Python part.
+
+Needs what pyproject.toml lists in the dependency group wheels: `make wheels`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import llama_source
+
+ROOT = Path(__file__).resolve().parent.parent
+ZIG = ROOT / "tools" / "zig"
+RUNTIME = "libxquant_cxx.so"
+# beside the interpreter first: a virtual environment that was not activated
+PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A platform tag of wheels, what Zig calls it, and its processor."""
+
+    tag: str
+    zig: str
+    processor: str
+
+
+TARGETS = (
+    Target("manylinux_2_28_x86_64", "x86_64-linux-gnu.2.28", "x86_64"),
+    Target("manylinux_2_28_aarch64", "aarch64-linux-gnu.2.28", "aarch64"),
+    Target("musllinux_1_2_x86_64", "x86_64-linux-musl", "x86_64"),
+)
+OPTIONS = ("XQUANT_PROGRAMS=ON", "GGML_OPENMP=OFF")
+"""CMake options of every wheel. Zig has no OpenMP: llama.cpp's own threads do the same."""
+
+COMPILER = """\
+#!/bin/sh
+# {version}
+for argument; do
+  shift
+  case $argument in
+    # Zig names a processor's extensions behind the processor, where GCC and Clang name architectures
+    -march=armv8.2-a*) argument=-mcpu=generic+v8_2a${{argument#-march=armv8.2-a}} ;;
+  esac
+  set -- "$@" "$argument"
+done
+exec "{zig}" {tool} -target {target} {flags} "$@"
+"""
+
+
+def ziglang() -> Path:
+    """Folder of the ziglang package."""
+    spec = importlib.util.find_spec("ziglang")
+    if spec is None or spec.origin is None:
+        raise SystemExit("wheels: ziglang is not installed: `make wheels` installs what is needed")
+    return Path(spec.origin).parent
+
+
+def write_script(path: Path, text: str) -> None:
+    """Writes an executable script, unless it is there: CMake builds anew what a new compiler built."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
+
+
+def write_compilers(folder: Path, target: Target) -> None:
+    """Writes clang, clang++, ar, ranlib and strip for a target; ccache knows the compilers by these names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    zig, flags = ziglang() / "zig", "-dynamic" if target.zig.endswith("musl") else ""
+    for name, tool in (("clang", "cc"), ("clang++", "c++")):
+        fields = {"version": f"ziglang {version('ziglang')}", "zig": zig, "target": target.zig, "flags": flags}
+        write_script(folder / name, COMPILER.format(tool=tool, **fields))
+    for tool in ("ar", "ranlib"):
+        write_script(folder / tool, f'#!/bin/sh\nexec "{zig}" {tool} "$@"\n')
+    write_script(folder / "strip", "#!/bin/sh\n# the linker has done it\n")
+
+
+def run(command: Sequence[str | Path], environment: Mapping[str, str]) -> None:
+    """Runs a command with more environment; ends everything if it fails."""
+    print("+", *command, flush=True)
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"wheels: {command[0]} ended with status {done.returncode}")
+
+
+def build(target: Target, out: Path) -> Path:
+    """Builds and checks the wheel of a target; its path in out."""
+    work = ROOT / "build" / "wheels" / target.tag
+    write_compilers(work / "zig", target)
+    toolchain = f"-DCMAKE_TOOLCHAIN_FILE={ZIG / 'toolchain.cmake'}"
+    environment = {"PATH": PATH, "ZIG_BIN": str(work / "zig"), "ZIG_PROCESSOR": target.processor, "ZIG_RUNTIME": ""}
+
+    runtime = work / "runtime"
+    configure: list[str | Path] = ["cmake", "-G", "Ninja", "-S", ZIG / "runtime", "-B", runtime, toolchain]
+    configure += [f"-DZIG_LIB={ziglang() / 'lib'}", f"-DZIG_TARGET={target.zig}", "-DCMAKE_BUILD_TYPE=Release"]
+    configure.append("-DCMAKE_TRY_COMPILE_TARGET_TYPE=STATIC_LIBRARY")  # programs want the runtime that is to be built
+    run(configure, environment)
+    run(["cmake", "--build", runtime], environment)
+    (runtime / "licenses").mkdir(exist_ok=True)
+    for name, licence in (("zig", "LICENSE"), ("llvm", "lib/libcxx/LICENSE.TXT")):
+        shutil.copyfile(ziglang() / licence, runtime / "licenses" / f"{name}-LICENSE")
+
+    environment["ZIG_RUNTIME"] = str(runtime / RUNTIME)
+    options = [toolchain, *(f"-D{option}" for option in OPTIONS), f"-DXQUANT_CXX_RUNTIME={runtime / RUNTIME}"]
+    environment["CMAKE_ARGS"] = " ".join((*options, os.environ.get("CMAKE_ARGS", "")))
+    with tempfile.TemporaryDirectory() as folder:
+        pip: list[str | Path] = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
+        run([*pip, f"--config-settings=build-dir={work / 'fork'}", "-w", folder, "."], environment)
+        (wheel,) = Path(folder).glob("*.whl")
+        # scikit-build-core names the machine that it runs on
+        retag: list[str | Path] = [sys.executable, "-m", "wheel", "tags", "--remove"]
+        run([*retag, f"--platform-tag=linux_{target.processor}", wheel], environment)
+        (wheel,) = Path(folder).glob("*.whl")
+        run(
+            ["auditwheel", "repair", "--only-plat", "--plat", target.tag, "-w", Path(folder) / "checked", wheel],
+            environment,
+        )
+        (checked,) = (Path(folder) / "checked").glob("*.whl")
+        out.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.move(checked, out / checked.name))
+
+
+def build_bindings(out: Path) -> Path:
+    """Builds the Python part of the pinned llama-cpp-python, which is published as source alone; its wheel in out.
+
+    Pip takes it from there in place of the source, which would want a compiler.
+    """
+    release = llama_source.read_release()
+    sdist = llama_source.fetch(release)
+    with tempfile.TemporaryDirectory() as folder:
+        pip: list[str | Path] = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+        run([*pip, "-w", folder, sdist], {"PATH": PATH, "CMAKE_ARGS": "-DLLAMA_BUILD=OFF"})
+        (wheel,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            if libraries := [name for name in archive.namelist() if ".so" in name]:
+                raise SystemExit(f"wheels: {wheel.name} holds {libraries[0]}: LLAMA_BUILD=OFF did not leave it out")
+        # the number of the build says that it is not the authors' own
+        retag: list[str | Path] = [sys.executable, "-m", "wheel", "tags", "--remove", "--build=1xquant"]
+        run([*retag, "--platform-tag=any", wheel], {})
+        (wheel,) = Path(folder).glob("*.whl")
+        out.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.move(wheel, out / wheel.name))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    names = [target.tag for target in TARGETS]
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(names)}; all if there is none")
+    parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for the wheels")
+    args = parser.parse_args()
+    if unknown := set(args.targets) - set(names):
+        parser.error(f"unknown target {sorted(unknown)[0]!r}: must be of {', '.join(names)}")
+    wheels = [build_bindings(args.out)]
+    wheels += [build(target, args.out) for target in TARGETS if target.tag in (args.targets or names)]
+    for wheel in wheels:
+        print(f"{wheel}  {wheel.stat().st_size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
