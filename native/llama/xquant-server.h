@@ -1,20 +1,28 @@
 /* xquant-server.h: what llama-server tells of an XQuant cache: gauges of /metrics, and the plan in /props.
  *
  * llama-server answers requests for metrics while another thread decodes.  The cache's numbers are therefore read
- * between decodes, and kept with the server's own metrics, of which an answer gets a copy. */
+ * between decodes, now and then, and kept with the server's own metrics, of which an answer gets a copy. */
 #pragma once
 
 #include "xquant_llama.h"
+
+#include "ggml.h"
 
 #include <memory>
 #include <vector>
 
 namespace xquant {
 
-/* What the cache held after the last decode. */
+/* What the cache held after a decode, no more than a second ago: counters of a GPU are waited for. */
 class server_numbers {
   public:
-    void read(const llama_context *ctx) { present_ = xquant_llama_get_info(ctx, &info_) == 0; }
+    void read(const llama_context *ctx) {
+        const int64_t now = ggml_time_ms();
+        if (read_at_ < 0 || now - read_at_ >= 1000) {
+            present_ = xquant_llama_get_info(ctx, &info_) == 0;
+            read_at_ = now;
+        }
+    }
     /* Items of name, description and value; none without an XQuant cache. */
     template <class Item> std::vector<Item> gauges() const {
         if (!present_) {
@@ -33,6 +41,7 @@ class server_numbers {
 
   private:
     bool present_ = false;
+    int64_t read_at_ = -1;
     xquant_llama_info info_ = {};
 };
 
@@ -48,7 +57,9 @@ template <class Json> Json server_plan(const llama_context *ctx) {
     Json layers = Json::array();
     for (int32_t l = 0; l < plan->n_layers; ++l) {
         if (d[l] > 0) {
-            layers.push_back({{"layer", l}, {"k_bits", plan->layers[l].k.bits}, {"v_bits", plan->layers[l].v.bits}});
+            // null: values are channels of the keys
+            const Json v_bits = e[l] > 0 ? Json(plan->layers[l].v.bits) : Json(nullptr);
+            layers.push_back({{"layer", l}, {"k_bits", plan->layers[l].k.bits}, {"v_bits", v_bits}});
         }
     }
     Json out = {{"window", plan->window}, {"pinned", plan->pinned}, {"bytes", info.bytes_allocated}};

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -138,6 +139,8 @@ def test_metrics_count(server: Server) -> None:
 def test_the_cache_is_told(smollm2: str, server: Server, prose: str) -> None:
     """Its pages and bytes in /metrics, its plan in /props; of other caches neither."""
     server.complete(prose[:3500], n_predict=1, id_slot=0)
+    time.sleep(1.1)  # the numbers may be a second old
+    server.complete("One", n_predict=1, id_slot=1)
     found, props = metrics(server), server.get("/props").json()
     if "xquant" not in props:  # as the fixture has seen: F16
         assert not [name for name in found if name.startswith("xquant_")]
