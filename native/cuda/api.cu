@@ -132,6 +132,9 @@ static int attend(const xq_store *store, const xq_attend_args *args, const xq_ex
     if (decode_covers(*store)) {
         return launch_decode(*store, *args, cuda_stream(exec));
     }
+    if (wide_covers(*store)) {
+        return launch_wide(*store, *args, cuda_stream(exec));
+    }
     const int status = launch_general(*store, *args, cuda_stream(exec));
     return status != XQ_OK ? status : launch_merge(*store, *args, cuda_stream(exec));
 }
@@ -163,7 +166,7 @@ static int write_keys(const xq_store *store, const xq_keys_args *args, const xq_
 }
 
 static const char *attend_kernel(const xq_store *store) {
-    return !accepts_store(store) ? nullptr : decode_covers(*store) ? "decode" : "general";
+    return !accepts_store(store) ? nullptr : decode_covers(*store) ? "decode" : wide_covers(*store) ? "wide" : "general";
 }
 
 } // namespace xq

@@ -24,84 +24,13 @@
 #include "decode_shape.h"
 #include "join.cuh"
 #include "launch.h"
+#include "page_list.cuh"
 
 #include <type_traits>
 
 namespace xq {
 
 namespace {
-
-/* ---- which page is which ---- */
-
-/* Pages of a block's part: sealed ones from the front on, open ones, with their slots, from the back. */
-struct page_list {
-    static constexpr int size = XQ_CUDA_PART_PAGES;
-    int n_sealed, n_open;
-    int pages[size], slots[size];
-    uint8_t seen[size];
-};
-
-/* Notes which of the n pages of a block's part are seen by any of n_tokens tokens.  mask: of the first of them.  By all
- * threads. */
-__device__ inline void find_seen_pages(page_list &list, const xq_attend_args &args, const uint16_t *mask, int n_tokens,
-                                       int n) {
-    const int warp = threadIdx.x / 32, n_warps = blockDim.x / 32, lane = threadIdx.x % 32;
-    for (int nth = warp; nth < n; nth += n_warps) {
-        const int page = blockIdx.x + nth * args.n_parts;
-        const char *at = (const char *)mask + (page * XQ_PAGE + 4 * lane) * (int)sizeof(__half);
-        bool some = false;
-#pragma unroll 1
-        for (int token = 0; token < n_tokens; ++token) {
-            const uint2 x = *(const uint2 *)(at + token * args.mask_token_stride);
-            some |= x.x != 0xfc00fc00u || x.y != 0xfc00fc00u; // -inf twice
-        }
-        list.seen[nth] = __any_sync(~0u, some);
-    }
-    __syncthreads();
-}
-
-/* Lists the n pages of a block's part.  Of more tokens than one, most may see none of a page, which is then left out.
- * table: [page] of the stream.  mask: of the first token of the tile, or null.  By all threads. */
-__device__ inline void list_pages(page_list &list, const xq_attend_args &args, const int32_t *table,
-                                  const uint16_t *mask, int n_tokens, int n) {
-    const bool looks = mask && args.n_tokens > 1;
-    if (looks) {
-        find_seen_pages(list, args, mask, n_tokens, n);
-    }
-    if (threadIdx.x < 32) {
-        const int lane = threadIdx.x;
-        int n_sealed = 0, n_open = 0;
-#pragma unroll 1
-        for (int base = 0; base < n; base += 32) {
-            const int nth = base + lane, page = blockIdx.x + nth * args.n_parts;
-            const int slot = nth < n && (!looks || list.seen[nth]) ? table[page] : XQ_SLOT_NONE;
-            const uint32_t sealed = __ballot_sync(~0u, slot == XQ_SLOT_SEALED), open = __ballot_sync(~0u, slot >= 0);
-            const uint32_t before = (1u << lane) - 1;
-            if (slot == XQ_SLOT_SEALED) {
-                list.pages[n_sealed + __popc(sealed & before)] = page;
-            } else if (slot >= 0) {
-                const int at = page_list::size - 1 - n_open - __popc(open & before);
-                list.pages[at] = page;
-                list.slots[at] = slot;
-            }
-            n_sealed += __popc(sealed);
-            n_open += __popc(open);
-        }
-        list.n_sealed = n_sealed;
-        list.n_open = n_open;
-    }
-    __syncthreads();
-}
-
-/* Asks for the table, if the stream is what it usually is: what leads to it takes as long as itself. */
-__device__ inline void prefetch_table(const xq_store &store, const xq_attend_args &args, const block_task &task) {
-    if (threadIdx.x < 64) {
-        const int page = task.part + (int)threadIdx.x * args.n_parts;
-        if (page < args.n_kv_pages) {
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(table_of(store, args.table, task.nth_stream) + page));
-        }
-    }
-}
 
 /* ---- query rows ---- */
 
@@ -171,7 +100,7 @@ __device__ void add_open_pages(sums<E, R> &sum, const row_tile<R> &rows, const p
     state.clear();
 #pragma unroll 1
     for (int item = nth; item < n; item += step) {
-        const int listed = page_list::size - 1 - item / pieces, first = item % pieces * piece;
+        const int listed = list.size - 1 - item / pieces, first = item % pieces * piece;
         const int64_t row = (int64_t)list.slots[listed] * XQ_PAGE + first;
         const open_piece at = {(const __half *)k.rows + row * D, (const __half *)v.rows + row * E,
                                list.pages[listed] * XQ_PAGE + first};
@@ -185,7 +114,7 @@ __device__ void add_open_pages(sums<E, R> &sum, const row_tile<R> &rows, const p
  * masks: of the team's first page. */
 template <int D, int KB, typename VALUES, bool PLAIN, int E, int R>
 __device__ void add_sealed_pages(typename VALUES::state_of &state, const row_tile<R> &rows, const page_list &list,
-                                 page_ring<E> &ring, page_masks<E, R> &masks, const team_room<VALUES, R> &room,
+                                 page_ring<warp_place<E>> &ring, page_masks<E, R> &masks, const team_room<VALUES, R> &room,
                                  const xq_store &store, const decode_shape &shape, const warp_place<E> &warp) {
     const int n_sealed = list.n_sealed;
 #pragma unroll 1
@@ -220,7 +149,7 @@ __global__ void __launch_bounds__(32 * max_warps(R, KB + VB), 1)
                   const __grid_constant__ decode_call call) {
     extern __shared__ __align__(128) uint8_t shared[];
     using values = values_of<E, VB, PLAIN, R>;
-    __shared__ typename page_ring<E>::marks marks;
+    __shared__ typename page_ring<warp_place<E>>::marks marks;
     __shared__ page_list list;
     __shared__ uint2 queries[walk<KB, D>::products][32];
     __shared__ float2 tops[max_warps(R, KB + VB)][n_rows<R>], shares[max_warps(R, KB + VB)][n_rows<R>];
@@ -229,7 +158,7 @@ __global__ void __launch_bounds__(32 * max_warps(R, KB + VB), 1)
     const int nth_stream = call.n_tiles == 1 ? blockIdx.z : blockIdx.z / (unsigned)call.n_tiles;
     const int first_row = (blockIdx.z - nth_stream * call.n_tiles) * n_rows<R>;
     const block_task task = {(int)blockIdx.x, (int)blockIdx.y, nth_stream, first_row};
-    prefetch_table(store, args, task);
+    prefetch_table(store, args, task.part, task.nth_stream);
 
     if (!args.after_update) {
         wait_for_previous();
@@ -238,10 +167,10 @@ __global__ void __launch_bounds__(32 * max_warps(R, KB + VB), 1)
     const row_tile<R> rows = load_rows<D, KB, PLAIN, R>(queries, args, call, task, warp);
     const side_view k = side_at(store.k, stream, task.head), v = side_at(store.v, stream, task.head);
 
-    page_ring<E> ring(shared + shape.buffers, marks, shape.depth, shape.parts, warp);
+    page_ring<warp_place<E>> ring(shared + shape.buffers, marks, shape.depth, shape.parts, warp);
     ring.begin();
     if (threadIdx.x == 0) {
-        page_ring<E>::prepare(marks, k, v);
+        page_ring<warp_place<E>>::prepare(marks, k, v);
     }
     // of the part: one less for the last ones
     const int n_pages = call.n_pages - ((call.n_pages - 1) * args.n_parts + task.part >= args.n_kv_pages);
@@ -291,11 +220,7 @@ int launch(const xq_store &store, const xq_attend_args &args, cudaStream_t strea
     const auto kernel = decode_kernel<D, D, KB, VB, PLAIN, R>;
     decode_call call = {};
     call.shape = decode_shape_of(store, R);
-    call.n_rep = args.n_head / store.n_head_kv;
-    call.rows_of_head = args.n_tokens * call.n_rep;
-    call.n_tiles = (call.rows_of_head + n_rows<R> - 1) / n_rows<R>;
-    call.n_pages = (args.n_kv_pages + args.n_parts - 1) / args.n_parts;
-    call.inverse = ((1u << 31) + call.n_rep - 1) / call.n_rep;
+    call.count(store, args, n_rows<R>);
     const dim3 grid(args.n_parts, store.n_head_kv, call.n_tiles * args.n_streams);
     if (allow_shared(kernel, call.shape.shared)) {
         launch_early(kernel, grid, call.shape.n_teams * warp_place<D>::size * 32, call.shape.shared, stream, store,

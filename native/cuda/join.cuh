@@ -23,12 +23,6 @@ namespace {
 
 constexpr int max_open = 8; /* warps of a block over open pages */
 
-/* What a block does: a tile of the query rows of one KV head, from first_row on, over a part of a stream's pages: every
- * n_parts-th, from page `part` on. */
-struct block_task {
-    int part, head, nth_stream, first_row;
-};
-
 /* What a team, or a warp over open pages, sums up.  A warp's p of open pages lies there at first. */
 template <int E, int R> struct sums {
     float2 head[n_rows<R>]; /* maximum, sum of p */

@@ -57,9 +57,13 @@ __device__ inline void launch_next() {
 
 int launch_update(const xq_store &store, const xq_update_args &args, cudaStream_t stream);
 
-/* Whether the tensor-core kernel covers what a layer stores; the general one covers everything. */
+/* Whether a tensor-core kernel covers what a layer stores; the general one covers everything. */
 bool decode_covers(const xq_store &store);
+bool wide_covers(const xq_store &store);
 int launch_decode(const xq_store &store, const xq_attend_args &args, cudaStream_t stream);
+/* The wide kernel, and what joins its parts. */
+int launch_wide(const xq_store &store, const xq_attend_args &args, cudaStream_t stream);
+int launch_merge_wide(const xq_store &store, const xq_attend_args &args, cudaStream_t stream);
 /* The general kernel, and what joins its states. */
 int launch_general(const xq_store &store, const xq_attend_args &args, cudaStream_t stream);
 int launch_merge(const xq_store &store, const xq_attend_args &args, cudaStream_t stream);

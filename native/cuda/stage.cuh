@@ -29,11 +29,11 @@ inline staged staging(const xq_store &store) {
     staged parts;
     parts.k_param = (int)packed_bytes(k.plan.bits, k.width, XQ_PAGE);
     parts.v_codes = parts.k_param + (int)page_param_bytes(k.plan, true, k.width);
-    parts.v_param = parts.v_codes + (int)packed_bytes(v.plan.bits, XQ_PAGE, v.width);
-    parts.bytes = parts.v_param + (int)page_param_bytes(v.plan, false, v.width);
+    parts.v_param = parts.v_codes + (store.latent ? 0 : (int)packed_bytes(v.plan.bits, XQ_PAGE, v.width));
+    parts.bytes = parts.v_param + (store.latent ? 0 : (int)page_param_bytes(v.plan, false, v.width));
     const auto lies = [&](const uint8_t *part, int at) { return (uintptr_t)part == (uintptr_t)k.codes + at; };
-    parts.whole = same_steps(k, v) && lies(k.param, parts.k_param) && lies(v.codes, parts.v_codes) &&
-                  lies(v.param, parts.v_param);
+    parts.whole = same_steps(k, v) && lies(k.param, parts.k_param) &&
+                  (store.latent || (lies(v.codes, parts.v_codes) && lies(v.param, parts.v_param)));
     return parts;
 }
 
@@ -53,9 +53,9 @@ struct page_in_shared {
 
 constexpr int max_buffers = 32; /* of a block */
 
-/* A team's pages, one after the other, in `depth` buffers: page n lies in buffer n % depth.  A buffer is filled again
+/* A team's pages, PLACE says which team's, one after the other, in `depth` buffers: page n lies in buffer n % depth.  A buffer is filled again
  * when the whole team has done with it, which the team knows as soon as it has met over the next page. */
-template <int E> class page_ring {
+template <typename PLACE> class page_ring {
   public:
     /* In shared memory: an mbarrier for each buffer, which says that a page is there, and where pages come from. */
     struct marks {
@@ -72,7 +72,7 @@ template <int E> class page_ring {
     }
 
     /* buffers: of the block, depth of them for each team. */
-    __device__ page_ring(uint8_t *buffers, marks &of, int depth, const staged &parts, const warp_place<E> &warp)
+    __device__ page_ring(uint8_t *buffers, marks &of, int depth, const staged &parts, const PLACE &warp)
         : buffers(buffers + warp.team * depth * parts.bytes), of(of), first(warp.team * depth), depth(depth),
           parts(parts), warp(warp) {}
 
@@ -135,7 +135,7 @@ template <int E> class page_ring {
                          : "memory");
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                if (i == 0 || !parts.whole) {
+                if ((i == 0 || !parts.whole) && (!PLACE::may_lack_values || size[i] > 0)) {
                     const int bytes = parts.whole ? parts.bytes : size[i];
                     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::"
                                  "bytes [%0], [%1], %2, [%3];" ::"r"(shared_of(to + start[i])),
@@ -174,7 +174,7 @@ template <int E> class page_ring {
     marks &of;
     int first, depth; /* first: of the team's buffers, in the block */
     const staged &parts;
-    const warp_place<E> &warp;
+    const PLACE &warp;
     int buffer = 0, phase = 0;
 };
 

@@ -26,6 +26,7 @@ template <int E> struct warp_place : lane_place {
     static constexpr int size = E / 64;                  /* warps of a team */
     static constexpr int chunks = XQ_PAGE / 32 / size;   /* of 32 tokens each: a warp's share of a page's scores */
     static constexpr int channel_chunks = E / 32 / size; /* of 32 channels each: its share of the sums */
+    static constexpr bool may_lack_values = false;       /* a page has four parts */
     int team, member;
 
     static __device__ warp_place here() {

@@ -1,0 +1,92 @@
+/* attend_wide.cu: which layers the wide kernel covers, and which instance of it they take. */
+#include "attend_wide.cuh"
+
+#include <algorithm>
+
+namespace xq {
+
+// each pair has a file of its own: they compile side by side
+extern template int launch_wide_of<4, 2, 1>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
+extern template int launch_wide_of<4, 2, 2>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
+extern template int launch_wide_of<8, 2, 1>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
+extern template int launch_wide_of<8, 2, 2>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
+extern template int launch_wide_of<8, 4, 1>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
+extern template int launch_wide_of<8, 4, 2>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
+
+/* Shares of the values' channels, 32 each, that warps have: chunks, or planes of eight units of latent codes. */
+static int n_shares(const xq_store &store) {
+    if (!store.latent) {
+        return (store.v.width + 31) / 32;
+    }
+    const code_part part = low_part(store.k.plan.bits, store.k.width);
+    return (units_of(part.bits, store.v.width) + 7) / 8 * part.planes;
+}
+
+/* Warps of a team, and tiles of 16 channels of each. */
+static int team_size(int shares) {
+    return shares <= 4 ? 4 : 8;
+}
+static int tiles_of(int shares) {
+    return shares <= 8 ? 2 : 4;
+}
+
+static int aligned(int bytes) {
+    return (bytes + 127) / 128 * 128;
+}
+
+/* n_pages: of a part.  n_teams = 0: nothing fits. */
+template <int NT> static wide_call shape_of(const xq_store &store, int n_pages) {
+    const xq_side &k = store.k.plan, &v = store.v.plan;
+    const int W = team_size(n_shares(store)), tiles = XQ_PAGE / k.group, rows = wide_rows<NT>;
+    wide_call call = {};
+    call.parts = staging(store);
+    call.state = state_bytes<NT>(store.v.width);
+    call.folded = products_of(k.bits, store.k.width) * product_bytes<NT>;
+    call.p = tiles * call.folded;
+    call.scales = call.p + (!store.latent && v.bits == 3 ? 2 : 1) * page_products * product_bytes<NT>;
+    call.constants = call.scales + 2 * value_groups(store) * (2 * XQ_PAGE);
+    call.tops = call.constants + tiles * W * rows * (int)sizeof(float);
+    call.room = aligned(call.tops + W * rows * (int)sizeof(float2));
+    const int list = aligned(n_pages * (2 * (int)sizeof(int) + 1)), reserve = 2048; // static shared memory
+    for (int n = wide_warps / W; n > 0 && call.n_teams == 0; --n) {
+        const int room = shared_limit() - reserve - call.folded - n * call.room - list;
+        const int depth = std::min(room / (n * call.parts.bytes), max_buffers / n);
+        call.ring = aligned(std::max(depth * call.parts.bytes, 2 * call.state));
+        if (depth >= 2 && n * call.ring <= room) {
+            call.n_teams = n;
+            call.depth = depth;
+            call.queries = n * call.ring;
+            call.rooms = call.queries + call.folded;
+            call.list = call.rooms + n * call.room;
+            call.shared = call.list + list;
+        }
+    }
+    return call;
+}
+
+/* As few pages as a part may have: whether a part has room for its list is seen later. */
+bool wide_covers(const xq_store &store) {
+    const auto codes = [](const xq_side &side) { return side.bits >= 1 && side.bits <= 4; };
+    return !store.mapped && codes(store.k.plan) && codes(store.v.plan) && store.v.width <= max_wide_width &&
+           shape_of<1>(store, XQ_CUDA_PART_PAGES).n_teams > 0;
+}
+
+template <int NT>
+static int launch_rows(const xq_store &store, const xq_attend_args &args, wide_call &call, cudaStream_t stream) {
+    call.count(store, args, wide_rows<NT>);
+    const int shares = n_shares(store);
+    return team_size(shares) == 4   ? launch_wide_of<4, 2, NT>(store, args, call, stream)
+           : tiles_of(shares) == 2 ? launch_wide_of<8, 2, NT>(store, args, call, stream)
+                                   : launch_wide_of<8, 4, NT>(store, args, call, stream);
+}
+
+int launch_wide(const xq_store &store, const xq_attend_args &args, cudaStream_t stream) {
+    const int rows = args.n_tokens * (args.n_head / store.n_head_kv);
+    const int n_pages = (args.n_kv_pages + args.n_parts - 1) / args.n_parts;
+    wide_call two = shape_of<2>(store, n_pages), one = shape_of<1>(store, n_pages);
+    const int status = rows > wide_rows<1> && two.n_teams > 0 ? launch_rows<2>(store, args, two, stream)
+                                                              : launch_rows<1>(store, args, one, stream);
+    return status != XQ_OK ? status : launch_merge_wide(store, args, stream);
+}
+
+} // namespace xq

@@ -1,0 +1,272 @@
+/* attend_wide.cuh: attention over codes of any width on the tensor cores, eight or sixteen query rows of a KV head.
+ *
+ *     s = q . k    ->    p = 2^(s - max)    ->    out += sum_t p_t v_t          v: own codes, or, latent, those of k
+ *
+ * A block is one to four teams of W warps that share a part of the pages of one KV head: every n_parts-th page.  Sealed
+ * pages come to shared memory in the background (stage.cuh), one team's after the other; of a page
+ *
+ *     the team folds q with the scales of keys, and scales of groups of values with their unit
+ *     each warp takes 128 / W tokens to their scores, over all channels
+ *     the team meets for the maximum; each warp stores p of its tokens, times their values' scales
+ *     each warp takes T tiles of 16 channels to their sums, over all tokens
+ *
+ * and open pages afterwards, from memory, with sums of their own, for sealed values may be rotated.  Widths, bits and
+ * groups are numbers at run time: what the compiler knows is how many sums a lane holds.  What a block sums up goes to
+ * memory; merge_wide.cu joins the parts.
+ *
+ * Where args.after_update is set, see attend_decode.cuh: what is said there holds here.
+ *
+ * Queries, folded queries and p times scales are rounded to F16 (relative error 2^-11); sums are single precision.
+ */
+#pragma once
+
+#include "alibi.h"
+#include "page_list.cuh"
+#include "wide_join.cuh"
+
+namespace xq {
+
+namespace {
+
+/* The pages of a block's part, with room for them in dynamic shared memory. */
+struct part_list {
+    int n_sealed, n_open, size;
+    int *pages, *slots;
+    uint8_t *seen;
+};
+
+/* ---- query rows ---- */
+
+/* Row r of a tile to shared memory, by a warp: scaled by a power of two to below 1, rounded, in the order of the codes
+ * (wide_codes.cuh); and what is known of the row.  Rows past the last are as the last. */
+template <int NT>
+__device__ void load_wide_row(uint8_t *queries, wide_tile<NT> &tile, int r, const xq_store &store,
+                              const xq_attend_args &args, const wide_call &call, const block_task &task, int lane) {
+    constexpr int most = (XQ_MAX_HEAD_DIM / 4 + 31) / 32; // quads of channels of a lane
+    const int row = min(task.first_row + r, call.rows_of_head - 1), token = call.token_of(row);
+    const int head = task.head * call.n_rep + call.rest_of(row), width = store.k.width, bits = store.k.plan.bits;
+    const float *q = query_at(args, task.nth_stream, token, head);
+    float4 x[most];
+    float top = 0.0f;
+#pragma unroll
+    for (int k = 0; k < most; ++k) {
+        const int i = 4 * (lane + 32 * k);
+        x[k] = i < width ? *(const float4 *)(q + i) : float4{};
+        top = fmaxf(fmaxf(top, fmaxf(fabsf(x[k].x), fabsf(x[k].y))), fmaxf(fabsf(x[k].z), fabsf(x[k].w)));
+    }
+    const int exponent = min(max((int)(warp_max(__float_as_uint(top)) >> 23) - 126, -100), 100); // top < 2^exponent
+    if (lane == 0) {
+        tile.factor[r] = power_of_two(exponent) * args.scale * log2e;
+        tile.slope[r] = slope_of(args.max_bias, head, args.n_head) * log2e;
+        tile.mask[r] = (const __half *)mask_at(args, task.nth_stream, token);
+    }
+    const auto store_part = [&](const code_part &part, uint8_t *to, float weight) {
+#pragma unroll
+        for (int k = 0; k < most; ++k) {
+            const int quad = lane + 32 * k; // beyond the width: 0, for products take whole steps
+            if (quad < 4 * part.products()) {
+                const float by = weight * power_of_two(-exponent) * weight_of_quad(part, quad);
+                *(uint2 *)(to + place_of_quad<NT>(part.planes, quad, r)) =
+                    make_uint2(halves(x[k].x * by, x[k].z * by), halves(x[k].y * by, x[k].w * by));
+            }
+        }
+    };
+    const code_part low = low_part(bits, width);
+    store_part(low, queries, 1.0f);
+    if (bits == 3) {
+        store_part(high_part(width), queries + low.products() * product_bytes<NT>, 4.0f);
+    }
+}
+
+/* ---- pages ---- */
+
+/* Sealed pages of the list, by a team: every n_teams-th, as they come through `ring`, which holds the first ones. */
+template <int W, int T, int NT>
+__device__ void add_wide_sealed(wide_state<T, NT> &state, const wide_team<W, T, NT> &team, const part_list &list,
+                                page_ring<wide_place<W>> &ring) {
+    constexpr int N = wide_team<W, T, NT>::N;
+    const wide_place<W> &place = team.place;
+    const int first = team.first_token(), n_sealed = list.n_sealed, step = team.call.n_teams;
+    const bool latent = team.store.latent;
+    const float softcap = team.args.softcap * log2e;
+    const latent_place latent_at = team.latent();
+    place_of_p<NT> low, high = {};
+    low.set(latent ? code_part{8, 1, page_products, 0} : low_part(team.v().bits, XQ_PAGE), first, place.t);
+    if (!latent && team.v().bits == 3) {
+        high.set(high_part(XQ_PAGE), first, place.t);
+    }
+    wide_masks<N, NT> masks;
+    if (place.team < n_sealed) {
+        masks.load(team.tile, list.pages[place.team] * XQ_PAGE + first, place.t);
+    }
+#pragma unroll 1
+    for (int j = place.team; j < n_sealed; j += step) {
+        const uint8_t *page = ring.wait();
+        const staged &parts = team.call.parts;
+        team.fold_keys(page + parts.k_param);
+        if (!latent) {
+            team.fold_values(state, page + parts.v_param);
+        }
+        place.meet();
+        float s[N][2 * NT];
+        team.sealed_scores(s, page);
+        finish_wide_scores<N, NT>(s, masks, team.tile, softcap, place.t);
+        exponentiate_page<N>(state, s, team.tops(), place);
+        team.store_sealed_p(state, s, page + parts.v_param, low, high);
+        if (j + step < n_sealed) { // they come from afar
+            masks.load(team.tile, list.pages[j + step] * XQ_PAGE + first, place.t);
+        }
+        place.meet();
+        if (latent) {
+            team.latent_values(state, page, page + parts.k_param, latent_at);
+        } else {
+            team.sealed_values(state, page + parts.v_codes);
+        }
+        place.meet();
+        ring.next();
+        const int later = j + team.call.depth * step;
+        ring.refill(later < n_sealed ? list.pages[later] : -1);
+    }
+}
+
+/* Open pages of the list, by a team: every n_teams-th from the nth on.  k, v: of the KV head. */
+template <int W, int T, int NT>
+__device__ void add_wide_open(wide_state<T, NT> &state, const wide_team<W, T, NT> &team, const part_list &list,
+                              const side_view &k, const side_view &v, int nth) {
+    constexpr int N = wide_team<W, T, NT>::N;
+    const wide_place<W> &place = team.place;
+    const int first = team.first_token();
+    place_of_p<NT> to;
+    to.set(code_part{8, 1, page_products, 0}, first, place.t);
+    float by[N];
+    for (int n = 0; n < N; ++n) {
+        by[n] = power_of_two(p_bits);
+    }
+#pragma unroll 1
+    for (int j = nth; j < list.n_open; j += team.call.n_teams) {
+        const int at = list.size - 1 - j;
+        wide_masks<N, NT> masks;
+        masks.load(team.tile, list.pages[at] * XQ_PAGE + first, place.t);
+        float s[N][2 * NT];
+        team.open_scores(s, open_rows(k, list.slots[at]), k.rows_token);
+        finish_wide_scores<N, NT>(s, masks, team.tile, team.args.softcap * log2e, place.t);
+        exponentiate_page<N>(state, s, team.tops(), place);
+        store_p<N, NT>(team.p(), to, s, by, place.g);
+        place.meet();
+        team.open_values(state, open_rows(v, list.slots[at]), v.rows_token);
+        place.meet();
+    }
+}
+
+/* Asks for the rows of open pages: they are read last, when nothing else hides how far they are. */
+__device__ inline void prefetch_open(const part_list &list, const side_view &side) {
+    const int bytes = XQ_PAGE * side.rows_token * (int)sizeof(__half);
+#pragma unroll 1
+    for (int j = 0; j < list.n_open; ++j) {
+        const char *rows = (const char *)open_rows(side, list.slots[list.size - 1 - j]);
+#pragma unroll 1
+        for (int at = 128 * threadIdx.x; at < bytes; at += 128 * blockDim.x) {
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(rows + at));
+        }
+    }
+}
+
+/* ---- a block ---- */
+
+/* grid (part, KV head, tile of rows and stream) */
+template <int W, int T, int NT>
+__global__ void __launch_bounds__(32 * wide_warps, 1)
+    wide_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_attend_args args,
+                const __grid_constant__ wide_call call) {
+    extern __shared__ __align__(128) uint8_t shared[];
+    using ring_of = page_ring<wide_place<W>>;
+    __shared__ typename ring_of::marks marks;
+    __shared__ wide_tile<NT> tile;
+    __shared__ part_list list;
+    const auto place = wide_place<W>::here();
+    const int warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
+    const int nth_stream = call.n_tiles == 1 ? blockIdx.z : blockIdx.z / (unsigned)call.n_tiles;
+    const int first_row = (blockIdx.z - nth_stream * call.n_tiles) * wide_rows<NT>;
+    const block_task task = {(int)blockIdx.x, (int)blockIdx.y, nth_stream, first_row};
+    prefetch_table(store, args, task.part, task.nth_stream);
+    if (!args.after_update) {
+        wait_for_previous();
+    }
+    const int stream = stream_of(args.first_stream, task.nth_stream);
+    const side_view k = side_at(store.k, stream, task.head), v = side_at(store.v, stream, task.head);
+    uint8_t *own_ring = shared + place.team * call.ring;
+    ring_of ring(own_ring - place.team * call.depth * call.parts.bytes, marks, call.depth, call.parts, place);
+    ring.begin();
+    if (threadIdx.x == 0) {
+        ring_of::prepare(marks, k, v);
+        list.size = call.n_pages;
+        list.pages = (int *)(shared + call.list);
+        list.slots = list.pages + call.n_pages;
+        list.seen = (uint8_t *)(list.slots + call.n_pages);
+    }
+    __syncthreads();
+    for (int r = warp - 1; r >= 0 && r < wide_rows<NT>; r += n_warps - 1) { // while the first warp waits for the table
+        load_wide_row<NT>(shared + call.queries, tile, r, store, args, call, task, place.lane);
+    }
+    // of the part: one less for the last ones
+    const int n_pages = call.n_pages - ((call.n_pages - 1) * args.n_parts + task.part >= args.n_kv_pages);
+    const int first_token = call.token_of(task.first_row);
+    const int last_token = call.token_of(min(task.first_row + wide_rows<NT>, call.rows_of_head) - 1);
+    list_pages(list, args, table_of(store, args.table, stream), mask_at(args, task.nth_stream, first_token),
+               last_token - first_token + 1, n_pages);
+#pragma unroll 1
+    for (int n = 0; n < call.depth; ++n) {
+        const int nth = place.team + n * call.n_teams;
+        ring.fill_first(nth < list.n_sealed ? list.pages[nth] : -1, n);
+    }
+    prefetch_open(list, k);
+    if (!store.latent) {
+        prefetch_open(list, v);
+    }
+
+    const wide_team<W, T, NT> team = {store,
+                                      args,
+                                      call,
+                                      tile,
+                                      shared + call.queries,
+                                      shared + call.rooms + place.team * call.room,
+                                      place,
+                                      value_groups(store)};
+    wide_state<T, NT> state;
+    state.clear();
+    add_wide_sealed(state, team, list, ring);
+    if (store.latent) {
+        store_latent_state(own_ring, state, team);
+    } else {
+        store_sealed_state(own_ring, own_ring + call.state, state, team);
+    }
+    wait_for_previous(); // it writes rows, and may still read what lies where this launch writes
+    launch_next();
+    const int nth_open = call.n_teams - 1 - place.team; // the last teams may have fewer sealed pages
+    if (nth_open < list.n_open) {
+        state.clear();
+        add_wide_open(state, team, list, k, v, nth_open);
+        store_open_state(own_ring + call.state, state, team);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int r = warp; r < min(wide_rows<NT>, call.rows_of_head - task.first_row); r += n_warps) {
+        join_wide_row<NT>(shared, min(call.n_teams, list.n_open), r, store, args, call, task, place.lane);
+    }
+}
+
+/* ---- launch ---- */
+
+} // namespace
+
+template <int W, int T, int NT>
+int launch_wide_of(const xq_store &store, const xq_attend_args &args, const wide_call &call, cudaStream_t stream) {
+    const auto kernel = wide_kernel<W, T, NT>;
+    const dim3 grid(args.n_parts, store.n_head_kv, call.n_tiles * args.n_streams);
+    if (allow_shared(kernel, call.shared)) {
+        launch_early(kernel, grid, call.n_teams * W * 32, call.shared, stream, store, args, call);
+    }
+    return launched("wide attention");
+}
+
+} // namespace xq

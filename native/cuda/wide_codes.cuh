@@ -1,0 +1,340 @@
+/* wide_codes.cuh: products of codes with 8 NT query rows, of any width, by teams of W warps (codes_mma.cuh has the
+ * layout).
+ *
+ * Operand B, the vectors that codes are multiplied with, lies in shared memory in the order in which products take it,
+ * so that a lane reads what it needs for all NT tiles at once: [product][lane][NT][2] registers.  Of a quad of rows i
+ * (wide_shape.h) the first register holds elements 0 and 2, the second 1 and 3.  A mask leaves code * 2^(B p) of plane
+ * p: 2^-(B p) is part of what lies there.
+ *
+ * Latent values contract over tokens, j, so that four words of four tokens are transposed first: a lane has unit g of
+ * eight and, of each 16 tokens, 4 t .. 4 t + 3; rows g and g + 8 of operand A are two channels of its unit.
+ */
+#pragma once
+
+#include "attend_page.cuh"
+#include "wide_shape.h"
+
+namespace xq {
+
+namespace {
+
+/* Where a thread stands: the member-th of W warps of a team. */
+template <int W> struct wide_place : lane_place {
+    static constexpr int size = W;
+    static constexpr bool may_lack_values = true; /* of a latent layer */
+    int team, member;
+
+    static __device__ wide_place here() {
+        const int warp = threadIdx.x / 32;
+        return {lane_place::here(), warp / W, warp % W};
+    }
+    /* Waits for the team's other warps. */
+    __device__ void meet() const { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(32 * W) : "memory"); }
+};
+
+/* ---- operand B ---- */
+
+template <int NT> constexpr int lane_bytes = 8 * NT;
+template <int NT> constexpr int product_bytes = 32 * lane_bytes<NT>;
+
+template <int NT> struct fragment {
+    uint32_t x[NT][2];
+
+    static __device__ fragment load(const uint8_t *at) {
+        fragment out;
+        if constexpr (NT == 2) {
+            const uint4 y = *(const uint4 *)at;
+            out.x[0][0] = y.x, out.x[0][1] = y.y, out.x[NT - 1][0] = y.z, out.x[NT - 1][1] = y.w;
+        } else {
+            const uint2 y = *(const uint2 *)at;
+            out.x[0][0] = y.x, out.x[0][1] = y.y;
+        }
+        return out;
+    }
+    __device__ void store(uint8_t *at) const {
+        if constexpr (NT == 2) {
+            *(uint4 *)at = make_uint4(x[0][0], x[0][1], x[NT - 1][0], x[NT - 1][1]);
+        } else {
+            *(uint2 *)at = make_uint2(x[0][0], x[0][1]);
+        }
+    }
+    /* Times two registers, of all rows alike. */
+    __device__ fragment times(uint2 y) const {
+        fragment out;
+        for (int nt = 0; nt < NT; ++nt) {
+            out.x[nt][0] = as_bits(__hmul2(as_half2(x[nt][0]), as_half2(y.x)));
+            out.x[nt][1] = as_bits(__hmul2(as_half2(x[nt][1]), as_half2(y.y)));
+        }
+        return out;
+    }
+};
+
+/* Where the quad-th four elements of a query row's vector lie; planes: a power of two. */
+template <int NT> __device__ int place_of_quad(int planes, int quad, int row) {
+    const int log = 31 - __clz(planes), unit = quad >> log, plane = quad & (planes - 1);
+    return (unit / 4 * planes + plane) * product_bytes<NT> + (row % 8 * 4 + unit % 4) * lane_bytes<NT> + row / 8 * 8;
+}
+/* 2^-(B p) of a quad. */
+__device__ inline float weight_of_quad(const code_part &part, int quad) {
+    return power_of_two(-part.bits * (quad & (part.planes - 1)));
+}
+
+/* ---- keys ---- */
+
+/* Folds one part of the queries with the scales of one tile of keys: this warp's products; param: the tile's.
+ * constant: grows by q times the zero points; of the low part, which has every channel once. */
+template <int W, int NT>
+__device__ void fold_part(const code_part &part, bool is_low, const xq_side &side, int width, const uint8_t *param,
+                          const uint8_t *queries, uint8_t *folded, float (&constant)[NT][2],
+                          const wide_place<W> &place) {
+    const int log = 31 - __clz(part.planes);
+#pragma unroll 1
+    for (int n = place.member; n < part.products(); n += W) {
+        const int plane = n & (part.planes - 1), i = 4 * (part.planes * (4 * (n >> log) + place.t) + plane);
+        uint2 scale = {}, zero = {};
+        if (i < width) {
+            load_four<false>(side, param, width, i, scale, zero);
+        }
+        const int at = n * product_bytes<NT> + place.lane * lane_bytes<NT>;
+        const auto q = fragment<NT>::load(queries + at);
+        q.times(make_uint2(even(scale), odd(scale))).store(folded + at);
+        if (is_low) {
+            const uint32_t z[2] = {even(zero), odd(zero)};
+            const float back = (float)(1 << (part.bits * plane));
+            for (int nt = 0; nt < NT; ++nt) {
+                float y[4] = {};
+                multiply(y, z[0], z[0], z[1], z[1], q.x[nt][0], q.x[nt][1]);
+                constant[nt][0] += y[0] * back;
+                constant[nt][1] += y[1] * back;
+            }
+        }
+    }
+}
+
+/* Adds the products of one part of the codes of N / 2 times 16 tokens with folded queries.  at: this lane's N words of
+ * the first step, folded: its first fragment.  N = 4: c[k] has tokens 2 k and 2 k + 1 of the lane's four.  N = 2: both
+ * have its two tokens. */
+template <int N, int NT>
+__device__ void add_scores(float (&c)[2][NT][4], const code_part &part, const uint8_t *at, const uint8_t *folded) {
+    const uint32_t low = ((1u << part.bits) - 1) * 0x00010001u;
+#pragma unroll 2
+    for (int s = 0; s < part.steps; ++s, at += 256) {
+        uint32_t w[N], v[N];
+        if constexpr (N == 4) {
+            const uint4 x = *(const uint4 *)at;
+            w[0] = x.x, w[1] = x.y, w[2] = x.z, w[3] = x.w;
+        } else {
+            const uint2 x = *(const uint2 *)at;
+            w[0] = x.x, w[1] = x.y;
+        }
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            v[k] = w[k] >> 8;
+        }
+        uint32_t mask = low;
+#pragma unroll 1
+        for (int p = 0; p < part.planes; p += 2) {
+#pragma unroll
+            for (int k = 0; k < 2; ++k, mask <<= part.bits, folded += product_bytes<NT>) {
+                const auto b = fragment<NT>::load(folded);
+#pragma unroll
+                for (int nt = 0; nt < NT; ++nt) {
+                    if constexpr (N == 4) {
+                        for (int pair = 0; pair < 2; ++pair) {
+                            multiply(c[pair][nt], w[2 * pair] & mask, w[2 * pair + 1] & mask, v[2 * pair] & mask,
+                                     v[2 * pair + 1] & mask, b.x[nt][0], b.x[nt][1]);
+                        }
+                    } else {
+                        multiply(c[k][nt], w[0] & mask, w[1] & mask, v[0] & mask, v[1] & mask, b.x[nt][0], b.x[nt][1]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/* Scores of F16 rows: y grows by the products of rows k .. k + 15 with the queries.  rows: [N] of this lane. */
+template <int N, int NT>
+__device__ void add_open_scores(float (&y)[N / 2][NT][4], const code_part &part, int width, const __half *rows,
+                                int rows_token, const uint8_t *queries, int t) {
+    const int log = 31 - __clz(part.planes);
+#pragma unroll 4
+    for (int n = 0; n < part.products(); ++n) {
+        const int plane = n & (part.planes - 1), i = 4 * (part.planes * (4 * (n >> log) + t) + plane);
+        uint2 x[N];
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            x[k] = i < width ? *(const uint2 *)(rows + k * rows_token + i) : uint2{};
+        }
+        const auto b = fragment<NT>::load(queries + n * product_bytes<NT>);
+        const float back = (float)(1 << (part.bits * plane));
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) {
+            for (int pair = 0; pair < N / 2; ++pair) {
+                float c[4] = {};
+                multiply(c, even(x[2 * pair]), even(x[2 * pair + 1]), odd(x[2 * pair]), odd(x[2 * pair + 1]),
+                         b.x[nt][0], b.x[nt][1]);
+                for (int k = 0; k < 4; ++k) {
+                    y[pair][nt][k] += c[k] * back;
+                }
+            }
+        }
+    }
+}
+
+/* ---- values ---- */
+
+/* Adds the products of one part of the codes of T / 2 chunks of 32 channels with p.  at: this lane's words of its first
+ * chunk, step_chunk bytes from one to the next, n of which exist; p: its first fragment.  scales: of this lane's first
+ * quad and of its first chunk's group, null: p has them; chunk c is group_step[c] bytes further. */
+template <int T, int NT>
+__device__ void add_values(float (&out)[T][NT][4], const code_part &part, const uint8_t *at, int step_chunk, int n,
+                           const uint8_t *p, const uint8_t *scales, const int (&group_step)[T / 2]) {
+    constexpr int chunks = T / 2;
+    const uint32_t low = ((1u << part.bits) - 1) * 0x00010001u;
+#pragma unroll 1
+    for (int s = 0; s < part.steps; ++s, at += 256) {
+        uint4 w[chunks], v[chunks];
+#pragma unroll
+        for (int c = 0; c < chunks; ++c) {
+            w[c] = c < n ? *(const uint4 *)(at + c * step_chunk) : uint4{};
+            v[c] = make_uint4(w[c].x >> 8, w[c].y >> 8, w[c].z >> 8, w[c].w >> 8);
+        }
+        uint32_t mask = low;
+        const uint8_t *of_step = scales + s * 32 * part.planes;
+#pragma unroll 1
+        for (int pair = 0; pair < part.planes; pair += 2) {
+#pragma unroll
+            for (int k = 0; k < 2; ++k, mask <<= part.bits, p += product_bytes<NT>) {
+                const auto all = fragment<NT>::load(p);
+#pragma unroll
+                for (int c = 0; c < chunks; ++c) {
+                    if (c > 0 && c >= n) {
+                        break;
+                    }
+                    const auto b = scales ? all.times(*(const uint2 *)(of_step + group_step[c] + 8 * (pair + k))) : all;
+#pragma unroll
+                    for (int nt = 0; nt < NT; ++nt) {
+                        multiply(out[2 * c][nt], w[c].x & mask, w[c].y & mask, v[c].x & mask, v[c].y & mask, b.x[nt][0],
+                                 b.x[nt][1]);
+                        multiply(out[2 * c + 1][nt], w[c].z & mask, w[c].w & mask, v[c].z & mask, v[c].w & mask,
+                                 b.x[nt][0], b.x[nt][1]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/* Four channels of a unit by four tokens: the words of tokens 0 .. 3 to even[w], odd[w], which have, of channel w,
+ * tokens 0 and 2, 1 and 3 in the low bytes of their halves; the other bytes hold anything. */
+struct transposed {
+    uint32_t even[4], odd[4];
+
+    static __device__ transposed of(uint4 x) {
+        transposed out;
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            out.even[w] = __byte_perm(x.x, x.z, 0x0400 + 0x0101 * w);
+            out.odd[w] = __byte_perm(x.y, x.w, 0x0400 + 0x0101 * w);
+        }
+        return out;
+    }
+    /* Bits `from` .. of mask's place in each byte. */
+    template <typename F> __device__ transposed each(const F &f) const {
+        transposed out;
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            out.even[w] = f(even[w]);
+            out.odd[w] = f(odd[w]);
+        }
+        return out;
+    }
+};
+
+/* The value product of a latent layer: T / 2 planes, from `plane` on, of eight units of keys. */
+struct latent_place {
+    int unit, plane; /* this lane's unit, of the low part */
+    int channel;     /* the first of the four of its first plane */
+    bool exists;     /* the warp has work */
+};
+
+/* y [2 plane + pair of channels] and total, sums of p, over 16-token blocks first .. first + n - 1 of a page.  bytes: of
+ * a block; bits: of a code; p: this lane's first fragment. */
+template <int T, int NT>
+__device__ void add_latent(float (&y)[T][NT][4], float (&total)[NT][4], const uint8_t *codes, int bytes, int bits,
+                           int n_i, const latent_place &at, int first, int n, const uint8_t *p, int t) {
+    const code_part part = low_part(bits, n_i);
+    const uint32_t mask = (((1u << part.bits) - 1) * 0x00010001u) << (part.bits * at.plane);
+    const uint8_t *words = codes + first * bytes + 64 * at.unit + 16 * t;
+    const int to_high = bits == 3 ? 64 * units_of(2, n_i) + 64 * (at.unit / 2 - at.unit) : 0;
+    const int from = 4 * (at.unit & 1) + at.plane; // of the high part: its plane
+    p += first * product_bytes<NT>;
+#pragma unroll 2
+    for (int j = 0; j < n; ++j, words += bytes, p += product_bytes<NT>) {
+        const auto b = fragment<NT>::load(p);
+        const auto x = transposed::of(*(const uint4 *)words);
+        transposed high;
+        if (bits == 3) {
+            high = transposed::of(*(const uint4 *)(words + to_high));
+        }
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) {
+            multiply(total[nt], 0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u, b.x[nt][0], b.x[nt][1]); // ones
+        }
+#pragma unroll
+        for (int l = 0; l < T / 2; ++l) {
+            auto a = x.each([&](uint32_t word) { return word & (mask << (part.bits * l)); });
+            if (bits == 3) { // code 4, in the place after the low part's two bits: of the last plane, beyond the byte
+                const auto h = high.each([&](uint32_t word) {
+                    return (word >> (from + l) & 0x00010001u) << (2 * (at.plane + l) + 2);
+                });
+                for (int w = 0; w < 4; ++w) {
+                    a.even[w] |= h.even[w];
+                    a.odd[w] |= h.odd[w];
+                }
+            }
+#pragma unroll
+            for (int nt = 0; nt < NT; ++nt) {
+                multiply(y[2 * l][nt], a.even[0], a.even[1], a.odd[0], a.odd[1], b.x[nt][0], b.x[nt][1]);
+                multiply(y[2 * l + 1][nt], a.even[2], a.even[3], a.odd[2], a.odd[3], b.x[nt][0], b.x[nt][1]);
+            }
+        }
+    }
+}
+
+/* Adds what F16 rows say of T / 2 chunks of 32 channels, step apart, n of which exist.  rows: this lane's four channels
+ * of its first chunk, of the page's token 4 t; has: its channels of the last chunk exist; p: its first fragment, in the
+ * order of tokens. */
+template <int T, int NT>
+__device__ void add_open_values(float (&out)[T][NT][4], const __half *rows, int rows_token, int step, int n, bool has,
+                                const uint8_t *p) {
+#pragma unroll 2
+    for (int j = 0; j < page_products; ++j, rows += 16 * rows_token, p += product_bytes<NT>) {
+        const auto b = fragment<NT>::load(p);
+#pragma unroll
+        for (int c = 0; c < T / 2; ++c) {
+            if (c > 0 && c >= n) {
+                break;
+            }
+            uint2 x[4];
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                x[k] = c + 1 < n || has ? *(const uint2 *)(rows + k * rows_token + c * step) : uint2{};
+            }
+#pragma unroll
+            for (int nt = 0; nt < NT; ++nt) {
+                multiply(out[2 * c][nt], __byte_perm(x[0].x, x[2].x, 0x5410), __byte_perm(x[0].x, x[2].x, 0x7632),
+                         __byte_perm(x[1].x, x[3].x, 0x5410), __byte_perm(x[1].x, x[3].x, 0x7632), b.x[nt][0],
+                         b.x[nt][1]);
+                multiply(out[2 * c + 1][nt], __byte_perm(x[0].y, x[2].y, 0x5410), __byte_perm(x[0].y, x[2].y, 0x7632),
+                         __byte_perm(x[1].y, x[3].y, 0x5410), __byte_perm(x[1].y, x[3].y, 0x7632), b.x[nt][0],
+                         b.x[nt][1]);
+            }
+        }
+    }
+}
+
+} // namespace
+
+} // namespace xq

@@ -1,0 +1,60 @@
+/* wide_shape.h: the blocks of the wide kernel (attend_wide.cuh) for a layer on the device at hand.
+ *
+ * A block is n_teams teams of W warps; NT tiles of eight query rows.  Dynamic shared memory:
+ *
+ *     [team] pages that come through a ring, and in their place, at last, two states      (n_teams * ring bytes)
+ *     queries [product][lane][NT][2 registers]
+ *     [team] room:  folded [tile of keys] as the queries | p [part of codes] likewise, 8 products each
+ *                   scales, zeros [group of channels][quad of tokens][4] halves, if values have several groups
+ *                   constants [tile of keys][warp][row] | tops [warp][row][2]
+ *     the list of pages
+ */
+#pragma once
+
+#include "decode_shape.h"
+
+namespace xq {
+
+constexpr int wide_warps = 16; /* of a block, at most */
+constexpr int max_wide_width = 512; /* of values */
+
+/* One part, of 1, 2 or 4 bits, of the codes of a matrix with n_i rows i.  A quad is four rows i .. i + 3 that share a
+ * word; unit u of a column has the quads planes * u .. planes * u + planes - 1, and a product takes, of a plane, those
+ * of four units, one each lane t. */
+struct code_part {
+    int bits, planes, steps; /* planes: 8 / bits */
+    int at;                  /* bytes from the start of 16 columns */
+
+    XQ_BOTH int products() const { return steps * planes; }
+};
+XQ_BOTH code_part low_part(int bits, int n_i) {
+    const int b = bits == 3 ? 2 : bits;
+    return {b, 8 / b, (units_of(b, n_i) + 3) / 4, 0};
+}
+/* Of 3 bits. */
+XQ_BOTH code_part high_part(int n_i) {
+    return {1, 8, (units_of(1, n_i) + 3) / 4, 64 * units_of(2, n_i)};
+}
+XQ_BOTH int products_of(int bits, int n_i) {
+    return low_part(bits, n_i).products() + (bits == 3 ? high_part(n_i).products() : 0);
+}
+constexpr int page_products = XQ_PAGE / 16; /* of the tokens of a page, each part */
+
+/* Values have scales for each group of channels; 0: for the whole head, or they are keys. */
+XQ_BOTH int value_groups(const xq_store &store) {
+    const int length = group_length(store.v.plan, store.v.width);
+    return store.latent || length == store.v.width ? 0 : store.v.width / length;
+}
+
+/* What the launch's blocks need to know; offsets and sizes in bytes. */
+struct wide_call : row_numbers {
+    staged parts;
+    int n_teams, depth;       /* depth: pages of a ring */
+    int ring, state;          /* sizes: of a team's ring, of a state */
+    int queries, rooms, list; /* offsets */
+    int room, folded;         /* sizes: of a team's room, of one tile's folded vectors */
+    int p, scales, constants, tops; /* offsets in a room */
+    int shared;
+};
+
+} // namespace xq

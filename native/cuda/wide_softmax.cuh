@@ -1,0 +1,211 @@
+/* wide_softmax.cuh: online softmax of a team of W warps over a page, for 8 NT query rows.
+ *
+ *     m' = max(m, scores)     p = 2^(score - m')     sum, zero, out *= 2^(m - m')
+ *
+ * A lane has N tokens of a page, first + 0 .. N - 1, and of every tile of eight query rows 2 t and 2 t + 1: its rows
+ * r = 0 .. 2 NT - 1.  Scores use base 2.
+ */
+#pragma once
+
+#include "wide_codes.cuh"
+
+namespace xq {
+
+namespace {
+
+constexpr int p_bits = 13; /* p is stored times 2^13: no product with a scale is beyond F16 */
+
+template <int NT> constexpr int wide_rows = 8 * NT;
+
+/* What a block knows of its query rows, in shared memory. */
+template <int NT> struct wide_tile {
+    float factor[wide_rows<NT>]; /* of a product with the rounded q to a score of base 2 */
+    float slope[wide_rows<NT>];  /* times log2 e */
+    const __half *mask[wide_rows<NT>]; /* [cell]; null: none */
+};
+
+/* The row that a lane's r-th is. */
+__device__ inline int row_of(int r, int t) {
+    return r / 2 * 8 + 2 * t + r % 2;
+}
+
+/* Sums of a lane over pages of one kind: out [tile][.][k], columns as products give them: row k % 2 of two rows. */
+template <int T, int NT> struct wide_state {
+    float out[T][NT][4];
+    float zero[NT][4]; /* p times zero points: groups of values in two rows, or, for the whole head, [0] and [1] */
+    float max[2 * NT], sum[2 * NT];
+    int exponent; /* of the unit of sums over values */
+
+    __device__ void clear() {
+        for (int nt = 0; nt < NT; ++nt) {
+            for (int k = 0; k < 4; ++k) {
+                for (int i = 0; i < T; ++i) {
+                    out[i][nt][k] = 0.0f;
+                }
+                zero[nt][k] = 0.0f;
+            }
+        }
+        for (int r = 0; r < 2 * NT; ++r) {
+            max[r] = -INFINITY;
+            sum[r] = 0.0f;
+        }
+        exponent = least_exponent;
+    }
+    __device__ void scale(const float (&by)[2 * NT]) {
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+#pragma unroll
+                for (int i = 0; i < T; ++i) {
+                    out[i][nt][k] *= by[2 * nt + k % 2];
+                }
+                zero[nt][k] *= by[2 * nt + k % 2];
+            }
+        }
+    }
+    /* Makes place for values of up to 2^(new exponent + 1). */
+    __device__ void raise_exponent(int to) {
+        if (to > exponent) {
+            float by[2 * NT];
+            for (int r = 0; r < 2 * NT; ++r) {
+                by[r] = power_of_two(::max(exponent - to, -126));
+            }
+            scale(by);
+            exponent = to;
+        }
+    }
+};
+
+/* The masks of a lane's tokens of a page. */
+template <int N, int NT> struct wide_masks {
+    uint32_t at[2 * NT][N / 2];
+
+    __device__ void load(const wide_tile<NT> &tile, int first_cell, int t) {
+#pragma unroll
+        for (int r = 0; r < 2 * NT; ++r) {
+            const __half *mask = tile.mask[row_of(r, t)];
+            if constexpr (N == 4) {
+                const uint2 x = mask ? *(const uint2 *)(mask + first_cell) : uint2{};
+                at[r][0] = x.x, at[r][N / 2 - 1] = x.y;
+            } else {
+                at[r][0] = mask ? *(const uint32_t *)(mask + first_cell) : 0;
+            }
+        }
+    }
+};
+
+/* Caps and masks scores s [token][r]. */
+template <int N, int NT>
+__device__ void finish_wide_scores(float (&s)[N][2 * NT], const wide_masks<N, NT> &masks, const wide_tile<NT> &tile,
+                                   float softcap /* times log2 e */, int t) {
+    if (softcap > 0.0f) {
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            for (int r = 0; r < 2 * NT; ++r) {
+                s[k][r] = softcap * tanhf(s[k][r] / softcap);
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2 * NT; ++r) {
+        const float slope = tile.slope[row_of(r, t)];
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            const float m = mask_of<N>(masks.at[r], k);
+            s[k][r] = m == -INFINITY ? -INFINITY : s[k][r] + slope * m;
+        }
+    }
+}
+
+/* Scores of a page become p; the state's maxima become those of the page too.  tops: room for [W][row]; the team meets
+ * in here. */
+template <int N, int T, int NT, int W>
+__device__ void exponentiate_page(wide_state<T, NT> &state, float (&s)[N][2 * NT], float *tops,
+                                  const wide_place<W> &place) {
+    constexpr int rows = wide_rows<NT>;
+    float max[2 * NT], by[2 * NT];
+#pragma unroll
+    for (int r = 0; r < 2 * NT; ++r) {
+        max[r] = s[0][r];
+        for (int k = 1; k < N; ++k) {
+            max[r] = fmaxf(max[r], s[k][r]);
+        }
+        max[r] = over_tokens(max[r]);
+    }
+    if (place.g == 0) {
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) {
+            *(float2 *)(tops + place.member * rows + row_of(2 * nt, place.t)) = make_float2(max[2 * nt], max[2 * nt + 1]);
+        }
+    }
+    place.meet();
+    bool grows = false;
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) {
+        float2 top = make_float2(state.max[2 * nt], state.max[2 * nt + 1]);
+#pragma unroll
+        for (int m = 0; m < W; ++m) {
+            const float2 x = *(const float2 *)(tops + m * rows + row_of(2 * nt, place.t));
+            top = make_float2(fmaxf(top.x, x.x), fmaxf(top.y, x.y));
+        }
+        max[2 * nt] = top.x, max[2 * nt + 1] = top.y;
+        grows |= top.x > state.max[2 * nt] || top.y > state.max[2 * nt + 1];
+    }
+    if (__any_sync(~0u, grows)) {
+#pragma unroll
+        for (int r = 0; r < 2 * NT; ++r) {
+            by[r] = max[r] == -INFINITY ? 1.0f : quick_exp2(state.max[r] - max[r]);
+            state.max[r] = max[r];
+            state.sum[r] *= by[r];
+        }
+        state.scale(by);
+    }
+#pragma unroll
+    for (int r = 0; r < 2 * NT; ++r) {
+        const float safe = state.max[r] == -INFINITY ? 0.0f : state.max[r];
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            s[k][r] = quick_exp2(s[k][r] - safe);
+            state.sum[r] += s[k][r];
+        }
+    }
+}
+
+/* Where a lane's p lie, and what plane of the codes they are multiplied with takes off. */
+template <int NT> struct place_of_p {
+    int at[2 * NT];
+    float weight;
+
+    /* planes, bits: of a part of the codes; first: of the lane's tokens, of the page. */
+    __device__ void set(const code_part &part, int first, int t) {
+        for (int r = 0; r < 2 * NT; ++r) {
+            at[r] = place_of_quad<NT>(part.planes, first / 4, row_of(r, t));
+        }
+        weight = weight_of_quad(part, first / 4);
+    }
+};
+
+/* Stores x [token][r] * by[token] as halves. */
+template <int N, int NT>
+__device__ void store_p(uint8_t *p, const place_of_p<NT> &to, const float (&x)[N][2 * NT], const float (&by)[N],
+                        int g) {
+#pragma unroll
+    for (int r = 0; r < 2 * NT; ++r) {
+        float y[N];
+        for (int k = 0; k < N; ++k) {
+            y[k] = x[k][r] * by[k];
+        }
+        if constexpr (N == 4) {
+            *(uint2 *)(p + to.at[r]) = make_uint2(halves(y[0], y[2]), halves(y[1], y[3]));
+        } else { // the first or second two tokens of a quad
+            auto *at = (__half *)(p + to.at[r]) + g % 2;
+            at[0] = __float2half_rn(y[0]);
+            at[2] = __float2half_rn(y[1]);
+        }
+    }
+}
+
+} // namespace
+
+} // namespace xq

@@ -1,0 +1,272 @@
+/* wide_team.cuh: what a team of W warps does with a page: everything but the order of it (attend_wide.cuh). */
+#pragma once
+
+#include "wide_softmax.cuh"
+
+namespace xq {
+
+namespace {
+
+/* All that a team knows.  W warps, T tiles of 16 channels a warp, NT tiles of eight rows. */
+template <int W, int T, int NT> struct wide_team {
+    static constexpr int N = XQ_PAGE / (8 * W); /* tokens of a lane */
+    using state_of = wide_state<T, NT>;
+
+    const xq_store &store;
+    const xq_attend_args &args;
+    const wide_call &call;
+    const wide_tile<NT> &tile;
+    const uint8_t *queries;
+    uint8_t *room;
+    const wide_place<W> place;
+    const int n_groups; /* of values, 0: one */
+
+    __device__ const xq_side &k() const { return store.k.plan; }
+    __device__ const xq_side &v() const { return store.v.plan; }
+    __device__ int first_token() const { return place.member * (XQ_PAGE / W) + N * place.g; } /* of this lane */
+    __device__ float *tops() const { return (float *)(room + call.tops); }
+    __device__ float *constants(int tile) const {
+        return (float *)(room + call.constants) + tile * W * wide_rows<NT>;
+    }
+    __device__ uint8_t *p() const { return room + call.p; }
+    __device__ int lane_at() const { return place.lane * lane_bytes<NT>; }
+    /* [group][quad][4] halves: scales, then zero points. */
+    __device__ uint8_t *scales(int group) const { return room + call.scales + group * (2 * XQ_PAGE); }
+    __device__ uint8_t *zeros(int group) const { return scales(n_groups + group); }
+
+    /* ---- before scores ---- */
+
+    __device__ void fold_keys(const uint8_t *param) const {
+        const int tiles = XQ_PAGE / k().group;
+#pragma unroll 1
+        for (int n = 0; n < tiles; ++n, param += parameter_bytes(k(), store.k.width)) {
+            float constant[NT][2] = {};
+            uint8_t *to = room + n * call.folded;
+            const code_part low = low_part(k().bits, store.k.width);
+            fold_part<W, NT>(low, true, k(), store.k.width, param, queries, to, constant, place);
+            if (k().bits == 3) {
+                const int first = low.products() * product_bytes<NT>;
+                fold_part<W, NT>(high_part(store.k.width), false, k(), store.k.width, param, queries + first,
+                                 to + first, constant, place);
+            }
+            for (int nt = 0; nt < NT && place.g == 0; ++nt) {
+                *(float2 *)(constants(n) + place.member * wide_rows<NT> + row_of(2 * nt, place.t)) =
+                    make_float2(constant[nt][0], constant[nt][1]);
+            }
+        }
+    }
+
+    /* The unit of values' scales, and, of several groups, these as halves in it.  Zero points of a group lie with
+     * 2^(B p), for p lies with its inverse. */
+    __device__ void fold_values(state_of &state, const uint8_t *param) const {
+        const int step = parameter_bytes(v(), XQ_PAGE);
+        float scale[4], zero[4], top = 0.0f;
+#pragma unroll 1
+        for (int n = 0; n < max(n_groups, 1); ++n) {
+            load_four(v(), param + n * step, XQ_PAGE, 4 * place.lane, scale, zero);
+            for (int w = 0; w < 4; ++w) {
+                top = fmaxf(top, fmaxf(fabsf(scale[w]), n_groups > 0 ? fabsf(zero[w]) * 0.0625f : 0.0f));
+            }
+        }
+        state.raise_exponent((int)(warp_max(__float_as_uint(top)) >> 23) - 127);
+        const float unit = power_of_two(-state.exponent);
+        const code_part part = low_part(v().bits, XQ_PAGE);
+        const float back = unit / weight_of_quad(part, place.lane);
+#pragma unroll 1
+        for (int n = place.member; n < n_groups; n += W) {
+            load_four(v(), param + n * step, XQ_PAGE, 4 * place.lane, scale, zero);
+            *(uint2 *)(scales(n) + 8 * place.lane) =
+                make_uint2(halves(scale[0] * unit, scale[2] * unit), halves(scale[1] * unit, scale[3] * unit));
+            *(uint2 *)(zeros(n) + 8 * place.lane) =
+                make_uint2(halves(zero[0] * back, zero[2] * back), halves(zero[1] * back, zero[3] * back));
+        }
+    }
+
+    /* ---- scores ---- */
+
+    /* s [token][r], without cap and mask. */
+    __device__ void sealed_scores(float (&s)[N][2 * NT], const uint8_t *codes) const {
+        const int bytes = column_bytes(k().bits, store.k.width), number = first_token() / k().group;
+        const code_part low = low_part(k().bits, store.k.width);
+        const uint8_t *at = codes + first_token() / 16 * bytes + 64 * place.t + 4 * (first_token() % 16);
+        const uint8_t *folded = room + number * call.folded + lane_at();
+        float c[2][NT][4] = {};
+        add_scores<N, NT>(c, low, at, folded);
+        if (k().bits == 3) {
+            const code_part high = high_part(store.k.width);
+            add_scores<N, NT>(c, high, at + high.at, folded + low.products() * product_bytes<NT>);
+        }
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) {
+            float2 constant = {};
+            const int row = row_of(2 * nt, place.t);
+#pragma unroll
+            for (int m = 0; m < W; ++m) {
+                const float2 x = *(const float2 *)(constants(number) + m * wide_rows<NT> + row);
+                constant = make_float2(constant.x + x.x, constant.y + x.y);
+            }
+            const float2 factor = *(const float2 *)(tile.factor + row);
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                const float x = N == 4 ? c[k / 2][nt][k % 2 * 2] : c[0][nt][2 * k] + c[1][nt][2 * k];
+                const float y = N == 4 ? c[k / 2][nt][k % 2 * 2 + 1] : c[0][nt][2 * k + 1] + c[1][nt][2 * k + 1];
+                s[k][2 * nt] = (x * code_unit + constant.x) * factor.x;
+                s[k][2 * nt + 1] = (y * code_unit + constant.y) * factor.y;
+            }
+        }
+    }
+
+    /* rows: of the page. */
+    __device__ void open_scores(float (&s)[N][2 * NT], const __half *rows, int rows_token) const {
+        float y[N / 2][NT][4] = {};
+        add_open_scores<N, NT>(y, low_part(k().bits, store.k.width), store.k.width,
+                               rows + first_token() * rows_token, rows_token, queries + lane_at(), place.t);
+#pragma unroll
+        for (int r = 0; r < 2 * NT; ++r) {
+            const float factor = tile.factor[row_of(r, place.t)];
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                s[k][r] = y[k / 2][r / 2][k % 2 * 2 + r % 2] * factor;
+            }
+        }
+    }
+
+    /* ---- values ---- */
+
+    /* Stores p times the scales of its values, or p alone if each group of channels has its own. */
+    __device__ void store_sealed_p(state_of &state, const float (&s)[N][2 * NT], const uint8_t *param,
+                                   const place_of_p<NT> &low, const place_of_p<NT> &high) const {
+        float by[N];
+        for (int k = 0; k < N; ++k) {
+            by[k] = power_of_two(p_bits);
+        }
+        if (!store.latent && n_groups == 0) {
+            const float unit = power_of_two(p_bits - state.exponent);
+            float scale[4], zero[4];
+            load_four(v(), param, XQ_PAGE, first_token() & ~3, scale, zero);
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                const bool second = N == 2 && place.g % 2 == 1;
+                by[k] = (second ? scale[N == 2 ? k + 2 : k] : scale[k]) * unit;
+                const float z = (second ? zero[N == 2 ? k + 2 : k] : zero[k]) * unit;
+#pragma unroll
+                for (int r = 0; r < 2 * NT; ++r) {
+                    state.zero[r / 2][r % 2] += s[k][r] * z;
+                }
+            }
+        }
+        float weighted[N];
+        for (int k = 0; k < N; ++k) {
+            weighted[k] = by[k] * low.weight;
+        }
+        store_p<N, NT>(p(), low, s, weighted, place.g);
+        if (!store.latent && v().bits == 3) {
+            for (int k = 0; k < N; ++k) {
+                weighted[k] = by[k] * (4.0f * high.weight);
+            }
+            store_p<N, NT>(p() + page_products * product_bytes<NT>, high, s, weighted, place.g);
+        }
+    }
+
+    __device__ int chunks() const { return (store.v.width + 31) / 32; }
+    /* Of this warp: chunks member, member + W, ... */
+    __device__ int own_chunks() const { return (chunks() - place.member + W - 1) / W; }
+
+    __device__ void sealed_values(state_of &state, const uint8_t *codes) const {
+        const int bytes = column_bytes(v().bits, XQ_PAGE);
+        const uint8_t *at = codes + (2 * place.member + place.g / 4) * bytes + 64 * place.t + 16 * (place.g % 4);
+        const code_part low = low_part(v().bits, XQ_PAGE), high = high_part(XQ_PAGE);
+        const uint8_t *of_group = nullptr;
+        int group_step[T / 2] = {};
+        if (n_groups > 0) {
+            const int length = v().group, first = 32 * place.member / length;
+            of_group = scales(min(first, n_groups - 1));
+            for (int c = 1; c < T / 2; ++c) {
+                group_step[c] = (32 * (place.member + c * W) / length - first) * (2 * XQ_PAGE);
+            }
+            add_zeros(state, low);
+        }
+        const auto quad = [&](const code_part &part) {
+            return of_group ? of_group + 8 * part.planes * place.t : nullptr;
+        };
+        const int n = own_chunks();
+        if (n <= 0) {
+            return;
+        }
+        add_values<T, NT>(state.out, low, at, 2 * W * bytes, n, p() + lane_at(), quad(low), group_step);
+        if (v().bits == 3) {
+            add_values<T, NT>(state.out, high, at + high.at, 2 * W * bytes, n,
+                              p() + page_products * product_bytes<NT> + lane_at(), quad(high), group_step);
+        }
+    }
+
+    /* This warp's products of p with the zero points of all groups. */
+    __device__ void add_zeros(state_of &state, const code_part &part) const {
+        const int log = 31 - __clz(part.planes), last = n_groups - 1;
+#pragma unroll 1
+        for (int n = place.member; n < page_products; n += W) {
+            const int quad = part.planes * (4 * (n >> log) + place.t) + (n & (part.planes - 1));
+            const uint2 x = *(const uint2 *)(zeros(min(place.g, last)) + 8 * quad);
+            const uint2 y = *(const uint2 *)(zeros(min(place.g + 8, last)) + 8 * quad);
+            const auto b = fragment<NT>::load(p() + n * product_bytes<NT> + lane_at());
+            for (int nt = 0; nt < NT; ++nt) {
+                multiply(state.zero[nt], x.x, y.x, x.y, y.y, b.x[nt][0], b.x[nt][1]);
+            }
+        }
+    }
+
+    __device__ latent_place latent() const {
+        const code_part part = low_part(k().bits, store.k.width);
+        const int nth = place.member * (T / 2), unit = nth / part.planes * 8 + place.g, plane = nth % part.planes;
+        const int n = (units_of(part.bits, store.v.width) + 7) / 8 * part.planes;
+        return {unit, plane, 4 * (part.planes * unit + plane), nth < n};
+    }
+
+    __device__ void latent_values(state_of &state, const uint8_t *codes, const uint8_t *param,
+                                  const latent_place &at) const {
+        if (!at.exists) {
+            return;
+        }
+        const int blocks = k().group / 16, part_bits = low_part(k().bits, store.k.width).bits;
+        const int bytes = column_bytes(k().bits, store.k.width);
+#pragma unroll 1
+        for (int first = 0; first < page_products; first += blocks, param += parameter_bytes(k(), store.k.width)) {
+            float y[T][NT][4] = {}, total[NT][4] = {};
+            add_latent<T, NT>(y, total, codes, bytes, k().bits, store.k.width, at, first, blocks, p() + lane_at(),
+                              place.t);
+#pragma unroll
+            for (int l = 0; l < T / 2; ++l) {
+                float scale[4] = {}, zero[4] = {};
+                if (at.channel + 4 * l < store.k.width) {
+                    load_four(k(), param, store.k.width, at.channel + 4 * l, scale, zero);
+                }
+                const float unit = code_unit * power_of_two(-part_bits * (at.plane + l));
+#pragma unroll
+                for (int w = 0; w < 4; ++w) {
+                    scale[w] *= unit;
+#pragma unroll
+                    for (int nt = 0; nt < NT; ++nt) {
+                        for (int r = 0; r < 2; ++r) {
+                            const int i = 2 * l + w / 2, k = w % 2 * 2 + r;
+                            state.out[i][nt][k] += scale[w] * y[i][nt][k] + zero[w] * total[nt][r];
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    __device__ void open_values(state_of &state, const __half *rows, int rows_token) const {
+        const int channel = 32 * place.member + 4 * place.g, n = own_chunks();
+        if (n <= 0) {
+            return;
+        }
+        const bool has = channel + 32 * W * (n - 1) < store.v.width;
+        add_open_values<T, NT>(state.out, rows + 4 * place.t * rows_token + channel, rows_token, 32 * W, n, has,
+                               p() + lane_at());
+    }
+};
+
+} // namespace
+
+} // namespace xq
