@@ -1,11 +1,15 @@
-"""Speed of the CUDA decode attention alone, against the time that its bytes need.
+"""Speed of the CUDA decode attention alone, against the time that its bytes need, and beside llama.cpp's over F16.
 
-usage: attention_cuda.py [--tokens 131072,32768] [--layers k4v2,k3v2,k2v1] [--rounds 7] [--json FILE]
+usage: attention_cuda.py [--shapes 128/4,256/4,...] [--tokens 131072,32768] [--layers k4v2,k3v2,k2v1] [--rounds 7]
+                         [--f16 0] [--json FILE]
 
-Llama-3-8B's shape (32 heads, 8 KV heads, width 128), one new token, window and pinned page open, all other pages
-sealed.  Medians of replays of a graph of 20 launches that rotate over three layers, so that nothing
-comes from the cache.  The floor is the bytes of the sealed pages over the bandwidth of a device-to-device copy,
-measured in the same run.
+A shape: width of keys, or KEYSxVALUES, / query heads to a KV head * KV heads: 256/16*4; with `latent` behind it, values
+are channels of the keys.  128/4*8 is Llama-3-8B's.  One new token, window and pinned page open, all other pages sealed.
+Medians of replays of a graph of 20 launches that rotate over three layers, so that nothing comes from the cache.  The
+floor is the bytes of the sealed pages over the bandwidth of a device-to-device copy, measured in the same run.
+
+f16: ggml_flash_attn_ext of llama.cpp's CUDA backend in the same run, where the build has it: milliseconds, and how many
+times as long it takes.
 """
 
 from __future__ import annotations
@@ -13,10 +17,11 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import re
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+import op_cuda
 from support import gpu
 from support.devices import Buffer
 from support.pages_of_codes import random_rows
@@ -32,7 +38,32 @@ from xquant_gguf import native
 from xquant_gguf.cli.text import table
 from xquant_gguf.plan import PAGE, Layer, Side
 
-HEADS, N_REP, WIDTH, PARTS, COPIES, LAUNCHES = 8, 4, 128, 16, 3, 20
+COPIES, LAUNCHES = 3, 20
+BLOCKS, TILE_ROWS = 132, 16  # blocks that keep a GPU busy; query rows of one
+SHAPES = "128/4*8,256/4*8,256/16*4,512/8*4,576x512/16*1latent,64/4*8,80/4*8,96/4*8,192x128/4*8"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer's attention: widths of keys and values, query heads to a KV head, KV heads."""
+
+    d: int
+    e: int
+    n_rep: int
+    heads: int
+    latent: bool
+
+    @staticmethod
+    def of(text: str) -> Shape:
+        found = re.fullmatch(r"(\d+)(?:x(\d+))?/(\d+)\*(\d+)(latent)?", text)
+        if not found:
+            raise ValueError(f"shape {text!r}, must be like 128/4*8, 192x128/4*8 or 576x512/16*1latent")
+        d, e, n_rep, heads, latent = found.groups()
+        return Shape(int(d), int(e or d), int(n_rep), int(heads), latent is not None)
+
+    @property
+    def parts(self) -> int:
+        return max(BLOCKS // (self.heads * -(-self.n_rep // TILE_ROWS)), 1)
 
 
 def milliseconds(work: Callable[[int, int], None], rounds: int) -> float:
@@ -67,70 +98,92 @@ def layer_of(name: str) -> Layer:
     return Layer(Side(int(name[1]), PAGE), replace(Side(int(name[3]), 0, "lloyd", "log8", rotate=True), eta=0.09))
 
 
-def sealed_layer(on: gpu.Cuda, layer: Layer, n_pages: int, rng: np.random.Generator) -> Storage:
+def sealed_layer(on: gpu.Cuda, shape: Shape, layer: Layer, n_pages: int, rng: np.random.Generator) -> Storage:
     """Random codes and plausible parameters in every page."""
-    out = Storage(on, layer, random_rows(rng, 1, HEADS, 3, WIDTH), n_pages)
-    blocks = rng.integers(0, 256, (HEADS * n_pages, out.layout.bytes), dtype=np.uint8)
-    k_param, v_param = (out.part_at(name)[1] for name in "kv")
-    scales = (rng.random((len(blocks), 2 * WIDTH), dtype=np.float32) * 0.2).astype(np.float16)
-    blocks[:, k_param] = scales.view(np.uint8)
-    blocks[:, v_param.start : v_param.start + PAGE] = rng.integers(120, 140, (len(blocks), PAGE))
-    blocks[:, v_param.start + PAGE : v_param.stop] = rng.integers(-9, 9, (len(blocks), PAGE)).astype(np.int8)
-    out.set_pages(blocks.reshape(1, HEADS, n_pages, -1))
+    rows = random_rows(rng, 1, shape.heads, 3, shape.d, 0 if shape.latent else shape.e)
+    out = Storage(on, layer, rows, n_pages, latent=shape.e if shape.latent else 0)
+    n = min(shape.heads * n_pages, 2048)  # different blocks
+    blocks = rng.integers(0, 256, (n, out.layout.bytes), dtype=np.uint8)
+    scales = (rng.random((n, 2 * shape.d), dtype=np.float32) * 0.2).astype(np.float16)
+    blocks[:, out.part_at("k")[1]] = scales.view(np.uint8)
+    if not shape.latent:
+        v = out.part_at("v")[1]
+        blocks[:, v.start : v.start + PAGE] = rng.integers(120, 140, (n, PAGE))
+        blocks[:, v.start + PAGE : v.stop] = rng.integers(-9, 9, (n, PAGE)).astype(np.int8)
+    out.set_pages(np.resize(blocks, (1, shape.heads, n_pages, blocks.shape[1])))
     return out
 
 
 def caller(
-    on: gpu.Cuda, layers: list[Storage], n_pages: int, rng: np.random.Generator
+    on: gpu.Cuda, shape: Shape, layers: list[Storage], n_pages: int, rng: np.random.Generator
 ) -> tuple[Callable[[int, int], None], list[Any]]:
     """One launch of attention on layer i modulo their number; and what must live as long."""
     ffi, lib = native.load()
-    n_head = HEADS * N_REP
+    n_head = shape.heads * shape.n_rep
     states = np.full(n_pages, SEALED, np.int32)
     states[0], states[-2], states[-1] = 0, 1, 2
     a = ffi.new("xq_attend_args *")
-    a.n_head, a.n_tokens, a.n_streams, a.n_kv_pages, a.n_parts = n_head, 1, 1, n_pages, min(PARTS, n_pages)
-    a.scale, a.q_head_stride, a.q_token_stride = WIDTH**-0.5, 4 * WIDTH, 4 * WIDTH * n_head
+    a.n_head, a.n_tokens, a.n_streams, a.n_kv_pages, a.n_parts = n_head, 1, 1, n_pages, min(shape.parts, n_pages)
+    a.scale, a.q_head_stride, a.q_token_stride = shape.d**-0.5, 4 * shape.d, 4 * shape.d * n_head
     keep: list[Any] = [
         a,
-        Buffer(on, rng.standard_normal((n_head, WIDTH), dtype=np.float32)),
+        Buffer(on, rng.standard_normal((n_head, shape.d), dtype=np.float32)),
         Buffer(on, states),
         Buffer(on, np.zeros(n_pages * PAGE, np.float16)),
         Buffer(on, 4 * int(lib.xq_attend_states(layers[0].c, a))),
-        Buffer(on, n_head * WIDTH * 4),
-        Buffer(on, np.zeros(HEADS, np.uint32)),
+        Buffer(on, n_head * shape.e * 4),
+        Buffer(on, np.zeros(n_head, np.uint32)),
     ]
     a.q, a.table, a.mask = keep[1].pointer("float"), keep[2].pointer("int32_t"), keep[3].pointer("uint16_t")
     a.partial, a.out, a.arrivals = keep[4].pointer("float"), keep[5].pointer("float"), keep[6].pointer("uint32_t")
     return lambda i, stream: on.enqueue("attend", layers[i % len(layers)].c, a, stream), keep
 
 
+def measured(
+    on: gpu.Cuda, shape: Shape, name: str, n_tokens: int, rounds: int, bandwidth: float, rng: np.random.Generator
+) -> dict[str, Any]:
+    """One layer's row of the table."""
+    n_pages = n_tokens // PAGE
+    layer = layer_of(name)
+    layers = [sealed_layer(on, shape, layer, n_pages, rng) for _ in range(COPIES)]
+    attend, _keep = caller(on, shape, layers, n_pages, rng)
+    ms = milliseconds(attend, rounds)
+    n_bytes = shape.heads * n_pages * int(layers[0].layout.bytes)
+    kernel = on.attend_kernel(layers[0].c)
+    return {"tokens": n_tokens, "layer": name, "kernel": kernel, "ms": ms, "bytes": n_bytes,
+            "floor_ms": n_bytes / bandwidth * 1e3}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--tokens", default="131072,32768")
     parser.add_argument("--layers", default="k4v2,k3v2,k2v1")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--f16", type=int, default=1, help="0: without llama.cpp's own operation")
     parser.add_argument("--json")
     args = parser.parse_args()
     rng, on = np.random.default_rng(0), gpu.Cuda()
     bandwidth = copy_bandwidth(on)
-    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
+    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)
     rows: list[dict[str, Any]] = []
-    for n_tokens in map(int, args.tokens.split(",")):
-        for name in args.layers.split(","):
-            n_pages = n_tokens // PAGE
-            layers = [sealed_layer(on, layer_of(name), n_pages, rng) for _ in range(COPIES)]
-            attend, _keep = caller(on, layers, n_pages, rng)
-            ms = milliseconds(attend, args.rounds)
-            n_bytes = HEADS * n_pages * int(layers[0].layout.bytes)
-            floor = n_bytes / bandwidth * 1e3
-            rows.append({"tokens": n_tokens, "layer": name, "ms": ms, "bytes": n_bytes, "floor_ms": floor})
-    lines = [["tokens", "layer", "ms", "GB/s", "floor, ms", "share"]]
-    for r in rows:
-        speed, share = r["bytes"] / r["ms"] / 1e6, r["floor_ms"] / r["ms"]
-        lines.append(
-            [str(r["tokens"]), r["layer"], f"{r['ms']:.4f}", f"{speed:.0f}", f"{r['floor_ms']:.4f}", f"{share:.0%}"]
-        )
+    lines = [["shape", "tokens", "layer", "kernel", "ms", "GB/s", "floor, ms", "share", "f16, ms", "f16 /"]]
+    for text in args.shapes.split(","):
+        shape = Shape.of(text)
+        for n_tokens in map(int, args.tokens.split(",")):
+            f16 = None
+            if args.f16 and op_cuda.available():
+                sizes = (shape.d, shape.e, shape.heads * shape.n_rep, shape.heads, shape.latent)
+                f16 = op_cuda.attention_ms(*sizes, n_tokens, COPIES, LAUNCHES, args.rounds)
+            for name in args.layers.split(","):
+                if shape.latent and name[:2] in {line["layer"][:2] for line in rows if line["shape"] == text
+                                                 and line["tokens"] == n_tokens}:  # fmt: skip
+                    continue  # the bits of its values say nothing
+                r = measured(on, shape, name, n_tokens, args.rounds, bandwidth, rng)
+                rows.append({"shape": text, **r, "f16_ms": f16})
+                numbers = [f"{r['ms']:.4f}", f"{r['bytes'] / r['ms'] / 1e6:.0f}", f"{r['floor_ms']:.4f}"]
+                beside = [f"{f16:.4f}", f"{f16 / r['ms']:.1f}"] if f16 else ["", ""]
+                lines.append([text, str(n_tokens), name, r["kernel"], *numbers, f"{r['floor_ms'] / r['ms']:.0%}", *beside])
     print(table(lines))
     if args.json:
         Path(args.json).write_text(json.dumps({"copy_bandwidth": bandwidth, "rows": rows}, indent=1))

@@ -8,8 +8,8 @@ namespace xq {
 // each pair has a file of its own: they compile side by side
 extern template int launch_wide_of<4, 2, 1>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
 extern template int launch_wide_of<4, 2, 2>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
-extern template int launch_wide_of<8, 2, 1>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
-extern template int launch_wide_of<8, 2, 2>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
+extern template int launch_wide_of<4, 4, 1>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
+extern template int launch_wide_of<4, 4, 2>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
 extern template int launch_wide_of<8, 4, 1>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
 extern template int launch_wide_of<8, 4, 2>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
 
@@ -24,10 +24,10 @@ static int n_shares(const xq_store &store) {
 
 /* Warps of a team, and tiles of 16 channels of each. */
 static int team_size(int shares) {
-    return shares <= 4 ? 4 : 8;
+    return shares <= 8 ? 4 : 8;
 }
 static int tiles_of(int shares) {
-    return shares <= 8 ? 2 : 4;
+    return shares <= 4 ? 2 : 4;
 }
 
 static int aligned(int bytes) {
@@ -37,7 +37,9 @@ static int aligned(int bytes) {
 /* n_pages: of a part.  n_teams = 0: nothing fits. */
 template <int NT> static wide_call shape_of(const xq_store &store, int n_pages) {
     const xq_side &k = store.k.plan, &v = store.v.plan;
-    const int W = team_size(n_shares(store)), tiles = XQ_PAGE / k.group, rows = wide_rows<NT>;
+    const int shares = n_shares(store), W = team_size(shares);
+    const int warps = tiles_of(shares) == 2 ? wide_warps<4, 2, NT> : W == 4 ? wide_warps<4, 4, NT> : wide_warps<8, 4, NT>;
+    const int tiles = XQ_PAGE / k.group, rows = wide_rows<NT>;
     wide_call call = {};
     call.parts = staging(store);
     call.state = state_bytes<NT>(store.v.width);
@@ -48,7 +50,7 @@ template <int NT> static wide_call shape_of(const xq_store &store, int n_pages) 
     call.tops = call.constants + tiles * W * rows * (int)sizeof(float);
     call.room = aligned(call.tops + W * rows * (int)sizeof(float2));
     const int list = aligned(n_pages * (2 * (int)sizeof(int) + 1)), reserve = 2048; // static shared memory
-    for (int n = wide_warps / W; n > 0 && call.n_teams == 0; --n) {
+    for (int n = warps / W; n > 0 && call.n_teams == 0; --n) {
         const int room = shared_limit() - reserve - call.folded - n * call.room - list;
         const int depth = std::min(room / (n * call.parts.bytes), max_buffers / n);
         call.ring = aligned(std::max(depth * call.parts.bytes, 2 * call.state));
@@ -75,9 +77,9 @@ template <int NT>
 static int launch_rows(const xq_store &store, const xq_attend_args &args, wide_call &call, cudaStream_t stream) {
     call.count(store, args, wide_rows<NT>);
     const int shares = n_shares(store);
-    return team_size(shares) == 4   ? launch_wide_of<4, 2, NT>(store, args, call, stream)
-           : tiles_of(shares) == 2 ? launch_wide_of<8, 2, NT>(store, args, call, stream)
-                                   : launch_wide_of<8, 4, NT>(store, args, call, stream);
+    return tiles_of(shares) == 2    ? launch_wide_of<4, 2, NT>(store, args, call, stream)
+           : team_size(shares) == 4 ? launch_wide_of<4, 4, NT>(store, args, call, stream)
+                                    : launch_wide_of<8, 4, NT>(store, args, call, stream);
 }
 
 int launch_wide(const xq_store &store, const xq_attend_args &args, cudaStream_t stream) {

@@ -90,11 +90,8 @@ __device__ void add_wide_sealed(wide_state<T, NT> &state, const wide_team<W, T, 
     const bool latent = team.store.latent;
     const float softcap = team.args.softcap * log2e;
     const latent_place latent_at = team.latent();
-    place_of_p<NT> low, high = {};
-    low.set(latent ? code_part{8, 1, page_products, 0} : low_part(team.v().bits, XQ_PAGE), first, place.t);
-    if (!latent && team.v().bits == 3) {
-        high.set(high_part(XQ_PAGE), first, place.t);
-    }
+    const auto low = place_of_p<NT>::of(latent ? token_order() : low_part(team.v().bits, XQ_PAGE), first, place.t);
+    const auto high = place_of_p<NT>::of(high_part(XQ_PAGE), first, place.t);
     wide_masks<N, NT> masks;
     if (place.team < n_sealed) {
         masks.load(team.tile, list.pages[place.team] * XQ_PAGE + first, place.t);
@@ -136,8 +133,7 @@ __device__ void add_wide_open(wide_state<T, NT> &state, const wide_team<W, T, NT
     constexpr int N = wide_team<W, T, NT>::N;
     const wide_place<W> &place = team.place;
     const int first = team.first_token();
-    place_of_p<NT> to;
-    to.set(code_part{8, 1, page_products, 0}, first, place.t);
+    const auto to = place_of_p<NT>::of(token_order(), first, place.t);
     float by[N];
     for (int n = 0; n < N; ++n) {
         by[n] = power_of_two(p_bits);
@@ -175,7 +171,7 @@ __device__ inline void prefetch_open(const part_list &list, const side_view &sid
 
 /* grid (part, KV head, tile of rows and stream) */
 template <int W, int T, int NT>
-__global__ void __launch_bounds__(32 * wide_warps, 1)
+__global__ void __launch_bounds__(32 * wide_warps<W, T, NT>, 1)
     wide_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_attend_args args,
                 const __grid_constant__ wide_call call) {
     extern __shared__ __align__(128) uint8_t shared[];

@@ -14,6 +14,8 @@
 #include "attend_page.cuh"
 #include "wide_shape.h"
 
+#include <type_traits>
+
 namespace xq {
 
 namespace {
@@ -79,28 +81,40 @@ __device__ inline float weight_of_quad(const code_part &part, int quad) {
     return power_of_two(-part.bits * (quad & (part.planes - 1)));
 }
 
+/* f(number) with a part's bits as a number that the compiler knows. */
+template <typename F> __device__ void with_bits(int bits, const F &f) {
+    if (bits == 4) {
+        f(std::integral_constant<int, 4>());
+    } else if (bits == 2) {
+        f(std::integral_constant<int, 2>());
+    } else {
+        f(std::integral_constant<int, 1>());
+    }
+}
+
 /* ---- keys ---- */
 
 /* Folds one part of the queries with the scales of one tile of keys: this warp's products; param: the tile's.
  * constant: grows by q times the zero points; of the low part, which has every channel once. */
-template <int W, int NT>
-__device__ void fold_part(const code_part &part, bool is_low, const xq_side &side, int width, const uint8_t *param,
+template <int BITS, bool F16, int W, int NT>
+__device__ void fold_part(int products, bool is_low, const xq_side &side, int width, const uint8_t *param,
                           const uint8_t *queries, uint8_t *folded, float (&constant)[NT][2],
                           const wide_place<W> &place) {
-    const int log = 31 - __clz(part.planes);
-#pragma unroll 1
-    for (int n = place.member; n < part.products(); n += W) {
-        const int plane = n & (part.planes - 1), i = 4 * (part.planes * (4 * (n >> log) + place.t) + plane);
+    constexpr int planes = 8 / BITS;
+#pragma unroll 2
+    for (int n = place.member; n < products; n += W) {
+        const int plane = n % planes, i = 4 * (planes * (4 * (n / planes) + place.t) + plane);
         uint2 scale = {}, zero = {};
         if (i < width) {
-            load_four<false>(side, param, width, i, scale, zero);
+            load_four<F16>(side, param, width, i, scale, zero);
         }
         const int at = n * product_bytes<NT> + place.lane * lane_bytes<NT>;
         const auto q = fragment<NT>::load(queries + at);
         q.times(make_uint2(even(scale), odd(scale))).store(folded + at);
         if (is_low) {
             const uint32_t z[2] = {even(zero), odd(zero)};
-            const float back = (float)(1 << (part.bits * plane));
+            const float back = power_of_two(BITS * plane);
+#pragma unroll
             for (int nt = 0; nt < NT; ++nt) {
                 float y[4] = {};
                 multiply(y, z[0], z[0], z[1], z[1], q.x[nt][0], q.x[nt][1]);
@@ -114,11 +128,11 @@ __device__ void fold_part(const code_part &part, bool is_low, const xq_side &sid
 /* Adds the products of one part of the codes of N / 2 times 16 tokens with folded queries.  at: this lane's N words of
  * the first step, folded: its first fragment.  N = 4: c[k] has tokens 2 k and 2 k + 1 of the lane's four.  N = 2: both
  * have its two tokens. */
-template <int N, int NT>
-__device__ void add_scores(float (&c)[2][NT][4], const code_part &part, const uint8_t *at, const uint8_t *folded) {
-    const uint32_t low = ((1u << part.bits) - 1) * 0x00010001u;
-#pragma unroll 2
-    for (int s = 0; s < part.steps; ++s, at += 256) {
+template <int BITS, int N, int NT>
+__device__ void add_scores(float (&c)[2][NT][4], int steps, const uint8_t *at, const uint8_t *folded) {
+    constexpr int planes = 8 / BITS;
+#pragma unroll BITS
+    for (int s = 0; s < steps; ++s, at += 256, folded += planes * product_bytes<NT>) {
         uint32_t w[N], v[N];
         if constexpr (N == 4) {
             const uint4 x = *(const uint4 *)at;
@@ -131,22 +145,16 @@ __device__ void add_scores(float (&c)[2][NT][4], const code_part &part, const ui
         for (int k = 0; k < N; ++k) {
             v[k] = w[k] >> 8;
         }
-        uint32_t mask = low;
-#pragma unroll 1
-        for (int p = 0; p < part.planes; p += 2) {
 #pragma unroll
-            for (int k = 0; k < 2; ++k, mask <<= part.bits, folded += product_bytes<NT>) {
-                const auto b = fragment<NT>::load(folded);
+        for (int p = 0; p < planes; ++p) {
+            const uint32_t mask = ((1u << BITS) - 1) * 0x00010001u << (BITS * p);
+            const auto b = fragment<NT>::load(folded + p * product_bytes<NT>);
+#pragma unroll
+            for (int pair = 0; pair < N / 2; ++pair) {
 #pragma unroll
                 for (int nt = 0; nt < NT; ++nt) {
-                    if constexpr (N == 4) {
-                        for (int pair = 0; pair < 2; ++pair) {
-                            multiply(c[pair][nt], w[2 * pair] & mask, w[2 * pair + 1] & mask, v[2 * pair] & mask,
-                                     v[2 * pair + 1] & mask, b.x[nt][0], b.x[nt][1]);
-                        }
-                    } else {
-                        multiply(c[k][nt], w[0] & mask, w[1] & mask, v[0] & mask, v[1] & mask, b.x[nt][0], b.x[nt][1]);
-                    }
+                    multiply(c[N == 4 ? pair : p % 2][nt], w[2 * pair] & mask, w[2 * pair + 1] & mask,
+                             v[2 * pair] & mask, v[2 * pair + 1] & mask, b.x[nt][0], b.x[nt][1]);
                 }
             }
         }
@@ -185,41 +193,37 @@ __device__ void add_open_scores(float (&y)[N / 2][NT][4], const code_part &part,
 /* ---- values ---- */
 
 /* Adds the products of one part of the codes of T / 2 chunks of 32 channels with p.  at: this lane's words of its first
- * chunk, step_chunk bytes from one to the next, n of which exist; p: its first fragment.  scales: of this lane's first
- * quad and of its first chunk's group, null: p has them; chunk c is group_step[c] bytes further. */
-template <int T, int NT>
-__device__ void add_values(float (&out)[T][NT][4], const code_part &part, const uint8_t *at, int step_chunk, int n,
-                           const uint8_t *p, const uint8_t *scales, const int (&group_step)[T / 2]) {
-    constexpr int chunks = T / 2;
-    const uint32_t low = ((1u << part.bits) - 1) * 0x00010001u;
-#pragma unroll 1
-    for (int s = 0; s < part.steps; ++s, at += 256) {
-        uint4 w[chunks], v[chunks];
+ * chunk, step_chunk bytes from one to the next, n of which exist; p: its first fragment.  GROUPED: each chunk's p are
+ * multiplied with scales; of this lane's first quad and of its first chunk's group, chunk c is group_step[c] bytes
+ * further. */
+template <int BITS, bool GROUPED, int T, int NT>
+__device__ void add_values(float (&out)[T][NT][4], const uint8_t *at, int step_chunk, int n, const uint8_t *p,
+                           const uint8_t *scales, const int (&group_step)[T / 2]) {
+    constexpr int planes = 8 / BITS, steps = BITS;
 #pragma unroll
-        for (int c = 0; c < chunks; ++c) {
-            w[c] = c < n ? *(const uint4 *)(at + c * step_chunk) : uint4{};
+    for (int s = 0; s < steps; ++s) {
+        uint4 w[T / 2], v[T / 2];
+#pragma unroll
+        for (int c = 0; c < T / 2; ++c) {
+            w[c] = c < n ? *(const uint4 *)(at + c * step_chunk + 256 * s) : uint4{};
             v[c] = make_uint4(w[c].x >> 8, w[c].y >> 8, w[c].z >> 8, w[c].w >> 8);
         }
-        uint32_t mask = low;
-        const uint8_t *of_step = scales + s * 32 * part.planes;
-#pragma unroll 1
-        for (int pair = 0; pair < part.planes; pair += 2) {
 #pragma unroll
-            for (int k = 0; k < 2; ++k, mask <<= part.bits, p += product_bytes<NT>) {
-                const auto all = fragment<NT>::load(p);
+        for (int k = 0; k < planes; ++k) {
+            const uint32_t mask = ((1u << BITS) - 1) * 0x00010001u << (BITS * k);
+            const auto all = fragment<NT>::load(p + (s * planes + k) * product_bytes<NT>);
 #pragma unroll
-                for (int c = 0; c < chunks; ++c) {
-                    if (c > 0 && c >= n) {
-                        break;
-                    }
-                    const auto b = scales ? all.times(*(const uint2 *)(of_step + group_step[c] + 8 * (pair + k))) : all;
+            for (int c = 0; c < T / 2; ++c) {
+                auto b = all;
+                if (GROUPED) {
+                    b = all.times(*(const uint2 *)(scales + group_step[c] + 8 * (4 * planes * s + k)));
+                }
 #pragma unroll
-                    for (int nt = 0; nt < NT; ++nt) {
-                        multiply(out[2 * c][nt], w[c].x & mask, w[c].y & mask, v[c].x & mask, v[c].y & mask, b.x[nt][0],
-                                 b.x[nt][1]);
-                        multiply(out[2 * c + 1][nt], w[c].z & mask, w[c].w & mask, v[c].z & mask, v[c].w & mask,
-                                 b.x[nt][0], b.x[nt][1]);
-                    }
+                for (int nt = 0; nt < NT; ++nt) {
+                    multiply(out[2 * c][nt], w[c].x & mask, w[c].y & mask, v[c].x & mask, v[c].y & mask, b.x[nt][0],
+                             b.x[nt][1]);
+                    multiply(out[2 * c + 1][nt], w[c].z & mask, w[c].w & mask, v[c].z & mask, v[c].w & mask,
+                             b.x[nt][0], b.x[nt][1]);
                 }
             }
         }
@@ -240,7 +244,7 @@ struct transposed {
         }
         return out;
     }
-    /* Bits `from` .. of mask's place in each byte. */
+    /* f(word) of each. */
     template <typename F> __device__ transposed each(const F &f) const {
         transposed out;
 #pragma unroll
@@ -260,14 +264,14 @@ struct latent_place {
 };
 
 /* y [2 plane + pair of channels] and total, sums of p, over 16-token blocks first .. first + n - 1 of a page.  bytes: of
- * a block; bits: of a code; p: this lane's first fragment. */
-template <int T, int NT>
+ * a block; bits: of a code, 3: THREE; p: this lane's first fragment. */
+template <bool THREE, int T, int NT>
 __device__ void add_latent(float (&y)[T][NT][4], float (&total)[NT][4], const uint8_t *codes, int bytes, int bits,
                            int n_i, const latent_place &at, int first, int n, const uint8_t *p, int t) {
     const code_part part = low_part(bits, n_i);
     const uint32_t mask = (((1u << part.bits) - 1) * 0x00010001u) << (part.bits * at.plane);
     const uint8_t *words = codes + first * bytes + 64 * at.unit + 16 * t;
-    const int to_high = bits == 3 ? 64 * units_of(2, n_i) + 64 * (at.unit / 2 - at.unit) : 0;
+    const int to_high = 64 * units_of(2, n_i) + 64 * (at.unit / 2 - at.unit);
     const int from = 4 * (at.unit & 1) + at.plane; // of the high part: its plane
     p += first * product_bytes<NT>;
 #pragma unroll 2
@@ -275,7 +279,7 @@ __device__ void add_latent(float (&y)[T][NT][4], float (&total)[NT][4], const ui
         const auto b = fragment<NT>::load(p);
         const auto x = transposed::of(*(const uint4 *)words);
         transposed high;
-        if (bits == 3) {
+        if (THREE) {
             high = transposed::of(*(const uint4 *)(words + to_high));
         }
 #pragma unroll
@@ -285,7 +289,7 @@ __device__ void add_latent(float (&y)[T][NT][4], float (&total)[NT][4], const ui
 #pragma unroll
         for (int l = 0; l < T / 2; ++l) {
             auto a = x.each([&](uint32_t word) { return word & (mask << (part.bits * l)); });
-            if (bits == 3) { // code 4, in the place after the low part's two bits: of the last plane, beyond the byte
+            if (THREE) { // code 4, in the place after the low part's two bits: of the last plane, beyond the byte
                 const auto h = high.each([&](uint32_t word) {
                     return (word >> (from + l) & 0x00010001u) << (2 * (at.plane + l) + 2);
                 });

@@ -162,7 +162,7 @@ __device__ inline void transform_wide_row(float *x, int width, int lane) {
 /* Weights of n states of a row, `step` bytes apart, to the maximum `top`; returns their sum of p. */
 template <int NT> __device__ float weights_of(const uint8_t *states, int step, int n, int r, float top, float *weights) {
     float sum = 0.0f;
-    for (int i = 0; i < wide_warps / 4; ++i) {
+    for (int i = 0; i < max_teams; ++i) {
         weights[i] = 0.0f;
         if (i < n) {
             const float2 head = ((const float2 *)(states + i * step))[r];
@@ -178,7 +178,7 @@ template <int NT>
 __device__ float joined(uint8_t *states, int step, int n, int r, int width, int i, const float *weights) {
     float x = 0.0f;
 #pragma unroll
-    for (int k = 0; k < wide_warps / 4; ++k) {
+    for (int k = 0; k < max_teams; ++k) {
         if (k < n) {
             x += weights[k] * state_values<NT>(states + k * step, r, width)[i];
         }
@@ -193,7 +193,7 @@ __device__ void join_wide_row(uint8_t *states, int n_open, int r, const xq_store
                               const wide_call &call, const block_task &task, int lane) {
     const int width = store.v.width, n_teams = call.n_teams;
     uint8_t *open = states + (n_teams - n_open) * call.ring + call.state;
-    float top = -INFINITY, weights[wide_warps / 4], open_weights[wide_warps / 4];
+    float top = -INFINITY, weights[max_teams], open_weights[max_teams];
     for (int i = 0; i < n_teams; ++i) {
         top = fmaxf(top, ((const float2 *)(states + i * call.ring))[r].x);
     }
@@ -208,7 +208,7 @@ __device__ void join_wide_row(uint8_t *states, int n_open, int r, const xq_store
             first[i] = joined<NT>(states, call.ring, n_teams, r, width, i, weights);
         }
         transform_wide_row(first, width, lane);
-        for (int i = 0; i < wide_warps / 4; ++i) {
+        for (int i = 0; i < max_teams; ++i) {
             weights[i] = i == 0;
         }
     }

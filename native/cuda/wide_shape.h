@@ -15,8 +15,11 @@
 
 namespace xq {
 
-constexpr int wide_warps = 16; /* of a block, at most */
 constexpr int max_wide_width = 512; /* of values */
+constexpr int max_teams = 4;        /* of a block */
+
+/* Warps of a block, at most: sums of many rows and channels need registers. */
+template <int W, int T, int NT> constexpr int wide_warps = W == 4 && T == 4 && NT == 2 ? 12 : 16;
 
 /* One part, of 1, 2 or 4 bits, of the codes of a matrix with n_i rows i.  A quad is four rows i .. i + 3 that share a
  * word; unit u of a column has the quads planes * u .. planes * u + planes - 1, and a product takes, of a plane, those
@@ -39,6 +42,10 @@ XQ_BOTH int products_of(int bits, int n_i) {
     return low_part(bits, n_i).products() + (bits == 3 ? high_part(n_i).products() : 0);
 }
 constexpr int page_products = XQ_PAGE / 16; /* of the tokens of a page, each part */
+/* Tokens one after the other, 16 a product: of latent and of open values. */
+XQ_BOTH code_part token_order() {
+    return {8, 1, page_products, 0};
+}
 
 /* Values have scales for each group of channels; 0: for the whole head, or they are keys. */
 XQ_BOTH int value_groups(const xq_store &store) {

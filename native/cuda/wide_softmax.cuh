@@ -174,16 +174,14 @@ __device__ void exponentiate_page(wide_state<T, NT> &state, float (&s)[N][2 * NT
 
 /* Where a lane's p lie, and what plane of the codes they are multiplied with takes off. */
 template <int NT> struct place_of_p {
-    int at[2 * NT];
+    int first;
     float weight;
 
-    /* planes, bits: of a part of the codes; first: of the lane's tokens, of the page. */
-    __device__ void set(const code_part &part, int first, int t) {
-        for (int r = 0; r < 2 * NT; ++r) {
-            at[r] = place_of_quad<NT>(part.planes, first / 4, row_of(r, t));
-        }
-        weight = weight_of_quad(part, first / 4);
+    /* part: of the codes; token: the first of the lane's, of the page. */
+    static __device__ place_of_p of(const code_part &part, int token, int t) {
+        return {place_of_quad<NT>(part.planes, token / 4, 2 * t), weight_of_quad(part, token / 4)};
     }
+    __device__ int at(int r) const { return first + r % 2 * (4 * lane_bytes<NT>) + r / 2 * 8; }
 };
 
 /* Stores x [token][r] * by[token] as halves. */
@@ -197,9 +195,9 @@ __device__ void store_p(uint8_t *p, const place_of_p<NT> &to, const float (&x)[N
             y[k] = x[k][r] * by[k];
         }
         if constexpr (N == 4) {
-            *(uint2 *)(p + to.at[r]) = make_uint2(halves(y[0], y[2]), halves(y[1], y[3]));
+            *(uint2 *)(p + to.at(r)) = make_uint2(halves(y[0], y[2]), halves(y[1], y[3]));
         } else { // the first or second two tokens of a quad
-            auto *at = (__half *)(p + to.at[r]) + g % 2;
+            auto *at = (__half *)(p + to.at(r)) + g % 2;
             at[0] = __float2half_rn(y[0]);
             at[2] = __float2half_rn(y[1]);
         }

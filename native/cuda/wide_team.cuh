@@ -36,18 +36,28 @@ template <int W, int T, int NT> struct wide_team {
 
     /* ---- before scores ---- */
 
+    template <bool F16> __device__ void fold_tile(const uint8_t *param, uint8_t *to, float (&constant)[NT][2]) const {
+        const int width = store.k.width;
+        const code_part low = low_part(k().bits, width);
+        with_bits(low.bits, [&](auto bits) {
+            fold_part<bits.value, F16, W, NT>(low.products(), true, k(), width, param, queries, to, constant, place);
+        });
+        if (k().bits == 3) {
+            const int first = low.products() * product_bytes<NT>;
+            fold_part<1, F16, W, NT>(high_part(width).products(), false, k(), width, param, queries + first, to + first,
+                                     constant, place);
+        }
+    }
+
     __device__ void fold_keys(const uint8_t *param) const {
         const int tiles = XQ_PAGE / k().group;
 #pragma unroll 1
         for (int n = 0; n < tiles; ++n, param += parameter_bytes(k(), store.k.width)) {
             float constant[NT][2] = {};
-            uint8_t *to = room + n * call.folded;
-            const code_part low = low_part(k().bits, store.k.width);
-            fold_part<W, NT>(low, true, k(), store.k.width, param, queries, to, constant, place);
-            if (k().bits == 3) {
-                const int first = low.products() * product_bytes<NT>;
-                fold_part<W, NT>(high_part(store.k.width), false, k(), store.k.width, param, queries + first,
-                                 to + first, constant, place);
+            if (k().param == XQ_PARAM_F16) {
+                fold_tile<true>(param, room + n * call.folded, constant);
+            } else {
+                fold_tile<false>(param, room + n * call.folded, constant);
             }
             for (int nt = 0; nt < NT && place.g == 0; ++nt) {
                 *(float2 *)(constants(n) + place.member * wide_rows<NT> + row_of(2 * nt, place.t)) =
@@ -91,10 +101,10 @@ template <int W, int T, int NT> struct wide_team {
         const uint8_t *at = codes + first_token() / 16 * bytes + 64 * place.t + 4 * (first_token() % 16);
         const uint8_t *folded = room + number * call.folded + lane_at();
         float c[2][NT][4] = {};
-        add_scores<N, NT>(c, low, at, folded);
+        with_bits(low.bits, [&](auto bits) { add_scores<bits.value, N, NT>(c, low.steps, at, folded); });
         if (k().bits == 3) {
             const code_part high = high_part(store.k.width);
-            add_scores<N, NT>(c, high, at + high.at, folded + low.products() * product_bytes<NT>);
+            add_scores<1, N, NT>(c, high.steps, at + high.at, folded + low.products() * product_bytes<NT>);
         }
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
@@ -172,31 +182,38 @@ template <int W, int T, int NT> struct wide_team {
     /* Of this warp: chunks member, member + W, ... */
     __device__ int own_chunks() const { return (chunks() - place.member + W - 1) / W; }
 
-    __device__ void sealed_values(state_of &state, const uint8_t *codes) const {
-        const int bytes = column_bytes(v().bits, XQ_PAGE);
+    template <bool GROUPED> __device__ void values(state_of &state, const uint8_t *codes) const {
+        const int bytes = column_bytes(v().bits, XQ_PAGE), step = 2 * W * bytes, n = own_chunks();
         const uint8_t *at = codes + (2 * place.member + place.g / 4) * bytes + 64 * place.t + 16 * (place.g % 4);
         const code_part low = low_part(v().bits, XQ_PAGE), high = high_part(XQ_PAGE);
         const uint8_t *of_group = nullptr;
         int group_step[T / 2] = {};
-        if (n_groups > 0) {
-            const int length = v().group, first = 32 * place.member / length;
+        if (GROUPED) {
+            const int first = 32 * place.member / v().group;
             of_group = scales(min(first, n_groups - 1));
             for (int c = 1; c < T / 2; ++c) {
-                group_step[c] = (32 * (place.member + c * W) / length - first) * (2 * XQ_PAGE);
+                group_step[c] = c < n ? (32 * (place.member + c * W) / v().group - first) * (2 * XQ_PAGE) : 0;
             }
             add_zeros(state, low);
         }
-        const auto quad = [&](const code_part &part) {
-            return of_group ? of_group + 8 * part.planes * place.t : nullptr;
-        };
-        const int n = own_chunks();
         if (n <= 0) {
             return;
         }
-        add_values<T, NT>(state.out, low, at, 2 * W * bytes, n, p() + lane_at(), quad(low), group_step);
+        const auto quad = [&](const code_part &part) { return of_group + 8 * part.planes * place.t; };
+        with_bits(low.bits, [&](auto bits) {
+            add_values<bits.value, GROUPED, T, NT>(state.out, at, step, n, p() + lane_at(), quad(low), group_step);
+        });
         if (v().bits == 3) {
-            add_values<T, NT>(state.out, high, at + high.at, 2 * W * bytes, n,
-                              p() + page_products * product_bytes<NT> + lane_at(), quad(high), group_step);
+            add_values<1, GROUPED, T, NT>(state.out, at + high.at, step, n,
+                                          p() + page_products * product_bytes<NT> + lane_at(), quad(high), group_step);
+        }
+    }
+
+    __device__ void sealed_values(state_of &state, const uint8_t *codes) const {
+        if (n_groups > 0) {
+            values<true>(state, codes);
+        } else {
+            values<false>(state, codes);
         }
     }
 
@@ -232,8 +249,13 @@ template <int W, int T, int NT> struct wide_team {
 #pragma unroll 1
         for (int first = 0; first < page_products; first += blocks, param += parameter_bytes(k(), store.k.width)) {
             float y[T][NT][4] = {}, total[NT][4] = {};
-            add_latent<T, NT>(y, total, codes, bytes, k().bits, store.k.width, at, first, blocks, p() + lane_at(),
-                              place.t);
+            if (k().bits == 3) {
+                add_latent<true, T, NT>(y, total, codes, bytes, 3, store.k.width, at, first, blocks, p() + lane_at(),
+                                        place.t);
+            } else {
+                add_latent<false, T, NT>(y, total, codes, bytes, k().bits, store.k.width, at, first, blocks,
+                                         p() + lane_at(), place.t);
+            }
 #pragma unroll
             for (int l = 0; l < T / 2; ++l) {
                 float scale[4] = {}, zero[4] = {};

@@ -46,14 +46,17 @@ def check_attention(
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2])
-@pytest.mark.parametrize("bits", [(4, 2), (2, 1)])
-def test_many_pages(on: Cuda, bits: tuple[int, int], n_tokens: int) -> None:
-    """More than a block has room for: buffers are filled again and again.  Some masks are neither 0 nor -inf."""
+@pytest.mark.parametrize(
+    ("bits", "d", "e"), [((4, 2), 64, 64), ((2, 1), 64, 64), ((1, 4), 96, 96), ((3, 2), 256, 256), ((4, 2), 320, 0)]
+)
+def test_many_pages(on: Cuda, bits: tuple[int, int], d: int, e: int, n_tokens: int) -> None:
+    """More than a block has room for: buffers are filled again and again.  Some masks are neither 0 nor -inf.  No width
+    of values: they are the first 256 channels of keys."""
     rng, n_pages = np.random.default_rng(11), 600
     layer = Layer(Side(bits[0], 128), replace(V, bits=bits[1]))
-    storage = Storage(on, layer, random_rows(rng, 1, HEADS, 3, 64), n_pages)
+    storage = Storage(on, layer, random_rows(rng, 1, HEADS, 3, d, e), n_pages, latent=0 if e else 256)
     storage.update([Move(page, page % 3) for page in range(n_pages)])
-    q = rng.standard_normal((n_tokens, HEADS * N_REP, 64), dtype=np.float32)
+    q = rng.standard_normal((n_tokens, HEADS * N_REP, d), dtype=np.float32)
     mask = np.zeros((n_tokens, n_pages * PAGE), np.float16)
     mask[0, 7 * PAGE : 590 * PAGE] = -np.inf
     mask[:, 3 * PAGE : 5 * PAGE] = rng.standard_normal(2 * PAGE)
@@ -62,7 +65,7 @@ def test_many_pages(on: Cuda, bits: tuple[int, int], n_tokens: int) -> None:
     check_attention(storage, q, [SEALED] * n_pages, mask, keys, values, (1, 3, n_pages))
 
 
-@pytest.mark.parametrize("v_bits", [1, 2])
+@pytest.mark.parametrize("v_bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("share", [0.5, 0.99])
 def test_tokens_beside_a_far_heavier_one_count(on: Cuda, v_bits: int, share: float) -> None:
     """One token of 38,400 has as much weight as the others together, or 99 times as much; each of those has less than
@@ -90,17 +93,17 @@ def test_tokens_beside_a_far_heavier_one_count(on: Cuda, v_bits: int, share: flo
 # ---- rows ----
 
 
-@pytest.mark.parametrize("n_rep", [1, 3, 7])
-def test_more_than_four_thousand_tokens(on: Cuda, n_rep: int) -> None:
+@pytest.mark.parametrize(("n_rep", "v_bits"), [(1, 2), (3, 2), (7, 2), (5, 4)])
+def test_more_than_four_thousand_tokens(on: Cuda, n_rep: int, v_bits: int) -> None:
     """Which token and head a row belongs to is found by a multiplication, which must be exact for all."""
     rng, table, n_tokens = np.random.default_rng(n_rep), [SEALED, 0], 4200
-    storage = Storage(on, Layer(Side(4, 128), V), random_rows(rng, 1, 1, 1, 64), 2)
+    storage = Storage(on, Layer(Side(4, 128), replace(V, bits=v_bits)), random_rows(rng, 1, 1, 1, 64), 2)
     storage.update([Move(0, 0)])
     q = rng.standard_normal((n_tokens, n_rep, 64), dtype=np.float32)
     mask = np.zeros((n_tokens, 2 * PAGE), np.float16)
     mask[np.arange(2 * PAGE) > np.arange(n_tokens)[:, None] % 255] = -np.inf  # each token sees another number of cells
     keys, values = (Pages(storage).stored(name, [table])[0] for name in "kv")
-    assert on.attend_kernel(storage.c) == "decode"
+    assert on.attend_kernel(storage.c) == ("decode" if v_bits == 2 else "wide")
     check_attention(storage, q, table, mask, keys, values, (1, 2))
 
 
@@ -143,13 +146,14 @@ class Step:
         self.on.enqueue("attend", self.storage.c, self.attend, stream)
 
 
-@pytest.mark.parametrize("v_bits", [2, 4], ids=["decode", "general"])
-def test_attention_that_overtakes_an_update_reads_what_it_wrote(on: Cuda, v_bits: int) -> None:
+@pytest.mark.parametrize("kernel", ["decode", "wide", "general"])
+def test_attention_that_overtakes_an_update_reads_what_it_wrote(on: Cuda, kernel: str) -> None:
     """Forty layers' updates and attentions in one graph, many times, against the same one after the other: each has the
     bits that it has when everybody waits.  Outputs are overwritten between, so that no earlier one can pass."""
     rng, table = np.random.default_rng(21), [SEALED] * 6 + [0, 1]
-    layer = Layer(Side(4, 128), replace(V, bits=v_bits))
+    layer = Layer(Side(4, 128), {"decode": V, "wide": replace(V, bits=4), "general": Side(0, 0)}[kernel])
     storages = [Storage(on, layer, random_rows(rng, 1, HEADS, 2, 128), 8) for _ in range(40)]
+    assert on.attend_kernel(storages[0].c) == kernel
     for storage in storages:
         storage.update([Move(page, page % 2) for page in range(6)])
     steps = [Step(on, storage, rng, int(rng.integers(2)), table) for storage in storages]

@@ -1,9 +1,0 @@
-/* Instances of attend_wide.cuh: teams of 8 warps, 2 tiles of 16 channels each. */
-#include "attend_wide.cuh"
-
-namespace xq {
-
-template int launch_wide_of<8, 2, 1>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
-template int launch_wide_of<8, 2, 2>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
-
-} // namespace xq
