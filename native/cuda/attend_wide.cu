@@ -13,13 +13,30 @@ extern template int launch_wide_of<4, 4, 2>(const xq_store &, const xq_attend_ar
 extern template int launch_wide_of<8, 4, 1>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
 extern template int launch_wide_of<8, 4, 2>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
 
-/* Shares of the values' channels, 32 each, that warps have: chunks, or planes of eight units of latent codes. */
-static int n_shares(const xq_store &store) {
-    if (!store.latent) {
-        return (store.v.width + 31) / 32;
+static int logarithm(int n) {
+    int log = 0;
+    for (; 1 << log < n; ++log) {
     }
-    const code_part part = low_part(store.k.plan.bits, store.k.width);
-    return (units_of(part.bits, store.v.width) + 7) / 8 * part.planes;
+    return log;
+}
+
+/* What depends on the layer alone. */
+static wide_call call_of(const xq_store &store) {
+    const xq_side &k = store.k.plan, &v = store.v.plan;
+    const int width = store.k.width, length = group_length(v, store.v.width);
+    wide_call call = {};
+    call.parts = staging(store);
+    call.k_low = low_part(k.bits, width), call.k_high = high_part(width);
+    call.v_low = low_part(v.bits, XQ_PAGE), call.v_high = high_part(XQ_PAGE);
+    call.k_column = column_bytes(k.bits, width), call.v_column = column_bytes(v.bits, XQ_PAGE);
+    call.k_param = parameter_bytes(k, width), call.v_param = parameter_bytes(v, XQ_PAGE);
+    call.tiles = XQ_PAGE / k.group;
+    call.log_tile = logarithm(k.group);
+    call.n_groups = store.latent || length == store.v.width ? 0 : store.v.width / length;
+    call.log_group = logarithm(length);
+    call.n_shares = store.latent ? (units_of(call.k_low.bits, store.v.width) + 7) / 8 * call.k_low.planes
+                                 : (store.v.width + 31) / 32;
+    return call;
 }
 
 /* Warps of a team, and tiles of 16 channels of each. */
@@ -37,17 +54,17 @@ static int aligned(int bytes) {
 /* n_pages: of a part.  n_teams = 0: nothing fits. */
 template <int NT> static wide_call shape_of(const xq_store &store, int n_pages) {
     const xq_side &k = store.k.plan, &v = store.v.plan;
-    const int shares = n_shares(store), W = team_size(shares);
-    const int warps = tiles_of(shares) == 2 ? wide_warps<4, 2, NT> : W == 4 ? wide_warps<4, 4, NT> : wide_warps<8, 4, NT>;
-    const int tiles = XQ_PAGE / k.group, rows = wide_rows<NT>;
-    wide_call call = {};
-    call.parts = staging(store);
+    wide_call call = call_of(store);
+    const int W = team_size(call.n_shares), rows = wide_rows<NT>;
+    const int warps = tiles_of(call.n_shares) == 2 ? wide_warps<4, 2, NT>
+                      : W == 4                     ? wide_warps<4, 4, NT>
+                                                   : wide_warps<8, 4, NT>;
     call.state = state_bytes<NT>(store.v.width);
     call.folded = products_of(k.bits, store.k.width) * product_bytes<NT>;
-    call.p = tiles * call.folded;
+    call.p = call.tiles * call.folded;
     call.scales = call.p + (!store.latent && v.bits == 3 ? 2 : 1) * page_products * product_bytes<NT>;
-    call.constants = call.scales + 2 * value_groups(store) * (2 * XQ_PAGE);
-    call.tops = call.constants + tiles * W * rows * (int)sizeof(float);
+    call.constants = call.scales + 2 * call.n_groups * (2 * XQ_PAGE);
+    call.tops = call.constants + call.tiles * W * rows * (int)sizeof(float);
     call.room = aligned(call.tops + W * rows * (int)sizeof(float2));
     const int list = aligned(n_pages * (2 * (int)sizeof(int) + 1)), reserve = 2048; // static shared memory
     for (int n = warps / W; n > 0 && call.n_teams == 0; --n) {
@@ -76,7 +93,7 @@ bool wide_covers(const xq_store &store) {
 template <int NT>
 static int launch_rows(const xq_store &store, const xq_attend_args &args, wide_call &call, cudaStream_t stream) {
     call.count(store, args, wide_rows<NT>);
-    const int shares = n_shares(store);
+    const int shares = call.n_shares;
     return tiles_of(shares) == 2    ? launch_wide_of<4, 2, NT>(store, args, call, stream)
            : team_size(shares) == 4 ? launch_wide_of<4, 4, NT>(store, args, call, stream)
                                     : launch_wide_of<8, 4, NT>(store, args, call, stream);

@@ -28,9 +28,10 @@ namespace xq {
 
 namespace {
 
-/* The pages of a block's part, with room for them in dynamic shared memory. */
+/* The pages of a block's part, with room for them in dynamic shared memory; each thread has its pointers. */
 struct part_list {
-    int n_sealed, n_open, size;
+    int &n_sealed, &n_open;
+    int size;
     int *pages, *slots;
     uint8_t *seen;
 };
@@ -90,11 +91,12 @@ __device__ void add_wide_sealed(wide_state<T, NT> &state, const wide_team<W, T, 
     const bool latent = team.store.latent;
     const float softcap = team.args.softcap * log2e;
     const latent_place latent_at = team.latent();
-    const auto low = place_of_p<NT>::of(latent ? token_order() : low_part(team.v().bits, XQ_PAGE), first, place.t);
-    const auto high = place_of_p<NT>::of(high_part(XQ_PAGE), first, place.t);
+    const auto low = p_place<NT>::of(latent ? token_order() : team.call.v_low, first, place.t);
+    const auto high = p_place<NT>::of(team.call.v_high, first, place.t);
+    const bool one = team.args.n_tokens == 1;
     wide_masks<N, NT> masks;
     if (place.team < n_sealed) {
-        masks.load(team.tile, list.pages[place.team] * XQ_PAGE + first, place.t);
+        masks.load(team.tile, one, list.pages[place.team] * XQ_PAGE + first, place.t);
     }
 #pragma unroll 1
     for (int j = place.team; j < n_sealed; j += step) {
@@ -111,7 +113,7 @@ __device__ void add_wide_sealed(wide_state<T, NT> &state, const wide_team<W, T, 
         exponentiate_page<N>(state, s, team.tops(), place);
         team.store_sealed_p(state, s, page + parts.v_param, low, high);
         if (j + step < n_sealed) { // they come from afar
-            masks.load(team.tile, list.pages[j + step] * XQ_PAGE + first, place.t);
+            masks.load(team.tile, one, list.pages[j + step] * XQ_PAGE + first, place.t);
         }
         place.meet();
         if (latent) {
@@ -133,7 +135,7 @@ __device__ void add_wide_open(wide_state<T, NT> &state, const wide_team<W, T, NT
     constexpr int N = wide_team<W, T, NT>::N;
     const wide_place<W> &place = team.place;
     const int first = team.first_token();
-    const auto to = place_of_p<NT>::of(token_order(), first, place.t);
+    const auto to = p_place<NT>::of(token_order(), first, place.t);
     float by[N];
     for (int n = 0; n < N; ++n) {
         by[n] = power_of_two(p_bits);
@@ -142,7 +144,7 @@ __device__ void add_wide_open(wide_state<T, NT> &state, const wide_team<W, T, NT
     for (int j = nth; j < list.n_open; j += team.call.n_teams) {
         const int at = list.size - 1 - j;
         wide_masks<N, NT> masks;
-        masks.load(team.tile, list.pages[at] * XQ_PAGE + first, place.t);
+        masks.load(team.tile, team.args.n_tokens == 1, list.pages[at] * XQ_PAGE + first, place.t);
         float s[N][2 * NT];
         team.open_scores(s, open_rows(k, list.slots[at]), k.rows_token);
         finish_wide_scores<N, NT>(s, masks, team.tile, team.args.softcap * log2e, place.t);
@@ -178,7 +180,7 @@ __global__ void __launch_bounds__(32 * wide_warps<W, T, NT>, 1)
     using ring_of = page_ring<wide_place<W>>;
     __shared__ typename ring_of::marks marks;
     __shared__ wide_tile<NT> tile;
-    __shared__ part_list list;
+    __shared__ int n_listed[2];
     const auto place = wide_place<W>::here();
     const int warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
     const int nth_stream = call.n_tiles == 1 ? blockIdx.z : blockIdx.z / (unsigned)call.n_tiles;
@@ -195,12 +197,14 @@ __global__ void __launch_bounds__(32 * wide_warps<W, T, NT>, 1)
     ring.begin();
     if (threadIdx.x == 0) {
         ring_of::prepare(marks, k, v);
-        list.size = call.n_pages;
-        list.pages = (int *)(shared + call.list);
-        list.slots = list.pages + call.n_pages;
-        list.seen = (uint8_t *)(list.slots + call.n_pages);
     }
-    __syncthreads();
+    auto *pages = (int *)(shared + call.list);
+    part_list list = {n_listed[0],
+                      n_listed[1],
+                      call.n_pages,
+                      pages,
+                      pages + call.n_pages,
+                      (uint8_t *)(pages + 2 * call.n_pages)};
     for (int r = warp - 1; r >= 0 && r < wide_rows<NT>; r += n_warps - 1) { // while the first warp waits for the table
         load_wide_row<NT>(shared + call.queries, tile, r, store, args, call, task, place.lane);
     }
@@ -226,8 +230,7 @@ __global__ void __launch_bounds__(32 * wide_warps<W, T, NT>, 1)
                                       tile,
                                       shared + call.queries,
                                       shared + call.rooms + place.team * call.room,
-                                      place,
-                                      value_groups(store)};
+                                      place};
     wide_state<T, NT> state;
     state.clear();
     add_wide_sealed(state, team, list, ring);

@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(32 * merge_warps)
     const float2 *heads = (const float2 *)(args.partial + n * n_all * width) + row;
     const float sink = args.sinks ? args.sinks[row % args.n_head] * log2e : -INFINITY;
     float max = sink, sum = 0.0f;
+#pragma unroll 8
     for (int i = lane; i < n; i += 32) {
         max = fmaxf(max, heads[i * n_all].x);
     }
@@ -34,6 +35,7 @@ __global__ void __launch_bounds__(32 * merge_warps)
         max = fmaxf(max, __shfl_xor_sync(~0u, max, step));
     }
     const float safe = max == -INFINITY ? 0.0f : max;
+#pragma unroll 8
     for (int i = lane; i < n; i += 32) {
         const float2 head = heads[i * n_all];
         sum += exp2f(head.x - safe) * head.y;

@@ -71,7 +71,7 @@ template <int NT> struct fragment {
     }
 };
 
-/* Where the quad-th four elements of a query row's vector lie; planes: a power of two. */
+/* Where the quad-th four elements of query row `row` lie among the queries; planes: a power of two. */
 template <int NT> __device__ int place_of_quad(int planes, int quad, int row) {
     const int log = 31 - __clz(planes), unit = quad >> log, plane = quad & (planes - 1);
     return (unit / 4 * planes + plane) * product_bytes<NT> + (row % 8 * 4 + unit % 4) * lane_bytes<NT> + row / 8 * 8;
@@ -79,6 +79,12 @@ template <int NT> __device__ int place_of_quad(int planes, int quad, int row) {
 /* 2^-(B p) of a quad. */
 __device__ inline float weight_of_quad(const code_part &part, int quad) {
     return power_of_two(-part.bits * (quad & (part.planes - 1)));
+}
+
+/* p of the n-th product: lanes' fragments are interchanged, so that lanes that write, four lanes t and many g at a time,
+ * meet few conflicts of banks.  Bytes from the product's start. */
+template <int NT> __device__ int place_of_p(int n, int lane) {
+    return (lane ^ (lane >> 3 & 1) << 2 ^ (lane >> 4 & 1) << 1 ^ (n & 1)) * lane_bytes<NT>;
 }
 
 /* f(number) with a part's bits as a number that the compiler knows. */
@@ -97,29 +103,42 @@ template <typename F> __device__ void with_bits(int bits, const F &f) {
 /* Folds one part of the queries with the scales of one tile of keys: this warp's products; param: the tile's.
  * constant: grows by q times the zero points; of the low part, which has every channel once. */
 template <int BITS, bool F16, int W, int NT>
-__device__ void fold_part(int products, bool is_low, const xq_side &side, int width, const uint8_t *param,
+__device__ void fold_part(int steps, bool is_low, const xq_side &side, int width, const uint8_t *param,
                           const uint8_t *queries, uint8_t *folded, float (&constant)[NT][2],
                           const wide_place<W> &place) {
-    constexpr int planes = 8 / BITS;
+    constexpr int planes = 8 / BITS, at_once = W / planes > 0 ? W / planes : 1; // steps that the team takes at once
+    constexpr int own = planes > W ? planes / W : 1;                            // planes of a warp
+    const int first_plane = place.member % planes;
+    int s = place.member / planes;
+    int at = (s * planes + first_plane) * product_bytes<NT> + place.lane * lane_bytes<NT>;
+    int i = 4 * (planes * (4 * s + place.t) + first_plane);
+    float sums[own][NT][4] = {};
 #pragma unroll 2
-    for (int n = place.member; n < products; n += W) {
-        const int plane = n % planes, i = 4 * (planes * (4 * (n / planes) + place.t) + plane);
-        uint2 scale = {}, zero = {};
-        if (i < width) {
-            load_four<F16>(side, param, width, i, scale, zero);
-        }
-        const int at = n * product_bytes<NT> + place.lane * lane_bytes<NT>;
-        const auto q = fragment<NT>::load(queries + at);
-        q.times(make_uint2(even(scale), odd(scale))).store(folded + at);
-        if (is_low) {
-            const uint32_t z[2] = {even(zero), odd(zero)};
-            const float back = power_of_two(BITS * plane);
+    for (; s < steps; s += at_once, at += at_once * planes * product_bytes<NT>, i += 16 * planes * at_once) {
 #pragma unroll
+        for (int k = 0; k < own; ++k) {
+            uint2 scale = {}, zero = {};
+            if (i + 4 * W * k < width) {
+                load_four<F16>(side, param, width, i + 4 * W * k, scale, zero);
+            }
+            const auto q = fragment<NT>::load(queries + at + W * k * product_bytes<NT>);
+            q.times(make_uint2(even(scale), odd(scale))).store(folded + at + W * k * product_bytes<NT>);
+            if (is_low) {
+                const uint32_t z[2] = {even(zero), odd(zero)};
+#pragma unroll
+                for (int nt = 0; nt < NT; ++nt) {
+                    multiply(sums[k][nt], z[0], z[0], z[1], z[1], q.x[nt][0], q.x[nt][1]);
+                }
+            }
+        }
+    }
+    if (is_low) {
+#pragma unroll
+        for (int k = 0; k < own; ++k) {
+            const float back = power_of_two(BITS * (first_plane + W * k));
             for (int nt = 0; nt < NT; ++nt) {
-                float y[4] = {};
-                multiply(y, z[0], z[0], z[1], z[1], q.x[nt][0], q.x[nt][1]);
-                constant[nt][0] += y[0] * back;
-                constant[nt][1] += y[1] * back;
+                constant[nt][0] += sums[k][nt][0] * back;
+                constant[nt][1] += sums[k][nt][1] * back;
             }
         }
     }
@@ -193,13 +212,15 @@ __device__ void add_open_scores(float (&y)[N / 2][NT][4], const code_part &part,
 /* ---- values ---- */
 
 /* Adds the products of one part of the codes of T / 2 chunks of 32 channels with p.  at: this lane's words of its first
- * chunk, step_chunk bytes from one to the next, n of which exist; p: its first fragment.  GROUPED: each chunk's p are
+ * chunk, step_chunk bytes from one to the next, n of which exist; p: all fragments.  GROUPED: each chunk's p are
  * multiplied with scales; of this lane's first quad and of its first chunk's group, chunk c is group_step[c] bytes
  * further. */
 template <int BITS, bool GROUPED, int T, int NT>
 __device__ void add_values(float (&out)[T][NT][4], const uint8_t *at, int step_chunk, int n, const uint8_t *p,
                            const uint8_t *scales, const int (&group_step)[T / 2]) {
     constexpr int planes = 8 / BITS, steps = BITS;
+    const int lane = threadIdx.x % 32;
+    const uint8_t *mine[2] = {p + place_of_p<NT>(0, lane), p + place_of_p<NT>(1, lane)};
 #pragma unroll
     for (int s = 0; s < steps; ++s) {
         uint4 w[T / 2], v[T / 2];
@@ -211,7 +232,7 @@ __device__ void add_values(float (&out)[T][NT][4], const uint8_t *at, int step_c
 #pragma unroll
         for (int k = 0; k < planes; ++k) {
             const uint32_t mask = ((1u << BITS) - 1) * 0x00010001u << (BITS * k);
-            const auto all = fragment<NT>::load(p + (s * planes + k) * product_bytes<NT>);
+            const auto all = fragment<NT>::load(mine[k % 2] + (s * planes + k) * product_bytes<NT>);
 #pragma unroll
             for (int c = 0; c < T / 2; ++c) {
                 auto b = all;
@@ -264,19 +285,20 @@ struct latent_place {
 };
 
 /* y [2 plane + pair of channels] and total, sums of p, over 16-token blocks first .. first + n - 1 of a page.  bytes: of
- * a block; bits: of a code, 3: THREE; p: this lane's first fragment. */
+ * a block; part: the low one; THREE: there is a high one, high_at bytes behind; p: all fragments. */
 template <bool THREE, int T, int NT>
-__device__ void add_latent(float (&y)[T][NT][4], float (&total)[NT][4], const uint8_t *codes, int bytes, int bits,
-                           int n_i, const latent_place &at, int first, int n, const uint8_t *p, int t) {
-    const code_part part = low_part(bits, n_i);
+__device__ void add_latent(float (&y)[T][NT][4], float (&total)[NT][4], const uint8_t *codes, int bytes,
+                           const code_part &part, int high_at, const latent_place &at, int first, int n,
+                           const uint8_t *p, const lane_place &place) {
     const uint32_t mask = (((1u << part.bits) - 1) * 0x00010001u) << (part.bits * at.plane);
-    const uint8_t *words = codes + first * bytes + 64 * at.unit + 16 * t;
-    const int to_high = 64 * units_of(2, n_i) + 64 * (at.unit / 2 - at.unit);
+    const uint8_t *words = codes + first * bytes + 64 * at.unit + 16 * place.t;
+    const int to_high = high_at + 64 * (at.unit / 2 - at.unit);
     const int from = 4 * (at.unit & 1) + at.plane; // of the high part: its plane
     p += first * product_bytes<NT>;
+    const int mine[2] = {place_of_p<NT>(0, place.lane), place_of_p<NT>(1, place.lane)};
 #pragma unroll 2
-    for (int j = 0; j < n; ++j, words += bytes, p += product_bytes<NT>) {
-        const auto b = fragment<NT>::load(p);
+    for (int j = 0; j < n; ++j, words += bytes, p += product_bytes<NT>) { // n and first are even
+        const auto b = fragment<NT>::load(p + mine[j % 2]);
         const auto x = transposed::of(*(const uint4 *)words);
         transposed high;
         if (THREE) {
@@ -308,14 +330,15 @@ __device__ void add_latent(float (&y)[T][NT][4], float (&total)[NT][4], const ui
 }
 
 /* Adds what F16 rows say of T / 2 chunks of 32 channels, step apart, n of which exist.  rows: this lane's four channels
- * of its first chunk, of the page's token 4 t; has: its channels of the last chunk exist; p: its first fragment, in the
- * order of tokens. */
+ * of its first chunk, of the page's token 4 t; has: its channels of the last chunk exist; p: all fragments, in the order
+ * of tokens. */
 template <int T, int NT>
 __device__ void add_open_values(float (&out)[T][NT][4], const __half *rows, int rows_token, int step, int n, bool has,
                                 const uint8_t *p) {
+    const int lane = threadIdx.x % 32, mine[2] = {place_of_p<NT>(0, lane), place_of_p<NT>(1, lane)};
 #pragma unroll 2
     for (int j = 0; j < page_products; ++j, rows += 16 * rows_token, p += product_bytes<NT>) {
-        const auto b = fragment<NT>::load(p);
+        const auto b = fragment<NT>::load(p + mine[j % 2]);
 #pragma unroll
         for (int c = 0; c < T / 2; ++c) {
             if (c > 0 && c >= n) {

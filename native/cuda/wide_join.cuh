@@ -90,7 +90,7 @@ template <int W, int T, int NT>
 __device__ void store_sealed_state(uint8_t *to, uint8_t *room, wide_state<T, NT> &state,
                                    const wide_team<W, T, NT> &team) {
     const auto &place = team.place;
-    const int n_groups = team.n_groups;
+    const int n_groups = team.call.n_groups;
     constexpr int rows = wide_rows<NT>;
     auto *zeros = (float *)room;
     if (n_groups > 0) { // total_over_team meets
@@ -114,7 +114,7 @@ __device__ void store_sealed_state(uint8_t *to, uint8_t *room, wide_state<T, NT>
         float sum = 0.0f;
 #pragma unroll 1
         for (int m = 0; m < W; ++m) {
-            sum += zeros[(m * n_groups + channel(c) / team.v().group) * rows + row_of(r, place.t)];
+            sum += zeros[(m * n_groups + (channel(c) >> team.call.log_group)) * rows + row_of(r, place.t)];
         }
         return sum * unit;
     });

@@ -4,7 +4,7 @@
  *
  *     [team] pages that come through a ring, and in their place, at last, two states      (n_teams * ring bytes)
  *     queries [product][lane][NT][2 registers]
- *     [team] room:  folded [tile of keys] as the queries | p [part of codes] likewise, 8 products each
+ *     [team] room:  folded [tile of keys] as the queries | p [part of codes] likewise, 8 products each (place_of_p)
  *                   scales, zeros [group of channels][quad of tokens][4] halves, if values have several groups
  *                   constants [tile of keys][warp][row] | tops [warp][row][2]
  *     the list of pages
@@ -47,21 +47,21 @@ XQ_BOTH code_part token_order() {
     return {8, 1, page_products, 0};
 }
 
-/* Values have scales for each group of channels; 0: for the whole head, or they are keys. */
-XQ_BOTH int value_groups(const xq_store &store) {
-    const int length = group_length(store.v.plan, store.v.width);
-    return store.latent || length == store.v.width ? 0 : store.v.width / length;
-}
-
-/* What the launch's blocks need to know; offsets and sizes in bytes. */
+/* What the launch's blocks need to know, worked out on the host: divisions are long code.  Sizes and offsets in bytes. */
 struct wide_call : row_numbers {
     staged parts;
-    int n_teams, depth;       /* depth: pages of a ring */
-    int ring, state;          /* sizes: of a team's ring, of a state */
-    int queries, rooms, list; /* offsets */
-    int room, folded;         /* sizes: of a team's room, of one tile's folded vectors */
+    int n_teams, depth;             /* depth: pages of a ring */
+    int ring, state;                /* sizes: of a team's ring, of a state */
+    int queries, rooms, list;       /* offsets */
+    int room, folded;               /* sizes: of a team's room, of one tile's folded vectors */
     int p, scales, constants, tops; /* offsets in a room */
     int shared;
+    code_part k_low, k_high, v_low, v_high;
+    int k_column, v_column;    /* of 16 columns of codes */
+    int k_param, v_param;      /* of the parameters of one tile, of one group */
+    int tiles, log_tile;       /* tiles of a page's keys, and the logarithm of their tokens */
+    int n_groups, log_group;   /* groups of values, 0: one; the logarithm of their channels */
+    int n_shares;              /* of the warps: chunks of 32 channels of values, or planes of eight units of latent codes */
 };
 
 } // namespace xq

@@ -81,10 +81,17 @@ template <int T, int NT> struct wide_state {
 template <int N, int NT> struct wide_masks {
     uint32_t at[2 * NT][N / 2];
 
-    __device__ void load(const wide_tile<NT> &tile, int first_cell, int t) {
+    /* one: all rows are of one token. */
+    __device__ void load(const wide_tile<NT> &tile, bool one, int first_cell, int t) {
 #pragma unroll
         for (int r = 0; r < 2 * NT; ++r) {
-            const __half *mask = tile.mask[row_of(r, t)];
+            if (r > 0 && one) {
+                for (int k = 0; k < N / 2; ++k) {
+                    at[r][k] = at[0][k];
+                }
+                continue;
+            }
+            const __half *mask = tile.mask[one ? 0 : row_of(r, t)];
             if constexpr (N == 4) {
                 const uint2 x = mask ? *(const uint2 *)(mask + first_cell) : uint2{};
                 at[r][0] = x.x, at[r][N / 2 - 1] = x.y;
@@ -92,6 +99,17 @@ template <int N, int NT> struct wide_masks {
                 at[r][0] = mask ? *(const uint32_t *)(mask + first_cell) : 0;
             }
         }
+    }
+    /* Whether one of the warp's is not 0. */
+    __device__ bool any() const {
+        uint32_t all = 0;
+#pragma unroll
+        for (int r = 0; r < 2 * NT; ++r) {
+            for (int k = 0; k < N / 2; ++k) {
+                all |= at[r][k];
+            }
+        }
+        return __any_sync(~0u, all != 0);
     }
 };
 
@@ -106,6 +124,9 @@ __device__ void finish_wide_scores(float (&s)[N][2 * NT], const wide_masks<N, NT
                 s[k][r] = softcap * tanhf(s[k][r] / softcap);
             }
         }
+    }
+    if (!masks.any()) {
+        return;
     }
 #pragma unroll
     for (int r = 0; r < 2 * NT; ++r) {
@@ -173,20 +194,23 @@ __device__ void exponentiate_page(wide_state<T, NT> &state, float (&s)[N][2 * NT
 }
 
 /* Where a lane's p lie, and what plane of the codes they are multiplied with takes off. */
-template <int NT> struct place_of_p {
-    int first;
+template <int NT> struct p_place {
+    int even, odd; /* of rows 2 t and 2 t + 1 */
     float weight;
 
     /* part: of the codes; token: the first of the lane's, of the page. */
-    static __device__ place_of_p of(const code_part &part, int token, int t) {
-        return {place_of_quad<NT>(part.planes, token / 4, 2 * t), weight_of_quad(part, token / 4)};
+    static __device__ p_place of(const code_part &part, int token, int t) {
+        const int log = 31 - __clz(part.planes), quad = token / 4, unit = quad >> log;
+        const int n = unit / 4 * part.planes + (quad & (part.planes - 1)), lane = 8 * t + unit % 4;
+        return {n * product_bytes<NT> + place_of_p<NT>(n, lane), n * product_bytes<NT> + place_of_p<NT>(n, lane + 4),
+                weight_of_quad(part, quad)};
     }
-    __device__ int at(int r) const { return first + r % 2 * (4 * lane_bytes<NT>) + r / 2 * 8; }
+    __device__ int at(int r) const { return (r % 2 == 0 ? even : odd) + r / 2 * 8; }
 };
 
 /* Stores x [token][r] * by[token] as halves. */
 template <int N, int NT>
-__device__ void store_p(uint8_t *p, const place_of_p<NT> &to, const float (&x)[N][2 * NT], const float (&by)[N],
+__device__ void store_p(uint8_t *p, const p_place<NT> &to, const float (&x)[N][2 * NT], const float (&by)[N],
                         int g) {
 #pragma unroll
     for (int r = 0; r < 2 * NT; ++r) {

@@ -19,7 +19,6 @@ template <int W, int T, int NT> struct wide_team {
     const uint8_t *queries;
     uint8_t *room;
     const wide_place<W> place;
-    const int n_groups; /* of values, 0: one */
 
     __device__ const xq_side &k() const { return store.k.plan; }
     __device__ const xq_side &v() const { return store.v.plan; }
@@ -32,27 +31,25 @@ template <int W, int T, int NT> struct wide_team {
     __device__ int lane_at() const { return place.lane * lane_bytes<NT>; }
     /* [group][quad][4] halves: scales, then zero points. */
     __device__ uint8_t *scales(int group) const { return room + call.scales + group * (2 * XQ_PAGE); }
-    __device__ uint8_t *zeros(int group) const { return scales(n_groups + group); }
+    __device__ uint8_t *zeros(int group) const { return scales(call.n_groups + group); }
 
     /* ---- before scores ---- */
 
     template <bool F16> __device__ void fold_tile(const uint8_t *param, uint8_t *to, float (&constant)[NT][2]) const {
         const int width = store.k.width;
-        const code_part low = low_part(k().bits, width);
-        with_bits(low.bits, [&](auto bits) {
-            fold_part<bits.value, F16, W, NT>(low.products(), true, k(), width, param, queries, to, constant, place);
+        with_bits(call.k_low.bits, [&](auto bits) {
+            fold_part<bits.value, F16, W, NT>(call.k_low.steps, true, k(), width, param, queries, to, constant, place);
         });
         if (k().bits == 3) {
-            const int first = low.products() * product_bytes<NT>;
-            fold_part<1, F16, W, NT>(high_part(width).products(), false, k(), width, param, queries + first, to + first,
-                                     constant, place);
+            const int first = call.k_low.products() * product_bytes<NT>;
+            fold_part<1, F16, W, NT>(call.k_high.steps, false, k(), width, param, queries + first, to + first, constant,
+                                     place);
         }
     }
 
     __device__ void fold_keys(const uint8_t *param) const {
-        const int tiles = XQ_PAGE / k().group;
 #pragma unroll 1
-        for (int n = 0; n < tiles; ++n, param += parameter_bytes(k(), store.k.width)) {
+        for (int n = 0; n < call.tiles; ++n, param += call.k_param) {
             float constant[NT][2] = {};
             if (k().param == XQ_PARAM_F16) {
                 fold_tile<true>(param, room + n * call.folded, constant);
@@ -66,25 +63,43 @@ template <int W, int T, int NT> struct wide_team {
         }
     }
 
-    /* The unit of values' scales, and, of several groups, these as halves in it.  Zero points of a group lie with
-     * 2^(B p), for p lies with its inverse. */
+    /* An exponent that scales of values of the whole head stay below 2^(it + 1). */
+    __device__ int scale_exponent(const uint8_t *param) const {
+        if (v().param == XQ_PARAM_LOG8) {
+            const uint32_t e = *(const uint32_t *)(param + 4 * place.lane);
+            const uint32_t top = max(max(e & 0xffu, e >> 8 & 0xffu), max(e >> 16 & 0xffu, e >> 24));
+            return ((int)warp_max(top) - log8_zero) >> 3;
+        }
+        const uint2 x = *(const uint2 *)(param + 8 * place.lane);
+        const uint32_t top =
+            max(max(x.x & 0x7fffu, x.x >> 16 & 0x7fffu), max(x.y & 0x7fffu, x.y >> 16 & 0x7fffu));
+        return ((int)warp_max(top) >> 10) - 15;
+    }
+
+    /* The unit of values' scales. */
     __device__ void fold_values(state_of &state, const uint8_t *param) const {
-        const int step = parameter_bytes(v(), XQ_PAGE);
+        if (call.n_groups == 0) {
+            state.raise_exponent(scale_exponent(param));
+        } else {
+            fold_groups(state, param);
+        }
+    }
+
+    /* The same, and scales as halves in it.  Zero points of a group lie with 2^(B p), for p lies with its inverse. */
+    __device__ void fold_groups(state_of &state, const uint8_t *param) const {
         float scale[4], zero[4], top = 0.0f;
 #pragma unroll 1
-        for (int n = 0; n < max(n_groups, 1); ++n) {
-            load_four(v(), param + n * step, XQ_PAGE, 4 * place.lane, scale, zero);
+        for (int n = 0; n < call.n_groups; ++n) {
+            load_four(v(), param + n * call.v_param, XQ_PAGE, 4 * place.lane, scale, zero);
             for (int w = 0; w < 4; ++w) {
-                top = fmaxf(top, fmaxf(fabsf(scale[w]), n_groups > 0 ? fabsf(zero[w]) * 0.0625f : 0.0f));
+                top = fmaxf(top, fmaxf(fabsf(scale[w]), fabsf(zero[w]) * 0.0625f));
             }
         }
         state.raise_exponent((int)(warp_max(__float_as_uint(top)) >> 23) - 127);
-        const float unit = power_of_two(-state.exponent);
-        const code_part part = low_part(v().bits, XQ_PAGE);
-        const float back = unit / weight_of_quad(part, place.lane);
+        const float unit = power_of_two(-state.exponent), back = unit / weight_of_quad(call.v_low, place.lane);
 #pragma unroll 1
-        for (int n = place.member; n < n_groups; n += W) {
-            load_four(v(), param + n * step, XQ_PAGE, 4 * place.lane, scale, zero);
+        for (int n = place.member; n < call.n_groups; n += W) {
+            load_four(v(), param + n * call.v_param, XQ_PAGE, 4 * place.lane, scale, zero);
             *(uint2 *)(scales(n) + 8 * place.lane) =
                 make_uint2(halves(scale[0] * unit, scale[2] * unit), halves(scale[1] * unit, scale[3] * unit));
             *(uint2 *)(zeros(n) + 8 * place.lane) =
@@ -96,15 +111,15 @@ template <int W, int T, int NT> struct wide_team {
 
     /* s [token][r], without cap and mask. */
     __device__ void sealed_scores(float (&s)[N][2 * NT], const uint8_t *codes) const {
-        const int bytes = column_bytes(k().bits, store.k.width), number = first_token() / k().group;
-        const code_part low = low_part(k().bits, store.k.width);
-        const uint8_t *at = codes + first_token() / 16 * bytes + 64 * place.t + 4 * (first_token() % 16);
+        const int number = first_token() >> call.log_tile;
+        const uint8_t *at = codes + first_token() / 16 * call.k_column + 64 * place.t + 4 * (first_token() % 16);
         const uint8_t *folded = room + number * call.folded + lane_at();
         float c[2][NT][4] = {};
-        with_bits(low.bits, [&](auto bits) { add_scores<bits.value, N, NT>(c, low.steps, at, folded); });
+        with_bits(call.k_low.bits,
+                  [&](auto bits) { add_scores<bits.value, N, NT>(c, call.k_low.steps, at, folded); });
         if (k().bits == 3) {
-            const code_part high = high_part(store.k.width);
-            add_scores<1, N, NT>(c, high.steps, at + high.at, folded + low.products() * product_bytes<NT>);
+            add_scores<1, N, NT>(c, call.k_high.steps, at + call.k_high.at,
+                                 folded + call.k_low.products() * product_bytes<NT>);
         }
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
@@ -129,7 +144,7 @@ template <int W, int T, int NT> struct wide_team {
     /* rows: of the page. */
     __device__ void open_scores(float (&s)[N][2 * NT], const __half *rows, int rows_token) const {
         float y[N / 2][NT][4] = {};
-        add_open_scores<N, NT>(y, low_part(k().bits, store.k.width), store.k.width,
+        add_open_scores<N, NT>(y, call.k_low, store.k.width,
                                rows + first_token() * rows_token, rows_token, queries + lane_at(), place.t);
 #pragma unroll
         for (int r = 0; r < 2 * NT; ++r) {
@@ -145,12 +160,12 @@ template <int W, int T, int NT> struct wide_team {
 
     /* Stores p times the scales of its values, or p alone if each group of channels has its own. */
     __device__ void store_sealed_p(state_of &state, const float (&s)[N][2 * NT], const uint8_t *param,
-                                   const place_of_p<NT> &low, const place_of_p<NT> &high) const {
+                                   const p_place<NT> &low, const p_place<NT> &high) const {
         float by[N];
         for (int k = 0; k < N; ++k) {
             by[k] = power_of_two(p_bits);
         }
-        if (!store.latent && n_groups == 0) {
+        if (!store.latent && call.n_groups == 0) {
             const float unit = power_of_two(p_bits - state.exponent);
             float scale[4], zero[4];
             load_four(v(), param, XQ_PAGE, first_token() & ~3, scale, zero);
@@ -178,39 +193,37 @@ template <int W, int T, int NT> struct wide_team {
         }
     }
 
-    __device__ int chunks() const { return (store.v.width + 31) / 32; }
-    /* Of this warp: chunks member, member + W, ... */
-    __device__ int own_chunks() const { return (chunks() - place.member + W - 1) / W; }
+    /* Chunks of 32 channels of this warp: member, member + W, ... */
+    __device__ int own_chunks() const { return ((store.v.width + 31) / 32 - place.member + W - 1) / W; }
 
     template <bool GROUPED> __device__ void values(state_of &state, const uint8_t *codes) const {
-        const int bytes = column_bytes(v().bits, XQ_PAGE), step = 2 * W * bytes, n = own_chunks();
-        const uint8_t *at = codes + (2 * place.member + place.g / 4) * bytes + 64 * place.t + 16 * (place.g % 4);
-        const code_part low = low_part(v().bits, XQ_PAGE), high = high_part(XQ_PAGE);
+        const int step = 2 * W * call.v_column, n = own_chunks();
+        const uint8_t *at = codes + (2 * place.member + place.g / 4) * call.v_column + 64 * place.t + 16 * (place.g % 4);
         const uint8_t *of_group = nullptr;
         int group_step[T / 2] = {};
         if (GROUPED) {
-            const int first = 32 * place.member / v().group;
-            of_group = scales(min(first, n_groups - 1));
+            const int first = 32 * place.member >> call.log_group;
+            of_group = scales(min(first, call.n_groups - 1));
             for (int c = 1; c < T / 2; ++c) {
-                group_step[c] = c < n ? (32 * (place.member + c * W) / v().group - first) * (2 * XQ_PAGE) : 0;
+                group_step[c] = c < n ? ((32 * (place.member + c * W) >> call.log_group) - first) * (2 * XQ_PAGE) : 0;
             }
-            add_zeros(state, low);
+            add_zeros(state, call.v_low);
         }
         if (n <= 0) {
             return;
         }
         const auto quad = [&](const code_part &part) { return of_group + 8 * part.planes * place.t; };
-        with_bits(low.bits, [&](auto bits) {
-            add_values<bits.value, GROUPED, T, NT>(state.out, at, step, n, p() + lane_at(), quad(low), group_step);
+        with_bits(call.v_low.bits, [&](auto bits) {
+            add_values<bits.value, GROUPED, T, NT>(state.out, at, step, n, p(), quad(call.v_low), group_step);
         });
         if (v().bits == 3) {
-            add_values<1, GROUPED, T, NT>(state.out, at + high.at, step, n,
-                                          p() + page_products * product_bytes<NT> + lane_at(), quad(high), group_step);
+            add_values<1, GROUPED, T, NT>(state.out, at + call.v_high.at, step, n,
+                                          p() + page_products * product_bytes<NT>, quad(call.v_high), group_step);
         }
     }
 
     __device__ void sealed_values(state_of &state, const uint8_t *codes) const {
-        if (n_groups > 0) {
+        if (call.n_groups > 0) {
             values<true>(state, codes);
         } else {
             values<false>(state, codes);
@@ -219,13 +232,13 @@ template <int W, int T, int NT> struct wide_team {
 
     /* This warp's products of p with the zero points of all groups. */
     __device__ void add_zeros(state_of &state, const code_part &part) const {
-        const int log = 31 - __clz(part.planes), last = n_groups - 1;
+        const int log = 31 - __clz(part.planes), last = call.n_groups - 1;
 #pragma unroll 1
         for (int n = place.member; n < page_products; n += W) {
             const int quad = part.planes * (4 * (n >> log) + place.t) + (n & (part.planes - 1));
             const uint2 x = *(const uint2 *)(zeros(min(place.g, last)) + 8 * quad);
             const uint2 y = *(const uint2 *)(zeros(min(place.g + 8, last)) + 8 * quad);
-            const auto b = fragment<NT>::load(p() + n * product_bytes<NT> + lane_at());
+            const auto b = fragment<NT>::load(p() + n * product_bytes<NT> + place_of_p<NT>(n, place.lane));
             for (int nt = 0; nt < NT; ++nt) {
                 multiply(state.zero[nt], x.x, y.x, x.y, y.y, b.x[nt][0], b.x[nt][1]);
             }
@@ -233,10 +246,9 @@ template <int W, int T, int NT> struct wide_team {
     }
 
     __device__ latent_place latent() const {
-        const code_part part = low_part(k().bits, store.k.width);
+        const code_part &part = call.k_low;
         const int nth = place.member * (T / 2), unit = nth / part.planes * 8 + place.g, plane = nth % part.planes;
-        const int n = (units_of(part.bits, store.v.width) + 7) / 8 * part.planes;
-        return {unit, plane, 4 * (part.planes * unit + plane), nth < n};
+        return {unit, plane, 4 * (part.planes * unit + plane), nth < call.n_shares};
     }
 
     __device__ void latent_values(state_of &state, const uint8_t *codes, const uint8_t *param,
@@ -244,17 +256,15 @@ template <int W, int T, int NT> struct wide_team {
         if (!at.exists) {
             return;
         }
-        const int blocks = k().group / 16, part_bits = low_part(k().bits, store.k.width).bits;
-        const int bytes = column_bytes(k().bits, store.k.width);
+        const int blocks = k().group / 16;
 #pragma unroll 1
-        for (int first = 0; first < page_products; first += blocks, param += parameter_bytes(k(), store.k.width)) {
+        for (int first = 0; first < page_products; first += blocks, param += call.k_param) {
             float y[T][NT][4] = {}, total[NT][4] = {};
             if (k().bits == 3) {
-                add_latent<true, T, NT>(y, total, codes, bytes, 3, store.k.width, at, first, blocks, p() + lane_at(),
-                                        place.t);
+                add_latent<true, T, NT>(y, total, codes, call.k_column, call.k_low, call.k_high.at, at, first, blocks,
+                                        p(), place);
             } else {
-                add_latent<false, T, NT>(y, total, codes, bytes, k().bits, store.k.width, at, first, blocks,
-                                         p() + lane_at(), place.t);
+                add_latent<false, T, NT>(y, total, codes, call.k_column, call.k_low, 0, at, first, blocks, p(), place);
             }
 #pragma unroll
             for (int l = 0; l < T / 2; ++l) {
@@ -262,7 +272,7 @@ template <int W, int T, int NT> struct wide_team {
                 if (at.channel + 4 * l < store.k.width) {
                     load_four(k(), param, store.k.width, at.channel + 4 * l, scale, zero);
                 }
-                const float unit = code_unit * power_of_two(-part_bits * (at.plane + l));
+                const float unit = code_unit * power_of_two(-call.k_low.bits * (at.plane + l));
 #pragma unroll
                 for (int w = 0; w < 4; ++w) {
                     scale[w] *= unit;
@@ -285,7 +295,7 @@ template <int W, int T, int NT> struct wide_team {
         }
         const bool has = channel + 32 * W * (n - 1) < store.v.width;
         add_open_values<T, NT>(state.out, rows + 4 * place.t * rows_token + channel, rows_token, 32 * W, n, has,
-                               p() + lane_at());
+                               p());
     }
 };
 
