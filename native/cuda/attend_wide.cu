@@ -61,12 +61,12 @@ template <int NT> static wide_call shape_of(const xq_store &store, int n_pages) 
                                                    : wide_warps<8, 4, NT>;
     call.state = state_bytes<NT>(store.v.width);
     call.folded = products_of(k.bits, store.k.width) * product_bytes<NT>;
-    call.p = call.tiles * call.folded;
-    call.scales = call.p + (!store.latent && v.bits == 3 ? 2 : 1) * page_products * product_bytes<NT>;
+    const int p = (!store.latent && v.bits == 3 ? 2 : 1) * page_products * product_bytes<NT>;
+    call.scales = std::max(call.tiles * call.folded, p);
     call.constants = call.scales + 2 * call.n_groups * (2 * XQ_PAGE);
     call.tops = call.constants + call.tiles * W * rows * (int)sizeof(float);
-    call.room = aligned(call.tops + W * rows * (int)sizeof(float2));
-    const int list = aligned(n_pages * (2 * (int)sizeof(int) + 1)), reserve = 2048; // static shared memory
+    call.room = aligned(call.tops + 2 * rows * (int)sizeof(int) + W * rows * (int)sizeof(float2));
+    const int list = aligned(n_pages * (2 * (int)sizeof(int) + 1)), reserve = 1024; // static shared memory
     for (int n = warps / W; n > 0 && call.n_teams == 0; --n) {
         const int room = shared_limit() - reserve - call.folded - n * call.room - list;
         const int depth = std::min(room / (n * call.parts.bytes), max_buffers / n);

@@ -82,16 +82,15 @@ __device__ void load_wide_row(uint8_t *queries, wide_tile<NT> &tile, int r, cons
 /* ---- pages ---- */
 
 /* Sealed pages of the list, by a team: every n_teams-th, as they come through `ring`, which holds the first ones. */
-template <int W, int T, int NT>
-__device__ void add_wide_sealed(wide_state<T, NT> &state, const wide_team<W, T, NT> &team, const part_list &list,
+template <int W, int T, int NT, bool LATENT>
+__device__ void add_wide_sealed(wide_state<T, NT> &state, const wide_team<W, T, NT, LATENT> &team, const part_list &list,
                                 page_ring<wide_place<W>> &ring) {
-    constexpr int N = wide_team<W, T, NT>::N;
+    constexpr int N = wide_team<W, T, NT, LATENT>::N;
     const wide_place<W> &place = team.place;
     const int first = team.first_token(), n_sealed = list.n_sealed, step = team.call.n_teams;
-    const bool latent = team.store.latent;
     const float softcap = team.args.softcap * log2e;
     const latent_place latent_at = team.latent();
-    const auto low = p_place<NT>::of(latent ? token_order() : team.call.v_low, first, place.t);
+    const auto low = p_place<NT>::of(LATENT ? token_order() : team.call.v_low, first, place.t);
     const auto high = p_place<NT>::of(team.call.v_high, first, place.t);
     const bool one = team.args.n_tokens == 1;
     wide_masks<N, NT> masks;
@@ -103,21 +102,27 @@ __device__ void add_wide_sealed(wide_state<T, NT> &state, const wide_team<W, T, 
         const uint8_t *page = ring.wait();
         const staged &parts = team.call.parts;
         team.fold_keys(page + parts.k_param);
-        if (!latent) {
+        if (!LATENT) {
             team.fold_values(state, page + parts.v_param);
         }
         place.meet();
         float s[N][2 * NT];
         team.sealed_scores(s, page);
         finish_wide_scores<N, NT>(s, masks, team.tile, softcap, place.t);
-        exponentiate_page<N>(state, s, team.tops(), place);
+        exponentiate_page<N>(state, s, team.tops(false), place);
         team.store_sealed_p(state, s, page + parts.v_param, low, high);
-        if (j + step < n_sealed) { // they come from afar
-            masks.load(team.tile, one, list.pages[j + step] * XQ_PAGE + first, place.t);
+        const auto load_masks = [&] {
+            if (j + step < n_sealed) { // they come from afar
+                masks.load(team.tile, one, list.pages[j + step] * XQ_PAGE + first, place.t);
+            }
+        };
+        if (!LATENT) {
+            load_masks();
         }
         place.meet();
-        if (latent) {
+        if (LATENT) {
             team.latent_values(state, page, page + parts.k_param, latent_at);
+            load_masks(); // later: registers are scarce before
         } else {
             team.sealed_values(state, page + parts.v_codes);
         }
@@ -129,10 +134,10 @@ __device__ void add_wide_sealed(wide_state<T, NT> &state, const wide_team<W, T, 
 }
 
 /* Open pages of the list, by a team: every n_teams-th from the nth on.  k, v: of the KV head. */
-template <int W, int T, int NT>
-__device__ void add_wide_open(wide_state<T, NT> &state, const wide_team<W, T, NT> &team, const part_list &list,
+template <int W, int T, int NT, bool LATENT>
+__device__ void add_wide_open(wide_state<T, NT> &state, const wide_team<W, T, NT, LATENT> &team, const part_list &list,
                               const side_view &k, const side_view &v, int nth) {
-    constexpr int N = wide_team<W, T, NT>::N;
+    constexpr int N = wide_team<W, T, NT, LATENT>::N;
     const wide_place<W> &place = team.place;
     const int first = team.first_token();
     const auto to = p_place<NT>::of(token_order(), first, place.t);
@@ -148,7 +153,7 @@ __device__ void add_wide_open(wide_state<T, NT> &state, const wide_team<W, T, NT
         float s[N][2 * NT];
         team.open_scores(s, open_rows(k, list.slots[at]), k.rows_token);
         finish_wide_scores<N, NT>(s, masks, team.tile, team.args.softcap * log2e, place.t);
-        exponentiate_page<N>(state, s, team.tops(), place);
+        exponentiate_page<N>(state, s, team.tops(true), place);
         store_p<N, NT>(team.p(), to, s, by, place.g);
         place.meet();
         team.open_values(state, open_rows(v, list.slots[at]), v.rows_token);
@@ -172,7 +177,7 @@ __device__ inline void prefetch_open(const part_list &list, const side_view &sid
 /* ---- a block ---- */
 
 /* grid (part, KV head, tile of rows and stream) */
-template <int W, int T, int NT>
+template <int W, int T, int NT, bool LATENT>
 __global__ void __launch_bounds__(32 * wide_warps<W, T, NT>, 1)
     wide_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_attend_args args,
                 const __grid_constant__ wide_call call) {
@@ -220,21 +225,23 @@ __global__ void __launch_bounds__(32 * wide_warps<W, T, NT>, 1)
         ring.fill_first(nth < list.n_sealed ? list.pages[nth] : -1, n);
     }
     prefetch_open(list, k);
-    if (!store.latent) {
+    if (!LATENT) {
         prefetch_open(list, v);
     }
 
-    const wide_team<W, T, NT> team = {store,
+    const wide_team<W, T, NT, LATENT> team = {store,
                                       args,
                                       call,
                                       tile,
                                       shared + call.queries,
                                       shared + call.rooms + place.team * call.room,
                                       place};
+    clear_tops<NT>(team.tops(false), threadIdx.x % (32 * W)); // the team meets over its first page
+    clear_tops<NT>(team.tops(true), threadIdx.x % (32 * W));
     wide_state<T, NT> state;
     state.clear();
     add_wide_sealed(state, team, list, ring);
-    if (store.latent) {
+    if (LATENT) {
         store_latent_state(own_ring, state, team);
     } else {
         store_sealed_state(own_ring, own_ring + call.state, state, team);
@@ -260,7 +267,7 @@ __global__ void __launch_bounds__(32 * wide_warps<W, T, NT>, 1)
 
 template <int W, int T, int NT>
 int launch_wide_of(const xq_store &store, const xq_attend_args &args, const wide_call &call, cudaStream_t stream) {
-    const auto kernel = wide_kernel<W, T, NT>;
+    const auto kernel = store.latent ? wide_kernel<W, T, NT, true> : wide_kernel<W, T, NT, false>;
     const dim3 grid(args.n_parts, store.n_head_kv, call.n_tiles * args.n_streams);
     if (allow_shared(kernel, call.shared)) {
         launch_early(kernel, grid, call.n_teams * W * 32, call.shared, stream, store, args, call);

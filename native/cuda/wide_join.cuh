@@ -28,10 +28,10 @@ template <int NT> __device__ float *state_values(uint8_t *state, int row, int wi
 }
 
 /* The sums of a team in place of its own: of p, and of `zero` times it.  By the whole team, which meets in here. */
-template <int W, int T, int NT>
-__device__ void total_over_team(wide_state<T, NT> &state, const wide_team<W, T, NT> &team, bool with_zero) {
+template <int W, int T, int NT, bool LATENT>
+__device__ void total_over_team(wide_state<T, NT> &state, const wide_team<W, T, NT, LATENT> &team, bool with_zero) {
     const auto &place = team.place;
-    auto *shares = (float2 *)team.tops(); // [warp][row]
+    float2 *shares = team.shares();
 #pragma unroll
     for (int r = 0; r < 2 * NT; ++r) {
         float sum = state.sum[r], zero = with_zero ? state.zero[r / 2][r % 2] : 0.0f;
@@ -61,8 +61,8 @@ __device__ void total_over_team(wide_state<T, NT> &state, const wide_team<W, T, 
 
 /* Writes a team's state.  unit: of its sums; channel(c): of a lane's c-th four tiles' channels, the first; exists(c);
  * add(c, r): what is added to every one of them. */
-template <int W, int T, int NT, typename CHANNEL, typename ADD>
-__device__ void store_wide_state(uint8_t *to, const wide_state<T, NT> &state, const wide_team<W, T, NT> &team,
+template <int W, int T, int NT, bool LATENT, typename CHANNEL, typename ADD>
+__device__ void store_wide_state(uint8_t *to, const wide_state<T, NT> &state, const wide_team<W, T, NT, LATENT> &team,
                                  float unit, int n, const CHANNEL &channel, const ADD &add) {
     const auto &place = team.place;
     const int width = team.store.v.width;
@@ -86,9 +86,9 @@ __device__ void store_wide_state(uint8_t *to, const wide_state<T, NT> &state, co
 }
 
 /* Sums over codes of values.  room: for what groups of channels have of zero points, [warp][group][row]. */
-template <int W, int T, int NT>
+template <int W, int T, int NT, bool LATENT>
 __device__ void store_sealed_state(uint8_t *to, uint8_t *room, wide_state<T, NT> &state,
-                                   const wide_team<W, T, NT> &team) {
+                                   const wide_team<W, T, NT, LATENT> &team) {
     const auto &place = team.place;
     const int n_groups = team.call.n_groups;
     constexpr int rows = wide_rows<NT>;
@@ -121,8 +121,8 @@ __device__ void store_sealed_state(uint8_t *to, uint8_t *room, wide_state<T, NT>
     place.meet(); // open pages' sums will lie where zeros do
 }
 
-template <int W, int T, int NT>
-__device__ void store_latent_state(uint8_t *to, wide_state<T, NT> &state, const wide_team<W, T, NT> &team) {
+template <int W, int T, int NT, bool LATENT>
+__device__ void store_latent_state(uint8_t *to, wide_state<T, NT> &state, const wide_team<W, T, NT, LATENT> &team) {
     total_over_team(state, team, false);
     const latent_place at = team.latent();
     store_wide_state(
@@ -130,8 +130,8 @@ __device__ void store_latent_state(uint8_t *to, wide_state<T, NT> &state, const 
         [](int, int) { return 0.0f; });
 }
 
-template <int W, int T, int NT>
-__device__ void store_open_state(uint8_t *to, wide_state<T, NT> &state, const wide_team<W, T, NT> &team) {
+template <int W, int T, int NT, bool LATENT>
+__device__ void store_open_state(uint8_t *to, wide_state<T, NT> &state, const wide_team<W, T, NT, LATENT> &team) {
     const auto &place = team.place;
     total_over_team(state, team, false);
     store_wide_state(

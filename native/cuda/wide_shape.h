@@ -4,9 +4,10 @@
  *
  *     [team] pages that come through a ring, and in their place, at last, two states      (n_teams * ring bytes)
  *     queries [product][lane][NT][2 registers]
- *     [team] room:  folded [tile of keys] as the queries | p [part of codes] likewise, 8 products each (place_of_p)
+ *     [team] room:  folded [tile of keys] as the queries; when scores are there, in their place, p [part of codes]
+ *                   likewise, 8 products each (place_of_p)
  *                   scales, zeros [group of channels][quad of tokens][4] halves, if values have several groups
- *                   constants [tile of keys][warp][row] | tops [warp][row][2]
+ *                   constants [tile of keys][warp][row] | tops [2][row], shares [warp][row][2]
  *     the list of pages
  */
 #pragma once
@@ -54,7 +55,7 @@ struct wide_call : row_numbers {
     int ring, state;                /* sizes: of a team's ring, of a state */
     int queries, rooms, list;       /* offsets */
     int room, folded;               /* sizes: of a team's room, of one tile's folded vectors */
-    int p, scales, constants, tops; /* offsets in a room */
+    int scales, constants, tops;    /* offsets in a room */
     int shared;
     code_part k_low, k_high, v_low, v_high;
     int k_column, v_column;    /* of 16 columns of codes */

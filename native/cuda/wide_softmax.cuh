@@ -1,6 +1,6 @@
 /* wide_softmax.cuh: online softmax of a team of W warps over a page, for 8 NT query rows.
  *
- *     m' = max(m, scores)     p = 2^(score - m')     sum, zero, out *= 2^(m - m')
+ *     m' = max(m, scores)     p = 2^(score - m')     sum, zero, out *= 2^(m - m')          m' = m if it grew little
  *
  * A lane has N tokens of a page, first + 0 .. N - 1, and of every tile of eight query rows 2 t and 2 t + 1: its rows
  * r = 0 .. 2 NT - 1.  Scores use base 2.
@@ -13,7 +13,10 @@ namespace xq {
 
 namespace {
 
-constexpr int p_bits = 13; /* p is stored times 2^13: no product with a scale is beyond F16 */
+/* Sums are scaled anew only when a maximum has grown by `slack`: till then p is below 2^slack.  It is stored times
+ * 2^p_bits: no product with a scale is beyond F16. */
+constexpr float slack = 3.0f;
+constexpr int p_bits = 11;
 
 template <int NT> constexpr int wide_rows = 8 * NT;
 
@@ -23,6 +26,11 @@ template <int NT> struct wide_tile {
     float slope[wide_rows<NT>];  /* times log2 e */
     const __half *mask[wide_rows<NT>]; /* [cell]; null: none */
 };
+
+/* The order of floats as that of integers, and back. */
+__device__ inline int ordered(int bits) {
+    return bits ^ (bits >> 31 & 0x7fffffff);
+}
 
 /* The row that a lane's r-th is. */
 __device__ inline int row_of(int r, int t) {
@@ -139,45 +147,43 @@ __device__ void finish_wide_scores(float (&s)[N][2 * NT], const wide_masks<N, NT
     }
 }
 
-/* Scores of a page become p; the state's maxima become those of the page too.  tops: room for [W][row]; the team meets
- * in here. */
+/* Before the first page; the team meets before it is looked at. */
+template <int NT> __device__ void clear_tops(int *tops, int nth_thread) {
+    if (nth_thread < wide_rows<NT>) {
+        tops[nth_thread] = ordered(__float_as_int(-INFINITY));
+    }
+}
+
+/* Scores of a page become p.  tops: maxima of all rows so far, as ordered() has them; the team meets in here. */
 template <int N, int T, int NT, int W>
-__device__ void exponentiate_page(wide_state<T, NT> &state, float (&s)[N][2 * NT], float *tops,
+__device__ void exponentiate_page(wide_state<T, NT> &state, float (&s)[N][2 * NT], int *tops,
                                   const wide_place<W> &place) {
-    constexpr int rows = wide_rows<NT>;
-    float max[2 * NT], by[2 * NT];
 #pragma unroll
     for (int r = 0; r < 2 * NT; ++r) {
-        max[r] = s[0][r];
+        float max = s[0][r];
         for (int k = 1; k < N; ++k) {
-            max[r] = fmaxf(max[r], s[k][r]);
+            max = fmaxf(max, s[k][r]);
         }
-        max[r] = over_tokens(max[r]);
-    }
-    if (place.g == 0) {
-#pragma unroll
-        for (int nt = 0; nt < NT; ++nt) {
-            *(float2 *)(tops + place.member * rows + row_of(2 * nt, place.t)) = make_float2(max[2 * nt], max[2 * nt + 1]);
+        max = over_tokens(max);
+        if (place.g == 0) {
+            atomicMax(tops + row_of(r, place.t), ordered(__float_as_int(max)));
         }
     }
     place.meet();
+    float top[2 * NT];
     bool grows = false;
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
-        float2 top = make_float2(state.max[2 * nt], state.max[2 * nt + 1]);
-#pragma unroll
-        for (int m = 0; m < W; ++m) {
-            const float2 x = *(const float2 *)(tops + m * rows + row_of(2 * nt, place.t));
-            top = make_float2(fmaxf(top.x, x.x), fmaxf(top.y, x.y));
-        }
-        max[2 * nt] = top.x, max[2 * nt + 1] = top.y;
-        grows |= top.x > state.max[2 * nt] || top.y > state.max[2 * nt + 1];
+        const int2 x = *(const int2 *)(tops + row_of(2 * nt, place.t));
+        top[2 * nt] = __int_as_float(ordered(x.x)), top[2 * nt + 1] = __int_as_float(ordered(x.y));
+        grows |= top[2 * nt] > state.max[2 * nt] + slack || top[2 * nt + 1] > state.max[2 * nt + 1] + slack;
     }
     if (__any_sync(~0u, grows)) {
+        float by[2 * NT];
 #pragma unroll
         for (int r = 0; r < 2 * NT; ++r) {
-            by[r] = max[r] == -INFINITY ? 1.0f : quick_exp2(state.max[r] - max[r]);
-            state.max[r] = max[r];
+            by[r] = top[r] == -INFINITY ? 1.0f : quick_exp2(state.max[r] - top[r]);
+            state.max[r] = top[r];
             state.sum[r] *= by[r];
         }
         state.scale(by);

@@ -7,8 +7,9 @@ namespace xq {
 
 namespace {
 
-/* All that a team knows.  W warps, T tiles of 16 channels a warp, NT tiles of eight rows. */
-template <int W, int T, int NT> struct wide_team {
+/* All that a team knows.  W warps, T tiles of 16 channels a warp, NT tiles of eight rows; LATENT: values
+ * are channels of keys. */
+template <int W, int T, int NT, bool LATENT> struct wide_team {
     static constexpr int N = XQ_PAGE / (8 * W); /* tokens of a lane */
     using state_of = wide_state<T, NT>;
 
@@ -23,11 +24,14 @@ template <int W, int T, int NT> struct wide_team {
     __device__ const xq_side &k() const { return store.k.plan; }
     __device__ const xq_side &v() const { return store.v.plan; }
     __device__ int first_token() const { return place.member * (XQ_PAGE / W) + N * place.g; } /* of this lane */
-    __device__ float *tops() const { return (float *)(room + call.tops); }
-    __device__ float *constants(int tile) const {
-        return (float *)(room + call.constants) + tile * W * wide_rows<NT>;
+    /* [sealed, open][row] maxima; [warp][row] what warps tell each other at the end. */
+    __device__ int *tops(bool open) const { return (int *)(room + call.tops) + open * wide_rows<NT>; }
+    __device__ float2 *shares() const { return (float2 *)(tops(true) + wide_rows<NT>); }
+    /* [warp][t][2 NT] sums of q times zero points: a lane's rows lie side by side. */
+    __device__ float *constants(int tile, int member) const {
+        return (float *)(room + call.constants) + (tile * W + member) * wide_rows<NT> + 2 * NT * place.t;
     }
-    __device__ uint8_t *p() const { return room + call.p; }
+    __device__ uint8_t *p() const { return room; }
     __device__ int lane_at() const { return place.lane * lane_bytes<NT>; }
     /* [group][quad][4] halves: scales, then zero points. */
     __device__ uint8_t *scales(int group) const { return room + call.scales + group * (2 * XQ_PAGE); }
@@ -57,8 +61,7 @@ template <int W, int T, int NT> struct wide_team {
                 fold_tile<false>(param, room + n * call.folded, constant);
             }
             for (int nt = 0; nt < NT && place.g == 0; ++nt) {
-                *(float2 *)(constants(n) + place.member * wide_rows<NT> + row_of(2 * nt, place.t)) =
-                    make_float2(constant[nt][0], constant[nt][1]);
+                *(float2 *)(constants(n, place.member) + 2 * nt) = make_float2(constant[nt][0], constant[nt][1]);
             }
         }
     }
@@ -121,22 +124,24 @@ template <int W, int T, int NT> struct wide_team {
             add_scores<1, N, NT>(c, call.k_high.steps, at + call.k_high.at,
                                  folded + call.k_low.products() * product_bytes<NT>);
         }
+        float constant[2 * NT] = {};
+#pragma unroll
+        for (int m = 0; m < W; ++m) {
+            const auto x = fragment<NT>::load((const uint8_t *)constants(number, m)); // as many bytes
+            for (int r = 0; r < 2 * NT; ++r) {
+                constant[r] += __uint_as_float(x.x[r / 2][r % 2]);
+            }
+        }
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
-            float2 constant = {};
             const int row = row_of(2 * nt, place.t);
-#pragma unroll
-            for (int m = 0; m < W; ++m) {
-                const float2 x = *(const float2 *)(constants(number) + m * wide_rows<NT> + row);
-                constant = make_float2(constant.x + x.x, constant.y + x.y);
-            }
             const float2 factor = *(const float2 *)(tile.factor + row);
 #pragma unroll
             for (int k = 0; k < N; ++k) {
                 const float x = N == 4 ? c[k / 2][nt][k % 2 * 2] : c[0][nt][2 * k] + c[1][nt][2 * k];
                 const float y = N == 4 ? c[k / 2][nt][k % 2 * 2 + 1] : c[0][nt][2 * k + 1] + c[1][nt][2 * k + 1];
-                s[k][2 * nt] = (x * code_unit + constant.x) * factor.x;
-                s[k][2 * nt + 1] = (y * code_unit + constant.y) * factor.y;
+                s[k][2 * nt] = (x * code_unit + constant[2 * nt]) * factor.x;
+                s[k][2 * nt + 1] = (y * code_unit + constant[2 * nt + 1]) * factor.y;
             }
         }
     }
@@ -165,7 +170,7 @@ template <int W, int T, int NT> struct wide_team {
         for (int k = 0; k < N; ++k) {
             by[k] = power_of_two(p_bits);
         }
-        if (!store.latent && call.n_groups == 0) {
+        if (!LATENT && call.n_groups == 0) {
             const float unit = power_of_two(p_bits - state.exponent);
             float scale[4], zero[4];
             load_four(v(), param, XQ_PAGE, first_token() & ~3, scale, zero);
@@ -185,7 +190,7 @@ template <int W, int T, int NT> struct wide_team {
             weighted[k] = by[k] * low.weight;
         }
         store_p<N, NT>(p(), low, s, weighted, place.g);
-        if (!store.latent && v().bits == 3) {
+        if (!LATENT && v().bits == 3) {
             for (int k = 0; k < N; ++k) {
                 weighted[k] = by[k] * (4.0f * high.weight);
             }
