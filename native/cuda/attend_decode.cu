@@ -44,10 +44,8 @@ decode_shape decode_shape_of(const xq_store &store, int rows_of_lane) {
 }
 
 bool decode_covers(const xq_store &store) {
-    const xq_side_store &k = store.k, &v = store.v;
-    return (k.width == 64 || k.width == 128) && v.width == k.width && k.plan.bits >= 1 && k.plan.bits <= 4 &&
-           (v.plan.bits == 2 || v.plan.bits == 1) && group_length(v.plan, v.width) == v.width && !store.mapped &&
-           !store.latent && decode_shape_of(store, 2).n_teams > 0;
+    return is_narrow(store.k.plan, store.v.plan, store.k.width, store.v.width) && !store.mapped && !store.latent &&
+           decode_shape_of(store, 2).n_teams > 0;
 }
 
 template <int D>

@@ -6,12 +6,30 @@
 namespace xq {
 
 // each pair has a file of its own: they compile side by side
-extern template int launch_wide_of<4, 2, 1>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
-extern template int launch_wide_of<4, 2, 2>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
-extern template int launch_wide_of<4, 4, 1>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
-extern template int launch_wide_of<4, 4, 2>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
-extern template int launch_wide_of<8, 4, 1>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
-extern template int launch_wide_of<8, 4, 2>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
+extern template int launch_wide_of<4, 2, 1, false>(const xq_store &, const xq_attend_args &, const wide_call &,
+                                                        cudaStream_t);
+extern template int launch_wide_of<4, 2, 2, false>(const xq_store &, const xq_attend_args &, const wide_call &,
+                                                        cudaStream_t);
+extern template int launch_wide_of<4, 2, 1, true>(const xq_store &, const xq_attend_args &, const wide_call &,
+                                                        cudaStream_t);
+extern template int launch_wide_of<4, 2, 2, true>(const xq_store &, const xq_attend_args &, const wide_call &,
+                                                        cudaStream_t);
+extern template int launch_wide_of<4, 4, 1, false>(const xq_store &, const xq_attend_args &, const wide_call &,
+                                                        cudaStream_t);
+extern template int launch_wide_of<4, 4, 2, false>(const xq_store &, const xq_attend_args &, const wide_call &,
+                                                        cudaStream_t);
+extern template int launch_wide_of<4, 4, 1, true>(const xq_store &, const xq_attend_args &, const wide_call &,
+                                                        cudaStream_t);
+extern template int launch_wide_of<4, 4, 2, true>(const xq_store &, const xq_attend_args &, const wide_call &,
+                                                        cudaStream_t);
+extern template int launch_wide_of<8, 4, 1, false>(const xq_store &, const xq_attend_args &, const wide_call &,
+                                                        cudaStream_t);
+extern template int launch_wide_of<8, 4, 2, false>(const xq_store &, const xq_attend_args &, const wide_call &,
+                                                        cudaStream_t);
+extern template int launch_wide_of<8, 4, 1, true>(const xq_store &, const xq_attend_args &, const wide_call &,
+                                                        cudaStream_t);
+extern template int launch_wide_of<8, 4, 2, true>(const xq_store &, const xq_attend_args &, const wide_call &,
+                                                        cudaStream_t);
 
 static int logarithm(int n) {
     int log = 0;
@@ -38,6 +56,8 @@ static wide_call call_of(const xq_store &store) {
                                  : (store.v.width + 31) / 32;
     return call;
 }
+
+static_assert(wide_rows<2> == XQ_CUDA_WIDE_ROWS, "parts are counted for so many rows a block");
 
 /* Warps of a team, and tiles of 16 channels of each. */
 static int team_size(int shares) {
@@ -83,28 +103,38 @@ template <int NT> static wide_call shape_of(const xq_store &store, int n_pages) 
     return call;
 }
 
-/* As few pages as a part may have: whether a part has room for its list is seen later. */
+/* Whatever number of pages a part has. */
 bool wide_covers(const xq_store &store) {
     const auto codes = [](const xq_side &side) { return side.bits >= 1 && side.bits <= 4; };
     return !store.mapped && codes(store.k.plan) && codes(store.v.plan) && store.v.width <= max_wide_width &&
            shape_of<1>(store, XQ_CUDA_PART_PAGES).n_teams > 0;
 }
 
-template <int NT>
+template <int NT, bool LATENT>
 static int launch_rows(const xq_store &store, const xq_attend_args &args, wide_call &call, cudaStream_t stream) {
     call.count(store, args, wide_rows<NT>);
-    const int shares = call.n_shares;
-    return tiles_of(shares) == 2    ? launch_wide_of<4, 2, NT>(store, args, call, stream)
-           : team_size(shares) == 4 ? launch_wide_of<4, 4, NT>(store, args, call, stream)
-                                    : launch_wide_of<8, 4, NT>(store, args, call, stream);
+    return tiles_of(call.n_shares) == 2    ? launch_wide_of<4, 2, NT, LATENT>(store, args, call, stream)
+           : team_size(call.n_shares) == 4 ? launch_wide_of<4, 4, NT, LATENT>(store, args, call, stream)
+                                           : launch_wide_of<8, 4, NT, LATENT>(store, args, call, stream);
+}
+
+/* Sixteen query rows a block, if there are more than eight and if that fits. */
+template <bool LATENT>
+static int launch_kind(const xq_store &store, const xq_attend_args &args, cudaStream_t stream) {
+    const int n_pages = (args.n_kv_pages + args.n_parts - 1) / args.n_parts;
+    if (args.n_tokens * (args.n_head / store.n_head_kv) > wide_rows<1>) {
+        wide_call call = shape_of<2>(store, n_pages);
+        if (call.n_teams > 0) {
+            return launch_rows<2, LATENT>(store, args, call, stream);
+        }
+    }
+    wide_call call = shape_of<1>(store, n_pages);
+    return launch_rows<1, LATENT>(store, args, call, stream);
 }
 
 int launch_wide(const xq_store &store, const xq_attend_args &args, cudaStream_t stream) {
-    const int rows = args.n_tokens * (args.n_head / store.n_head_kv);
-    const int n_pages = (args.n_kv_pages + args.n_parts - 1) / args.n_parts;
-    wide_call two = shape_of<2>(store, n_pages), one = shape_of<1>(store, n_pages);
-    const int status = rows > wide_rows<1> && two.n_teams > 0 ? launch_rows<2>(store, args, two, stream)
-                                                              : launch_rows<1>(store, args, one, stream);
+    const int status =
+        store.latent ? launch_kind<true>(store, args, stream) : launch_kind<false>(store, args, stream);
     return status != XQ_OK ? status : launch_merge_wide(store, args, stream);
 }
 

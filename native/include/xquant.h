@@ -198,6 +198,7 @@ enum xq_limit {
     XQ_MOVE_WORDS = 7,         /* int32 of a move: stream, page, slot, valid[4] */
     XQ_CPU_GROUP_ROWS = 64,    /* query rows of a KV head that share one pass over the pages */
     XQ_CUDA_GROUP_ROWS = 8,    /* likewise */
+    XQ_CUDA_WIDE_ROWS = 16,    /* likewise, of the wide kernel, if there are more than 8 */
     XQ_CUDA_PART_PAGES = 1024, /* pages that a part of attention may have */
 };
 
@@ -340,8 +341,8 @@ typedef struct xq_backend {
     int (*unpack)(const xq_store *store, const xq_unpack_args *args, const xq_exec *exec);
     int (*read_keys)(const xq_store *store, const xq_keys_args *args, const xq_exec *exec);
     int (*write_keys)(const xq_store *store, const xq_keys_args *args, const xq_exec *exec);
-    /* Which kernel attend takes for a store: the kernel set, "decode" (tensor cores) or "general"; null: it is refused.
-     */
+    /* Which kernel attend takes for a store: the kernel set; on a GPU "decode" or "wide" (tensor cores; heads of 64 and
+     * 128, and of any width) or "general"; null: it is refused. */
     const char *(*attend_kernel)(const xq_store *store);
 } xq_backend;
 

@@ -80,16 +80,17 @@ void kv_cache::set_input(ggml_tensor *tensor) const {
 /* Parts that the pages of a KV head are split into, so that a backend is busy.
  *
  * n_rows: query rows of a KV head and stream; n_heads: KV heads of all streams. */
-static int32_t parts_of(bool on_host, int64_t n_rows, int64_t n_heads, int64_t n_pages, int64_t n_threads) {
-    const int64_t rows_a_group = on_host ? XQ_CPU_GROUP_ROWS : XQ_CUDA_GROUP_ROWS;
-    const int64_t groups = (n_rows + rows_a_group - 1) / rows_a_group;
-    if (groups > max_split_groups) { // no counters for their arrivals
-        return 1;
+static int32_t parts_of(const layer &l, int64_t n_rows, int64_t n_heads, int64_t n_pages, int64_t n_threads) {
+    const auto groups_of = [&](int64_t rows) { return (n_rows + rows - 1) / rows; };
+    if (groups_of(l.on_host ? XQ_CPU_GROUP_ROWS : XQ_CUDA_GROUP_ROWS) > max_split_groups) {
+        return 1; // no counters for their arrivals
     }
-    const int64_t n = groups * n_heads;
-    if (on_host) {
+    if (l.on_host) {
+        const int64_t n = groups_of(XQ_CPU_GROUP_ROWS) * n_heads;
         return (int32_t)std::clamp<int64_t>((pieces_per_thread * n_threads + n - 1) / n, 1, n_pages);
     }
+    const bool narrow = l.shape.e > 0 && !l.map && is_narrow(l.plan.k, l.plan.v, l.shape.d, l.shape.e);
+    const int64_t n = groups_of(narrow ? XQ_CUDA_GROUP_ROWS : XQ_CUDA_WIDE_ROWS) * n_heads;
     const int64_t parts = std::clamp<int64_t>(device_blocks / n, 1, n_pages), most = parts * XQ_CUDA_PART_PAGES;
     return (int32_t)(parts * ((n_pages + most - 1) / most)); // again and again, until none has too many pages
 }
@@ -103,7 +104,7 @@ ggml_tensor *kv_cache::attend_codes(const llm_graph_context &graph, const layer 
     options.scale = scale;
     options.softcap = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
     options.max_bias = graph.hparams.f_max_alibi_bias;
-    options.n_parts = parts_of(l.on_host, n_tokens / n_streams * (n_head / n_head_kv), n_streams * n_head_kv,
+    options.n_parts = parts_of(l, n_tokens / n_streams * (n_head / n_head_kv), n_streams * n_head_kv,
                                mask->ne[0] / XQ_PAGE, n_threads);
     ggml_tensor *node = new_attend(graph.ctx0, l.nodes, rows, input, q, mask, sinks, options);
     graph.cb(node, "xquant_attend", il);
