@@ -93,10 +93,10 @@ __device__ void add_wide_sealed(wide_state<T, NT> &state, const wide_team<W, T, 
     const latent_place latent_at = team.latent();
     const auto low = p_place<NT>::of(LATENT ? token_order() : team.call.v_low, first, place.t);
     const auto high = p_place<NT>::of(team.call.v_high, first, place.t);
-    const bool one = team.args.n_tokens == 1;
-    wide_masks<N, NT> masks;
+    wide_masks<N, NT> masks = {};
+    masks.one = team.args.n_tokens == 1;
     if (place.team < n_sealed) {
-        masks.load(team.tile, one, list.pages[place.team] * XQ_PAGE + first, place.t);
+        masks.load(team.tile, list.pages[place.team] * XQ_PAGE + first, place.t);
     }
 #pragma unroll 1
     for (int j = place.team; j < n_sealed; j += step) {
@@ -114,7 +114,7 @@ __device__ void add_wide_sealed(wide_state<T, NT> &state, const wide_team<W, T, 
         team.store_sealed_p(state, s, page + parts.v_param, low, high);
         const auto load_masks = [&] {
             if (j + step < n_sealed) { // they come from afar
-                masks.load(team.tile, one, list.pages[j + step] * XQ_PAGE + first, place.t);
+                masks.load(team.tile, list.pages[j + step] * XQ_PAGE + first, place.t);
             }
         };
         if (!LATENT) {
@@ -149,8 +149,9 @@ __device__ void add_wide_open(wide_state<T, NT> &state, const wide_team<W, T, NT
 #pragma unroll 1
     for (int j = nth; j < list.n_open; j += team.call.n_teams) {
         const int at = list.size - 1 - j;
-        wide_masks<N, NT> masks;
-        masks.load(team.tile, team.args.n_tokens == 1, list.pages[at] * XQ_PAGE + first, place.t);
+        wide_masks<N, NT> masks = {};
+        masks.one = team.args.n_tokens == 1;
+        masks.load(team.tile, list.pages[at] * XQ_PAGE + first, place.t);
         float s[N][2 * NT];
         team.open_scores(s, open_rows(k, list.slots[at]), k.rows_token);
         finish_wide_scores<N, NT>(s, masks, team.tile, team.args.softcap * log2e, place.t);

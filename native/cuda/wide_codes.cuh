@@ -180,29 +180,40 @@ __device__ void add_scores(float (&c)[2][NT][4], int steps, const uint8_t *at, c
     }
 }
 
-/* Scores of F16 rows: y grows by the products of rows k .. k + 15 with the queries.  rows: [N] of this lane. */
+/* Scores of F16 rows: y grows by their products with the queries.  rows: of this lane's first token, which the other
+ * N - 1 follow; part: the low one, which has every channel once; queries: this lane's first fragment. */
 template <int N, int NT>
 __device__ void add_open_scores(float (&y)[N / 2][NT][4], const code_part &part, int width, const __half *rows,
                                 int rows_token, const uint8_t *queries, int t) {
     const int log = 31 - __clz(part.planes);
 #pragma unroll 4
-    for (int n = 0; n < part.products(); ++n) {
+    for (int n = 0; n < part.products(); n += 2, queries += 2 * product_bytes<NT>) { // two planes: eight channels
         const int plane = n & (part.planes - 1), i = 4 * (part.planes * (4 * (n >> log) + t) + plane);
-        uint2 x[N];
+        uint4 x[N];
 #pragma unroll
         for (int k = 0; k < N; ++k) {
-            x[k] = i < width ? *(const uint2 *)(rows + k * rows_token + i) : uint2{};
+            x[k] = i < width ? *(const uint4 *)(rows + k * rows_token + i) : uint4{};
         }
-        const auto b = fragment<NT>::load(queries + n * product_bytes<NT>);
-        const float back = (float)(1 << (part.bits * plane));
 #pragma unroll
-        for (int nt = 0; nt < NT; ++nt) {
-            for (int pair = 0; pair < N / 2; ++pair) {
-                float c[4] = {};
-                multiply(c, even(x[2 * pair]), even(x[2 * pair + 1]), odd(x[2 * pair]), odd(x[2 * pair + 1]),
-                         b.x[nt][0], b.x[nt][1]);
-                for (int k = 0; k < 4; ++k) {
-                    y[pair][nt][k] += c[k] * back;
+        for (int half = 0; half < 2; ++half) {
+            const auto b = fragment<NT>::load(queries + half * product_bytes<NT>);
+            const float back = power_of_two(part.bits * (plane + half));
+            uint32_t a[N][2];
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                const uint2 four = half == 0 ? make_uint2(x[k].x, x[k].y) : make_uint2(x[k].z, x[k].w);
+                a[k][0] = even(four), a[k][1] = odd(four);
+            }
+#pragma unroll
+            for (int nt = 0; nt < NT; ++nt) {
+#pragma unroll
+                for (int pair = 0; pair < N / 2; ++pair) {
+                    float c[4] = {};
+                    multiply(c, a[2 * pair][0], a[2 * pair + 1][0], a[2 * pair][1], a[2 * pair + 1][1], b.x[nt][0],
+                             b.x[nt][1]);
+                    for (int k = 0; k < 4; ++k) {
+                        y[pair][nt][k] += c[k] * back;
+                    }
                 }
             }
         }

@@ -85,36 +85,35 @@ template <int T, int NT> struct wide_state {
     }
 };
 
-/* The masks of a lane's tokens of a page. */
+/* The masks of a lane's tokens of a page.  one: all rows are of one token, and have the first one's.  Nothing is done
+ * with what is loaded before it is needed. */
 template <int N, int NT> struct wide_masks {
     uint32_t at[2 * NT][N / 2];
+    bool one;
 
-    /* one: all rows are of one token. */
-    __device__ void load(const wide_tile<NT> &tile, bool one, int first_cell, int t) {
+    __device__ void load(const wide_tile<NT> &tile, int first_cell, int t) {
 #pragma unroll
         for (int r = 0; r < 2 * NT; ++r) {
-            if (r > 0 && one) {
-                for (int k = 0; k < N / 2; ++k) {
-                    at[r][k] = at[0][k];
+            if (r == 0 || !one) {
+                const __half *mask = tile.mask[one ? 0 : row_of(r, t)];
+                if constexpr (N == 4) {
+                    const uint2 x = mask ? *(const uint2 *)(mask + first_cell) : uint2{};
+                    at[r][0] = x.x, at[r][N / 2 - 1] = x.y;
+                } else {
+                    at[r][0] = mask ? *(const uint32_t *)(mask + first_cell) : 0;
                 }
-                continue;
-            }
-            const __half *mask = tile.mask[one ? 0 : row_of(r, t)];
-            if constexpr (N == 4) {
-                const uint2 x = mask ? *(const uint2 *)(mask + first_cell) : uint2{};
-                at[r][0] = x.x, at[r][N / 2 - 1] = x.y;
-            } else {
-                at[r][0] = mask ? *(const uint32_t *)(mask + first_cell) : 0;
             }
         }
     }
+    /* The k-th word of row r. */
+    __device__ uint32_t word(int r, int k) const { return one ? at[0][k] : at[r][k]; }
     /* Whether one of the warp's is not 0. */
     __device__ bool any() const {
         uint32_t all = 0;
 #pragma unroll
         for (int r = 0; r < 2 * NT; ++r) {
             for (int k = 0; k < N / 2; ++k) {
-                all |= at[r][k];
+                all |= word(r, k);
             }
         }
         return __any_sync(~0u, all != 0);
@@ -139,9 +138,13 @@ __device__ void finish_wide_scores(float (&s)[N][2 * NT], const wide_masks<N, NT
 #pragma unroll
     for (int r = 0; r < 2 * NT; ++r) {
         const float slope = tile.slope[row_of(r, t)];
+        uint32_t words[N / 2];
+        for (int k = 0; k < N / 2; ++k) {
+            words[k] = masks.word(r, k);
+        }
 #pragma unroll
         for (int k = 0; k < N; ++k) {
-            const float m = mask_of<N>(masks.at[r], k);
+            const float m = mask_of<N>(words, k);
             s[k][r] = m == -INFINITY ? -INFINITY : s[k][r] + slope * m;
         }
     }
