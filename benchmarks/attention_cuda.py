@@ -61,8 +61,13 @@ class Shape:
         d, e, n_rep, heads, latent = found.groups()
         return Shape(int(d), int(e or d), int(n_rep), int(heads), latent is not None)
 
+    def names(self, layers: list[str]) -> list[str]:
+        """Layers that differ: of a latent one the bits of values say nothing."""
+        return list({name[:2]: name for name in reversed(layers)}.values())[::-1] if self.latent else layers
+
     @property
     def parts(self) -> int:
+        """As many as the fork's blocks."""
         return max(BLOCKS // (self.heads * -(-self.n_rep // TILE_ROWS)), 1)
 
 
@@ -175,15 +180,13 @@ def main() -> None:
             if args.f16 and op_cuda.available():
                 sizes = (shape.d, shape.e, shape.heads * shape.n_rep, shape.heads, shape.latent)
                 f16 = op_cuda.attention_ms(*sizes, n_tokens, COPIES, LAUNCHES, args.rounds)
-            for name in args.layers.split(","):
-                if shape.latent and name[:2] in {line["layer"][:2] for line in rows if line["shape"] == text
-                                                 and line["tokens"] == n_tokens}:  # fmt: skip
-                    continue  # the bits of its values say nothing
+            for name in shape.names(args.layers.split(",")):
                 r = measured(on, shape, name, n_tokens, args.rounds, bandwidth, rng)
                 rows.append({"shape": text, **r, "f16_ms": f16})
                 numbers = [f"{r['ms']:.4f}", f"{r['bytes'] / r['ms'] / 1e6:.0f}", f"{r['floor_ms']:.4f}"]
                 beside = [f"{f16:.4f}", f"{f16 / r['ms']:.1f}"] if f16 else ["", ""]
-                lines.append([text, str(n_tokens), name, r["kernel"], *numbers, f"{r['floor_ms'] / r['ms']:.0%}", *beside])
+                share = f"{r['floor_ms'] / r['ms']:.0%}"
+                lines.append([text, str(n_tokens), name, r["kernel"], *numbers, share, *beside])
     print(table(lines))
     if args.json:
         Path(args.json).write_text(json.dumps({"copy_bandwidth": bandwidth, "rows": rows}, indent=1))

@@ -22,6 +22,7 @@ struct ggml_init_params { size_t mem_size; void *mem_buffer; bool no_alloc; };
 void *ggml_init(struct ggml_init_params);
 void ggml_free(void *);
 void *ggml_new_tensor_4d(void *, int, int64_t, int64_t, int64_t, int64_t);
+void *ggml_permute(void *, void *, int, int, int, int);
 void *ggml_view_4d(void *, void *, int64_t, int64_t, int64_t, int64_t, size_t, size_t, size_t, size_t);
 size_t ggml_nbytes(const void *);
 void *ggml_flash_attn_ext(void *, void *, void *, void *, void *, float, float, float);
@@ -70,12 +71,13 @@ def attention_ms(
     ctx = base.ggml_init(ffi.new("struct ggml_init_params *", {"mem_size": 16 << 20, "no_alloc": True})[0])
     new = base.ggml_new_tensor_4d
     q, mask = new(ctx, F32, d, 1, n_head, 1), new(ctx, F16, n_tokens, 1, 1, 1)
-    keys = [new(ctx, F16, d, n_tokens, n_kv, 1) for _ in range(copies)]
-    values = (
-        [base.ggml_view_4d(ctx, k, e, n_tokens, n_kv, 1, 2 * d, 2 * d * n_tokens, 2 * d * n_tokens * n_kv, 0) for k in keys]
-        if latent
-        else [new(ctx, F16, e, n_tokens, n_kv, 1) for _ in range(copies)]
-    )
+    key_rows = [new(ctx, F16, d, n_kv, n_tokens, 1) for _ in range(copies)]  # as llama.cpp lays them out
+    if latent:
+        steps = 2 * d, 2 * d * n_kv, 2 * d * n_kv * n_tokens
+        value_rows = [base.ggml_view_4d(ctx, k, e, n_kv, n_tokens, 1, *steps, 0) for k in key_rows]
+    else:
+        value_rows = [new(ctx, F16, e, n_kv, n_tokens, 1) for _ in range(copies)]
+    keys, values = ([base.ggml_permute(ctx, x, 0, 2, 1, 3) for x in rows] for rows in (key_rows, value_rows))
     graph = base.ggml_new_graph(ctx)
     for i in range(launches):
         k, v = keys[i % copies], values[i % copies]
@@ -84,7 +86,7 @@ def attention_ms(
     buffer = base.ggml_backend_alloc_ctx_tensors(ctx, backend)
     rng = np.random.default_rng(0)
     chunk = rng.standard_normal(1 << 23, np.float32).astype(np.float16).tobytes()
-    for tensor in keys if latent else keys + values:
+    for tensor in key_rows if latent else key_rows + value_rows:
         fill(base, ffi, tensor, chunk)
     fill(base, ffi, q, rng.standard_normal(d * n_head, np.float32).tobytes())
     fill(base, ffi, mask, bytes(2 * n_tokens))

@@ -50,8 +50,8 @@ XQ_BOTH int64_t page_param_bytes(const xq_side &side, bool is_k, int width) {
     const int n_i = is_k ? width : XQ_PAGE, n_j = is_k ? XQ_PAGE : width;
     return (int64_t)(n_j / group_length(side, n_j)) * parameter_bytes(side, n_i);
 }
-/* Whether it is CUDA's kernel for heads of 64 and 128 that reads a layer's codes: XQ_CUDA_GROUP_ROWS query rows a block,
- * where the wide kernel may take XQ_CUDA_WIDE_ROWS. */
+/* Whether it is CUDA's kernel for heads of 64 and 128 that reads a layer's codes: XQ_CUDA_GROUP_ROWS query rows a
+ * block, where the wide kernel may take XQ_CUDA_WIDE_ROWS. */
 XQ_BOTH bool is_narrow(const xq_side &k, const xq_side &v, int d, int e) {
     return (d == 64 || d == 128) && e == d && k.bits >= 1 && (v.bits == 1 || v.bits == 2) && group_length(v, e) == e;
 }

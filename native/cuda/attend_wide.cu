@@ -7,29 +7,29 @@ namespace xq {
 
 // each pair has a file of its own: they compile side by side
 extern template int launch_wide_of<4, 2, 1, false>(const xq_store &, const xq_attend_args &, const wide_call &,
-                                                        cudaStream_t);
+                                                   cudaStream_t);
 extern template int launch_wide_of<4, 2, 2, false>(const xq_store &, const xq_attend_args &, const wide_call &,
-                                                        cudaStream_t);
+                                                   cudaStream_t);
 extern template int launch_wide_of<4, 2, 1, true>(const xq_store &, const xq_attend_args &, const wide_call &,
-                                                        cudaStream_t);
+                                                  cudaStream_t);
 extern template int launch_wide_of<4, 2, 2, true>(const xq_store &, const xq_attend_args &, const wide_call &,
-                                                        cudaStream_t);
+                                                  cudaStream_t);
 extern template int launch_wide_of<4, 4, 1, false>(const xq_store &, const xq_attend_args &, const wide_call &,
-                                                        cudaStream_t);
+                                                   cudaStream_t);
 extern template int launch_wide_of<4, 4, 2, false>(const xq_store &, const xq_attend_args &, const wide_call &,
-                                                        cudaStream_t);
+                                                   cudaStream_t);
 extern template int launch_wide_of<4, 4, 1, true>(const xq_store &, const xq_attend_args &, const wide_call &,
-                                                        cudaStream_t);
+                                                  cudaStream_t);
 extern template int launch_wide_of<4, 4, 2, true>(const xq_store &, const xq_attend_args &, const wide_call &,
-                                                        cudaStream_t);
+                                                  cudaStream_t);
 extern template int launch_wide_of<8, 4, 1, false>(const xq_store &, const xq_attend_args &, const wide_call &,
-                                                        cudaStream_t);
+                                                   cudaStream_t);
 extern template int launch_wide_of<8, 4, 2, false>(const xq_store &, const xq_attend_args &, const wide_call &,
-                                                        cudaStream_t);
+                                                   cudaStream_t);
 extern template int launch_wide_of<8, 4, 1, true>(const xq_store &, const xq_attend_args &, const wide_call &,
-                                                        cudaStream_t);
+                                                  cudaStream_t);
 extern template int launch_wide_of<8, 4, 2, true>(const xq_store &, const xq_attend_args &, const wide_call &,
-                                                        cudaStream_t);
+                                                  cudaStream_t);
 
 static int logarithm(int n) {
     int log = 0;
@@ -119,8 +119,7 @@ static int launch_rows(const xq_store &store, const xq_attend_args &args, wide_c
 }
 
 /* Sixteen query rows a block, if there are more than eight and if that fits. */
-template <bool LATENT>
-static int launch_kind(const xq_store &store, const xq_attend_args &args, cudaStream_t stream) {
+template <bool LATENT> static int launch_kind(const xq_store &store, const xq_attend_args &args, cudaStream_t stream) {
     const int n_pages = (args.n_kv_pages + args.n_parts - 1) / args.n_parts;
     if (args.n_tokens * (args.n_head / store.n_head_kv) > wide_rows<1>) {
         wide_call call = shape_of<2>(store, n_pages);
@@ -133,8 +132,7 @@ static int launch_kind(const xq_store &store, const xq_attend_args &args, cudaSt
 }
 
 int launch_wide(const xq_store &store, const xq_attend_args &args, cudaStream_t stream) {
-    const int status =
-        store.latent ? launch_kind<true>(store, args, stream) : launch_kind<false>(store, args, stream);
+    const int status = store.latent ? launch_kind<true>(store, args, stream) : launch_kind<false>(store, args, stream);
     return status != XQ_OK ? status : launch_merge_wide(store, args, stream);
 }
 

@@ -84,8 +84,8 @@ __device__ void load_wide_row(uint8_t *queries, wide_tile<NT> &tile, int r, cons
 
 /* Sealed pages of the list, by a team: every n_teams-th, as they come through `ring`, which holds the first ones. */
 template <int W, int T, int NT, bool LATENT>
-__device__ void add_wide_sealed(wide_state<T, NT> &state, const wide_team<W, T, NT, LATENT> &team, const part_list &list,
-                                page_ring<wide_place<W>> &ring) {
+__device__ void add_wide_sealed(wide_state<T, NT> &state, const wide_team<W, T, NT, LATENT> &team,
+                                const part_list &list, page_ring<wide_place<W>> &ring) {
     constexpr int N = wide_team<W, T, NT, LATENT>::N;
     const wide_place<W> &place = team.place;
     const int first = team.first_token(), n_sealed = list.n_sealed, step = team.call.n_teams;
@@ -206,12 +206,8 @@ __global__ void __launch_bounds__(32 * wide_warps<W, T, NT>, 1)
         ring_of::prepare(marks, k, v);
     }
     auto *pages = (int *)(shared + call.list);
-    part_list list = {n_listed[0],
-                      n_listed[1],
-                      call.n_pages,
-                      pages,
-                      pages + call.n_pages,
-                      (uint8_t *)(pages + 2 * call.n_pages)};
+    part_list list = {n_listed[0], n_listed[1],          call.n_pages,
+                      pages,       pages + call.n_pages, (uint8_t *)(pages + 2 * call.n_pages)};
     for (int r = warp - 1; r >= 0 && r < wide_rows<NT>; r += n_warps - 1) { // while the first warp waits for the table
         load_wide_row<NT>(shared + call.queries, tile, r, store, args, call, task, place.lane);
     }
@@ -231,13 +227,8 @@ __global__ void __launch_bounds__(32 * wide_warps<W, T, NT>, 1)
         prefetch_open(list, v);
     }
 
-    const wide_team<W, T, NT, LATENT> team = {store,
-                                      args,
-                                      call,
-                                      tile,
-                                      shared + call.queries,
-                                      shared + call.rooms + place.team * call.room,
-                                      place};
+    const wide_team<W, T, NT, LATENT> team = {
+        store, args, call, tile, shared + call.queries, shared + call.rooms + place.team * call.room, place};
     clear_tops<NT>(team.tops(false), threadIdx.x % (32 * W)); // the team meets over its first page
     clear_tops<NT>(team.tops(true), threadIdx.x % (32 * W));
     wide_state<T, NT> state;

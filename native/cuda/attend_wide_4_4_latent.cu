@@ -3,9 +3,7 @@
 
 namespace xq {
 
-template int launch_wide_of<4, 4, 1, true>(const xq_store &, const xq_attend_args &, const wide_call &,
-                                                 cudaStream_t);
-template int launch_wide_of<4, 4, 2, true>(const xq_store &, const xq_attend_args &, const wide_call &,
-                                                 cudaStream_t);
+template int launch_wide_of<4, 4, 1, true>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
+template int launch_wide_of<4, 4, 2, true>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
 
 } // namespace xq

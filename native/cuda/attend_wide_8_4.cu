@@ -3,9 +3,7 @@
 
 namespace xq {
 
-template int launch_wide_of<8, 4, 1, false>(const xq_store &, const xq_attend_args &, const wide_call &,
-                                                 cudaStream_t);
-template int launch_wide_of<8, 4, 2, false>(const xq_store &, const xq_attend_args &, const wide_call &,
-                                                 cudaStream_t);
+template int launch_wide_of<8, 4, 1, false>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
+template int launch_wide_of<8, 4, 2, false>(const xq_store &, const xq_attend_args &, const wide_call &, cudaStream_t);
 
 } // namespace xq

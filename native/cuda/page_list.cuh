@@ -9,8 +9,8 @@ namespace xq {
 
 namespace {
 
-/* Pages of a block's part: sealed ones from the front on, open ones, with their slots, from the back.  LIST below: this,
- * or the same with room for as many pages as a part has. */
+/* Pages of a block's part: sealed ones from the front on, open ones, with their slots, from the back.  LIST below:
+ * this, or the same with room for as many pages as a part has. */
 struct page_list {
     static constexpr int size = XQ_CUDA_PART_PAGES;
     int n_sealed, n_open;

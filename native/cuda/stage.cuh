@@ -53,8 +53,9 @@ struct page_in_shared {
 
 constexpr int max_buffers = 32; /* of a block */
 
-/* A team's pages, PLACE says which team's, one after the other, in `depth` buffers: page n lies in buffer n % depth.  A buffer is filled again
- * when the whole team has done with it, which the team knows as soon as it has met over the next page. */
+/* A team's pages, PLACE says which team's, one after the other, in `depth` buffers: page n lies in buffer n % depth.  A
+ * buffer is filled again when the whole team has done with it, which the team knows as soon as it has met over the next
+ * page. */
 template <typename PLACE> class page_ring {
   public:
     /* In shared memory: an mbarrier for each buffer, which says that a page is there, and where pages come from. */

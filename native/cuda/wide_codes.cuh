@@ -81,8 +81,8 @@ __device__ inline float weight_of_quad(const code_part &part, int quad) {
     return power_of_two(-part.bits * (quad & (part.planes - 1)));
 }
 
-/* p of the n-th product: lanes' fragments are interchanged, so that lanes that write, four lanes t and many g at a time,
- * meet few conflicts of banks.  Bytes from the product's start. */
+/* p of the n-th product: lanes' fragments are interchanged, so that lanes that write, four lanes t and many g at a
+ * time, meet few conflicts of banks.  Bytes from the product's start. */
 template <int NT> __device__ int place_of_p(int n, int lane) {
     return (lane ^ (lane >> 3 & 1) << 2 ^ (lane >> 4 & 1) << 1 ^ (n & 1)) * lane_bytes<NT>;
 }
@@ -254,8 +254,8 @@ __device__ void add_values(float (&out)[T][NT][4], const uint8_t *at, int step_c
                 for (int nt = 0; nt < NT; ++nt) {
                     multiply(out[2 * c][nt], w[c].x & mask, w[c].y & mask, v[c].x & mask, v[c].y & mask, b.x[nt][0],
                              b.x[nt][1]);
-                    multiply(out[2 * c + 1][nt], w[c].z & mask, w[c].w & mask, v[c].z & mask, v[c].w & mask,
-                             b.x[nt][0], b.x[nt][1]);
+                    multiply(out[2 * c + 1][nt], w[c].z & mask, w[c].w & mask, v[c].z & mask, v[c].w & mask, b.x[nt][0],
+                             b.x[nt][1]);
                 }
             }
         }
@@ -295,8 +295,8 @@ struct latent_place {
     bool exists;     /* the warp has work */
 };
 
-/* y [2 plane + pair of channels] and total, sums of p, over 16-token blocks first .. first + n - 1 of a page.  bytes: of
- * a block; part: the low one; THREE: there is a high one, high_at bytes behind; p: all fragments. */
+/* y [2 plane + pair of channels] and total, sums of p, over 16-token blocks first .. first + n - 1 of a page.  bytes:
+ * of a block; part: the low one; THREE: there is a high one, high_at bytes behind; p: all fragments. */
 template <bool THREE, int T, int NT>
 __device__ void add_latent(float (&y)[T][NT][4], float (&total)[NT][4], const uint8_t *codes, int bytes,
                            const code_part &part, int high_at, const latent_place &at, int first, int n,
@@ -323,9 +323,8 @@ __device__ void add_latent(float (&y)[T][NT][4], float (&total)[NT][4], const ui
         for (int l = 0; l < T / 2; ++l) {
             auto a = x.each([&](uint32_t word) { return word & (mask << (part.bits * l)); });
             if (THREE) { // code 4, in the place after the low part's two bits: of the last plane, beyond the byte
-                const auto h = high.each([&](uint32_t word) {
-                    return (word >> (from + l) & 0x00010001u) << (2 * (at.plane + l) + 2);
-                });
+                const auto h = high.each(
+                    [&](uint32_t word) { return (word >> (from + l) & 0x00010001u) << (2 * (at.plane + l) + 2); });
                 for (int w = 0; w < 4; ++w) {
                     a.even[w] |= h.even[w];
                     a.odd[w] |= h.odd[w];
@@ -341,8 +340,8 @@ __device__ void add_latent(float (&y)[T][NT][4], float (&total)[NT][4], const ui
 }
 
 /* Adds what F16 rows say of T / 2 chunks of 32 channels, step apart, n of which exist.  rows: this lane's four channels
- * of its first chunk, of the page's token 4 t; has: its channels of the last chunk exist; p: all fragments, in the order
- * of tokens. */
+ * of its first chunk, of the page's token 4 t; has: its channels of the last chunk exist; p: all fragments, in the
+ * order of tokens. */
 template <int T, int NT>
 __device__ void add_open_values(float (&out)[T][NT][4], const __half *rows, int rows_token, int step, int n, bool has,
                                 const uint8_t *p) {

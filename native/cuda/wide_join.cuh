@@ -76,10 +76,9 @@ __device__ void store_wide_state(uint8_t *to, const wide_state<T, NT> &state, co
         for (int c = 0; c < T / 2; ++c) {
             if (c < n && channel(c) < width) {
                 const float more = add(c, r);
-                *(float4 *)(state_values<NT>(to, row, width) + channel(c)) =
-                    make_float4(state.out[2 * c][nt][odd] * unit + more, state.out[2 * c][nt][2 + odd] * unit + more,
-                                state.out[2 * c + 1][nt][odd] * unit + more,
-                                state.out[2 * c + 1][nt][2 + odd] * unit + more);
+                *(float4 *)(state_values<NT>(to, row, width) + channel(c)) = make_float4(
+                    state.out[2 * c][nt][odd] * unit + more, state.out[2 * c][nt][2 + odd] * unit + more,
+                    state.out[2 * c + 1][nt][odd] * unit + more, state.out[2 * c + 1][nt][2 + odd] * unit + more);
             }
         }
     }
@@ -160,7 +159,8 @@ __device__ inline void transform_wide_row(float *x, int width, int lane) {
 }
 
 /* Weights of n states of a row, `step` bytes apart, to the maximum `top`; returns their sum of p. */
-template <int NT> __device__ float weights_of(const uint8_t *states, int step, int n, int r, float top, float *weights) {
+template <int NT>
+__device__ float weights_of(const uint8_t *states, int step, int n, int r, float top, float *weights) {
     float sum = 0.0f;
     for (int i = 0; i < max_teams; ++i) {
         weights[i] = 0.0f;

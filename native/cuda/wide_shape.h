@@ -48,21 +48,22 @@ XQ_BOTH code_part token_order() {
     return {8, 1, page_products, 0};
 }
 
-/* What the launch's blocks need to know, worked out on the host: divisions are long code.  Sizes and offsets in bytes. */
+/* What the launch's blocks need to know, worked out on the host: divisions are long code.  Sizes and offsets in bytes.
+ */
 struct wide_call : row_numbers {
     staged parts;
-    int n_teams, depth;             /* depth: pages of a ring */
-    int ring, state;                /* sizes: of a team's ring, of a state */
-    int queries, rooms, list;       /* offsets */
-    int room, folded;               /* sizes: of a team's room, of one tile's folded vectors */
-    int scales, constants, tops;    /* offsets in a room */
+    int n_teams, depth;          /* depth: pages of a ring */
+    int ring, state;             /* sizes: of a team's ring, of a state */
+    int queries, rooms, list;    /* offsets */
+    int room, folded;            /* sizes: of a team's room, of one tile's folded vectors */
+    int scales, constants, tops; /* offsets in a room */
     int shared;
     code_part k_low, k_high, v_low, v_high;
-    int k_column, v_column;    /* of 16 columns of codes */
-    int k_param, v_param;      /* of the parameters of one tile, of one group */
-    int tiles, log_tile;       /* tiles of a page's keys, and the logarithm of their tokens */
-    int n_groups, log_group;   /* groups of values, 0: one; the logarithm of their channels */
-    int n_shares;              /* of the warps: chunks of 32 channels of values, or planes of eight units of latent codes */
+    int k_column, v_column;  /* of 16 columns of codes */
+    int k_param, v_param;    /* of the parameters of one tile, of one group */
+    int tiles, log_tile;     /* tiles of a page's keys, and the logarithm of their tokens */
+    int n_groups, log_group; /* groups of values, 0: one; the logarithm of their channels */
+    int n_shares; /* of the warps: chunks of 32 channels of values, or planes of eight units of latent codes */
 };
 
 } // namespace xq

@@ -22,8 +22,8 @@ template <int NT> constexpr int wide_rows = 8 * NT;
 
 /* What a block knows of its query rows, in shared memory. */
 template <int NT> struct wide_tile {
-    float factor[wide_rows<NT>]; /* of a product with the rounded q to a score of base 2 */
-    float slope[wide_rows<NT>];  /* times log2 e */
+    float factor[wide_rows<NT>];       /* of a product with the rounded q to a score of base 2 */
+    float slope[wide_rows<NT>];        /* times log2 e */
     const __half *mask[wide_rows<NT>]; /* [cell]; null: none */
 };
 
@@ -219,8 +219,7 @@ template <int NT> struct p_place {
 
 /* Stores x [token][r] * by[token] as halves. */
 template <int N, int NT>
-__device__ void store_p(uint8_t *p, const p_place<NT> &to, const float (&x)[N][2 * NT], const float (&by)[N],
-                        int g) {
+__device__ void store_p(uint8_t *p, const p_place<NT> &to, const float (&x)[N][2 * NT], const float (&by)[N], int g) {
 #pragma unroll
     for (int r = 0; r < 2 * NT; ++r) {
         float y[N];

@@ -74,8 +74,7 @@ template <int W, int T, int NT, bool LATENT> struct wide_team {
             return ((int)warp_max(top) - log8_zero) >> 3;
         }
         const uint2 x = *(const uint2 *)(param + 8 * place.lane);
-        const uint32_t top =
-            max(max(x.x & 0x7fffu, x.x >> 16 & 0x7fffu), max(x.y & 0x7fffu, x.y >> 16 & 0x7fffu));
+        const uint32_t top = max(max(x.x & 0x7fffu, x.x >> 16 & 0x7fffu), max(x.y & 0x7fffu, x.y >> 16 & 0x7fffu));
         return ((int)warp_max(top) >> 10) - 15;
     }
 
@@ -118,8 +117,7 @@ template <int W, int T, int NT, bool LATENT> struct wide_team {
         const uint8_t *at = codes + first_token() / 16 * call.k_column + 64 * place.t + 4 * (first_token() % 16);
         const uint8_t *folded = room + number * call.folded + lane_at();
         float c[2][NT][4] = {};
-        with_bits(call.k_low.bits,
-                  [&](auto bits) { add_scores<bits.value, N, NT>(c, call.k_low.steps, at, folded); });
+        with_bits(call.k_low.bits, [&](auto bits) { add_scores<bits.value, N, NT>(c, call.k_low.steps, at, folded); });
         if (k().bits == 3) {
             add_scores<1, N, NT>(c, call.k_high.steps, at + call.k_high.at,
                                  folded + call.k_low.products() * product_bytes<NT>);
@@ -149,8 +147,8 @@ template <int W, int T, int NT, bool LATENT> struct wide_team {
     /* rows: of the page. */
     __device__ void open_scores(float (&s)[N][2 * NT], const __half *rows, int rows_token) const {
         float y[N / 2][NT][4] = {};
-        add_open_scores<N, NT>(y, call.k_low, store.k.width,
-                               rows + first_token() * rows_token, rows_token, queries + lane_at(), place.t);
+        add_open_scores<N, NT>(y, call.k_low, store.k.width, rows + first_token() * rows_token, rows_token,
+                               queries + lane_at(), place.t);
 #pragma unroll
         for (int r = 0; r < 2 * NT; ++r) {
             const float factor = tile.factor[row_of(r, place.t)];
@@ -203,7 +201,8 @@ template <int W, int T, int NT, bool LATENT> struct wide_team {
 
     template <bool GROUPED> __device__ void values(state_of &state, const uint8_t *codes) const {
         const int step = 2 * W * call.v_column, n = own_chunks();
-        const uint8_t *at = codes + (2 * place.member + place.g / 4) * call.v_column + 64 * place.t + 16 * (place.g % 4);
+        const uint8_t *at =
+            codes + (2 * place.member + place.g / 4) * call.v_column + 64 * place.t + 16 * (place.g % 4);
         const uint8_t *of_group = nullptr;
         int group_step[T / 2] = {};
         if (GROUPED) {
@@ -299,8 +298,7 @@ template <int W, int T, int NT, bool LATENT> struct wide_team {
             return;
         }
         const bool has = channel + 32 * W * (n - 1) < store.v.width;
-        add_open_values<T, NT>(state.out, rows + 4 * place.t * rows_token + channel, rows_token, 32 * W, n, has,
-                               p());
+        add_open_values<T, NT>(state.out, rows + 4 * place.t * rows_token + channel, rows_token, 32 * W, n, has, p());
     }
 };
 
