@@ -40,9 +40,10 @@ struct block_task {
 };
 
 /* What a launch's blocks need to know. */
-struct decode_call : row_numbers {
+struct decode_blocks {
     decode_shape shape;
 };
+struct decode_call : decode_blocks, row_numbers {};
 decode_shape decode_shape_of(const xq_store &store, int rows_of_lane);
 
 } // namespace xq

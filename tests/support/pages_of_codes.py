@@ -96,7 +96,7 @@ CASES = {
     "head 256, tiles of log8": Case(Side(2, 64, "minmax", "log8"), d=256, heads=1, n_rep=4, n_tokens=5, sinks=True),
     "head 256, alibi": Case(replace(Side(4, 128), eta=0.0), d=256, n_rep=6, n_tokens=4, max_bias=8.0, cuda="wide"),
     "head 256, two streams": Case(d=256, e=128, n_rep=5, n_tokens=4, n_streams=2, sinks=True, cuda="wide"),
-    "head 256, values borrowed": Case(v=Side(2, 0, "lsq", rotate=True, owner=0), d=256, n_rep=16, heads=1, cuda="wide"),
+    "head 256, values borrowed": Case(v=Side(2, 0, "lsq", rotate=True, owner=0), d=256, n_rep=12, cuda="wide"),
     "head 256, no mask": Case(d=256, heads=1, n_rep=16, masked=False, cuda="wide"),
     "head 512, open only": Case(d=512, heads=1, n_rep=16, n_tokens=2, table=(0, 2, 1), cuda="wide"),
     "three KV heads, seven rows": Case(heads=3, n_rep=7, d=128, cuda="decode"),
