@@ -247,11 +247,7 @@ __global__ void __launch_bounds__(32 * wide_warps<W, T, NT>, 1)
         add_wide_open(state, team, list, k, v, nth_open);
         store_open_state(own_ring + call.state, state, team);
     }
-    __syncthreads();
-#pragma unroll 1
-    for (int r = warp; r < min(wide_rows<NT>, call.rows_of_head - task.first_row); r += n_warps) {
-        join_wide_row<NT>(shared, min(call.n_teams, list.n_open), r, store, args, call, task, place.lane);
-    }
+    join_wide_rows<NT>(shared, min(call.n_teams, list.n_open), store, args, call, task);
 }
 
 /* ---- launch ---- */

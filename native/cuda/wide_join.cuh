@@ -138,91 +138,116 @@ __device__ void store_open_state(uint8_t *to, wide_state<T, NT> &state, const wi
         [&](int c) { return 32 * (place.member + W * c) + 4 * place.g; }, [](int, int) { return 0.0f; });
 }
 
-/* x [width] *= normalised Hadamard matrix, by a warp. */
-__device__ inline void transform_wide_row(float *x, int width, int lane) {
-    const int block = hadamard_block(width);
-    for (int log = 0; 1 << log < block; ++log) {
-        __syncwarp();
-#pragma unroll 4
-        for (int k = lane; k < width / 2; k += 32) {
-            const int i = (k >> log << (log + 1)) + (k & ((1 << log) - 1));
-            const float a = x[i], b = x[i + (1 << log)];
-            x[i] = a + b;
-            x[i + (1 << log)] = a - b;
-        }
-    }
-    __syncwarp();
-    const float by = rsqrtf((float)block);
-    for (int i = lane; i < width; i += 32) {
-        x[i] *= by;
-    }
-}
+/* How a block's threads take its rows: 64 each, several rows at a time. */
+struct row_threads {
+    static constexpr int of_row = 64;
+    int first, step, lane; /* rows first, first + step, ...; lane: among the threads of a row */
 
-/* Weights of n states of a row, `step` bytes apart, to the maximum `top`; returns their sum of p. */
-template <int NT>
-__device__ float weights_of(const uint8_t *states, int step, int n, int r, float top, float *weights) {
-    float sum = 0.0f;
-    for (int i = 0; i < max_teams; ++i) {
-        weights[i] = 0.0f;
-        if (i < n) {
-            const float2 head = ((const float2 *)(states + i * step))[r];
-            weights[i] = quick_exp2(head.x - (top == -INFINITY ? 0.0f : top));
-            sum += weights[i] * head.y;
-        }
+    static __device__ row_threads here() {
+        return {(int)threadIdx.x / of_row, (int)blockDim.x / of_row, (int)threadIdx.x % of_row};
     }
-    return sum;
-}
+};
 
-/* x [i] of n states, times their weights. */
-template <int NT>
-__device__ float joined(uint8_t *states, int step, int n, int r, int width, int i, const float *weights) {
-    float x = 0.0f;
+/* The states of a block, in shared memory, as a row's joined sums need them. */
+template <int NT> struct wide_states {
+    uint8_t *sealed, *open; /* of the first team, and of the first that took open pages */
+    int ring, width, n_teams, n_open;
+
+    __device__ float2 &head(bool is_open, int i, int r) const {
+        return ((float2 *)((is_open ? open : sealed) + i * ring))[r];
+    }
+    __device__ float *values(bool is_open, int i, int r) const {
+        return state_values<NT>((is_open ? open : sealed) + i * ring, r, width);
+    }
+    /* Sum of the states' i-th numbers, times the weights that lie in place of their maxima. */
+    __device__ float joined(bool is_open, int n, int r, int i) const {
+        float x = 0.0f;
 #pragma unroll
-    for (int k = 0; k < max_teams; ++k) {
-        if (k < n) {
-            x += weights[k] * state_values<NT>(states + k * step, r, width)[i];
+        for (int k = 0; k < max_teams; ++k) {
+            if (k < n) {
+                x += head(is_open, k, r).x * values(is_open, k, r)[i];
+            }
+        }
+        return x;
+    }
+};
+
+/* Maximum and sum of row r over all states; their maxima become weights. */
+template <int NT> __device__ float2 weigh(const wide_states<NT> &states, int r) {
+    float top = -INFINITY, sum = 0.0f;
+    for (int kind = 0; kind < 2; ++kind) {
+        for (int k = 0; k < (kind ? states.n_open : states.n_teams); ++k) {
+            top = fmaxf(top, states.head(kind, k, r).x);
         }
     }
-    return x;
+    for (int kind = 0; kind < 2; ++kind) {
+        for (int k = 0; k < (kind ? states.n_open : states.n_teams); ++k) {
+            float2 &head = states.head(kind, k, r);
+            head.x = quick_exp2(head.x - (top == -INFINITY ? 0.0f : top));
+            sum += head.x * head.y;
+        }
+    }
+    return make_float2(top, sum);
 }
 
-/* Row r of a block to memory, by a warp: the states of its teams, the first n_open of which, from the last one on, took
- * open pages.  states: of the first team. */
+/* n rows of the first sealed state become the joined ones *= normalised Hadamard matrix, but for the norm.  By all
+ * threads. */
+template <int NT> __device__ void transform_rows(const wide_states<NT> &states, int n) {
+    const auto mine = row_threads::here();
+    const int width = states.width, block = hadamard_block(width);
+    for (int r = mine.first; r < n; r += mine.step) {
+        for (int i = mine.lane; i < width; i += mine.of_row) {
+            states.values(false, 0, r)[i] = states.joined(false, states.n_teams, r, i);
+        }
+    }
+    for (int log = 0; 1 << log < block; ++log) {
+        __syncthreads();
+        for (int r = mine.first; r < n; r += mine.step) {
+            float *x = states.values(false, 0, r);
+#pragma unroll 2
+            for (int k = mine.lane; k < width / 2; k += mine.of_row) {
+                const int i = (k >> log << (log + 1)) + (k & ((1 << log) - 1));
+                const float a = x[i], b = x[i + (1 << log)];
+                x[i] = a + b;
+                x[i + (1 << log)] = a - b;
+            }
+        }
+    }
+    __syncthreads();
+}
+
+/* The rows of a block to memory, by all threads: the states of its teams, the last n_open of which took open pages.
+ * shared: the first team's ring. */
 template <int NT>
-__device__ void join_wide_row(uint8_t *states, int n_open, int r, const xq_store &store, const xq_attend_args &args,
-                              const wide_call &call, const block_task &task, int lane) {
-    const int width = store.v.width, n_teams = call.n_teams;
-    uint8_t *open = states + (n_teams - n_open) * call.ring + call.state;
-    float top = -INFINITY, weights[max_teams], open_weights[max_teams];
-    for (int i = 0; i < n_teams; ++i) {
-        top = fmaxf(top, ((const float2 *)(states + i * call.ring))[r].x);
-    }
-    for (int i = 0; i < n_open; ++i) {
-        top = fmaxf(top, ((const float2 *)(open + i * call.ring))[r].x);
-    }
-    float sum = weights_of<NT>(states, call.ring, n_teams, r, top, weights);
-    sum += weights_of<NT>(open, call.ring, n_open, r, top, open_weights);
-    float *first = state_values<NT>(states, r, width);
-    if (store.v.plan.rotate) {
-        for (int i = lane; i < width; i += 32) {
-            first[i] = joined<NT>(states, call.ring, n_teams, r, width, i, weights);
-        }
-        transform_wide_row(first, width, lane);
-        for (int i = 0; i < max_teams; ++i) {
-            weights[i] = i == 0;
-        }
-    }
+__device__ void join_wide_rows(uint8_t *shared, int n_open, const xq_store &store, const xq_attend_args &args,
+                               const wide_call &call, const block_task &task) {
+    const int width = store.v.width, n = min(wide_rows<NT>, call.rows_of_head - task.first_row);
+    const wide_states<NT> states = {
+        shared, shared + (call.n_teams - n_open) * call.ring + call.state, call.ring, width, call.n_teams, n_open};
     const int64_t n_all = (int64_t)args.n_streams * args.n_tokens * args.n_head; // rows of a part
-    const int head = task.head * call.n_rep + call.rest_of(task.first_row + r);
-    const int64_t row = attend_row(args, task.nth_stream, call.token_of(task.first_row + r), head);
-    const int64_t nth = task.part * n_all + row;
-    float *out = args.partial + nth * width;
-    for (int i = lane; i < width; i += 32) {
-        out[i] = joined<NT>(states, call.ring, store.v.plan.rotate ? 1 : n_teams, r, width, i, weights) +
-                 joined<NT>(open, call.ring, n_open, r, width, i, open_weights);
+    const auto place_of = [&](int r) {
+        const int row = task.first_row + r;
+        return task.part * n_all +
+               attend_row(args, task.nth_stream, call.token_of(row), task.head * call.n_rep + call.rest_of(row));
+    };
+    __syncthreads();
+    if ((int)threadIdx.x < n) {
+        ((float2 *)(args.partial + args.n_parts * n_all * width))[place_of(threadIdx.x)] = weigh(states, threadIdx.x);
     }
-    if (lane == 0) {
-        ((float2 *)(args.partial + args.n_parts * n_all * width))[nth] = make_float2(top, sum);
+    __syncthreads();
+    const bool rotate = store.v.plan.rotate;
+    if (rotate) {
+        transform_rows(states, n);
+    }
+    const float norm = rsqrtf((float)hadamard_block(width));
+    const auto mine = row_threads::here();
+    for (int r = mine.first; r < n; r += mine.step) {
+        float *out = args.partial + place_of(r) * width;
+#pragma unroll 2
+        for (int i = mine.lane; i < width; i += mine.of_row) {
+            const float x = rotate ? states.values(false, 0, r)[i] * norm : states.joined(false, states.n_teams, r, i);
+            out[i] = x + states.joined(true, n_open, r, i);
+        }
     }
 }
 
