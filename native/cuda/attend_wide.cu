@@ -39,21 +39,24 @@ static int logarithm(int n) {
 }
 
 /* What depends on the layer alone. */
-static wide_call call_of(const xq_store &store) {
+static wide_call call_of(const xq_store &store, bool latent) {
     const xq_side &k = store.k.plan, &v = store.v.plan;
     const int width = store.k.width, length = group_length(v, store.v.width);
     wide_call call = {};
-    call.parts = staging(store);
+    call.parts = staging(store, latent);
+    call.width = latent ? store.latent : store.v.width;
+    call.first_channel = latent ? 0 : store.latent;
+    call.rotate = !latent && v.rotate;
     call.k_low = low_part(k.bits, width), call.k_high = high_part(width);
     call.v_low = low_part(v.bits, XQ_PAGE), call.v_high = high_part(XQ_PAGE);
     call.k_column = column_bytes(k.bits, width), call.v_column = column_bytes(v.bits, XQ_PAGE);
     call.k_param = parameter_bytes(k, width), call.v_param = parameter_bytes(v, XQ_PAGE);
     call.tiles = XQ_PAGE / k.group;
     call.log_tile = logarithm(k.group);
-    call.n_groups = store.latent || length == store.v.width ? 0 : store.v.width / length;
+    call.n_groups = latent || length == store.v.width ? 0 : store.v.width / length;
     call.log_group = logarithm(length);
-    call.n_shares = store.latent ? (units_of(call.k_low.bits, store.v.width) + 7) / 8 * call.k_low.planes
-                                 : (store.v.width + 31) / 32;
+    call.n_shares =
+        latent ? (units_of(call.k_low.bits, call.width) + 7) / 8 * call.k_low.planes : (call.width + 31) / 32;
     return call;
 }
 
@@ -72,16 +75,16 @@ static int aligned(int bytes) {
 }
 
 /* n_pages: of a part.  n_teams = 0: nothing fits. */
-template <int NT> static wide_call shape_of(const xq_store &store, int n_pages) {
+template <int NT> static wide_call shape_of(const xq_store &store, bool latent, int n_pages) {
     const xq_side &k = store.k.plan, &v = store.v.plan;
-    wide_call call = call_of(store);
+    wide_call call = call_of(store, latent);
     const int W = team_size(call.n_shares), rows = wide_rows<NT>;
     const int warps = tiles_of(call.n_shares) == 2 ? wide_warps<4, 2, NT>
                       : W == 4                     ? wide_warps<4, 4, NT>
                                                    : wide_warps<8, 4, NT>;
-    call.state = state_bytes<NT>(store.v.width);
+    call.state = state_bytes<NT>(call.width);
     call.folded = products_of(k.bits, store.k.width) * product_bytes<NT>;
-    const int p = (!store.latent && v.bits == 3 ? 2 : 1) * page_products * product_bytes<NT>;
+    const int p = (!latent && v.bits == 3 ? 2 : 1) * page_products * product_bytes<NT>;
     call.scales = std::max(call.tiles * call.folded, p);
     call.constants = call.scales + 2 * call.n_groups * (2 * XQ_PAGE);
     call.tops = call.constants + call.tiles * W * rows * (int)sizeof(float);
@@ -103,37 +106,48 @@ template <int NT> static wide_call shape_of(const xq_store &store, int n_pages) 
     return call;
 }
 
-/* Whatever number of pages a part has. */
+/* One kind of a layer's values, whatever number of pages a part has. */
+static bool covers(const xq_store &store, const xq_side &side, bool latent, int width) {
+    return width == 0 || (side.bits >= 1 && side.bits <= 4 && width <= max_wide_width &&
+                          shape_of<1>(store, latent, XQ_CUDA_PART_PAGES).n_teams > 0);
+}
+
 bool wide_covers(const xq_store &store) {
-    const auto codes = [](const xq_side &side) { return side.bits >= 1 && side.bits <= 4; };
-    return !store.mapped && codes(store.k.plan) && codes(store.v.plan) && store.v.width <= max_wide_width &&
-           shape_of<1>(store, XQ_CUDA_PART_PAGES).n_teams > 0;
+    return !store.mapped && store.k.plan.bits >= 1 && covers(store, store.k.plan, true, store.latent) &&
+           covers(store, store.v.plan, false, store.v.width);
 }
 
 template <int NT, bool LATENT>
 static int launch_rows(const xq_store &store, const xq_attend_args &args, wide_call &call, cudaStream_t stream) {
     call.count(store, args, wide_rows<NT>);
-    return tiles_of(call.n_shares) == 2    ? launch_wide_of<4, 2, NT, LATENT>(store, args, call, stream)
-           : team_size(call.n_shares) == 4 ? launch_wide_of<4, 4, NT, LATENT>(store, args, call, stream)
-                                           : launch_wide_of<8, 4, NT, LATENT>(store, args, call, stream);
+    const int status = tiles_of(call.n_shares) == 2    ? launch_wide_of<4, 2, NT, LATENT>(store, args, call, stream)
+                       : team_size(call.n_shares) == 4 ? launch_wide_of<4, 4, NT, LATENT>(store, args, call, stream)
+                                                       : launch_wide_of<8, 4, NT, LATENT>(store, args, call, stream);
+    return status != XQ_OK ? status : launch_merge_wide(store, args, call.first_channel, call.width, stream);
 }
 
 /* Sixteen query rows a block, if there are more than eight and if that fits. */
 template <bool LATENT> static int launch_kind(const xq_store &store, const xq_attend_args &args, cudaStream_t stream) {
     const int n_pages = (args.n_kv_pages + args.n_parts - 1) / args.n_parts;
     if (args.n_tokens * (args.n_head / store.n_head_kv) > wide_rows<1>) {
-        wide_call call = shape_of<2>(store, n_pages);
+        wide_call call = shape_of<2>(store, LATENT, n_pages);
         if (call.n_teams > 0) {
             return launch_rows<2, LATENT>(store, args, call, stream);
         }
     }
-    wide_call call = shape_of<1>(store, n_pages);
+    wide_call call = shape_of<1>(store, LATENT, n_pages);
     return launch_rows<1, LATENT>(store, args, call, stream);
 }
 
+/* Values that are channels of keys, and others: if there are both, one launch each. */
 int launch_wide(const xq_store &store, const xq_attend_args &args, cudaStream_t stream) {
-    const int status = store.latent ? launch_kind<true>(store, args, stream) : launch_kind<false>(store, args, stream);
-    return status != XQ_OK ? status : launch_merge_wide(store, args, stream);
+    int status = XQ_OK;
+    xq_attend_args rest = args;
+    if (store.latent > 0) {
+        status = launch_kind<true>(store, args, stream);
+        rest.after_update = 0; // the launch before is no update
+    }
+    return status == XQ_OK && store.v.width > 0 ? launch_kind<false>(store, rest, stream) : status;
 }
 
 } // namespace xq

@@ -153,19 +153,20 @@ __device__ void add_wide_open(wide_state<T, NT> &state, const wide_team<W, T, NT
         masks.one = team.args.n_tokens == 1;
         masks.load(team.tile, list.pages[at] * XQ_PAGE + first, place.t);
         float s[N][2 * NT];
-        team.open_scores(s, open_rows(k, list.slots[at]), k.rows_token);
+        team.open_scores(s, open_rows(k, list.slots[at]), k.width);
         finish_wide_scores<N, NT>(s, masks, team.tile, team.args.softcap * log2e, place.t);
         exponentiate_page<N>(state, s, team.tops(true), place);
         store_p<N, NT>(team.p(), to, s, by, place.g);
         place.meet();
-        team.open_values(state, open_rows(v, list.slots[at]), v.rows_token);
+        const side_view &values = LATENT ? k : v;
+        team.open_values(state, open_rows(values, list.slots[at]), values.width);
         place.meet();
     }
 }
 
 /* Asks for the rows of open pages: they are read last, when nothing else hides how far they are. */
 __device__ inline void prefetch_open(const part_list &list, const side_view &side) {
-    const int bytes = XQ_PAGE * side.rows_token * (int)sizeof(__half);
+    const int bytes = XQ_PAGE * side.width * (int)sizeof(__half);
 #pragma unroll 1
     for (int j = 0; j < list.n_open; ++j) {
         const char *rows = (const char *)open_rows(side, list.slots[list.size - 1 - j]);

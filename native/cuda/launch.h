@@ -63,7 +63,9 @@ bool wide_covers(const xq_store &store);
 int launch_decode(const xq_store &store, const xq_attend_args &args, cudaStream_t stream);
 /* The wide kernel, and what joins its parts. */
 int launch_wide(const xq_store &store, const xq_attend_args &args, cudaStream_t stream);
-int launch_merge_wide(const xq_store &store, const xq_attend_args &args, cudaStream_t stream);
+/* width channels of the output, from first_channel on. */
+int launch_merge_wide(const xq_store &store, const xq_attend_args &args, int first_channel, int width,
+                      cudaStream_t stream);
 /* The general kernel, and what joins its states. */
 int launch_general(const xq_store &store, const xq_attend_args &args, cudaStream_t stream);
 int launch_merge(const xq_store &store, const xq_attend_args &args, cudaStream_t stream);

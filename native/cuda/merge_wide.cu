@@ -17,9 +17,10 @@ constexpr float log2e = 1.44269504f;
 
 /* grid (row, channels) */
 __global__ void __launch_bounds__(32 * merge_warps)
-    merge_wide_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_attend_args args) {
+    merge_wide_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_attend_args args,
+                      int first_channel, int width) {
     __shared__ float2 shares[merge_warps][merge_channels / 2];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, width = store.v.width, n = args.n_parts;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n = args.n_parts;
     const int channel = merge_channels * blockIdx.y + 2 * lane;
     const int64_t row = blockIdx.x, n_all = (int64_t)args.n_streams * args.n_tokens * args.n_head;
     wait_for_previous();
@@ -62,16 +63,16 @@ __global__ void __launch_bounds__(32 * merge_warps)
             x = make_float2(x.x + y.x, x.y + y.y);
         }
         const float by = sum > 0.0f ? 1.0f / sum : 0.0f; // 0: nothing is visible
-        *(float2 *)(out_at(store, args, row) + channel) = make_float2(x.x * by, x.y * by);
+        *(float2 *)(out_at(store, args, row) + first_channel + channel) = make_float2(x.x * by, x.y * by);
     }
 }
 
 } // namespace
 
-int launch_merge_wide(const xq_store &store, const xq_attend_args &args, cudaStream_t stream) {
-    const dim3 grid(args.n_streams * args.n_tokens * args.n_head,
-                    (store.v.width + merge_channels - 1) / merge_channels);
-    launch_early(merge_wide_kernel, grid, 32 * merge_warps, 0, stream, store, args);
+int launch_merge_wide(const xq_store &store, const xq_attend_args &args, int first_channel, int width,
+                      cudaStream_t stream) {
+    const dim3 grid(args.n_streams * args.n_tokens * args.n_head, (width + merge_channels - 1) / merge_channels);
+    launch_early(merge_wide_kernel, grid, 32 * merge_warps, 0, stream, store, args, first_channel, width);
     return launched("merge");
 }
 

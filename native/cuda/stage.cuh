@@ -24,16 +24,19 @@ inline bool same_steps(const xq_side_store &k, const xq_side_store &v) {
            steps(v.param_page, v.param_head, v.param_stream);
 }
 
-inline staged staging(const xq_store &store) {
+/* keys_alone: without the parts of values. */
+inline staged staging(const xq_store &store, bool keys_alone = false) {
     const xq_side_store &k = store.k, &v = store.v;
     staged parts;
     parts.k_param = (int)packed_bytes(k.plan.bits, k.width, XQ_PAGE);
     parts.v_codes = parts.k_param + (int)page_param_bytes(k.plan, true, k.width);
-    parts.v_param = parts.v_codes + (store.latent ? 0 : (int)packed_bytes(v.plan.bits, XQ_PAGE, v.width));
-    parts.bytes = parts.v_param + (store.latent ? 0 : (int)page_param_bytes(v.plan, false, v.width));
+    parts.v_param = parts.v_codes + (keys_alone ? 0 : (int)packed_bytes(v.plan.bits, XQ_PAGE, v.width));
+    parts.bytes = parts.v_param + (keys_alone ? 0 : (int)page_param_bytes(v.plan, false, v.width));
     const auto lies = [&](const uint8_t *part, int at) { return (uintptr_t)part == (uintptr_t)k.codes + at; };
-    parts.whole = same_steps(k, v) && lies(k.param, parts.k_param) &&
-                  (store.latent || (lies(v.codes, parts.v_codes) && lies(v.param, parts.v_param)));
+    parts.whole =
+        lies(k.param, parts.k_param) &&
+        (keys_alone ? k.param_page == k.codes_page && k.param_head == k.codes_head && k.param_stream == k.codes_stream
+                    : same_steps(k, v) && lies(v.codes, parts.v_codes) && lies(v.param, parts.v_param));
     return parts;
 }
 

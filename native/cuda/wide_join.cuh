@@ -65,7 +65,7 @@ template <int W, int T, int NT, bool LATENT, typename CHANNEL, typename ADD>
 __device__ void store_wide_state(uint8_t *to, const wide_state<T, NT> &state, const wide_team<W, T, NT, LATENT> &team,
                                  float unit, int n, const CHANNEL &channel, const ADD &add) {
     const auto &place = team.place;
-    const int width = team.store.v.width;
+    const int width = team.call.width;
 #pragma unroll
     for (int r = 0; r < 2 * NT; ++r) {
         const int row = row_of(r, place.t), nt = r / 2, odd = r % 2;
@@ -221,7 +221,7 @@ template <int NT> __device__ void transform_rows(const wide_states<NT> &states, 
 template <int NT>
 __device__ void join_wide_rows(uint8_t *shared, int n_open, const xq_store &store, const xq_attend_args &args,
                                const wide_call &call, const block_task &task) {
-    const int width = store.v.width, n = min(wide_rows<NT>, call.rows_of_head - task.first_row);
+    const int width = call.width, n = min(wide_rows<NT>, call.rows_of_head - task.first_row);
     const wide_states<NT> states = {
         shared, shared + (call.n_teams - n_open) * call.ring + call.state, call.ring, width, call.n_teams, n_open};
     const int64_t n_all = (int64_t)args.n_streams * args.n_tokens * args.n_head; // rows of a part
@@ -235,7 +235,7 @@ __device__ void join_wide_rows(uint8_t *shared, int n_open, const xq_store &stor
         ((float2 *)(args.partial + args.n_parts * n_all * width))[place_of(threadIdx.x)] = weigh(states, threadIdx.x);
     }
     __syncthreads();
-    const bool rotate = store.v.plan.rotate;
+    const bool rotate = call.rotate;
     if (rotate) {
         transform_rows(states, n);
     }

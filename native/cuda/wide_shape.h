@@ -58,6 +58,8 @@ struct wide_call : row_numbers {
     int room, folded;            /* sizes: of a team's room, of one tile's folded vectors */
     int scales, constants, tops; /* offsets in a room */
     int shared;
+    int width, first_channel; /* channels of values that this launch takes, and where they are in a row of the output */
+    bool rotate;
     code_part k_low, k_high, v_low, v_high;
     int k_column, v_column;  /* of 16 columns of codes */
     int k_param, v_param;    /* of the parameters of one tile, of one group */

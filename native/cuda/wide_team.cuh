@@ -197,7 +197,7 @@ template <int W, int T, int NT, bool LATENT> struct wide_team {
     }
 
     /* Chunks of 32 channels of this warp: member, member + W, ... */
-    __device__ int own_chunks() const { return ((store.v.width + 31) / 32 - place.member + W - 1) / W; }
+    __device__ int own_chunks() const { return ((call.width + 31) / 32 - place.member + W - 1) / W; }
 
     template <bool GROUPED> __device__ void values(state_of &state, const uint8_t *codes) const {
         const int step = 2 * W * call.v_column, n = own_chunks();
@@ -297,7 +297,7 @@ template <int W, int T, int NT, bool LATENT> struct wide_team {
         if (n <= 0) {
             return;
         }
-        const bool has = channel + 32 * W * (n - 1) < store.v.width;
+        const bool has = channel + 32 * W * (n - 1) < call.width;
         add_open_values<T, NT>(state.out, rows + 4 * place.t * rows_token + channel, rows_token, 32 * W, n, has, p());
     }
 };

@@ -89,7 +89,7 @@ static int32_t parts_of(const layer &l, int64_t n_rows, int64_t n_heads, int64_t
         const int64_t n = groups_of(XQ_CPU_GROUP_ROWS) * n_heads;
         return (int32_t)std::clamp<int64_t>((pieces_per_thread * n_threads + n - 1) / n, 1, n_pages);
     }
-    const bool narrow = l.shape.e > 0 && !l.map && xq::is_narrow(l.plan.k, l.plan.v, l.shape.d, l.shape.e);
+    const bool narrow = l.latent == 0 && !l.map && xq::is_narrow(l.plan.k, l.plan.v, l.shape.d, l.shape.e);
     const int64_t n = groups_of(narrow ? XQ_CUDA_GROUP_ROWS : XQ_CUDA_WIDE_ROWS) * n_heads;
     const int64_t parts = std::clamp<int64_t>(device_blocks / n, 1, n_pages), most = parts * XQ_CUDA_PART_PAGES;
     return (int32_t)(parts * ((n_pages + most - 1) / most)); // again and again, until none has too many pages
