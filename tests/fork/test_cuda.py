@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from support import gpu, tiny_gguf
 from support.contexts import Context
+from support.keys_as_values import write_gemma4, write_latent
 from support.oracle_cases import (
     CASES,
     Bounds,
@@ -80,6 +82,29 @@ def test_wide_batches_and_single_tokens_agree(fork: Fork) -> None:
     found = np.abs(fork.run(other, kv_plan=case.kv_plan(), n_gpu_layers=ALL) - one).max(axis=1) / one.std()
     print(describe(found))
     assert SEALED.hold(found)
+
+
+@pytest.mark.parametrize("write", [write_latent, write_gemma4], ids=["latent", "gemma4"])
+def test_values_that_are_channels_of_keys(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    """A prompt, which reads unpacked pages, single tokens, a shift: as on the CPU; a state of the GPU on the CPU."""
+    path = write(tmp_path / "model.gguf")
+    ids = np.random.default_rng(3).integers(10, 280, 800).tolist()
+    found, states = [], []
+    for layers in (ALL, 0):
+        with Context(path, "xquant", n_gpu_layers=layers) as ctx:
+            out = [ctx.decode(ids[:700], 0)[-100:], *(ctx.decode([t], 700 + i) for i, t in enumerate(ids[700:720]))]
+            states.append(ctx.save(0))
+            assert ctx.session.remove(0, 0, 40)
+            ctx.session.shift(0, 40, -1, -40)
+            out.append(ctx.decode(ids[720:740], 680))
+            found.append(np.concatenate(out))
+            ctx.session.clear()
+            assert ctx.load(states[0], 0)
+            found.append(ctx.decode(ids[740:750], 720))
+    for got, want in ((found[0], found[2]), (found[1], found[3])):
+        off = np.abs(got - want).max(axis=1) / want.std()
+        print(describe(off))
+        assert SEALED.hold(off), describe(off)
 
 
 def test_more_pages_than_a_block_takes(tmp_path: Path) -> None:

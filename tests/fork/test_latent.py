@@ -9,25 +9,20 @@ import numpy as np
 import pytest
 
 from support.contexts import Context
+from support.keys_as_values import write_latent
 from support.models import error
-from xquant_gguf import Llama, fork, synthetic
+from xquant_gguf import Llama, fork
 from xquant_gguf.calibrate import Budget, calibrate, unmeasured
 from xquant_gguf.cli import main
 from xquant_gguf.cli.strip import copy_model
 from xquant_gguf.plan import Shape, block_bytes
 
-LATENT = synthetic.Latent(q_rank=48, kv_rank=64, rope_dim=32)
-SHAPE = synthetic.Shape(3, 128, 64, 4, 1, 64, 300, value_dim=32, latent=LATENT)
 TOKENS = np.random.default_rng(3).integers(10, 290, 1000).tolist()
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    synthetic.SHAPES["tiny-latent"] = SHAPE
-    try:
-        return synthetic.write(tmp_path_factory.mktemp("latent") / "latent.gguf", "tiny-latent")
-    finally:
-        del synthetic.SHAPES["tiny-latent"]
+    return write_latent(tmp_path_factory.mktemp("latent") / "latent.gguf")
 
 
 def test_nothing_is_stored_for_values(model: Path) -> None:

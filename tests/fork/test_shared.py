@@ -4,67 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 
-from support import tiny_gguf
 from support.contexts import Context, Logits, llama_cpp
+from support.keys_as_values import STILL, TURNED, D, write_gemma4
 from support.models import SEALED as SEALED_ERROR
 from support.models import error
-from support.storage import Floats
-from xquant_gguf import codec, fork, reference, synthetic
+from xquant_gguf import codec, fork, reference
 from xquant_gguf.plan import PAGE, Shape
 
-D, HEADS, TURNED, N_LAYER = 128, 4, 16, 4
-SLIDING = [True, False, True, False]
 TOKENS = np.random.default_rng(3).integers(10, 280, 1000).tolist()
-
-
-def write(path: Path, factors: list[float], *, smallest_weight: float = 0.5) -> Path:
-    """A tiny random Gemma 4; factors: of RoPE's frequencies in the layers that do not slide."""
-    rng = np.random.default_rng(0)
-    shape = synthetic.Shape(N_LAYER, 128, 96, HEADS, 1, D, tiny_gguf.N_VOCAB, freq_base=1e6)
-    writer = gguf.GGUFWriter(path, "gemma4")
-    synthetic.add_shape(writer, shape, 4096)
-    writer.add_sliding_window(128)
-    writer.add_sliding_window_pattern(SLIDING)
-    for name in ("key", "value"):
-        writer.add_uint32(f"gemma4.attention.{name}_length_swa", 64)
-    writer.add_uint32("gemma4.rope.dimension_count_swa", 64)
-    writer.add_uint32("gemma4.embedding_length_per_layer_input", 0)
-    tiny_gguf.add_tokenizer(writer)
-
-    def matrix(out: int, n: int, gain: float = 1.0) -> Floats:
-        return (rng.standard_normal((out, n)) * gain / np.sqrt(n)).astype(np.float32)
-
-    def norm(n: int) -> Floats:
-        return rng.uniform(0.5, 1.5, n).astype(np.float32)
-
-    weights = {"token_embd.weight": matrix(shape.n_vocab, 128, 4), "output_norm.weight": norm(128)}
-    weights["rope_freqs.weight"] = np.array(factors, np.float32)
-    for il, slides in enumerate(SLIDING):
-        d = 64 if slides else D
-        k_norm = norm(d)
-        k_norm[5] = smallest_weight
-        layer: dict[str, Floats] = {
-            "attn_norm": norm(128), "attn_q": matrix(HEADS * d, 128), "attn_k": matrix(d, 128),
-            **({"attn_v": matrix(d, 128)} if slides else {}),
-            "attn_output": matrix(128, HEADS * d), "attn_q_norm": norm(d) / np.float32(4), "attn_k_norm": k_norm,
-            "post_attention_norm": norm(128), "ffn_norm": norm(128), "ffn_gate": matrix(96, 128),
-            "ffn_up": matrix(96, 128), "ffn_down": matrix(128, 96), "post_ffw_norm": norm(128),
-        }  # fmt: skip
-        weights |= {f"blk.{il}.{name}.weight": x for name, x in layer.items()}
-    tiny_gguf.finish(writer, weights)
-    return path
-
-
-STILL = [1.0] * TURNED + [1e30] * (D // 2 - TURNED)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("shared") / "gemma4.gguf", STILL)
+    return write_gemma4(tmp_path_factory.mktemp("shared") / "gemma4.gguf")
 
 
 def shapes(context: Context) -> list[Shape]:
@@ -132,6 +87,6 @@ def test_sealed_pages_are_what_numpy_makes_of_the_rows(model: Path) -> None:
     ],
 )
 def test_other_layers_store_their_values(factors: list[float], weight: float, tmp_path: Path) -> None:
-    path = write(tmp_path / "other.gguf", factors, smallest_weight=weight)
+    path = write_gemma4(tmp_path / "other.gguf", factors, smallest_weight=weight)
     with Context(path, "xquant") as ours:
         assert shapes(ours) == [Shape(D, D, 1)] * 2
