@@ -121,7 +121,7 @@ def test_it_answers(bin: Path, smollm2: str) -> None:
 
 def ask_server(command: Sequence[str | Path], folder: Path) -> None:
     """Starts a server, asks it four things at once, and something wrong."""
-    options = ["-c", "4096", "-np", "2", "-t", "2", "--no-webui"]
+    options = ["-c", "4096", "-np", "2", "-t", "1", "--no-webui"]
     with running([*command, *options], folder, clean()) as server, ThreadPoolExecutor(4) as pool:
 
         def ask(city: str) -> str:
