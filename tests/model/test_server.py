@@ -133,7 +133,8 @@ def test_the_cache_is_told(smollm2: str, server: Server, prose: str) -> None:
     assert found["xquant_pages_sealed"] > 3
     # four streams of 1,024 tokens
     assert sum(found[f"xquant_pages_{state}"] for state in ("open", "sealed", "free")) == 4 * 8
-    assert 0 < found["xquant_bytes_used"] <= found["xquant_bytes_allocated"] == props["xquant"]["bytes"]
+    assert 0 < found["xquant_bytes_used"] <= found["xquant_bytes_allocated"]
+    assert found["xquant_bytes_allocated"] == pytest.approx(props["xquant"]["bytes"], rel=1e-5)  # written in 6 digits
     assert found["xquant_nonfinite"] == 0
     assert props["xquant"]["window"] == plan.window
     assert props["xquant"]["kernels"] == codec.kernels()
