@@ -26,7 +26,7 @@ PYTHONS = os.environ.get("XQUANT_PYTHONS", sys.executable).split()
 PROGRAMS = ("llama-server", "llama-cli", "llama-bench", "llama-perplexity", "ggml-rpc-server")
 SYSTEM = {  # what every system of a tag has
     "manylinux": ("libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "ld-linux"),
-    "musllinux": ("libc.so",),
+    "musllinux": ("libc.musl-",),
 }
 TEXT = ROOT / "tests" / "support" / "prose.txt"
 MUSL = Path("/lib/ld-musl-x86_64.so.1")
