@@ -77,6 +77,13 @@ def check_answers(told: dict[str, Any]) -> None:
     assert told["xquant"]["sealed"] >= told["xquant"]["prompt_tokens"] // 128 - 4 > 2
 
 
+def test_there_are_wheels() -> None:
+    """Where a folder is named, there must be some."""
+    if "XQUANT_WHEELS" not in os.environ:
+        pytest.skip("XQUANT_WHEELS names no folder")
+    assert wheels, f"{WHEELS} holds no xquant_gguf-*.whl: make wheels"
+
+
 @pytest.mark.parametrize("wheel", wheels, ids=lambda wheel: wheel.name)
 def test_a_wheel_holds_what_it_needs(wheel: Path, tmp_path: Path) -> None:
     """One wheel for all versions of Python; every library that one of its own needs is in it or in the system."""
