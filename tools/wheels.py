@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -39,6 +40,10 @@ class Target:
     tag: str
     zig: str
     processor: str
+
+    @property
+    def is_musl(self) -> bool:
+        return self.zig.endswith("musl")
 
 
 TARGETS = (
@@ -82,7 +87,7 @@ def write_script(path: Path, text: str) -> None:
 def write_compilers(folder: Path, target: Target) -> None:
     """Writes clang, clang++, ar, ranlib and strip for a target; ccache knows the compilers by these names."""
     folder.mkdir(parents=True, exist_ok=True)
-    zig, flags = ziglang() / "zig", "-dynamic" if target.zig.endswith("musl") else ""
+    zig, flags = ziglang() / "zig", "-dynamic" if target.is_musl else ""
     for name, tool in (("clang", "cc"), ("clang++", "c++")):
         fields = {"version": f"ziglang {version('ziglang')}", "zig": zig, "target": target.zig, "flags": flags}
         write_script(folder / name, COMPILER.format(tool=tool, **fields))
@@ -123,17 +128,46 @@ def build(target: Target, out: Path) -> Path:
         pip: list[str | Path] = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
         run([*pip, f"--config-settings=build-dir={work / 'fork'}", "-w", folder, "."], environment)
         (wheel,) = Path(folder).glob("*.whl")
-        # scikit-build-core names the machine that it runs on
-        retag: list[str | Path] = [sys.executable, "-m", "wheel", "tags", "--remove"]
-        run([*retag, f"--platform-tag=linux_{target.processor}", wheel], environment)
-        (wheel,) = Path(folder).glob("*.whl")
-        run(
-            ["auditwheel", "repair", "--only-plat", "--plat", target.tag, "-w", Path(folder) / "checked", wheel],
-            environment,
-        )
-        (checked,) = (Path(folder) / "checked").glob("*.whl")
-        out.mkdir(parents=True, exist_ok=True)
-        return Path(shutil.move(checked, out / checked.name))
+        return check(target, wheel, out)
+
+
+def check(target: Target, wheel: Path, out: Path) -> Path:
+    """Lets auditwheel find the oldest system that a wheel runs on, and names the wheel after its target; it in out."""
+    folder = wheel.parent
+    # scikit-build-core names the machine that it runs on
+    retag: list[str | Path] = [sys.executable, "-m", "wheel", "tags", "--remove"]
+    run([*retag, f"--platform-tag=linux_{target.processor}", wheel], {})
+    (wheel,) = folder.glob("*.whl")
+    if target.is_musl:
+        wheel = name_musl(wheel, target)
+    # auto: its other names are those of the machine that it runs on
+    run(["auditwheel", "repair", "--only-plat", "--plat", "auto", "-w", folder / "checked", wheel], {"PATH": PATH})
+    (checked,) = (folder / "checked").glob("*.whl")
+    found, wanted = (re.search(r"(manylinux|musllinux)_(\d+)_(\d+)_(\w+)", name) for name in (checked.name, target.tag))
+    assert wanted is not None
+    if found is None or found[1] != wanted[1] or found[4] != wanted[4]:
+        raise SystemExit(f"wheels: {checked.name} is no wheel for {target.tag}")
+    if (int(found[2]), int(found[3])) > (int(wanted[2]), int(wanted[3])):
+        raise SystemExit(f"wheels: {checked.name} needs a newer system than {target.tag}")
+    run([*retag, f"--platform-tag={target.tag}", checked], {})
+    (checked,) = (folder / "checked").glob("*.whl")
+    out.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.move(checked, out / checked.name))
+
+
+def name_musl(wheel: Path, target: Target) -> Path:
+    """Calls the C library as distributions with musl do, and as auditwheel expects; Zig calls it libc.so."""
+    with tempfile.TemporaryDirectory() as folder:
+        run([sys.executable, "-m", "wheel", "unpack", "-d", folder, wheel], {})
+        (tree,) = Path(folder).iterdir()
+        for file in (tree / "xquant_gguf" / "lib").iterdir():
+            if file.read_bytes()[:4] == b"\x7fELF":
+                name = f"libc.musl-{target.processor}.so.1"
+                run(["patchelf", "--replace-needed", "libc.so", name, file], {"PATH": PATH})
+        wheel.unlink()
+        run([sys.executable, "-m", "wheel", "pack", "-d", wheel.parent, tree], {})
+    (wheel,) = wheel.parent.glob("*.whl")
+    return wheel
 
 
 def build_bindings(out: Path) -> Path:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import openai
 import pytest
@@ -36,7 +35,7 @@ def fork_plan(model: str) -> tuple[Plan, list[Shape], list[int]]:
 def server(request: pytest.FixtureRequest, smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Four slots of 1,024 tokens each."""
     folder = tmp_path_factory.mktemp(request.param)
-    options = ["-c", "4096", "-np", "4", "-t", "2", "-b", "128", "-ub", "128", "--no-webui", "--metrics"]
+    options = ["-c", "4096", "-np", "4", "-t", "1", "-b", "128", "-ub", "128", "--no-webui", "--metrics"]
     options += ["--slot-save-path", str(folder), "--context-shift", "--kv-type", request.param]
     with running([sys.executable, "-m", "xquant_gguf", "server", smollm2, *options], folder) as it:
         assert ("xquant" in it.get("/props").json()) == (request.param == "xquant")
@@ -56,30 +55,18 @@ def test_several_clients_at_once(server: Server, prose: str) -> None:
         assert list(pool.map(ask, range(len(CITIES)))) == CITIES
 
 
-def test_the_official_client(server: Server) -> None:
-    """Streams, and names a tool."""
-    weather: Any = {
-        "type": "function",
-        "function": {
-            "name": "weather",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-        },
-    }
-    talk: Any = [{"role": "user", "content": "What is the capital of France?"}]
+def test_the_official_client_streams(server: Server) -> None:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-        grammar = {"grammar": 'root ::= "Paris, of course."'}
         stream = client.chat.completions.create(
-            model="any", messages=talk, max_tokens=30, stream=True, extra_body=grammar
+            model="any",
+            messages=[{"role": "user", "content": "What is the capital of France?"}],
+            max_tokens=30,
+            stream=True,
+            extra_body={"grammar": 'root ::= "Paris, of course."'},
         )
         parts = [chunk.choices[0].delta.content or "" for chunk in stream]
-        assert len([part for part in parts if part]) > 2
-        assert "".join(parts) == "Paris, of course."
-        called = client.chat.completions.create(
-            model="any", messages=talk, max_tokens=100, temperature=0, tools=[weather], tool_choice="required"
-        )
-    calls = called.choices[0].message.tool_calls
-    assert calls
-    assert calls[0].function.name == "weather"
+    assert len([part for part in parts if part]) > 2
+    assert "".join(parts) == "Paris, of course."
 
 
 def test_slots_are_saved_and_restored(server: Server, prose: str) -> None:
@@ -115,16 +102,16 @@ def test_a_damaged_slot_file_is_an_error(server: Server, prose: str) -> None:
 
 def test_the_context_shifts(server: Server, prose: str) -> None:
     """Past its end a slot forgets what is old, and goes on."""
-    answer = server.complete(prose[:4000], n_predict=500, ignore_eos=True)
-    assert answer["tokens_evaluated"] + 500 > 1024 + 64
-    assert answer["tokens_predicted"] == 500
+    answer = server.complete(prose[:4150], n_predict=100, ignore_eos=True)
+    assert 1024 > answer["tokens_evaluated"] > 1024 - 100
+    assert answer["tokens_predicted"] == 100
     assert answer["truncated"]
 
 
 def metrics(server: Server) -> dict[str, float]:
     """Numbers by name."""
     lines = [line.split() for line in server.get("/metrics").text.splitlines() if not line.startswith("#")]
-    return {name.removeprefix(""): float(value) for name, value in lines}
+    return {name.removeprefix("llamacpp:"): float(value) for name, value in lines}
 
 
 def test_metrics_count(server: Server) -> None:
@@ -149,7 +136,8 @@ def test_the_cache_is_told(smollm2: str, server: Server, prose: str) -> None:
     assert found["xquant_pages_sealed"] > 3
     # four streams of 1,024 tokens
     assert sum(found[f"xquant_pages_{state}"] for state in ("open", "sealed", "free")) == 4 * 8
-    assert 0 < found["xquant_bytes_used"] <= found["xquant_bytes_allocated"] == props["xquant"]["bytes"]
+    assert 0 < found["xquant_bytes_used"] <= found["xquant_bytes_allocated"]
+    assert found["xquant_bytes_allocated"] == pytest.approx(props["xquant"]["bytes"], rel=1e-5)  # written in 6 digits
     assert found["xquant_nonfinite"] == 0
     assert props["xquant"]["window"] == plan.window
     assert props["xquant"]["kernels"] == codec.kernels()
@@ -176,6 +164,6 @@ def test_a_wrong_request_is_the_clients_error(server: Server) -> None:
 
 def test_a_preset_is_named(smollm2: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "xquant_gguf", "server", smollm2, "--kv-type", "xquant-tiny", "-c", "2048"]
-    with running([*command, "--no-webui", "-t", "2"], tmp_path) as it:
+    with running([*command, "--no-webui", "-t", "1"], tmp_path) as it:
         assert it.complete("One two three four", n_predict=1)["tokens_predicted"] == 1
         assert {layer["k_bits"] for layer in it.get("/props").json()["xquant"]["layers"]} == {2}
