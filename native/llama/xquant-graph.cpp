@@ -80,14 +80,14 @@ void kv_cache::set_input(ggml_tensor *tensor) const {
 /* Parts that the pages of a KV head are split into, so that a backend is busy.
  *
  * n_rows: query rows of a KV head and stream; n_heads: KV heads of all streams. */
-static int32_t parts_of(bool on_host, int64_t n_rows, int64_t n_heads, int64_t n_pages, int64_t n_threads) {
-    const int64_t rows_a_group = on_host ? XQ_CPU_GROUP_ROWS : XQ_CUDA_GROUP_ROWS;
+static int32_t parts_of(bool on_cpu, int64_t n_rows, int64_t n_heads, int64_t n_pages, int64_t n_threads) {
+    const int64_t rows_a_group = on_cpu ? XQ_CPU_GROUP_ROWS : XQ_CUDA_GROUP_ROWS;
     const int64_t groups = (n_rows + rows_a_group - 1) / rows_a_group;
     if (groups > max_split_groups) { // no counters for their arrivals
         return 1;
     }
     const int64_t n = groups * n_heads;
-    if (on_host) {
+    if (on_cpu) {
         return (int32_t)std::clamp<int64_t>((pieces_per_thread * n_threads + n - 1) / n, 1, n_pages);
     }
     const int64_t parts = std::clamp<int64_t>(device_blocks / n, 1, n_pages), most = parts * XQ_CUDA_PART_PAGES;
@@ -103,7 +103,7 @@ ggml_tensor *kv_cache::attend_codes(const llm_graph_context &graph, const layer 
     options.scale = scale;
     options.softcap = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
     options.max_bias = graph.hparams.f_max_alibi_bias;
-    options.n_parts = parts_of(l.on_host, n_tokens / n_streams * (n_head / n_head_kv), n_streams * n_head_kv,
+    options.n_parts = parts_of(l.cpu_kernels, n_tokens / n_streams * (n_head / n_head_kv), n_streams * n_head_kv,
                                mask->ne[0] / XQ_PAGE, n_threads);
     ggml_tensor *node = new_attend(graph.ctx0, l.nodes, rows, input, q, mask, sinks, options);
     graph.cb(node, "xquant_attend", il);
@@ -189,7 +189,7 @@ ggml_tensor *kv_cache::build_attention(const llm_graph_context &graph, ggml_tens
         ggml_build_forward_expand(graph.gf, rows);
     }
     const int64_t n_rows = q->ne[2] / kq_mask->ne[3] * (q->ne[1] / l.shape.n_head_kv); // of one KV head and stream
-    ggml_tensor *out = !l.on_host && n_rows >= rows_to_unpack
+    ggml_tensor *out = !l.cpu_kernels && n_rows >= rows_to_unpack
                            ? attend_unpacked(graph, l, rows, input, q, kq_mask, sinks, kq_scale, il)
                            : attend_codes(graph, l, rows, input, q, kq_mask, sinks, kq_scale, il);
     out = v_mla    ? from_latent(graph, out, v_mla)
