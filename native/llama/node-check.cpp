@@ -31,7 +31,7 @@ bool in_range(const char *name, int64_t value, int64_t least, int64_t most) {
 /* ---- one tensor ---- */
 
 constexpr int64_t any = -1; /* elements along an axis: at least 1 */
-constexpr int64_t most_elements = (int64_t)1 << 40;
+constexpr int64_t most_elements = (int64_t)1 << 40, most_bytes = (int64_t)1 << 47;
 
 /* What a tensor must be. */
 struct wanted {
@@ -49,7 +49,7 @@ int64_t extent_of(const ggml_tensor *t) {
         int64_t step;
         if (t->ne[i] < 1 || t->nb[i] > (size_t)INT64_MAX ||
             __builtin_mul_overflow(t->ne[i] - 1, (int64_t)t->nb[i], &step) ||
-            __builtin_add_overflow(bytes, step, &bytes)) {
+            __builtin_add_overflow(bytes, step, &bytes) || bytes > most_bytes) {
             return -1;
         }
     }
@@ -81,15 +81,23 @@ bool is_tensor(const ggml_tensor *t, bool on_host, const wanted &want) {
         }
         packed *= (size_t)t->ne[i];
     }
-    if (extent_of(t) < 0) {
+    const int64_t extent = extent_of(t);
+    if (extent < 0) {
         return refuse("%s is larger than memory", want.name);
     }
     if (!t->data || (uintptr_t)t->data % alignment_of(want.type) != 0) {
         return refuse("%s has no memory, or at an address that is not a multiple of %zu", want.name,
                       alignment_of(want.type));
     }
-    return !on_host || !t->buffer || ggml_backend_buffer_is_host(t->buffer) ||
-           refuse("%s is not in the host's memory", want.name);
+    if (!t->buffer) {
+        return true;
+    }
+    const auto base = (uintptr_t)ggml_backend_buffer_get_base(t->buffer), data = (uintptr_t)t->data;
+    const auto size = (int64_t)ggml_backend_buffer_get_size(t->buffer);
+    if (data < base || (int64_t)(data - base) > size - extent) {
+        return refuse("%s does not lie within its buffer", want.name);
+    }
+    return !on_host || ggml_backend_buffer_is_host(t->buffer) || refuse("%s is not in the host's memory", want.name);
 }
 
 /* Tensors may be null: they lie apart from everything. */
@@ -346,13 +354,6 @@ bool accepts_node(const ggml_tensor *node, bool on_host) {
 
 const char *refusal() {
     return message;
-}
-
-bool may_fill(const ggml_tensor *node) {
-    const bool is_output =
-        node->op == GGML_OP_XQUANT_ATTEND || node->op == GGML_OP_XQUANT_UNPACK || node->op == GGML_OP_XQUANT_READ_KEYS;
-    const ggml_type type = node->op == GGML_OP_XQUANT_UNPACK ? GGML_TYPE_F16 : GGML_TYPE_F32;
-    return is_output && is_tensor(node, true, {"the result", type, {any, any, any, any}, true});
 }
 
 } // namespace xquant

@@ -4,7 +4,7 @@
  * compared with the tensors that are there, and the tensors with each other:
  *
  *     type, shape and strides are those of node.h; the bytes from the first element to the last do not overflow
- *     data is there, aligned, and, for a backend on the host, in the host's memory
+ *     data is there, aligned, within its buffer, and, for a backend on the host, in the host's memory
  *     a layer's blocks, rows and aux are exactly as long as its shape says; codes and parameters that are read from
  *       another layer's blocks lie within a block
  *     what is written lies apart from what holds indices: an index that was looked at stays what it was
@@ -41,8 +41,5 @@ int64_t param_bytes(const xq_side &side, int32_t width);
 /* False: the node must not be run, and refusal() says why, on the same thread.  All threads find the same. */
 bool accepts_node(const ggml_tensor *node, bool on_host);
 const char *refusal();
-
-/* Whether a node that is refused may be filled: it is an output, all of whose memory is there. */
-bool may_fill(const ggml_tensor *node);
 
 } // namespace xquant

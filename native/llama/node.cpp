@@ -292,13 +292,7 @@ bool compute(const xq_backend &backend, const ggml_tensor *node, const xq_exec &
 } // namespace xquant
 
 bool xquant_compute_cpu(const ggml_tensor *node, int ith, int nth) {
-    if (xquant::compute(*xq_cpu(), node, {ith, nth, nullptr})) {
-        return true;
-    }
-    if (ith == 0 && xquant::may_fill(node)) {
-        memset(node->data, 0xff, ggml_nbytes(node)); // not-a-numbers: nobody shall take it for a result
-    }
-    return false;
+    return xquant::compute(*xq_cpu(), node, {ith, nth, nullptr});
 }
 
 bool xquant_compute_cuda(const xq_backend *cuda, const ggml_tensor *node, void *cuda_stream) {

@@ -13,8 +13,7 @@ struct ggml_backend;
 extern "C" {
 #endif
 
-/* Runs a node on the CPU: thread ith of nth.  False: it was refused, with a message in the log, and gives
- * not-a-numbers. */
+/* Runs a node on the CPU: thread ith of nth.  False: it was refused, with a message in the log, and changed nothing. */
 __attribute__((visibility("default"))) bool xquant_compute_cpu(const struct ggml_tensor *node, int ith, int nth);
 /* Enqueues a node on a CUDA stream; false: it was refused, with a message in the log. */
 __attribute__((visibility("default"))) bool xquant_compute_cuda(const struct xq_backend *cuda,

@@ -40,8 +40,8 @@ def wrong_tensors(kind: str, layer: str) -> Iterator[tuple[str, Change]]:
             n = tensor.c.ne[axis]
             sizes = [0, -1, 1 << 62, *([] if axis in FREE.get(name, ()) else [n + 1, n - 1])]
             for size in sizes:
-                if size > 0 and name == "pages" and axis == 1 and kind == "read_keys":
-                    continue  # the result has another size then: below
+                if 0 < size < n and name == "result" and kind == "unpack" and axis > 0:
+                    continue  # less is unpacked then
                 yield f"{name}.ne[{axis}] {size}", lambda node, axis=axis, size=size, of=of: of(node).c.ne.__setitem__(
                     axis, size
                 )
@@ -84,10 +84,8 @@ def wrong_parameters(kind: str, layer: str) -> Iterator[tuple[str, Change]]:
     for side in sides:
         for name, wrong in fields.items():
             for value in wrong:
-                if name == "bits" and side == "source" and value < 4:
-                    continue  # fewer bits lie within the block, too
-                if name == "bits" and layer == "borrows" and value < 3:
-                    continue  # likewise
+                if name == "bits" and value < 5 and (side == "source" or layer == "borrows"):
+                    continue  # so many lie within a block, too
                 yield f"{side}.{name} {value}", lambda node, side=side, name=name, value=value: setattr(
                     getattr(node.params, side), name, value
                 )
@@ -148,31 +146,16 @@ def test_true_ones_are_run(kind: str, layer: str) -> None:
 def test_false_ones_are_refused(
     kind: str, layer: str, wrong: Callable[[str, str], Iterator[tuple[str, Change]]]
 ) -> None:
-    """And nothing of the layer is changed."""
+    """And nothing is written."""
     ran = []
     n = 0
     for n, (what, change) in enumerate(wrong(kind, layer), 1):
         node = Node(kind, layer)
         change(node)
-        before = {name: node.tensors[name].array.tobytes() for name in ("rows", "blocks")}
+        before = {name: tensor.array.tobytes() for name, tensor in node.tensors.items()}
         if node.run():
             ran.append(what)
-        elif wrong is not overlapping:
+        else:
             assert before == {name: node.tensors[name].array.tobytes() for name in before}, what
     assert not ran
     assert n > 0
-
-
-def test_a_refused_result_is_no_number() -> None:
-    node = Node("attend")
-    node.params.scale = -1.0
-    assert not node.run()
-    assert np.isnan(node.tensors["result"].array).all()
-
-
-def test_a_null_result_of_a_refused_node_is_left_alone() -> None:
-    ffi, _ = nodes.load()
-    node = Node("attend")
-    node.c.data = ffi.NULL
-    node.params.n_head_kv = 0
-    assert not node.run()
