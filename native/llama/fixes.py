@@ -179,7 +179,7 @@ FIXES: list[Fix] = [
             {"name": "worker: no answer", "file": RPC, "in": "rpc_dispatcher::work",
              "instead": "RPC_STATUS_ASSERT(status);", "times": "2", "text": """
                 if (!status) {
-                    lose("it closed the connection, or its answer cannot be read", msg_ptr->output, msg_ptr->output_size);
+                    lose("its answer did not come, or cannot be read", msg_ptr->output, msg_ptr->output_size);
                 }
              """},
             {"name": "worker: try again", "file": RPC, "in": "get_dispatcher",
@@ -191,8 +191,8 @@ FIXES: list[Fix] = [
                     return reinterpret_cast<void *>(4096);
                 }
              """},
-            {"name": "worker: no alignment", "file": RPC, "in": "get_alignment", "instead": "return response.alignment;",
-             "text": "return std::max<uint64_t>(response.alignment, 1);"},
+            {"name": "worker: no alignment", "file": RPC, "in": "get_alignment",
+             "instead": "return response.alignment;", "text": "return std::max<uint64_t>(response.alignment, 1);"},
             {"name": "worker: forget the sizes", "file": RPC, "in": "ggml_backend_rpc_buffer_type",
              "before": "buft_map[buft_name] = buft;", "text": """
                 if (dispatcher->lost) {

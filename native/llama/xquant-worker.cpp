@@ -89,7 +89,7 @@ int with_all_workers(llama_context &context, int result) {
     context.synchronize(); // what was asked of a worker may still be under way
     if (const char *endpoint = lost_worker(context.get_sched())) {
         LLAMA_LOG_ERROR("the worker at %s is lost: load the model again\n", endpoint);
-        return result < 0 ? result : -3;
+        return -3;
     }
     return result;
 }

@@ -6,7 +6,7 @@ Tensors are plain structures over numpy arrays, which nothing else of ggml looks
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from cffi import FFI
@@ -109,7 +109,7 @@ class Node:
     codes are another layer's), mapped (V is predicted from another's).
     """
 
-    SOURCES = {
+    SOURCES: ClassVar[dict[str, tuple[str | None, ...]]] = {
         "rows": ("rows", "input", None, "k_cur", "v_cur", "blocks", "k_other", "v_other", "aux"),
         "moves": ("rows", None, "moves", None, None, "blocks", "k_other", "v_other", "aux"),
         "attend": ("q", "input", "mask", "rows", "blocks", "k_other", "v_other", "aux", "sinks"),
@@ -117,7 +117,7 @@ class Node:
         "read_keys": ("pages", "rows", "blocks", "k_other", "v_other", "aux"),
         "write_keys": ("pages", "rows", "blocks", "k_other", "v_other", "aux", "keys"),
     }
-    OPERATIONS = {"rows": "UPDATE", "moves": "UPDATE"}
+    OPERATIONS: ClassVar[dict[str, str]] = {"rows": "UPDATE", "moves": "UPDATE"}
 
     def __init__(self, kind: str, layer: str = "own") -> None:
         ffi, _ = load()
@@ -136,14 +136,14 @@ class Node:
         keys = moves.copy()
         keys[1, 2] = SEALED
         n_row = SLOTS * PAGE * (D + E) * HEADS
-        table = [[0, 1, SEALED], [NONE, 1, 0]]
-        made = {
+        table = [0, 1, SEALED, NONE, 1, 0]
+        made: dict[str, Tensor | None] = {
             "rows": Tensor(F16, [n_row, STREAMS], numbers(n_row, STREAMS).astype(np.float16)),
             "blocks": Tensor(I8, [a_stream * per_block, STREAMS]),
             "k_other": Tensor(I8, [a_stream * other, STREAMS]) if layer == "borrows" else None,
             "v_other": Tensor(I8, [a_stream * other, STREAMS]) if layer != "own" else None,
             "aux": aux(np.array([1, 0], np.int32) if layer == "mapped" else None),
-            "input": Tensor(I32, [4 + STREAMS * PAGES + TOKENS], np.array([0] * 4 + sum(table, []) + [0, 511])),
+            "input": Tensor(I32, [4 + STREAMS * PAGES + TOKENS], np.array([0] * 4 + table + [0, 511])),
             "k_cur": Tensor(F32, [D, HEADS, TOKENS], numbers(D, HEADS, TOKENS)),
             "v_cur": Tensor(F32, [E, HEADS, TOKENS], numbers(E, HEADS, TOKENS)),
             "moves": Tensor(I32, [7, 2], moves),
@@ -153,7 +153,8 @@ class Node:
             "sinks": Tensor(F32, [HEADS * REP]),
             "keys": Tensor(F32, [D, HEADS, 2 * PAGE], numbers(D, HEADS, 2 * PAGE)),
         }
-        self.tensors = {name: made[name] for name in self.SOURCES[kind] if name and made[name]}
+        there = {name: tensor for name, tensor in made.items() if tensor}
+        self.tensors = {name: there[name] for name in self.SOURCES[kind] if name in there}
         n_rows, state = HEADS * REP * TOKENS * STREAMS, (3 if layer == "mapped" else 2) * E + 2
         results = {
             "attend": (F32, [n_rows * (E + 2 * state)]), "unpack": (F16, [D, HEADS, PAGES * PAGE, STREAMS]),
