@@ -71,6 +71,7 @@ void * ggml_backend_reg_dev_get(void * reg, size_t index);
 size_t ggml_backend_dev_count(void);
 void * ggml_backend_dev_get(size_t index);
 int ggml_backend_dev_type(void * device);
+void ggml_backend_dev_memory(void * device, size_t * free, size_t * total);
 """
 """What we need of ggml beside the bindings of llama_cpp."""
 

@@ -35,11 +35,14 @@ def devices(servers: str | Sequence[str]) -> Any:
     add = ffi.cast(
         "void * (*)(const char *)", lib.ggml_backend_reg_get_proc_address(rpc, b"ggml_backend_rpc_add_server")
     )
+    free, total = ffi.new("size_t *"), ffi.new("size_t *")
     found = []
     for name in names(servers):
         with errors() as said:
-            reg = add(name.encode())
-        if not reg:
+            reg = add(name.encode())  # one that has answered before is not asked again
+            if reg:
+                lib.ggml_backend_dev_memory(lib.ggml_backend_reg_dev_get(reg, 0), free, total)
+        if not reg or total[0] == 0:
             raise ValueError(f"rpc_servers: no worker answers at {name}: {'; '.join(said) or 'it has no devices'}")
         found += [lib.ggml_backend_reg_dev_get(reg, i) for i in range(lib.ggml_backend_reg_dev_count(reg))]
     local = [lib.ggml_backend_dev_get(i) for i in range(lib.ggml_backend_dev_count())]

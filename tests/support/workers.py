@@ -158,6 +158,9 @@ def says(at: int, value: int) -> Callable[[bytes], bytes]:
     return lambda data: data[: 8 + at] + bytes([value]) + data[9 + at :]
 
 
+COMPUTE = 16  # GGML_TENSOR_FLAG_COMPUTE
+
+
 class Stranger:
     """A client that sends what it likes."""
 
@@ -217,7 +220,7 @@ def rpc_tensor(
 ) -> bytes:
     """A tensor as the protocol has it."""
     return struct.pack(
-        "<QIQ4I4II64si10QQQQ64si", number, kind, buffer, *ne, *nb, op, params.ljust(64, b"\0"), 0,
+        "<QIQ4I4II64si10QQQQ64si", number, kind, buffer, *ne, *nb, op, params.ljust(64, b"\0"), COMPUTE,
         *sources, *[0] * (10 - len(sources)), 0, 0, data, b"", 0,
     )  # fmt: skip
 
