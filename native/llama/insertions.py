@@ -49,10 +49,26 @@ INSERTIONS: list[dict[str, str]] = [
      "after": '#include "ggml-cuda/common.cuh"', "text": """
         #include "xquant.h"
         #include "xquant-ops.h"
+
+        // of the graph that this thread enqueues, a node was refused
+        static thread_local bool xquant_refused = false;
      """},
     {"name": "CUDA: compute", "file": "ggml/src/ggml-cuda/ggml-cuda.cu", "in": "ggml_cuda_compute_forward",
      "before": "default: return false; } cudaError_t err",
-     "text": CASES + "    return xquant_compute_cuda(xq_cuda(), dst, ctx.stream());"},
+     "text": CASES + """\
+    xquant_refused = !xquant_compute_cuda(xq_cuda(), dst, ctx.stream()) || xquant_refused;
+    return true;
+"""},
+    {"name": "CUDA: graphs with a refused node", "file": "ggml/src/ggml-cuda/ggml-cuda.cu",
+     "in": "ggml_backend_cuda_graph_compute", "before": "return GGML_STATUS_SUCCESS;", "text": """
+        if (std::exchange(xquant_refused, false)) {
+        #ifdef USE_CUDA_GRAPH
+            cuda_ctx->cuda_graphs.erase(graph_key); // what was captured of it is not launched again
+        #endif
+            return GGML_STATUS_FAILED;
+        }
+
+     """},
     {"name": "CUDA: supports", "file": "ggml/src/ggml-cuda/ggml-cuda.cu", "in": "ggml_backend_cuda_device_supports_op",
      "before": "case GGML_OP_CROSS_ENTROPY_LOSS:", "text": CASES + "    return true;"},
 

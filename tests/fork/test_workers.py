@@ -314,3 +314,40 @@ def test_three_machines(network: dict[str, str], smollm2: str, prose: str, tmp_p
     for kv_type in KV_TYPES:
         assert there[kv_type][0] == here[kv_type][0]
     assert there["xquant"][1] <= there["f16"][1]
+
+
+GONE = """
+import sys, time
+from xquant_gguf import Llama
+path, endpoint = sys.argv[1:]
+llm = Llama(path, kv_type="xquant", n_ctx=512, verbose=False, rpc_servers=endpoint)
+llm.eval(list(range(3, 103)))
+print("ready", flush=True)
+sys.stdin.readline()
+start = time.monotonic()
+try:
+    llm.eval([9])
+except RuntimeError as error:
+    print(error)
+print(time.monotonic() - start)
+"""
+
+
+def test_a_machine_that_is_gone(network: dict[str, str], paths: dict[str, Path], tmp_path: Path) -> None:
+    """Nothing says that a cable is cut: after 40 seconds of silence the call fails."""
+    script = tmp_path / "client.py"
+    script.write_text(GONE)
+    client, other, _ = network
+    endpoint = f"{network[other]}:50052"
+    command = ["ip", "netns", "exec", client, sys.executable, str(script), str(paths["plain"]), endpoint]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with workers.running(endpoint, prefix=["ip", "netns", "exec", other]):
+        with subprocess.Popen(command, env=workers.ENVIRONMENT, **pipes) as process:
+            assert process.stdout
+            assert process.stdout.readline() == "ready\n"
+            subprocess.run(["ip", "-n", "xqbridge", "link", "set", other, "down"], check=True)
+            said, _ = process.communicate("\n", timeout=300)
+        assert process.returncode == 0
+        error, seconds = said.splitlines()
+        assert f"the worker at {endpoint} is lost" in error
+        assert 30 < float(seconds) < 100
