@@ -132,13 +132,13 @@ struct layer_shape {
     bool seals, mapped;
 };
 
-/* Blocks of another layer, of which a part is read: its first bytes, or those at an offset in units of 64. */
-bool is_other(const char *name, const ggml_tensor *t, const layer_shape &l, bool on_host,
+/* Blocks of another layer of so many KV heads, of which parts are read: offset and length in a block. */
+bool is_other(const char *name, const ggml_tensor *t, const layer_shape &l, int64_t n_heads, bool on_host,
               std::initializer_list<std::pair<int64_t, int64_t>> parts) {
     if (!is_tensor(t, on_host, {name, GGML_TYPE_I8, {any, l.shape.n_streams, 1, 1}, true})) {
         return false;
     }
-    const int64_t n_blocks = (int64_t)l.shape.n_head_kv * l.shape.n_pages, bytes = t->ne[0] / n_blocks;
+    const int64_t n_blocks = n_heads * l.shape.n_pages, bytes = t->ne[0] / n_blocks;
     if (t->ne[0] % n_blocks != 0 || bytes % 64 != 0) {
         return refuse("%s has %lld bytes of a stream, must be %lld blocks of a multiple of 64", name,
                       (long long)t->ne[0], (long long)n_blocks);
@@ -163,12 +163,13 @@ bool accepts_others(const ggml_tensor *node, const layer_shape &l, bool on_host)
         (l.shape.e > 0 && (v_borrows || l.mapped) != (v_other != nullptr))) {
         return refuse("blocks of another layer are there and not wanted, or wanted and not there");
     }
-    if (k_other && !is_other("k_other", k_other, l, on_host, {{0, codes_bytes(l.plan.k, true, l.shape.d)}})) {
+    if (k_other &&
+        !is_other("k_other", k_other, l, l.shape.n_head_kv, on_host, {{0, codes_bytes(l.plan.k, true, l.shape.d)}})) {
         return false;
     }
     const auto offset = [](uint16_t units) { return (int64_t)units * 64; };
     if (v_borrows) {
-        return is_other("v_other", v_other, l, on_host,
+        return is_other("v_other", v_other, l, l.shape.n_head_kv, on_host,
                         {{offset(l.p.other_codes), codes_bytes(l.plan.v, false, l.shape.e)}});
     }
     if (!l.mapped) {
@@ -178,15 +179,18 @@ bool accepts_others(const ggml_tensor *node, const layer_shape &l, bool on_host)
     if (xq_check_side(&source, 0, l.shape.e) != XQ_OK || source.owner >= 0 || source.source >= 0) {
         return refuse("the source of the map must have codes of its own: %s", xq_error());
     }
+    if (!in_range("KV heads of the source of the map", l.p.other_heads, 1, INT16_MAX)) {
+        return false;
+    }
     const int64_t n_codes = codes_bytes(source, false, l.shape.e);
-    if (!is_other("v_other", v_other, l, on_host,
+    if (!is_other("v_other", v_other, l, l.p.other_heads, on_host,
                   {{n_codes > 0 ? offset(l.p.other_codes) : 0, n_codes},
                    {offset(l.p.other_param), param_bytes(source, l.shape.e)}})) {
         return false;
     }
     const auto *heads = (const int32_t *)((const char *)aux->data + aux_heads);
     for (int32_t h = 0; on_host && h < l.shape.n_head_kv; ++h) {
-        if (!in_range("a KV head of the map", heads[h], 0, l.shape.n_head_kv - 1)) {
+        if (!in_range("a KV head of the map", heads[h], 0, l.p.other_heads - 1)) {
             return false;
         }
     }

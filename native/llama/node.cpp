@@ -33,7 +33,8 @@ xq_side unpack(const packed_side &side) {
             side.eta};
 }
 
-node_params params_of(const xq_layer &layer, const xq_shape &shape, int32_t latent, const xq_layer *v_other) {
+node_params params_of(const xq_layer &layer, const xq_shape &shape, int32_t latent, const xq_layer *v_other,
+                      const xq_shape *other_shape) {
     const bool mapped = layer.v.source >= 0;
     const auto units = [](int32_t bytes) { return bytes < 0 ? absent : (uint16_t)(bytes / 64); };
     node_params p = {};
@@ -47,7 +48,8 @@ node_params params_of(const xq_layer &layer, const xq_shape &shape, int32_t late
     p.n_pages = shape.n_pages;
     xq_block_layout at = {-1, -1, -1, -1, 0};
     if (v_other) {
-        xq_block_layout_of(v_other, shape.d, shape.e, &at);
+        xq_block_layout_of(v_other, other_shape->d, other_shape->e, &at);
+        p.other_heads = (uint16_t)other_shape->n_head_kv;
     }
     p.other_codes = units(at.v_codes);
     p.other_param = units(at.v_param);
@@ -118,11 +120,12 @@ ggml_tensor *new_write_keys(ggml_context *ctx, const layer_tensors &l, ggml_tens
 
 /* ---- from a node to a verb ---- */
 
-/* Codes of another layer, whose blocks are of a size of their own. */
-static void read_other(xq_side_store &side, const ggml_tensor *blocks, const node_params &p, int64_t codes) {
+/* Codes of another layer of so many KV heads, whose blocks are of a size of their own. */
+static void read_other(xq_side_store &side, const ggml_tensor *blocks, int64_t n_heads, int64_t n_pages,
+                       int64_t codes) {
     side.codes = codes < 0 ? nullptr : (uint8_t *)blocks->data + codes;
-    side.codes_page = blocks->ne[0] / ((int64_t)p.n_head_kv * p.n_pages);
-    side.codes_head = side.codes_page * p.n_pages;
+    side.codes_page = blocks->ne[0] / (n_heads * n_pages);
+    side.codes_head = side.codes_page * n_pages;
     side.codes_stream = (int64_t)blocks->nb[1];
 }
 
@@ -144,17 +147,17 @@ static bool make_store(xq_store &store, const ggml_tensor *node) {
         return false;
     }
     if (seals && k_other) {
-        read_other(store.k, k_other, p, 0);
+        read_other(store.k, k_other, p.n_head_kv, p.n_pages, 0);
     }
     if (seals && p.e > 0 && layer.v.owner >= 0) {
-        read_other(store.v, v_other, p, bytes(p.other_codes));
+        read_other(store.v, v_other, p.n_head_kv, p.n_pages, bytes(p.other_codes));
     }
     if (seals && p.e > 0 && layer.v.source >= 0) {
         xq_side_store &source = store.source;
         store.mapped = 1;
         source.plan = unpack(p.source);
         source.width = p.e;
-        read_other(source, v_other, p, bytes(p.other_codes));
+        read_other(source, v_other, p.other_heads, p.n_pages, bytes(p.other_codes));
         source.param = (uint8_t *)v_other->data + bytes(p.other_param);
         source.param_page = source.codes_page;
         source.param_head = source.codes_head;

@@ -106,7 +106,8 @@ void kv_cache::add_layer(int32_t il, bool offload, contexts &fixed) {
     l->block_bytes = layout.bytes;
     const layer *v_other = l->plan.v.source >= 0 ? l->v_source : l->v_owner;
     layer_tensors &nodes = l->nodes;
-    nodes.params = params_of(l->plan, l->shape, l->latent, v_other == l.get() ? nullptr : &v_other->plan);
+    nodes.params =
+        params_of(l->plan, l->shape, l->latent, v_other == l.get() ? nullptr : &v_other->plan, &v_other->shape);
     nodes.k_other = l->k_owner == l.get() ? nullptr : l->k_owner->nodes.blocks;
     nodes.v_other = v_other == l.get() ? nullptr : v_other->nodes.blocks;
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from support import nodes
-from support.nodes import HEADS, PAGES, SLOTS, STREAMS, Node
+from support.nodes import HEADS, PAGES, SLOTS, SOURCE_HEADS, STREAMS, Node
 
 KINDS = tuple(Node.SOURCES)
 LAYERS = ("own", "borrows", "mapped")
@@ -90,7 +90,7 @@ def wrong_parameters(kind: str, layer: str) -> Iterator[tuple[str, Change]]:
     if layer != "own":
         values |= {"other_codes": [0xFFFF, 0xFFFE, 1000]}
     if layer == "mapped":
-        values |= {"other_param": [0xFFFF, 0xFFFE, 1000]}
+        values |= {"other_param": [0xFFFF, 0xFFFE, 1000], "other_heads": [0, 1, 2, 4, 32768, 65535]}
     for name, wrong in values.items():
         yield from ((f"{name} {x}", partial(set_parameter, name, x)) for x in wrong if x != getattr(p, name))
     fields: dict[str, list[float]] = {
@@ -120,7 +120,7 @@ def wrong_indices(kind: str, layer: str) -> Iterator[tuple[str, Change]]:
         name = "moves" if kind == "moves" else "pages"
         wrong += [(name, i + word, (-2, n)) for word, n in enumerate((STREAMS, PAGES, SLOTS)) for i in (0, 7)]
     if layer == "mapped":
-        wrong += [("aux", 16, (-1, HEADS))]
+        wrong += [("aux", 16, (-1, SOURCE_HEADS))]
     for name, index, values in wrong:
         for value in (*values, most, least):
             yield f"{name}[{index}] {value}", partial(set_element, name, index, value)

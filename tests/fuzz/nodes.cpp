@@ -25,7 +25,7 @@ constexpr size_t most_bytes = 1 << 21; /* of a tensor: a worker refuses one that
 /* A layer, and what a graph computes with it. */
 struct sizes {
     xq_layer layer, other; /* other: whose codes it reads, or that predicts it */
-    xq_shape shape;
+    xq_shape shape, other_shape;
     int32_t latent, n_tokens, n_rep, n_parts, n_kv_pages;
 };
 
@@ -40,6 +40,8 @@ bool choose(input &in, sizes &s) {
     s.n_rep = few(3);
     s.n_parts = few(3);
     s.n_kv_pages = few(s.shape.n_pages);
+    s.other_shape = s.shape;
+    s.other_shape.n_head_kv = s.layer.v.source >= 0 && s.layer.k.owner < 0 ? few(3) : s.shape.n_head_kv;
     s.other = s.layer;
     for (xq_side *side : {&s.other.k, &s.other.v}) {
         side->owner = side->source = -1;
@@ -55,18 +57,19 @@ bool choose(input &in, sizes &s) {
 
 layer_tensors make_layer(input &in, ggml_context *ctx, const sizes &s) {
     const bool seals = in.ConsumeIntegralInRange<int>(0, 7) > 0, mapped = s.shape.e > 0 && s.layer.v.source >= 0;
-    const auto blocks = [&](const xq_layer &layer) {
-        const int64_t bytes = seals ? xq_store_block_bytes(&layer, &s.shape) : 1;
+    const auto blocks = [&](const xq_layer &layer, const xq_shape &shape) {
+        const int64_t bytes = seals ? xq_store_block_bytes(&layer, &shape) : 1;
         return ggml_new_tensor_2d(ctx, GGML_TYPE_I8, bytes, s.shape.n_streams);
     };
     layer_tensors l = {};
-    l.params = params_of(s.layer, s.shape, s.latent, mapped || s.layer.v.owner >= 0 ? &s.other : nullptr);
-    l.blocks = blocks(s.layer);
+    l.params =
+        params_of(s.layer, s.shape, s.latent, mapped || s.layer.v.owner >= 0 ? &s.other : nullptr, &s.other_shape);
+    l.blocks = blocks(s.layer, s.shape);
     l.rows = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, xq_store_row_bytes(&s.shape) / 2, s.shape.n_streams);
     const int64_t map = mapped ? (int64_t)s.shape.n_head_kv * s.shape.e * s.shape.e * 4 : 0;
     l.aux = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, aux_map(s.shape.n_head_kv, s.shape.n_streams) + map);
-    l.k_other = s.layer.k.owner >= 0 ? blocks(s.other) : nullptr;
-    l.v_other = mapped || (s.shape.e > 0 && s.layer.v.owner >= 0) ? blocks(s.other) : nullptr;
+    l.k_other = s.layer.k.owner >= 0 ? blocks(s.other, s.other_shape) : nullptr;
+    l.v_other = mapped || (s.shape.e > 0 && s.layer.v.owner >= 0) ? blocks(s.other, s.other_shape) : nullptr;
     return l;
 }
 
@@ -214,7 +217,7 @@ bool fill(input &in, ggml_tensor *node, ggml_tensor *list, const sizes &s) {
         if (t && t->type == GGML_TYPE_I8 && t->ne[1] == 1) {
             std::vector<int32_t> heads;
             for (int32_t h = 0; h < shape.n_head_kv; ++h) {
-                heads.push_back(index(shape.n_head_kv - 1));
+                heads.push_back(index(s.other_shape.n_head_kv - 1));
             }
             write(t, aux_heads, heads);
             break;

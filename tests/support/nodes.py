@@ -23,7 +23,7 @@ struct ggml_tensor {
 typedef struct { uint8_t bits, group, fit, flags; float eta; } packed_side;
 typedef struct {
     packed_side k, v, source;
-    uint16_t d, e, n_head_kv, other_codes, other_param, latent, flags;
+    uint16_t d, e, n_head_kv, other_codes, other_param, latent, flags, other_heads;
     int32_t n_pages, number;
     float scale, softcap, max_bias;
 } node_params;
@@ -34,6 +34,7 @@ F32, F16, I8, I32 = 0, 1, 24, 26
 DTYPES = {F32: np.float32, F16: np.float16, I8: np.int8, I32: np.int32}
 
 PAGE, HEADS, PAGES, SLOTS, STREAMS, D, E, TOKENS, REP = 128, 2, 3, 2, 2, 64, 32, 2, 2
+SOURCE_HEADS = 3  # of the layer that a map reads
 BORROWED, MAPPED = 4, 8
 SEALED, NONE = -1, -2
 
@@ -141,7 +142,9 @@ class Node:
             "rows": Tensor(F16, [n_row, STREAMS], numbers(n_row, STREAMS).astype(np.float16)),
             "blocks": Tensor(I8, [a_stream * per_block, STREAMS]),
             "k_other": Tensor(I8, [a_stream * other, STREAMS]) if layer == "borrows" else None,
-            "v_other": Tensor(I8, [a_stream * other, STREAMS]) if layer != "own" else None,
+            "v_other": Tensor(I8, [PAGES * (SOURCE_HEADS if layer == "mapped" else HEADS) * other, STREAMS])
+            if layer != "own"
+            else None,
             "aux": aux(np.array([1, 0], np.int32) if layer == "mapped" else None),
             "input": Tensor(I32, [4 + STREAMS * PAGES + TOKENS], np.array([0] * 4 + table + [0, 511])),
             "k_cur": Tensor(F32, [D, HEADS, TOKENS], numbers(D, HEADS, TOKENS)),
@@ -169,6 +172,7 @@ class Node:
         p.d, p.e, p.n_head_kv, p.n_pages, p.scale = D, E, HEADS, PAGES, 0.1
         p.other_codes = p.other_param = 0xFFFF
         if layer != "own":
+            p.other_heads = HEADS if layer == "borrows" else SOURCE_HEADS
             p.other_codes = block_bytes(own[0], side(0, 32)) // 64 - 4  # 0 bits: 256 bytes of means of V
             p.other_param = p.other_codes + 3 * PAGE * E // 8 // 64
         p.number = {"attend": 2, "moves": 1}.get(kind, 0)
