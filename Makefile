@@ -3,7 +3,7 @@
 # make test    the whole test suite
 # make test-arm  the kernels for 64-bit ARM, cross-built and run under qemu
 # make asan    the tests of what takes input from outside, with AddressSanitizer and UndefinedBehaviorSanitizer (clang)
-# make fuzz    TARGET=metadata, state, codec or verbs for SECONDS=60 with libFuzzer and both sanitizers (clang)
+# make fuzz    TARGET=metadata, state, codec, verbs or nodes for SECONDS=60 with libFuzzer and both sanitizers (clang)
 # make llama VERSION=x.y.z (or SOURCE=folder)  tries another llama-cpp-python: do our insertions hold, the oracle tests
 # make fixes   writes docs/llama-cpp-fixes.md from native/llama/fixes.py
 # make wheels  wheels for Linux in dist, built with Zig; TARGET=name for one of them (tools/wheels.py lists them)

@@ -16,7 +16,7 @@ from llama_cpp.llama_chat_format import LlamaChatCompletionHandler
 from llama_cpp.llama_speculative import LlamaDraftModel
 from llama_cpp.llama_tokenizer import BaseLlamaTokenizer
 
-OURS = ("kv_type", "kv_plan")
+OURS = ("kv_type", "kv_plan", "rpc_servers")
 
 
 class LlamaOptions(TypedDict, total=False):

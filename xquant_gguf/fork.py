@@ -64,8 +64,16 @@ GGML = """
 const char * ggml_type_name(int type);
 int64_t ggml_blck_size(int type);
 size_t ggml_type_size(int type);
+void * ggml_backend_reg_by_name(const char * name);
+void * ggml_backend_reg_get_proc_address(void * reg, const char * name);
+size_t ggml_backend_reg_dev_count(void * reg);
+void * ggml_backend_reg_dev_get(void * reg, size_t index);
+size_t ggml_backend_dev_count(void);
+void * ggml_backend_dev_get(size_t index);
+int ggml_backend_dev_type(void * device);
+void ggml_backend_dev_memory(void * device, size_t * free, size_t * total);
 """
-"""What we need of ggml.h beside the bindings of llama_cpp."""
+"""What we need of ggml beside the bindings of llama_cpp."""
 
 
 @lru_cache(maxsize=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import warnings
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import llama_cpp
 
-from xquant_gguf import codec, fork, handover
+from xquant_gguf import codec, fork, handover, workers
 from xquant_gguf.arguments import LlamaOptions, check_names, check_numbers
 from xquant_gguf.inspect import CacheInfo
 from xquant_gguf.kv_types import LLAMA_TYPES, checked_kv_type, needs_flash_attention, number_of, warning_of
@@ -29,6 +30,8 @@ class Llama(llama_cpp.Llama):
 
     _made = False
     """Whether there is something to close."""
+    _devices: Any = None
+    """Those of workers and of this machine; None: llama.cpp's choice of this machine's."""
 
     def __init__(
         self,
@@ -36,13 +39,16 @@ class Llama(llama_cpp.Llama):
         *,
         kv_type: str | None = None,
         kv_plan: PlanSource | None = None,
+        rpc_servers: str | Sequence[str] | None = None,
         **options: Unpack[LlamaOptions],
     ) -> None:
         """Loads a GGUF model.
 
         kv_type: "xquant" or another preset (xquant-small, xquant-tiny, xquant-paper, xquant-paper-128), or one of
         llama.cpp's own types (f16, q8_0, q4_0, ...); None: llama.cpp's default.  kv_plan: what each layer stores, as a
-        Plan, a dictionary or a JSON file; implies XQuant.  Quantized caches turn flash attention on.
+        Plan, a dictionary or a JSON file; implies XQuant.  Quantized caches turn flash attention on.  rpc_servers:
+        workers (docs/several-machines.md) as host:port, several with commas or as a list, which take layers and their
+        cache like GPUs, before those of this machine; n_gpu_layers is then -1, unless it is given.
 
         Raises TypeError if an argument is unknown, ValueError if arguments contradict each other, or the model cannot
         have such a cache.
@@ -52,6 +58,10 @@ class Llama(llama_cpp.Llama):
         model_path = os.fspath(model_path)
         self._kv_type = checked_kv_type(kv_type, kv_plan, options)
         self._kv_plan = kv_plan
+        self._rpc_servers = rpc_servers
+        if rpc_servers is not None:
+            self._devices = workers.devices(rpc_servers)
+            options.setdefault("n_gpu_layers", -1)
         if self._kv_type is not None:
             options["type_k"] = options["type_v"] = number_of(self._kv_type)
             if needs_flash_attention(self._kv_type):
@@ -65,6 +75,17 @@ class Llama(llama_cpp.Llama):
             print(f"xquant_gguf: {info}", file=sys.stderr)
         if self.is_xquant and not options.get("vocab_only") and (text := warning_of(info)):
             warnings.warn(text, stacklevel=2)
+
+    @property
+    def model_params(self) -> Any:
+        """What llama_cpp loads the model with, and the devices of workers."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        self._model_params = params
+        if self._devices is not None:
+            params.devices = ctypes.addressof(self._devices)
 
     def _load(self, model_path: str, options: LlamaOptions) -> None:
         self._made = True
@@ -114,6 +135,14 @@ class Llama(llama_cpp.Llama):
         if (grammar := options.get("grammar")) is not None:
             self.check_grammar(grammar)
         return super().generate(tokens, *args, **options)
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """As llama_cpp's; RuntimeError with llama.cpp's reason, such as a worker that is lost."""
+        with errors() as said:
+            try:
+                super().eval(tokens)
+            except RuntimeError as error:
+                raise RuntimeError(f"{error}: {'; '.join(said)}" if said else str(error)) from error
 
     def check_grammar(self, grammar: llama_cpp.LlamaGrammar) -> None:
         """ValueError if llama.cpp cannot parse a grammar."""
@@ -171,6 +200,8 @@ class Llama(llama_cpp.Llama):
             if self.is_xquant:
                 del state["flash_attn"]
             state.update(kv_type=self._kv_type, kv_plan=self._kv_plan)
+        if self._rpc_servers is not None:
+            state["rpc_servers"] = self._rpc_servers
         return state
 
     @classmethod
@@ -185,6 +216,7 @@ class Llama(llama_cpp.Llama):
         *,
         kv_type: str | None = None,
         kv_plan: PlanSource | None = None,
+        rpc_servers: str | Sequence[str] | None = None,
         **options: Unpack[LlamaOptions],
     ) -> Self:
         """Loads a model from the Hugging Face hub, with the package huggingface-hub.
@@ -196,7 +228,7 @@ class Llama(llama_cpp.Llama):
         checked_kv_type(kv_type, kv_plan, options)
         made: Self = super().from_pretrained(
             repo_id, filename, additional_files, local_dir, local_dir_use_symlinks, cache_dir,
-            kv_type=kv_type, kv_plan=kv_plan, **options,
+            kv_type=kv_type, kv_plan=kv_plan, rpc_servers=rpc_servers, **options,
         )  # fmt: skip
         return made
 

@@ -61,7 +61,7 @@ class Served(Llama):
 
 def _known(options: dict[str, Any]) -> dict[str, Any]:
     """Without what llama_cpp's server hands to Llama although Llama does not know it."""
-    return {name: value for name, value in options.items() if name not in ("rpc_servers", "mul_mat_q")}
+    return {name: value for name, value in options.items() if name != "mul_mat_q"}
 
 
 class Model(ModelSettings):
@@ -75,13 +75,12 @@ class Model(ModelSettings):
         """What llama_cpp's server is to make instead of llama_cpp.Llama."""
         settings = self
 
-        if settings.rpc_servers is not None:
-            raise ValueError(f"rpc_servers is {settings.rpc_servers!r}: llama_cpp does not know it, leave it out")
-
         class Configured(Served):
             def __init__(self, model_path: str, **options: Any) -> None:
                 if "flash_attn" not in settings.model_fields_set:
                     del options["flash_attn"]  # the server's default is no, which contradicts a quantized cache
+                if settings.rpc_servers is not None and "n_gpu_layers" not in settings.model_fields_set:
+                    del options["n_gpu_layers"]  # likewise: none for workers
                 super().__init__(
                     model_path, **{**options, "kv_type": settings.cache_of(model_path), "kv_plan": settings.kv_plan}
                 )

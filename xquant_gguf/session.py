@@ -15,7 +15,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from xquant_gguf import fork, handover
+from xquant_gguf import fork, handover, workers
 from xquant_gguf.kv_types import needs_flash_attention, number_of
 from xquant_gguf.log import errors, quiet, refusal
 from xquant_gguf.plan import PlanSource, Shape
@@ -68,7 +68,7 @@ class Model:
 
     weights: False: metadata and vocabulary alone are loaded; caches of its sessions have their true sizes, but no
     memory.  n_gpu_layers: None: GPUs are not touched.  one_gpu: all of them go to the first GPU.  overrides:
-    kv_overrides.  Raises ValueError if the file cannot be read.
+    kv_overrides.  rpc_servers: as Llama's.  Raises ValueError if the file cannot be read.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Model:
         n_gpu_layers: int | None = None,
         one_gpu: bool = False,
         overrides: Mapping[str, Any] | None = None,
+        rpc_servers: str | Sequence[str] | None = None,
     ) -> None:
         if not Path(path).exists():
             raise ValueError(f"Model path does not exist: {path}")
@@ -89,7 +90,11 @@ class Model:
         params.n_gpu_layers = n_gpu_layers or 0
         if one_gpu:
             params.split_mode = llama_cpp.LLAMA_SPLIT_MODE_NONE
-        if n_gpu_layers is None:
+        if rpc_servers is not None:
+            self._devices = workers.devices(rpc_servers)
+            params.n_gpu_layers = -1 if n_gpu_layers is None else n_gpu_layers
+            params.devices = ctypes.addressof(self._devices)
+        elif n_gpu_layers is None:
             params.devices = ctypes.addressof(self._no_devices)
         if not weights:
             params.no_alloc = True

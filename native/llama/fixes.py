@@ -14,6 +14,9 @@ class Fix(TypedDict):
     insertions: list[dict[str, str]]
 
 
+RPC = "ggml/src/ggml-rpc/ggml-rpc.cpp"
+TRANSPORT = "ggml/src/ggml-rpc/transport.cpp"
+
 # fmt: off
 FIXES: list[Fix] = [
     {
@@ -112,6 +115,178 @@ FIXES: list[Fix] = [
                     return false;
                 }
 
+             """},
+        ],
+    },
+    # a worker is another process, perhaps on another machine: it may end at any moment, and so may its clients
+    {
+        "name": "a worker that is lost is an error of the call",
+        "fault": "A client of RPC workers ended its whole process when one of them could not be reached or did not "
+                 "answer any more, and did not say which one; one whose machine was gone it waited for forever.",
+        "insertions": [
+            {"name": "worker: state", "file": RPC, "in": "struct rpc_dispatcher", "after": "rpc_dispatcher() {",
+             "text": """
+
+                // from here on nothing is asked of the worker, and answers are zeros
+                void lose(const char * why, void * output = nullptr, size_t output_size = 0) {
+                    if (!lost.exchange(true)) {
+                        GGML_LOG_ERROR("RPC worker %s is lost: %s\\n", endpoint.c_str(), why);
+                        sock = nullptr;
+                    }
+                    if (output) {
+                        memset(output, 0, output_size);
+                    }
+                    if (!running.exchange(true)) { // it never answered; messages come all the same
+                        thread = std::thread([this] { work(); });
+                    }
+                }
+
+                std::string       endpoint;
+                std::atomic_bool  lost { false };
+                rpc_msg_hello_rsp hello = {}; // what the worker said of itself
+             """},
+            {"name": "worker: not yet running", "file": RPC, "in": "struct rpc_dispatcher",
+             "instead": "std::atomic_bool running;", "text": "std::atomic_bool running { false };"},
+            {"name": "worker: name", "file": RPC, "in": "rpc_dispatcher::start", "at": "begin",
+             "text": "this->endpoint = endpoint;"},
+            {"name": "worker: bad endpoint", "file": RPC, "in": "rpc_dispatcher::start",
+             "instead": 'GGML_ABORT("Failed to parse endpoint: %s\\n", endpoint.c_str());',
+             "text": 'return lose("an endpoint must be host:port");'},
+            {"name": "worker: no transport", "file": RPC, "in": "rpc_dispatcher::start",
+             "instead": 'GGML_ABORT("RPC transport initialization failed\\n");',
+             "text": 'return lose("the transport cannot be used");'},
+            {"name": "worker: no connection", "file": RPC, "in": "rpc_dispatcher::start",
+             "instead": 'GGML_ABORT("Failed to connect to %s\\n", endpoint.c_str());',
+             "text": 'return lose("it cannot be reached");'},
+            {"name": "worker: no handshake", "file": RPC, "in": "rpc_dispatcher::start",
+             "instead": 'GGML_ABORT("RPC handshake failed for %s\\n", endpoint.c_str());',
+             "text": 'return lose("it speaks another version, or something else");'},
+            {"name": "worker: handshake", "file": RPC, "in": "file",
+             "instead": "negotiate_hello(const std::shared_ptr<socket_t> & sock)",
+             "text": "negotiate_hello(const std::shared_ptr<socket_t> & sock, rpc_msg_hello_rsp & response)"},
+            {"name": "worker: answer of the handshake", "file": RPC, "in": "negotiate_hello",
+             "instead": "rpc_msg_hello_rsp response = {};", "text": "response = {};"},
+            {"name": "worker: handshake fails", "file": RPC, "in": "negotiate_hello",
+             "instead": "RPC_STATUS_ASSERT(status);", "text": "if (!status) { return false; }"},
+            {"name": "worker: keep the handshake", "file": RPC, "in": "rpc_dispatcher::start",
+             "instead": "negotiate_hello(sock)", "text": "negotiate_hello(sock, hello)"},
+            {"name": "worker: messages to a lost one", "file": RPC, "in": "rpc_dispatcher::work",
+             "instead": "if (msg_ptr->cmd != RPC_CMD_NONE) {", "text": """
+                if (lost) {
+                    lose("", msg_ptr->output, msg_ptr->output_size);
+                } else if (msg_ptr->cmd != RPC_CMD_NONE) {
+             """},
+            {"name": "worker: no answer", "file": RPC, "in": "rpc_dispatcher::work",
+             "instead": "RPC_STATUS_ASSERT(status);", "times": "2", "text": """
+                if (!status) {
+                    lose("its answer did not come, or cannot be read", msg_ptr->output, msg_ptr->output_size);
+                }
+             """},
+            {"name": "worker: try again", "file": RPC, "in": "get_dispatcher",
+             "instead": "if (auto dispatcher = it->second.lock())",
+             "text": "if (auto dispatcher = it->second.lock(); dispatcher && !dispatcher->lost)"},
+            {"name": "worker: no base", "file": RPC, "in": "ggml_backend_rpc_buffer_get_base",
+             "before": "ctx->base_ptr = reinterpret_cast<void *>(response.base_ptr);", "text": """
+                if (response.base_ptr == 0) { // nobody will ask what lies there
+                    return reinterpret_cast<void *>(4096);
+                }
+             """},
+            {"name": "worker: no alignment", "file": RPC, "in": "get_alignment",
+             "instead": "return response.alignment;", "text": "return std::max<uint64_t>(response.alignment, 1);"},
+            {"name": "worker: forget the sizes", "file": RPC, "in": "ggml_backend_rpc_buffer_type",
+             "before": "buft_map[buft_name] = buft;", "text": """
+                if (dispatcher->lost) {
+                    return buft;
+                }
+             """},
+            {"name": "worker: graphs", "file": RPC, "in": "ggml_backend_rpc_graph_compute",
+             "instead": "return GGML_STATUS_SUCCESS;",
+             "text": "return rpc_ctx->dispatcher->lost ? GGML_STATUS_FAILED : GGML_STATUS_SUCCESS;"},
+            {"name": "worker: who is lost", "file": RPC, "in": "file",
+             "before": "bool ggml_backend_is_rpc(ggml_backend_t backend) {", "text": """
+                // the endpoint of a backend whose worker is lost, else null
+                static const char * ggml_backend_rpc_lost(ggml_backend_t backend) {
+                    const auto & dispatcher = ((ggml_backend_rpc_context *) backend->context)->dispatcher;
+                    return dispatcher->lost ? dispatcher->endpoint.c_str() : nullptr;
+                }
+
+             """},
+            {"name": "worker: tell who is lost", "file": RPC, "in": "ggml_backend_rpc_get_proc_address", "at": "begin",
+             "text": """
+                if (std::strcmp(name, "ggml_backend_rpc_lost") == 0) {
+                    return (void *) ggml_backend_rpc_lost;
+                }
+             """},
+            {"name": "worker: its machine is gone", "file": TRANSPORT, "in": "set_no_delay", "at": "begin", "text": """
+                #ifdef __linux__
+                // after 10 s of silence it is asked three times whether it is there; what was sent must arrive in 40 s
+                const int on = 1, idle = 10, times = 3, ms = 40000;
+                setsockopt(sockfd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
+                setsockopt(sockfd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof(idle));
+                setsockopt(sockfd, IPPROTO_TCP, TCP_KEEPINTVL, &idle, sizeof(idle));
+                setsockopt(sockfd, IPPROTO_TCP, TCP_KEEPCNT, &times, sizeof(times));
+                setsockopt(sockfd, IPPROTO_TCP, TCP_USER_TIMEOUT, &ms, sizeof(ms));
+                #endif
+             """},
+            {"name": "worker: header", "file": "src/llama-context.cpp", "in": "file", "after": '#include "llama-ext.h"',
+             "text": '#include "xquant-hooks.h"'},
+            {"name": "worker: decode", "file": "src/llama-context.cpp", "in": "llama_decode",
+             "instead": "const int ret = ctx->decode(batch);",
+             "text": "const int ret = xquant::with_all_workers(*ctx, ctx->decode(batch));"},
+            {"name": "worker: encode", "file": "src/llama-context.cpp", "in": "llama_encode",
+             "instead": "const int ret = ctx->encode(batch);",
+             "text": "const int ret = xquant::with_all_workers(*ctx, ctx->encode(batch));"},
+            *({"name": f"worker: {function}", "file": "src/llama-context.cpp", "in": f"llama_context::{function}",
+               "before": "return io.n_bytes();", "text": """
+                xquant::require_all_workers(*this);
+
+               """} for function in ("state_write_data", "state_read_data", "state_seq_write_data",
+                                     "state_seq_read_data")),
+            {"name": "worker: option of the front ends", "file": "common/arg.cpp", "in": "add_rpc_devices",
+             "before": "ggml_backend_register(reg);", "text": """
+                if (!reg) {
+                    throw std::invalid_argument("no RPC worker answers at " + server);
+                }
+             """},
+        ],
+    },
+    {
+        "name": "a worker outlives its clients",
+        "fault": "An RPC worker ended when a client left while it was answering, when a graph of a client could not be "
+                 "computed, and when a tensor of a client did not lie within its buffer.",
+        "insertions": [
+            {"name": "client: it left", "file": TRANSPORT, "in": "socket_t::impl::send_data",
+             "instead": "send(fd, (const char *)data + bytes_sent, size_to_send, 0)",
+             "text": "send(fd, (const char *)data + bytes_sent, size_to_send, RPC_SEND_FLAGS)"},
+            {"name": "client: no signal", "file": TRANSPORT, "in": "file", "before": "static const char * RPC_DEBUG",
+             "text": """
+                #ifdef MSG_NOSIGNAL
+                static constexpr int RPC_SEND_FLAGS = MSG_NOSIGNAL; // a peer that is gone is an error, not a signal
+                #else
+                static constexpr int RPC_SEND_FLAGS = 0;
+                #endif
+
+             """},
+            *({"name": f"client: {function} fails", "file": RPC, "in": f"rpc_server::{function}",
+               "instead": 'GGML_ASSERT(status == GGML_STATUS_SUCCESS && '
+                          '"Unsuccessful graph computations are not supported with RPC");', "text": """
+                if (status != GGML_STATUS_SUCCESS) {
+                    GGML_LOG_ERROR("[%s] a graph failed: %s\\n", __func__, ggml_status_to_string(status));
+                    return false;
+                }
+               """} for function in ("graph_compute", "graph_recompute")),
+            {"name": "client: tensor wraps around", "file": RPC, "in": "rpc_server::deserialize_tensor",
+             "instead": "GGML_ASSERT(tensor->data + tensor_size >= tensor->data);", "text": """
+                if (tensor->data + tensor_size < tensor->data) {
+                    return nullptr;
+                }
+             """},
+            {"name": "client: tensor out of its buffer", "file": RPC, "in": "rpc_server::deserialize_tensor",
+             "instead": "GGML_ASSERT(tensor->data >= buffer_start && "
+                        "tensor->data + tensor_size <= buffer_start + buffer_size);", "text": """
+                if (tensor->data < buffer_start || tensor->data + tensor_size > buffer_start + buffer_size) {
+                    return nullptr;
+                }
              """},
         ],
     },

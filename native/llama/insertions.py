@@ -37,7 +37,9 @@ INSERTIONS: list[dict[str, str]] = [
     {"name": "CPU: compute", "file": "ggml/src/ggml-cpu/ggml-cpu.c", "in": "ggml_compute_forward",
      "before": "case GGML_OP_CUSTOM:", "text": CASES + """\
     {
-        xquant_compute_cpu(tensor, params->ith, params->nth);
+        if (!xquant_compute_cpu(tensor, params->ith, params->nth) && params->ith == 0) {
+            params->threadpool->ec = GGML_STATUS_FAILED;
+        }
     }
     break;
 """},
@@ -47,12 +49,50 @@ INSERTIONS: list[dict[str, str]] = [
      "after": '#include "ggml-cuda/common.cuh"', "text": """
         #include "xquant.h"
         #include "xquant-ops.h"
+
+        // of the graph that this thread enqueues, a node was refused
+        static thread_local bool xquant_refused = false;
      """},
     {"name": "CUDA: compute", "file": "ggml/src/ggml-cuda/ggml-cuda.cu", "in": "ggml_cuda_compute_forward",
      "before": "default: return false; } cudaError_t err",
-     "text": CASES + "    return xquant_compute_cuda(xq_cuda(), dst, ctx.stream());"},
+     "text": CASES + """\
+    xquant_refused = !xquant_compute_cuda(xq_cuda(), dst, ctx.stream()) || xquant_refused;
+    return true;
+"""},
+    {"name": "CUDA: graphs with a refused node", "file": "ggml/src/ggml-cuda/ggml-cuda.cu",
+     "in": "ggml_backend_cuda_graph_compute", "before": "return GGML_STATUS_SUCCESS;", "text": """
+        if (std::exchange(xquant_refused, false)) {
+        #ifdef USE_CUDA_GRAPH
+            cuda_ctx->cuda_graphs.erase(graph_key); // what was captured of it is not launched again
+        #endif
+            return GGML_STATUS_FAILED;
+        }
+
+     """},
     {"name": "CUDA: supports", "file": "ggml/src/ggml-cuda/ggml-cuda.cu", "in": "ggml_backend_cuda_device_supports_op",
      "before": "case GGML_OP_CROSS_ENTROPY_LOSS:", "text": CASES + "    return true;"},
+
+    # -- workers of llama.cpp's RPC say whether they run the operations, and how
+    {"name": "RPC: header", "file": "ggml/src/ggml-rpc/ggml-rpc.cpp", "in": "file", "after": '#include "ggml-rpc.h"',
+     "text": '#include "xquant-ops.h"'},
+    {"name": "RPC: say what is run", "file": "ggml/src/ggml-rpc/ggml-rpc.cpp", "in": "rpc_server::hello",
+     "after": "response.patch = RPC_PROTO_PATCH_VERSION;",
+     "text": "response.padding = xquant_worker(backends.data(), (int)backends.size());"},
+    {"name": "RPC: what was said", "file": "ggml/src/ggml-rpc/ggml-rpc.cpp", "in": "file",
+     "before": "bool ggml_backend_is_rpc(ggml_backend_t backend) {", "text": """
+        // what xquant_worker() said on the other side; 0: nothing, or operations have other numbers there
+        static uint8_t ggml_backend_rpc_xquant(ggml_backend_dev_t dev) {
+            const auto dispatcher = get_dispatcher(((ggml_backend_rpc_device_context *) dev->context)->endpoint);
+            return dispatcher->hello.patch == RPC_PROTO_PATCH_VERSION ? dispatcher->hello.padding : 0;
+        }
+
+     """},
+    {"name": "RPC: tell it", "file": "ggml/src/ggml-rpc/ggml-rpc.cpp", "in": "ggml_backend_rpc_get_proc_address",
+     "at": "begin", "text": """
+        if (std::strcmp(name, "ggml_backend_rpc_xquant") == 0) {
+            return (void *) ggml_backend_rpc_xquant;
+        }
+     """},
 
     # -- the plan in the model's metadata, and kv_overrides that name one, are kept with the model
     {"name": "metadata: read", "file": "src/llama-model.cpp", "in": "llama_model_base::load_hparams",

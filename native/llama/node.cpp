@@ -1,8 +1,9 @@
 /* node.cpp: makes the nodes of node.h, and turns a node into a store and the arguments of a verb, for every backend. */
-#include "node.h"
+#include "node-check.h"
 
 #include "xquant-ops.h"
 
+#include "ggml-backend.h"
 #include "ggml-impl.h"
 
 #include <algorithm>
@@ -15,15 +16,13 @@ namespace xquant {
 
 /* ---- parameters ---- */
 
-enum side_flag : uint8_t { side_log8 = 1, side_rotated = 2, side_borrowed = 4, side_mapped = 8 };
-
 static packed_side pack(const xq_side &side) {
     const int flags = (side.param == XQ_PARAM_LOG8 ? side_log8 : 0) | (side.rotate ? side_rotated : 0) |
                       (side.owner >= 0 ? side_borrowed : 0) | (side.source >= 0 ? side_mapped : 0);
     return {(uint8_t)side.bits, (uint8_t)(side.group / 32), (uint8_t)side.fit, (uint8_t)flags, side.eta};
 }
 
-static xq_side unpack(const packed_side &side) {
+xq_side unpack(const packed_side &side) {
     return {side.bits,
             side.group * 32,
             side.fit,
@@ -34,7 +33,8 @@ static xq_side unpack(const packed_side &side) {
             side.eta};
 }
 
-node_params params_of(const xq_layer &layer, const xq_shape &shape, int32_t latent, const xq_layer *v_other) {
+node_params params_of(const xq_layer &layer, const xq_shape &shape, int32_t latent, const xq_layer *v_other,
+                      const xq_shape *other_shape) {
     const bool mapped = layer.v.source >= 0;
     const auto units = [](int32_t bytes) { return bytes < 0 ? absent : (uint16_t)(bytes / 64); };
     node_params p = {};
@@ -48,14 +48,15 @@ node_params params_of(const xq_layer &layer, const xq_shape &shape, int32_t late
     p.n_pages = shape.n_pages;
     xq_block_layout at = {-1, -1, -1, -1, 0};
     if (v_other) {
-        xq_block_layout_of(v_other, shape.d, shape.e, &at);
+        xq_block_layout_of(v_other, other_shape->d, other_shape->e, &at);
+        p.other_heads = (uint16_t)other_shape->n_head_kv;
     }
     p.other_codes = units(at.v_codes);
     p.other_param = units(at.v_param);
     return p;
 }
 
-static node_params params_of(const ggml_tensor *node) {
+node_params params_of(const ggml_tensor *node) {
     node_params params;
     memcpy(&params, node->op_params, sizeof(params));
     return params;
@@ -94,8 +95,7 @@ ggml_tensor *new_attend(ggml_context *ctx, const layer_tensors &l, ggml_tensor *
     params.max_bias = options.max_bias;
     params.flags = rows->op == GGML_OP_XQUANT_UPDATE ? flag_after_update : 0;
     const int64_t n_rows = q->ne[1] * q->ne[2], width = l.params.latent + l.params.e, n_out = width * n_rows;
-    const int64_t state = (l.params.v.flags & side_mapped ? 3 : 2) * width + 2;
-    return finish(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_out + state * n_rows * options.n_parts),
+    return finish(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_out + attend_state(params) * n_rows * options.n_parts),
                   GGML_OP_XQUANT_ATTEND, params, {q, input, mask, rows, l.blocks, l.k_other, l.v_other, l.aux, sinks});
 }
 
@@ -120,49 +120,44 @@ ggml_tensor *new_write_keys(ggml_context *ctx, const layer_tensors &l, ggml_tens
 
 /* ---- from a node to a verb ---- */
 
-/* Where the tensors of a layer are among a node's sources. */
-struct layer_sources {
-    int rows, blocks, k_other, v_other, aux;
-};
-
-/* Codes of another layer, whose blocks are of a size of their own. */
-static void read_other(xq_side_store &side, const ggml_tensor *blocks, const node_params &p, int64_t codes) {
+/* Codes of another layer of so many KV heads, whose blocks are of a size of their own. */
+static void read_other(xq_side_store &side, const ggml_tensor *blocks, int64_t n_heads, int64_t n_pages,
+                       int64_t codes) {
     side.codes = codes < 0 ? nullptr : (uint8_t *)blocks->data + codes;
-    side.codes_page = blocks->ne[0] / ((int64_t)p.n_head_kv * p.n_pages);
-    side.codes_head = side.codes_page * p.n_pages;
+    side.codes_page = blocks->ne[0] / (n_heads * n_pages);
+    side.codes_head = side.codes_page * n_pages;
     side.codes_stream = (int64_t)blocks->nb[1];
 }
 
-static xq_store store_of(const node_params &p, const ggml_tensor *node, const layer_sources &at) {
+/* The layer of a node that was accepted; false: xq_error() says why there is none. */
+static bool make_store(xq_store &store, const ggml_tensor *node) {
+    const layer_sources at = sources_of(node);
     const ggml_tensor *rows = node->src[at.rows], *blocks = node->src[at.blocks], *aux = node->src[at.aux];
     const ggml_tensor *k_other = node->src[at.k_other], *v_other = node->src[at.v_other];
+    const node_params p = params_of(node);
     const xq_layer layer = {unpack(p.k), unpack(p.v)};
     const auto bytes = [](uint16_t units) { return units == absent ? -1 : (int64_t)units * 64; };
     xq_shape shape = {p.d, p.e, p.n_head_kv, p.n_pages, 0, (int32_t)rows->ne[1]};
     shape.n_slots = (int32_t)(rows->ne[0] / ((int64_t)XQ_PAGE * (shape.d + shape.e) * p.n_head_kv));
 
-    xq_store store = {};
     const bool seals = blocks->ne[0] > 1;
-    const int status = xq_store_init(&store, &layer, &shape, seals ? (uint8_t *)blocks->data : nullptr,
-                                     (int64_t)blocks->nb[1], (uint16_t *)rows->data, (int64_t)rows->nb[1]);
-    if (status != XQ_OK) {
-        return {}; // the verb refuses it
+    if (xq_store_init(&store, &layer, &shape, seals ? (uint8_t *)blocks->data : nullptr, (int64_t)blocks->nb[1],
+                      (uint16_t *)rows->data, (int64_t)rows->nb[1]) != XQ_OK ||
+        (p.latent > 0 && xq_store_latent(&store, p.latent) != XQ_OK)) {
+        return false;
     }
     if (seals && k_other) {
-        read_other(store.k, k_other, p, 0);
+        read_other(store.k, k_other, p.n_head_kv, p.n_pages, 0);
     }
-    if (p.latent > 0 && xq_store_latent(&store, p.latent) != XQ_OK) {
-        return {};
+    if (seals && p.e > 0 && layer.v.owner >= 0) {
+        read_other(store.v, v_other, p.n_head_kv, p.n_pages, bytes(p.other_codes));
     }
-    if (seals && v_other && layer.v.owner >= 0) {
-        read_other(store.v, v_other, p, bytes(p.other_codes));
-    }
-    if (seals && v_other && layer.v.source >= 0) {
+    if (seals && p.e > 0 && layer.v.source >= 0) {
         xq_side_store &source = store.source;
         store.mapped = 1;
         source.plan = unpack(p.source);
         source.width = p.e;
-        read_other(source, v_other, p, bytes(p.other_codes));
+        read_other(source, v_other, p.other_heads, p.n_pages, bytes(p.other_codes));
         source.param = (uint8_t *)v_other->data + bytes(p.other_param);
         source.param_page = source.codes_page;
         source.param_head = source.codes_head;
@@ -170,17 +165,16 @@ static xq_store store_of(const node_params &p, const ggml_tensor *node, const la
         store.map_heads = (const int32_t *)((const char *)aux->data + aux_heads);
         store.map = (const float *)((const char *)aux->data + aux_map(p.n_head_kv, shape.n_streams));
     }
-    return store;
+    return true;
 }
 
 static const int32_t *rows_of(const ggml_tensor *input, const xq_store &store) {
     return (const int32_t *)input->data + input_table + (int64_t)store.n_streams * store.n_pages;
 }
 
-static int run_update(const xq_backend &backend, const ggml_tensor *node, const xq_exec &exec) {
+static int run_update(const xq_backend &backend, const xq_store &store, const ggml_tensor *node, const xq_exec &exec) {
     ggml_tensor *const *src = node->src;
     const node_params p = params_of(node);
-    const xq_store store = store_of(p, node, {update_rows, update_blocks, update_k_other, update_v_other, update_aux});
     xq_update_args a = {};
     a.n_nonfinite = (uint64_t *)src[update_aux]->data;
     if (const ggml_tensor *moves = src[update_moves]) {
@@ -204,11 +198,10 @@ static int run_update(const xq_backend &backend, const ggml_tensor *node, const 
     return backend.update(&store, &a, &exec);
 }
 
-static int run_attend(const xq_backend &backend, const ggml_tensor *node, const xq_exec &exec) {
+static int run_attend(const xq_backend &backend, const xq_store &store, const ggml_tensor *node, const xq_exec &exec) {
     ggml_tensor *const *src = node->src;
     const ggml_tensor *q = src[attend_q], *mask = src[attend_mask], *sinks = src[attend_sinks];
     const node_params p = params_of(node);
-    const xq_store store = store_of(p, node, {attend_rows, attend_blocks, attend_k_other, attend_v_other, attend_aux});
     const auto *input = (const int32_t *)src[attend_input]->data;
     xq_attend_args a = {};
     a.q = (const float *)q->data;
@@ -243,9 +236,8 @@ static int run_attend(const xq_backend &backend, const ggml_tensor *node, const 
     return backend.attend(&store, &a, &exec);
 }
 
-static int run_unpack(const xq_backend &backend, const ggml_tensor *node, const xq_exec &exec) {
+static int run_unpack(const xq_backend &backend, const xq_store &store, const ggml_tensor *node, const xq_exec &exec) {
     const node_params p = params_of(node);
-    const xq_store store = store_of(p, node, {unpack_rows, unpack_blocks, unpack_k_other, unpack_v_other, unpack_aux});
     const auto *input = (const int32_t *)node->src[unpack_input]->data;
     xq_unpack_args a = {};
     a.table = input + input_table;
@@ -259,11 +251,9 @@ static int run_unpack(const xq_backend &backend, const ggml_tensor *node, const 
     return backend.unpack(&store, &a, &exec);
 }
 
-static int run_keys(const xq_backend &backend, const ggml_tensor *node, const xq_exec &exec) {
+static int run_keys(const xq_backend &backend, const xq_store &store, const ggml_tensor *node, const xq_exec &exec) {
     const bool reads = node->op == GGML_OP_XQUANT_READ_KEYS;
     const ggml_tensor *pages = node->src[keys_pages], *keys = reads ? node : node->src[keys_keys];
-    const xq_store store =
-        store_of(params_of(node), node, {keys_rows, keys_blocks, keys_k_other, keys_v_other, keys_aux});
     xq_keys_args a = {};
     a.pages = (const int32_t *)pages->data;
     a.n_pages = (int32_t)pages->ne[1];
@@ -273,35 +263,56 @@ static int run_keys(const xq_backend &backend, const ggml_tensor *node, const xq
     return reads ? backend.read_keys(&store, &a, &exec) : backend.write_keys(&store, &a, &exec);
 }
 
-bool compute(const xq_backend &backend, const ggml_tensor *node, const xq_exec &exec) {
-    int status = XQ_ERR_ARGUMENT;
+static int run(const xq_backend &backend, const xq_store &store, const ggml_tensor *node, const xq_exec &exec) {
     switch (node->op) {
     case GGML_OP_XQUANT_UPDATE:
-        status = run_update(backend, node, exec);
-        break;
+        return run_update(backend, store, node, exec);
     case GGML_OP_XQUANT_ATTEND:
-        status = run_attend(backend, node, exec);
-        break;
+        return run_attend(backend, store, node, exec);
     case GGML_OP_XQUANT_UNPACK:
-        status = run_unpack(backend, node, exec);
-        break;
+        return run_unpack(backend, store, node, exec);
     default:
-        status = run_keys(backend, node, exec);
+        return run_keys(backend, store, node, exec);
     }
-    if (status != XQ_OK && exec.ith == 0) {
-        GGML_LOG_ERROR("xquant: %s: %s\n", ggml_op_name(node->op), backend.error());
+}
+
+bool compute(const xq_backend &backend, const ggml_tensor *node, const xq_exec &exec) {
+    const char *why = nullptr;
+    xq_store store;
+    if (!accepts_node(node, &backend == xq_cpu())) {
+        why = refusal();
+    } else if (!make_store(store, node)) {
+        why = xq_error();
+    } else if (run(backend, store, node, exec) != XQ_OK) {
+        why = backend.error();
     }
-    return status == XQ_OK;
+    if (why && exec.ith == 0) {
+        GGML_LOG_ERROR("xquant: %s was refused: %s\n", ggml_op_name(node->op), why);
+    }
+    return !why;
 }
 
 } // namespace xquant
 
-void xquant_compute_cpu(const ggml_tensor *node, int ith, int nth) {
-    if (!xquant::compute(*xq_cpu(), node, {ith, nth, nullptr}) && ith == 0 && node->op != GGML_OP_XQUANT_UPDATE) {
-        memset(node->data, 0xff, ggml_nbytes(node)); // not-a-numbers: nobody shall take it for a result
-    }
+bool xquant_compute_cpu(const ggml_tensor *node, int ith, int nth) {
+    return xquant::compute(*xq_cpu(), node, {ith, nth, nullptr});
 }
 
 bool xquant_compute_cuda(const xq_backend *cuda, const ggml_tensor *node, void *cuda_stream) {
     return xquant::compute(*cuda, node, {0, 1, cuda_stream});
+}
+
+uint8_t xquant_worker(ggml_backend *const *backends, int n) {
+    ggml_tensor probe = {};
+    probe.op = GGML_OP_XQUANT_UPDATE;
+    bool all_cpus = true;
+    for (int i = 0; i < n; ++i) {
+        ggml_backend_dev_t device = ggml_backend_get_device(backends[i]);
+        const bool is_cpu = ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
+        if (!is_cpu && !ggml_backend_dev_supports_op(device, &probe)) {
+            return 0;
+        }
+        all_cpus = all_cpus && is_cpu;
+    }
+    return (uint8_t)(XQUANT_WORKER_VERSION | (all_cpus ? XQUANT_WORKER_CPU : 0));
 }

@@ -70,6 +70,7 @@ struct node_params {
     uint16_t other_codes, other_param; /* V's parts in a block of v_other, in units of 64 bytes; 0xffff: absent */
     uint16_t latent;                   /* channels of the values that are those of the keys */
     uint16_t flags;                    /* attend: after_update.  unpack: is_k */
+    uint16_t other_heads;              /* KV heads of v_other */
     int32_t n_pages;
     int32_t number; /* update: n_seals.  attend: n_parts.  unpack: first_head */
     float scale, softcap, max_bias;
@@ -115,9 +116,10 @@ struct attend_options {
     int32_t n_parts;
 };
 
-/* The parameters of a layer, of whose values `latent` channels are those of its keys.  v_other: the layer whose values'
- * codes it borrows, or that its map reads; null: none. */
-GGML_API node_params params_of(const xq_layer &layer, const xq_shape &shape, int32_t latent, const xq_layer *v_other);
+/* The parameters of a layer, of whose values `latent` channels are those of its keys.  v_other, and its shape: the
+ * layer whose values' codes it borrows, or that its map reads; null: none. */
+GGML_API node_params params_of(const xq_layer &layer, const xq_shape &shape, int32_t latent, const xq_layer *v_other,
+                               const xq_shape *other_shape);
 
 /* Writes a micro-batch: k_cur, v_cur F32 [d or e, KV head, token]; v_cur: null if nothing is stored of V. */
 GGML_API ggml_tensor *new_update(ggml_context *ctx, const layer_tensors &l, ggml_tensor *input, ggml_tensor *k_cur,

@@ -82,10 +82,10 @@ void kv_cache::set_input(ggml_tensor *tensor) const {
  * n_rows: query rows of a KV head and stream; n_heads: KV heads of all streams. */
 static int32_t parts_of(const layer &l, int64_t n_rows, int64_t n_heads, int64_t n_pages, int64_t n_threads) {
     const auto groups_of = [&](int64_t rows) { return (n_rows + rows - 1) / rows; };
-    if (groups_of(l.on_host ? XQ_CPU_GROUP_ROWS : XQ_CUDA_GROUP_ROWS) > max_split_groups) {
+    if (groups_of(l.cpu_kernels ? XQ_CPU_GROUP_ROWS : XQ_CUDA_GROUP_ROWS) > max_split_groups) {
         return 1; // no counters for their arrivals
     }
-    if (l.on_host) {
+    if (l.cpu_kernels) {
         const int64_t n = groups_of(XQ_CPU_GROUP_ROWS) * n_heads;
         return (int32_t)std::clamp<int64_t>((pieces_per_thread * n_threads + n - 1) / n, 1, n_pages);
     }
@@ -190,7 +190,7 @@ ggml_tensor *kv_cache::build_attention(const llm_graph_context &graph, ggml_tens
         ggml_build_forward_expand(graph.gf, rows);
     }
     const int64_t n_rows = q->ne[2] / kq_mask->ne[3] * (q->ne[1] / l.shape.n_head_kv); // of one KV head and stream
-    ggml_tensor *out = !l.on_host && n_rows >= rows_to_unpack
+    ggml_tensor *out = !l.cpu_kernels && n_rows >= rows_to_unpack
                            ? attend_unpacked(graph, l, rows, input, q, kq_mask, sinks, kq_scale, il)
                            : attend_codes(graph, l, rows, input, q, kq_mask, sinks, kq_scale, il);
     out = v_mla    ? from_latent(graph, out, v_mla)

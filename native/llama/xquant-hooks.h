@@ -9,6 +9,7 @@ class llama_kv_cache;
 class llama_kv_cache_iswa;
 class llama_memory_hybrid;
 class llama_memory_hybrid_iswa;
+struct llama_context;
 struct llama_cparams;
 struct llama_hparams;
 struct llama_model;
@@ -32,6 +33,12 @@ inline ggml_type sliding_type(ggml_type type) {
 /* Whether a saved cell may be one of a cache, of any type: its position, and how many sequences it has; if not, the log
  * says why. */
 bool may_load_cell(llama_pos pos, uint32_t n_sequences, uint32_t n_seq_max);
+
+/* What a call of llama_decode or llama_encode returns, once all is computed: -3 if a worker of llama.cpp's RPC that the
+ * context uses is lost, of which the log says which one. */
+int with_all_workers(llama_context &context, int result);
+/* Throws if one is: what was read from it is not what lay there. */
+void require_all_workers(const llama_context &context);
 
 /* In place of a constructor of llama_kv_cache, with its arguments: the type decides which class is made. */
 std::unique_ptr<llama_kv_cache> make_kv_cache(uint32_t n_ubatch, const llama_model &model, const llama_hparams &hparams,

@@ -2,6 +2,7 @@
 #include "xquant-kv-cache.h"
 
 #include "xquant-shared.h"
+#include "xquant-worker.h"
 
 #include "llama-hparams.h"
 #include "llama-impl.h"
@@ -11,23 +12,6 @@
 #include <cstring>
 
 namespace xquant {
-
-/* Whether a device runs our operations; if not, a warning says what follows. */
-static bool runs_on(ggml_backend_dev_t device) {
-    if (ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU) {
-        return true;
-    }
-    ggml_tensor probe = {};
-    probe.op = GGML_OP_XQUANT_UPDATE;
-    const bool known = ggml_backend_dev_supports_op(device, &probe);
-    if (!known) {
-        LLAMA_LOG_WARN(
-            "%s: xquant: no XQuant kernels; the cache and the attention of its layers stay on the CPU, which "
-            "is slower\n",
-            ggml_backend_dev_name(device));
-    }
-    return known;
-}
 
 /* No layers: llama_kv_cache keeps the cells, we keep the data. */
 static const llama_memory_i::layer_filter_cb no_layers = [](int32_t) { return false; };
@@ -106,6 +90,7 @@ void kv_cache::add_layer(int32_t il, bool offload, contexts &fixed) {
     ggml_backend_dev_t device = offload ? model.dev_layer(il) : nullptr;
     l->buft = device && runs_on(device) ? ggml_backend_dev_buffer_type(device) : ggml_backend_cpu_buffer_type();
     l->on_host = ggml_backend_buft_is_host(l->buft);
+    l->cpu_kernels = l->on_host || has_cpu_kernels(device);
     for (const layer *read : {l->k_owner, l->v_owner, l->v_source}) {
         if (read->buft != l->buft) {
             refuse(name + " reads what layer " + std::to_string(read->il) +
@@ -121,13 +106,20 @@ void kv_cache::add_layer(int32_t il, bool offload, contexts &fixed) {
     l->block_bytes = layout.bytes;
     const layer *v_other = l->plan.v.source >= 0 ? l->v_source : l->v_owner;
     layer_tensors &nodes = l->nodes;
-    nodes.params = params_of(l->plan, l->shape, l->latent, v_other == l.get() ? nullptr : &v_other->plan);
+    nodes.params =
+        params_of(l->plan, l->shape, l->latent, v_other == l.get() ? nullptr : &v_other->plan, &v_other->shape);
     nodes.k_other = l->k_owner == l.get() ? nullptr : l->k_owner->nodes.blocks;
     nodes.v_other = v_other == l.get() ? nullptr : v_other->nodes.blocks;
 
     ggml_context *ctx = context_of(fixed, l->buft);
     // a cache that fits into its slots needs no blocks; an empty tensor would need special care everywhere
     const int64_t block_bytes = table_->seals() ? xq_store_block_bytes(&l->plan, &l->shape) : 1;
+    const int64_t largest = std::max(block_bytes, xq_store_row_bytes(&l->shape));
+    if (!l->on_host && largest > most_bytes(device)) {
+        refuse(name + ": a stream of its cache takes " + std::to_string(largest) + " bytes, a worker may have " +
+               std::to_string(most_bytes(device)) +
+               "; use a smaller n_ctx, or more sequences with streams of their own");
+    }
     const int64_t map_bytes = l->map ? (int64_t)(l->map->weight.size() * sizeof(float)) : 0;
     nodes.blocks = ggml_new_tensor_2d(ctx, GGML_TYPE_I8, block_bytes, n_stream);
     nodes.aux = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, aux_map(l->shape.n_head_kv, n_stream) + map_bytes);

@@ -59,6 +59,7 @@ struct layer {
     const value_map *map;                      /* null: not mapped */
     ggml_backend_buffer_type_t buft;
     bool on_host;
+    bool cpu_kernels; /* run its nodes, perhaps another process's */
     layer_tensors nodes;
     std::vector<ggml_tensor *> block_streams, row_streams; /* views, one a stream: what a copy of a stream copies */
     int64_t block_bytes;                                   /* of one page and KV head */

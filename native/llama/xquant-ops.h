@@ -3,19 +3,27 @@
 #define XQUANT_OPS_H
 
 #include <stdbool.h>
+#include <stdint.h>
 
 struct ggml_tensor;
 struct xq_backend;
+struct ggml_backend;
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-/* Runs a node on the CPU: thread ith of nth.  One that is refused, with a message in the log, gives not-a-numbers. */
-__attribute__((visibility("default"))) void xquant_compute_cpu(const struct ggml_tensor *node, int ith, int nth);
+/* Runs a node on the CPU: thread ith of nth.  False: it was refused, with a message in the log, and changed nothing. */
+__attribute__((visibility("default"))) bool xquant_compute_cpu(const struct ggml_tensor *node, int ith, int nth);
 /* Enqueues a node on a CUDA stream; false: it was refused, with a message in the log. */
 __attribute__((visibility("default"))) bool xquant_compute_cuda(const struct xq_backend *cuda,
                                                                 const struct ggml_tensor *node, void *cuda_stream);
+
+/* What a worker of llama.cpp's RPC says of itself in its first answer: 0, or the version of the nodes that all of its
+ * devices run, with a flag if all of these are CPUs.  The version grows with every change of node.h, and of what
+ * xquant.h says of storage: then the two sides must be of the same build again. */
+enum { XQUANT_WORKER_VERSION = 1, XQUANT_WORKER_CPU = 0x80 };
+__attribute__((visibility("default"))) uint8_t xquant_worker(struct ggml_backend *const *backends, int n);
 
 #ifdef __cplusplus
 }

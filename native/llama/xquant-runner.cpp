@@ -1,6 +1,8 @@
 /* xquant-runner.cpp: see xquant-runner.h. */
 #include "xquant-runner.h"
 
+#include "xquant-worker.h"
+
 #include "llama-impl.h"
 
 #include <algorithm>
@@ -99,7 +101,11 @@ bool runner::run(size_t n_nodes, const std::function<void(ggml_context *, ggml_c
     if (status != GGML_STATUS_SUCCESS) {
         LLAMA_LOG_ERROR("xquant: a graph that moves pages failed: %s\n", ggml_status_to_string(status));
     }
-    return status == GGML_STATUS_SUCCESS;
+    const char *lost = lost_worker(own);
+    if (lost) {
+        LLAMA_LOG_ERROR("xquant: a graph that moves pages failed: the worker at %s is lost\n", lost);
+    }
+    return status == GGML_STATUS_SUCCESS && !lost;
 }
 
 } // namespace xquant

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Fuzzes what takes input from outside: run.sh TARGET SECONDS [options of libFuzzer].  TARGET: metadata, state,
-# codec or verbs.
+# codec, verbs or nodes.
 #
 # PYTHON names an interpreter that has the package.  The corpus is kept in build/sanitize/corpus/TARGET; an input that
 # ends the target is written to build/sanitize/found/TARGET.

@@ -1,5 +1,5 @@
 """Writes what the fuzzers start from to a folder: models/ (tiny ones), corpus/metadata/ (plans as GGUF files),
-corpus/codec/ and corpus/verbs/ (random bytes, long enough for a layer and some verbs).
+corpus/codec/, corpus/verbs/ and corpus/nodes/ (random bytes, long enough for a layer and what is done with it).
 
 The seeds of states come from the fuzz target itself.
 """
@@ -37,7 +37,7 @@ def plans() -> dict[str, Plan]:
 
 def main(folder: Path) -> None:
     models, corpus = folder / "models", folder / "corpus" / "metadata"
-    random = [folder / "corpus" / name for name in ("codec", "verbs")]
+    random = [folder / "corpus" / name for name in ("codec", "verbs", "nodes")]
     for path in (models, corpus, *random):
         path.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)

@@ -19,7 +19,7 @@ import openai
 import pytest
 from llama_cpp.server.settings import ServerSettings
 
-from support import tiny_gguf
+from support import tiny_gguf, workers
 from xquant_gguf import cli, serve
 
 TALK = [{"role": "user", "content": "What is the capital of France?"}]
@@ -163,9 +163,16 @@ def test_options_go_before_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_
     assert (server.host, server.port) == ("127.0.0.2", 99)
 
 
-def test_what_the_server_does_not_hand_on_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"rpc_servers is 'a:1': llama_cpp does not know it, leave it out"):
-        serve.application(ServerSettings(), [serve.Model(model="a.gguf", rpc_servers="a:1")])
+def test_workers_are_handed_on(paths: dict[str, Path]) -> None:
+    """All layers go to them, where nothing else is said."""
+    settings = {"model": str(paths["plain"]), "kv_type": "xquant", "n_ctx": 512, "verbose": False}
+    with workers.running() as worker:
+        made = serve.Model(**settings, rpc_servers=worker.endpoint)
+        llm = made.llama()(**{**made.model_dump(exclude={"model"}), "model_path": made.model})
+        assert llm.model_params.n_gpu_layers == 0x7FFFFFFF or llm.model_params.n_gpu_layers < 0
+        llm.close()
+    with pytest.raises(ValueError, match=f"no worker answers at {worker.endpoint}"):
+        serve.application(ServerSettings(), [serve.Model(**settings, rpc_servers=worker.endpoint)])
 
 
 def test_configuration_files_name_caches(tmp_path: Path) -> None:

@@ -43,10 +43,12 @@ class Context:
         n_seq: int = 1,
         unified: bool = True,
         n_gpu_layers: int = 0,
+        rpc_servers: str | Sequence[str] | None = None,
         overrides: Mapping[str, int | str] | None = None,
         plan: Mapping[str, Any] | None = None,
     ) -> None:
-        self._model = Model(path, n_gpu_layers=n_gpu_layers, overrides=overrides)
+        layers = n_gpu_layers if rpc_servers is None else None
+        self._model = Model(path, n_gpu_layers=layers, overrides=overrides, rpc_servers=rpc_servers)
         self.session = self._model.session(
             kv_type, n_ctx=n_ctx, n_batch=n_ctx, n_ubatch=n_ubatch, n_seq=n_seq, unified=unified, n_threads=1,
             flash_attn=True, plan=None if kv_type in LLAMA_TYPES else (plan or {}),
