@@ -48,9 +48,13 @@ static wide_call call_of(const xq_store &store, bool latent) {
     call.first_channel = latent ? 0 : store.latent;
     call.rotate = !latent && v.rotate;
     call.k_low = low_part(k.bits, width), call.k_high = high_part(width);
-    call.v_low = low_part(v.bits, XQ_PAGE), call.v_high = high_part(XQ_PAGE);
-    call.k_column = column_bytes(k.bits, width), call.v_column = column_bytes(v.bits, XQ_PAGE);
-    call.k_param = parameter_bytes(k, width), call.v_param = parameter_bytes(v, XQ_PAGE);
+    call.k_column = column_bytes(k.bits, width);
+    call.k_param = parameter_bytes(k, width);
+    if (!latent) { // else v may say nothing
+        call.v_low = low_part(v.bits, XQ_PAGE), call.v_high = high_part(XQ_PAGE);
+        call.v_column = column_bytes(v.bits, XQ_PAGE);
+        call.v_param = parameter_bytes(v, XQ_PAGE);
+    }
     call.tiles = XQ_PAGE / k.group;
     call.log_tile = logarithm(k.group);
     call.n_groups = latent || length == store.v.width ? 0 : store.v.width / length;

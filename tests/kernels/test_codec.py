@@ -192,7 +192,7 @@ def test_hadamard_is_its_own_inverse(n: int) -> None:
         (Side(4, 128, "lsq"), 64, "fit lsq is for borrowed codes"),
         (Side(4, 128, rotate=True), 64, "rotate is 1, must be 0"),
         (Side(4, 128), 72, "head width is 72, must be a multiple of 16"),
-        (Side(4, 128), 528, "head width is 528, must be a multiple of 16"),
+        (Side(4, 128), 592, "head width is 592, must be a multiple of 16"),
     ],
 )
 def test_bad_sides_are_named(side: Side, width: int, message: str) -> None:

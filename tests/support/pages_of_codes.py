@@ -208,7 +208,8 @@ class Made:
         shape = (case.n_streams + 1, case.heads, slots)  # the cache has one stream more
         latent = e if case.latent else 0
         rows = random_rows(rng, *shape, case.d, case.own if latent else e)
-        self.own = Content(Layer(case.k, case.v), rows, latent=latent)
+        v = Side(0, 0) if latent and not case.own else case.v  # as the fork has it: the plan says nothing of V
+        self.own = Content(Layer(case.k, v), rows, latent=latent)
         owner = Layer(*(replace(s, owner=-1, fit="minmax") for s in (case.k, case.v)))
         self.owner = Content(owner, rows, latent=latent) if case.k.owner >= 0 or case.v.owner >= 0 else None
         self.source, self.map = None, None
