@@ -62,8 +62,8 @@ __device__ inline void find_seen_pages(page_list &list, const xq_attend_args &ar
 
 /* Lists the n pages of a block's part.  Of more tokens than one, most may see none of a page, which is then left out.
  * table: [page] of the stream.  mask: of the first token of the tile, or null.  By all threads. */
-__device__ inline void list_pages(page_list &list, const xq_attend_args &args, const int32_t *table,
-                                  const uint16_t *mask, int n_tokens, int n) {
+__device__ inline void list_pages(page_list &list, const xq_store &store, const xq_attend_args &args,
+                                  const int32_t *table, const uint16_t *mask, int n_tokens, int n) {
     const bool looks = mask && args.n_tokens > 1;
     if (looks) {
         find_seen_pages(list, args, mask, n_tokens, n);
@@ -74,7 +74,7 @@ __device__ inline void list_pages(page_list &list, const xq_attend_args &args, c
 #pragma unroll 1
         for (int base = 0; base < n; base += 32) {
             const int nth = base + lane, page = blockIdx.x + nth * args.n_parts;
-            const int slot = nth < n && (!looks || list.seen[nth]) ? table[page] : XQ_SLOT_NONE;
+            const int slot = nth < n && (!looks || list.seen[nth]) ? safe_slot(store, table[page]) : XQ_SLOT_NONE;
             const uint32_t sealed = __ballot_sync(~0u, slot == XQ_SLOT_SEALED), open = __ballot_sync(~0u, slot >= 0);
             const uint32_t before = (1u << lane) - 1;
             if (slot == XQ_SLOT_SEALED) {
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(32 * max_warps(R, KB + VB), 1)
     if (!args.after_update) {
         wait_for_previous();
     }
-    const int stream = stream_of(args.first_stream, task.nth_stream);
+    const int stream = safe_stream(store, stream_of(args.first_stream, task.nth_stream));
     const row_tile<R> rows = load_rows<D, KB, PLAIN, R>(queries, args, call, task, warp);
     const side_view k = side_at(store.k, stream, task.head), v = side_at(store.v, stream, task.head);
 
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(32 * max_warps(R, KB + VB), 1)
     const int n_pages = call.n_pages - ((call.n_pages - 1) * args.n_parts + task.part >= args.n_kv_pages);
     const int first_token = call.token_of(task.first_row);
     const int last_token = call.token_of(min(task.first_row + n_rows<R>, call.rows_of_head) - 1);
-    list_pages(list, args, table_of(store, args.table, stream), mask_at(args, task.nth_stream, first_token),
+    list_pages(list, store, args, table_of(store, args.table, stream), mask_at(args, task.nth_stream, first_token),
                last_token - first_token + 1, n_pages);
 
     page_masks<E, R> masks;
