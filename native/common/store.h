@@ -85,6 +85,26 @@ XQ_BOTH const page_move &move_at(const int32_t *moves, int nth) {
     return *(const page_move *)(moves + (int64_t)nth * XQ_MOVE_WORDS);
 }
 
+/* ---- indices in tensors ----
+ *
+ * The CPU looks at all of them before a verb begins.  Of a GPU's only the kernels see any: what there is not stands for
+ * something that is there, so that nothing out of bounds is touched, whoever made the graph. */
+
+XQ_BOTH int safe_stream(const xq_store &store, int stream) {
+    return (uint32_t)stream < (uint32_t)store.n_streams ? stream : 0;
+}
+XQ_BOTH int safe_slot(const xq_store &store, int slot) {
+    return slot < store.n_slots && slot >= (store.k.param ? (int)XQ_SLOT_SEALED : 0) ? slot : (int)XQ_SLOT_NONE;
+}
+XQ_BOTH bool is_there(const xq_store &store, const page_move &move, bool may_seal) {
+    return (uint32_t)move.stream < (uint32_t)store.n_streams && (uint32_t)move.page < (uint32_t)store.n_pages &&
+           ((uint32_t)move.slot < (uint32_t)store.n_slots ||
+            (may_seal && move.slot == XQ_SLOT_SEALED && store.k.param));
+}
+XQ_BOTH bool is_row(const xq_store &store, int32_t row) {
+    return (uint32_t)row < (uint32_t)(store.n_streams * store.n_slots) * XQ_PAGE;
+}
+
 /* Stream of a row of xq_update_args, and its number among the stream's rows, slot * XQ_PAGE + token of the page. */
 struct row_place {
     int stream, row;

@@ -166,7 +166,10 @@ static int write_keys(const xq_store *store, const xq_keys_args *args, const xq_
 }
 
 static const char *attend_kernel(const xq_store *store) {
-    return !accepts_store(store) ? nullptr : decode_covers(*store) ? "decode" : wide_covers(*store) ? "wide" : "general";
+    return !accepts_store(store)   ? nullptr
+           : decode_covers(*store) ? "decode"
+           : wide_covers(*store)   ? "wide"
+                                   : "general";
 }
 
 } // namespace xq

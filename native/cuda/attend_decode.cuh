@@ -114,8 +114,9 @@ __device__ void add_open_pages(sums<E, R> &sum, const row_tile<R> &rows, const p
  * masks: of the team's first page. */
 template <int D, int KB, typename VALUES, bool PLAIN, int E, int R>
 __device__ void add_sealed_pages(typename VALUES::state_of &state, const row_tile<R> &rows, const page_list &list,
-                                 page_ring<warp_place<E>> &ring, page_masks<E, R> &masks, const team_room<VALUES, R> &room,
-                                 const xq_store &store, const decode_shape &shape, const warp_place<E> &warp) {
+                                 page_ring<warp_place<E>> &ring, page_masks<E, R> &masks,
+                                 const team_room<VALUES, R> &room, const xq_store &store, const decode_shape &shape,
+                                 const warp_place<E> &warp) {
     const int n_sealed = list.n_sealed;
 #pragma unroll 1
     for (int j = warp.team; j < n_sealed; j += shape.n_teams) {
@@ -163,7 +164,7 @@ __global__ void __launch_bounds__(32 * max_warps(R, KB + VB), 1)
     if (!args.after_update) {
         wait_for_previous();
     }
-    const int stream = stream_of(args.first_stream, task.nth_stream);
+    const int stream = safe_stream(store, stream_of(args.first_stream, task.nth_stream));
     const row_tile<R> rows = load_rows<D, KB, PLAIN, R>(queries, args, call, task, warp);
     const side_view k = side_at(store.k, stream, task.head), v = side_at(store.v, stream, task.head);
 
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(32 * max_warps(R, KB + VB), 1)
     const int n_pages = call.n_pages - ((call.n_pages - 1) * args.n_parts + task.part >= args.n_kv_pages);
     const int first_token = call.token_of(task.first_row);
     const int last_token = call.token_of(min(task.first_row + n_rows<R>, call.rows_of_head) - 1);
-    list_pages(list, args, table_of(store, args.table, stream), mask_at(args, task.nth_stream, first_token),
+    list_pages(list, store, args, table_of(store, args.table, stream), mask_at(args, task.nth_stream, first_token),
                last_token - first_token + 1, n_pages);
 
     page_masks<E, R> masks;

@@ -136,7 +136,8 @@ __global__ void __launch_bounds__(threads)
     __shared__ scratch s;
     const int head = blockIdx.x, tid = threadIdx.x;
     const int token = blockIdx.y % args.n_tokens, nth_stream = blockIdx.y / args.n_tokens;
-    const int stream = stream_of(args.first_stream, nth_stream), head_kv = head / (args.n_head / store.n_head_kv);
+    const int stream = safe_stream(store, stream_of(args.first_stream, nth_stream));
+    const int head_kv = head / (args.n_head / store.n_head_kv);
     const side_view k = side_at(store.k, stream, head_kv), v = side_at(store.v, stream, head_kv);
     const float *q = query_at(args, nth_stream, token, head);
     const auto *mask = (const __half *)mask_at(args, nth_stream, token);
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(threads)
     float top = -INFINITY, total = 0.0f;
     const page_range pages = pages_of_part(args, blockIdx.z);
     for (int page = pages.begin; page < pages.end; ++page) {
-        const int slot = table[page];
+        const int slot = safe_slot(store, table[page]);
         const float m = mask ? __half2float(mask[page * XQ_PAGE + tid]) : 0.0f;
         if (slot == XQ_SLOT_NONE || __syncthreads_and(m == -INFINITY)) {
             continue;

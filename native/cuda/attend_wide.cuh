@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(32 * wide_warps<W, T, NT>, 1)
     if (!args.after_update) {
         wait_for_previous();
     }
-    const int stream = stream_of(args.first_stream, task.nth_stream);
+    const int stream = safe_stream(store, stream_of(args.first_stream, task.nth_stream));
     const side_view k = side_at(store.k, stream, task.head), v = side_at(store.v, stream, task.head);
     uint8_t *own_ring = shared + place.team * call.ring;
     ring_of ring(own_ring - place.team * call.depth * call.parts.bytes, marks, call.depth, call.parts, place);
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(32 * wide_warps<W, T, NT>, 1)
     const int n_pages = call.n_pages - ((call.n_pages - 1) * args.n_parts + task.part >= args.n_kv_pages);
     const int first_token = call.token_of(task.first_row);
     const int last_token = call.token_of(min(task.first_row + wide_rows<NT>, call.rows_of_head) - 1);
-    list_pages(list, args, table_of(store, args.table, stream), mask_at(args, task.nth_stream, first_token),
+    list_pages(list, store, args, table_of(store, args.table, stream), mask_at(args, task.nth_stream, first_token),
                last_token - first_token + 1, n_pages);
 #pragma unroll 1
     for (int n = 0; n < call.depth; ++n) {

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(slab)
     const page_move &page = move_at(args.pages, blockIdx.y);
     const side_view side = side_at(store.k, page.stream, blockIdx.z);
     const int lane = threadIdx.x, i = blockIdx.x * slab + lane;
-    if (i >= side.width) {
+    if (i >= side.width || !is_there(store, page, true)) {
         return;
     }
     const column x = {shared, lane};
@@ -38,6 +38,9 @@ __global__ void __launch_bounds__(slab)
     const side_view side = side_at(store.k, page.stream, blockIdx.z);
     const int lane = threadIdx.x, first = blockIdx.x * slab, i = first + lane;
     const bool active = i < side.width;
+    if (!is_there(store, page, true)) {
+        return;
+    }
     const auto rotated = [&](int t) { return to_half(key_at(args, blockIdx.y, t, blockIdx.z)[i]); };
     if (page.slot != XQ_SLOT_SEALED) {
         __half *rows = open_rows(side, page.slot);

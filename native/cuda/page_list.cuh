@@ -40,8 +40,8 @@ __device__ void find_seen_pages(LIST &list, const xq_attend_args &args, const ui
 /* Lists the n pages of a block's part.  Of more tokens than one, most may see none of a page, which is then left out.
  * table: [page] of the stream.  mask: of the first token of the tile, or null.  By all threads. */
 template <typename LIST>
-__device__ void list_pages(LIST &list, const xq_attend_args &args, const int32_t *table, const uint16_t *mask,
-                           int n_tokens, int n) {
+__device__ void list_pages(LIST &list, const xq_store &store, const xq_attend_args &args, const int32_t *table,
+                           const uint16_t *mask, int n_tokens, int n) {
     const bool looks = mask && args.n_tokens > 1;
     if (looks) {
         find_seen_pages(list, args, mask, n_tokens, n);
@@ -52,7 +52,7 @@ __device__ void list_pages(LIST &list, const xq_attend_args &args, const int32_t
 #pragma unroll 1
         for (int base = 0; base < n; base += 32) {
             const int nth = base + lane, page = blockIdx.x + nth * args.n_parts;
-            const int slot = nth < n && (!looks || list.seen[nth]) ? table[page] : XQ_SLOT_NONE;
+            const int slot = nth < n && (!looks || list.seen[nth]) ? safe_slot(store, table[page]) : XQ_SLOT_NONE;
             const uint32_t sealed = __ballot_sync(~0u, slot == XQ_SLOT_SEALED), open = __ballot_sync(~0u, slot >= 0);
             const uint32_t before = (1u << lane) - 1;
             if (slot == XQ_SLOT_SEALED) {

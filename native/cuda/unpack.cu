@@ -25,11 +25,11 @@ struct target {
 __device__ target target_of(const xq_store &store, const xq_unpack_args &args, bool is_k, int page,
                             int stream_and_head) {
     const int nth_stream = stream_and_head / args.n_heads, nth_head = stream_and_head % args.n_heads;
-    const int stream = stream_of(args.first_stream, nth_stream);
+    const int stream = safe_stream(store, stream_of(args.first_stream, nth_stream));
     return {stream,
             args.first_head + nth_head,
             page,
-            table_of(store, args.table, stream)[page],
+            safe_slot(store, table_of(store, args.table, stream)[page]),
             (__half *)unpacked_row(store, args, nth_stream, page, 0, nth_head),
             (int64_t)args.n_heads * side_of(store, is_k).width};
 }

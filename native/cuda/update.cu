@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(slab)
                            (int)blockIdx.x * slab};
     const side_view side = side_at(side_of(store, at.is_k), at.stream, at.head);
     const matrix m = matrix_of(side, at.is_k);
-    if (at.first >= m.n_i) {
+    if (at.first >= m.n_i || !is_there(store, move, false)) {
         return;
     }
     const int lane = threadIdx.x, i = at.first + lane;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(slab)
     const slab_place at = {is_key(store, blockIdx.y), move.stream, head_of(store, blockIdx.y), move.page,
                            (int)blockIdx.x * slab};
     const side_view side = side_at(side_of(store, at.is_k), at.stream, at.head);
-    if (at.first < (at.is_k ? side.width : XQ_PAGE)) {
+    if (at.first < (at.is_k ? side.width : XQ_PAGE) && is_there(store, move, false)) {
         unseal_slab(store, at, open_rows(side, move.slot), side.width, shared);
     }
 }
@@ -115,6 +115,9 @@ __global__ void rows_kernel(const __grid_constant__ xq_store store, const __grid
 #pragma unroll 1
     for (int t = blockIdx.y; t < args.n_tokens; t += gridDim.y) {
         const int32_t row = args.rows[t];
+        if (!is_row(store, row)) {
+            continue;
+        }
         const float x = new_row(args, is_k, t, head)[j];
         const row_place place = place_of(store, row);
         ((__half *)row_at(side_at(side, place.stream, head), place.row))[j] = __float2half_rn(finite(x, bad));

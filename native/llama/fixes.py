@@ -124,26 +124,29 @@ FIXES: list[Fix] = [
         "fault": "A client of RPC workers ended its whole process when one of them could not be reached or did not "
                  "answer any more, and did not say which one; one whose machine was gone it waited for forever.",
         "insertions": [
+            {"name": "worker: header", "file": RPC, "in": "file", "after": "#include <future>",
+             "text": "#include <functional>"},
             {"name": "worker: state", "file": RPC, "in": "struct rpc_dispatcher", "after": "rpc_dispatcher() {",
              "text": """
-
-                // from here on nothing is asked of the worker, and answers are zeros
-                void lose(const char * why, void * output = nullptr, size_t output_size = 0) {
-                    if (!lost.exchange(true)) {
-                        GGML_LOG_ERROR("RPC worker %s is lost: %s\\n", endpoint.c_str(), why);
-                        sock = nullptr;
-                    }
-                    if (output) {
-                        memset(output, 0, output_size);
-                    }
-                    if (!running.exchange(true)) { // it never answered; messages come all the same
-                        thread = std::thread([this] { work(); });
-                    }
-                }
 
                 std::string       endpoint;
                 std::atomic_bool  lost { false };
                 rpc_msg_hello_rsp hello = {}; // what the worker said of itself
+
+                // from here on nothing is asked of the worker, and answers are zeros
+                const std::function<void(const char *, void *, size_t)> lose =
+                    [this](const char * why, void * output, size_t output_size) {
+                        if (!lost.exchange(true)) {
+                            GGML_LOG_ERROR("RPC worker %s is lost: %s\\n", endpoint.c_str(), why);
+                            sock = nullptr;
+                        }
+                        if (output) {
+                            memset(output, 0, output_size);
+                        }
+                        if (!running.exchange(true)) { // it never answered; messages come all the same
+                            thread = std::thread([this] { work(); });
+                        }
+                    };
              """},
             {"name": "worker: not yet running", "file": RPC, "in": "struct rpc_dispatcher",
              "instead": "std::atomic_bool running;", "text": "std::atomic_bool running { false };"},
@@ -151,25 +154,28 @@ FIXES: list[Fix] = [
              "text": "this->endpoint = endpoint;"},
             {"name": "worker: bad endpoint", "file": RPC, "in": "rpc_dispatcher::start",
              "instead": 'GGML_ABORT("Failed to parse endpoint: %s\\n", endpoint.c_str());',
-             "text": 'return lose("an endpoint must be host:port");'},
+             "text": 'return lose("an endpoint must be host:port", nullptr, 0);'},
             {"name": "worker: no transport", "file": RPC, "in": "rpc_dispatcher::start",
              "instead": 'GGML_ABORT("RPC transport initialization failed\\n");',
-             "text": 'return lose("the transport cannot be used");'},
+             "text": 'return lose("the transport cannot be used", nullptr, 0);'},
             {"name": "worker: no connection", "file": RPC, "in": "rpc_dispatcher::start",
              "instead": 'GGML_ABORT("Failed to connect to %s\\n", endpoint.c_str());',
-             "text": 'return lose("it cannot be reached");'},
+             "text": 'return lose("it cannot be reached", nullptr, 0);'},
             {"name": "worker: no handshake", "file": RPC, "in": "rpc_dispatcher::start",
              "instead": 'GGML_ABORT("RPC handshake failed for %s\\n", endpoint.c_str());',
-             "text": 'return lose("it speaks another version, or something else");'},
-            {"name": "worker: handshake", "file": RPC, "in": "file",
-             "instead": "negotiate_hello(const std::shared_ptr<socket_t> & sock)",
-             "text": "negotiate_hello(const std::shared_ptr<socket_t> & sock, rpc_msg_hello_rsp & response)"},
-            {"name": "worker: answer of the handshake", "file": RPC, "in": "negotiate_hello",
-             "instead": "rpc_msg_hello_rsp response = {};", "text": "response = {};"},
+             "text": 'return lose("it speaks another version, or something else", nullptr, 0);'},
+            {"name": "worker: answer of the handshake", "file": RPC, "in": "file",
+             "before": "static bool negotiate_hello(const std::shared_ptr<socket_t> & sock) {", "text": """
+                // what the last one on this thread answered
+                static thread_local rpc_msg_hello_rsp last_hello = {};
+
+             """},
+            {"name": "worker: note the answer", "file": RPC, "in": "negotiate_hello",
+             "before": "sock->update_caps(response.conn_caps);", "text": "last_hello = response;"},
             {"name": "worker: handshake fails", "file": RPC, "in": "negotiate_hello",
              "instead": "RPC_STATUS_ASSERT(status);", "text": "if (!status) { return false; }"},
-            {"name": "worker: keep the handshake", "file": RPC, "in": "rpc_dispatcher::start",
-             "instead": "negotiate_hello(sock)", "text": "negotiate_hello(sock, hello)"},
+            {"name": "worker: keep the answer", "file": RPC, "in": "rpc_dispatcher::start", "before": "running = true;",
+             "text": "hello = last_hello;"},
             {"name": "worker: messages to a lost one", "file": RPC, "in": "rpc_dispatcher::work",
              "instead": "if (msg_ptr->cmd != RPC_CMD_NONE) {", "text": """
                 if (lost) {
@@ -202,19 +208,14 @@ FIXES: list[Fix] = [
             {"name": "worker: graphs", "file": RPC, "in": "ggml_backend_rpc_graph_compute",
              "instead": "return GGML_STATUS_SUCCESS;",
              "text": "return rpc_ctx->dispatcher->lost ? GGML_STATUS_FAILED : GGML_STATUS_SUCCESS;"},
-            {"name": "worker: who is lost", "file": RPC, "in": "file",
-             "before": "bool ggml_backend_is_rpc(ggml_backend_t backend) {", "text": """
-                // the endpoint of a backend whose worker is lost, else null
-                static const char * ggml_backend_rpc_lost(ggml_backend_t backend) {
-                    const auto & dispatcher = ((ggml_backend_rpc_context *) backend->context)->dispatcher;
-                    return dispatcher->lost ? dispatcher->endpoint.c_str() : nullptr;
-                }
-
-             """},
             {"name": "worker: tell who is lost", "file": RPC, "in": "ggml_backend_rpc_get_proc_address", "at": "begin",
              "text": """
                 if (std::strcmp(name, "ggml_backend_rpc_lost") == 0) {
-                    return (void *) ggml_backend_rpc_lost;
+                    // the endpoint of a backend whose worker is lost, else null
+                    return (void *) +[](ggml_backend_t backend) -> const char * {
+                        const auto & dispatcher = ((ggml_backend_rpc_context *) backend->context)->dispatcher;
+                        return dispatcher->lost ? dispatcher->endpoint.c_str() : nullptr;
+                    };
                 }
              """},
             {"name": "worker: its machine is gone", "file": TRANSPORT, "in": "set_no_delay", "at": "begin", "text": """
@@ -228,7 +229,7 @@ FIXES: list[Fix] = [
                 setsockopt(sockfd, IPPROTO_TCP, TCP_USER_TIMEOUT, &ms, sizeof(ms));
                 #endif
              """},
-            {"name": "worker: header", "file": "src/llama-context.cpp", "in": "file", "after": '#include "llama-ext.h"',
+            {"name": "worker: hooks", "file": "src/llama-context.cpp", "in": "file", "after": '#include "llama-ext.h"',
              "text": '#include "xquant-hooks.h"'},
             {"name": "worker: decode", "file": "src/llama-context.cpp", "in": "llama_decode",
              "instead": "const int ret = ctx->decode(batch);",

@@ -78,19 +78,14 @@ INSERTIONS: list[dict[str, str]] = [
     {"name": "RPC: say what is run", "file": "ggml/src/ggml-rpc/ggml-rpc.cpp", "in": "rpc_server::hello",
      "after": "response.patch = RPC_PROTO_PATCH_VERSION;",
      "text": "response.padding = xquant_worker(backends.data(), (int)backends.size());"},
-    {"name": "RPC: what was said", "file": "ggml/src/ggml-rpc/ggml-rpc.cpp", "in": "file",
-     "before": "bool ggml_backend_is_rpc(ggml_backend_t backend) {", "text": """
-        // what xquant_worker() said on the other side; 0: nothing, or operations have other numbers there
-        static uint8_t ggml_backend_rpc_xquant(ggml_backend_dev_t dev) {
-            const auto dispatcher = get_dispatcher(((ggml_backend_rpc_device_context *) dev->context)->endpoint);
-            return dispatcher->hello.patch == RPC_PROTO_PATCH_VERSION ? dispatcher->hello.padding : 0;
-        }
-
-     """},
-    {"name": "RPC: tell it", "file": "ggml/src/ggml-rpc/ggml-rpc.cpp", "in": "ggml_backend_rpc_get_proc_address",
+    {"name": "RPC: what was said", "file": "ggml/src/ggml-rpc/ggml-rpc.cpp", "in": "ggml_backend_rpc_get_proc_address",
      "at": "begin", "text": """
         if (std::strcmp(name, "ggml_backend_rpc_xquant") == 0) {
-            return (void *) ggml_backend_rpc_xquant;
+            // what xquant_worker() said on the other side; 0: nothing, or operations have other numbers there
+            return (void *) +[](ggml_backend_dev_t dev) -> uint8_t {
+                const auto dispatcher = get_dispatcher(((ggml_backend_rpc_device_context *) dev->context)->endpoint);
+                return dispatcher->hello.patch == RPC_PROTO_PATCH_VERSION ? dispatcher->hello.padding : 0;
+            };
         }
      """},
 

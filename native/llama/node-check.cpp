@@ -167,10 +167,13 @@ bool accepts_others(const ggml_tensor *node, const layer_shape &l, bool on_host)
         !is_other("k_other", k_other, l, l.shape.n_head_kv, on_host, {{0, codes_bytes(l.plan.k, true, l.shape.d)}})) {
         return false;
     }
-    const auto offset = [](uint16_t units) { return (int64_t)units * 64; };
+    // without codes nothing says where they are
+    const auto part = [](uint16_t units, int64_t length) {
+        return std::make_pair(length > 0 ? (int64_t)units * 64 : 0, length);
+    };
     if (v_borrows) {
         return is_other("v_other", v_other, l, l.shape.n_head_kv, on_host,
-                        {{offset(l.p.other_codes), codes_bytes(l.plan.v, false, l.shape.e)}});
+                        {part(l.p.other_codes, codes_bytes(l.plan.v, false, l.shape.e))});
     }
     if (!l.mapped) {
         return true;
@@ -182,10 +185,9 @@ bool accepts_others(const ggml_tensor *node, const layer_shape &l, bool on_host)
     if (!in_range("KV heads of the source of the map", l.p.other_heads, 1, INT16_MAX)) {
         return false;
     }
-    const int64_t n_codes = codes_bytes(source, false, l.shape.e);
     if (!is_other("v_other", v_other, l, l.p.other_heads, on_host,
-                  {{n_codes > 0 ? offset(l.p.other_codes) : 0, n_codes},
-                   {offset(l.p.other_param), param_bytes(source, l.shape.e)}})) {
+                  {part(l.p.other_codes, codes_bytes(source, false, l.shape.e)),
+                   part(l.p.other_param, param_bytes(source, l.shape.e))})) {
         return false;
     }
     const auto *heads = (const int32_t *)((const char *)aux->data + aux_heads);

@@ -120,14 +120,25 @@ ggml_tensor *new_write_keys(ggml_context *ctx, const layer_tensors &l, ggml_tens
 
 /* ---- from a node to a verb ---- */
 
-/* Codes of another layer of so many KV heads, whose blocks are of a size of their own. */
-static void read_other(xq_side_store &side, const ggml_tensor *blocks, int64_t n_heads, int64_t n_pages,
-                       int64_t codes) {
-    side.codes = codes < 0 ? nullptr : (uint8_t *)blocks->data + codes;
-    side.codes_page = blocks->ne[0] / (n_heads * n_pages);
-    side.codes_head = side.codes_page * n_pages;
-    side.codes_stream = (int64_t)blocks->nb[1];
-}
+/* Blocks of another layer, which are of a size of their own. */
+struct other_blocks {
+    uint8_t *data;
+    int64_t page, head, stream; /* bytes */
+
+    other_blocks(const ggml_tensor *blocks, int64_t n_heads, int64_t n_pages)
+        : data((uint8_t *)blocks->data), page(blocks->ne[0] / (n_heads * n_pages)), head(page * n_pages),
+          stream((int64_t)blocks->nb[1]) {}
+
+    /* units: of 64 bytes from a block's first to its codes; without any there is nothing to set. */
+    void set_codes(xq_side_store &side, uint16_t units) const {
+        if (units != absent) {
+            side.codes = data + (int64_t)units * 64;
+            side.codes_page = page;
+            side.codes_head = head;
+            side.codes_stream = stream;
+        }
+    }
+};
 
 /* The layer of a node that was accepted; false: xq_error() says why there is none. */
 static bool make_store(xq_store &store, const ggml_tensor *node) {
@@ -136,7 +147,6 @@ static bool make_store(xq_store &store, const ggml_tensor *node) {
     const ggml_tensor *k_other = node->src[at.k_other], *v_other = node->src[at.v_other];
     const node_params p = params_of(node);
     const xq_layer layer = {unpack(p.k), unpack(p.v)};
-    const auto bytes = [](uint16_t units) { return units == absent ? -1 : (int64_t)units * 64; };
     xq_shape shape = {p.d, p.e, p.n_head_kv, p.n_pages, 0, (int32_t)rows->ne[1]};
     shape.n_slots = (int32_t)(rows->ne[0] / ((int64_t)XQ_PAGE * (shape.d + shape.e) * p.n_head_kv));
 
@@ -147,21 +157,22 @@ static bool make_store(xq_store &store, const ggml_tensor *node) {
         return false;
     }
     if (seals && k_other) {
-        read_other(store.k, k_other, p.n_head_kv, p.n_pages, 0);
+        other_blocks(k_other, p.n_head_kv, p.n_pages).set_codes(store.k, 0);
     }
     if (seals && p.e > 0 && layer.v.owner >= 0) {
-        read_other(store.v, v_other, p.n_head_kv, p.n_pages, bytes(p.other_codes));
+        other_blocks(v_other, p.n_head_kv, p.n_pages).set_codes(store.v, p.other_codes);
     }
     if (seals && p.e > 0 && layer.v.source >= 0) {
+        const other_blocks from(v_other, p.other_heads, p.n_pages);
         xq_side_store &source = store.source;
         store.mapped = 1;
         source.plan = unpack(p.source);
         source.width = p.e;
-        read_other(source, v_other, p.other_heads, p.n_pages, bytes(p.other_codes));
-        source.param = (uint8_t *)v_other->data + bytes(p.other_param);
-        source.param_page = source.codes_page;
-        source.param_head = source.codes_head;
-        source.param_stream = source.codes_stream;
+        from.set_codes(source, p.other_codes);
+        source.param = from.data + (int64_t)p.other_param * 64;
+        source.param_page = from.page;
+        source.param_head = from.head;
+        source.param_stream = from.stream;
         store.map_heads = (const int32_t *)((const char *)aux->data + aux_heads);
         store.map = (const float *)((const char *)aux->data + aux_map(p.n_head_kv, shape.n_streams));
     }

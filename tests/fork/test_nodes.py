@@ -90,7 +90,7 @@ def wrong_parameters(kind: str, layer: str) -> Iterator[tuple[str, Change]]:
     if layer != "own":
         values |= {"other_codes": [0xFFFF, 0xFFFE, 1000]}
     if layer == "mapped":
-        values |= {"other_param": [0xFFFF, 0xFFFE, 1000], "other_heads": [0, 1, 2, 4, 32768, 65535]}
+        values |= {"other_param": [0xFFFF, 0xFFFE, 1000], "other_heads": [0, 1, 4, 32768, 65535]}
     for name, wrong in values.items():
         yield from ((f"{name} {x}", partial(set_parameter, name, x)) for x in wrong if x != getattr(p, name))
     fields: dict[str, list[float]] = {

@@ -143,11 +143,11 @@ class Proxy:
                     break
                 while first and len(data) < 36:
                     data += source.recv(36 - len(data))
+                self.n_bytes += len(data)  # before anybody can act on them
                 target.sendall(self.answer(data) if first else data)
             except OSError:
                 break
             first = False
-            self.n_bytes += len(data)
         for end in (source, target):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
