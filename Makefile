@@ -39,8 +39,7 @@ $(VENV)/installed: $(VENV)/created $(SOURCES)
 	@touch $@
 
 demo: all
-	@model="$(MODEL)"; [ -n "$$model" ] || model=$$($(BIN)/python tools/fetch_model.py) && \
-	  $(BIN)/xquant-gguf generate "$$model" --kv-type xquant --prompt-file README.md --n-ctx 8192 --max-tokens 100
+	@$(BIN)/python tools/demo.py $(MODEL)
 
 test: all
 	$(BIN)/pytest --cov=xquant_gguf

@@ -11,8 +11,7 @@ import pytest
 import docs_site
 from support.documents import ROOT, Document, calls, document, documents, target_of
 from xquant_gguf import cli
-from xquant_gguf.calibrate import Provenance
-from xquant_gguf.metadata import plan_keys
+from xquant_gguf.metadata import Provenance, plan_keys
 from xquant_gguf.plan import Layer, Plan, Side, ValueMap, preset_names
 
 PAGES = [page.path for page in documents()]
@@ -154,7 +153,9 @@ def test_the_first_table_is_that_of_the_measurements() -> None:
     """Bits, divergence, speed and memory of SmolLM2 in README are figures of docs/measurements.md."""
     measured = document("docs/measurements.md").text
     rows = [[cell.strip(" *`") for cell in line.strip("|").split("|")] for line in measured.splitlines() if "|" in line]
-    quality, memory, speed = {}, {}, {}
+    quality: dict[str, list[str]] = {}
+    memory: dict[str, str] = {}
+    speed: dict[str, str] = {}
     for row in rows:
         name = row[0].lower()
         if len(row) == 4 and "%" in row[-1]:
