@@ -1,16 +1,17 @@
 # make         virtual environment in .venv, package installed (one native build, of the fork)
-# make demo    continue a long prompt with an XQuant cache; MODEL=path.gguf for any model
+# make demo    a question about a long text, answered with F16 and with xquant; MODEL=path.gguf for any model
 # make test    the whole test suite
 # make test-arm  the kernels for 64-bit ARM, cross-built and run under qemu
 # make asan    the tests of what takes input from outside, with AddressSanitizer and UndefinedBehaviorSanitizer (clang)
 # make fuzz    TARGET=metadata, state, codec, verbs or nodes for SECONDS=60 with libFuzzer and both sanitizers (clang)
 # make llama VERSION=x.y.z (or SOURCE=folder)  tries another llama-cpp-python: do our insertions hold, the oracle tests
 # make fixes   writes docs/llama-cpp-fixes.md from native/llama/fixes.py
+# make docs    the site of README, docs/ and docstrings, in build/site
 # make wheels  wheels for Linux in dist, built with Zig; TARGET=name for one of them (tools/wheels.py lists them)
 # make test-wheels  installs the wheels in dist into environments of their own, generates and serves
 # make release  source archive, wheels, their tests and hashes, and the tag (CONTRIBUTING.md)
 # make lint    formatting, lint and types, as pre-commit runs them; needs Python alone: it builds nothing
-# make clean   removes .venv, .lint, .wheels and build
+# make clean   removes .venv, .lint, .docs, .wheels and build
 
 VENV   := .venv
 PYTHON ?= python3
@@ -20,7 +21,7 @@ SOURCES := $(shell find native xquant_gguf xquant_gguf_hook tools -type f -not -
            CMakeLists.txt pyproject.toml
 MODEL  ?=
 
-.PHONY: all demo test test-arm asan fuzz llama fixes wheels test-wheels release lint clean
+.PHONY: all demo test test-arm asan fuzz llama fixes docs wheels test-wheels release lint clean
 all: $(VENV)/installed
 
 $(VENV)/created:
@@ -38,8 +39,7 @@ $(VENV)/installed: $(VENV)/created $(SOURCES)
 	@touch $@
 
 demo: all
-	@model="$(MODEL)"; [ -n "$$model" ] || model=$$($(BIN)/python tools/fetch_model.py) && \
-	  $(BIN)/xquant-gguf generate "$$model" --kv-type xquant --prompt-file README.md --n-ctx 8192 --max-tokens 100
+	@$(BIN)/python tools/demo.py $(MODEL)
 
 test: all
 	$(BIN)/pytest --cov=xquant_gguf
@@ -63,12 +63,17 @@ fixes:
 
 # The tools of pyproject.toml's dependency groups, in environments of their own (pip 25.1 is the first to read groups).
 LINT   := .lint
+DOCS   := .docs
 WHEELS := .wheels
-$(LINT)/ready $(WHEELS)/ready: .%/ready: pyproject.toml
+$(LINT)/ready $(DOCS)/ready $(WHEELS)/ready: .%/ready: pyproject.toml
 	$(PYTHON) -m venv .$*
 	.$*/bin/python -m pip install -q "pip>=25.1"
 	.$*/bin/python -m pip install -q --group $*
 	touch $@
+
+docs: $(DOCS)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 wheels: $(WHEELS)/ready
 	$(WHEELS)/bin/python tools/wheels.py $(if $(filter command line,$(origin TARGET)),$(TARGET))
@@ -86,4 +91,4 @@ lint: $(LINT)/ready
 	$(LINT)/bin/clang-format --dry-run --Werror $$(git ls-files 'native/*.h' 'native/*.cpp' 'native/*.cu*' 'tests/*.h' 'tests/*.cpp')
 
 clean:
-	rm -rf $(VENV) $(LINT) $(WHEELS) build
+	rm -rf $(VENV) $(LINT) $(DOCS) $(WHEELS) build

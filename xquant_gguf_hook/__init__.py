@@ -10,6 +10,8 @@ Until `import xquant_gguf` asks for it, llama_cpp is left as it is where the use
 are set), where our libraries are missing or made for another version of llama_cpp, and where llama_cpp has backends of
 its own that ours lack (a CUDA build beside our CPU one).  XQUANT_HOOK=0 switches the finder off, XQUANT_HOOK=1 makes
 it disregard backends.
+
+XQUANT_KV_TYPE=xquant (or another kv_type) gives that cache to every llama_cpp.Llama (xquant_gguf/environment.py).
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 SWITCH = "XQUANT_HOOK"
+KV_TYPE = "XQUANT_KV_TYPE"
+CLASS = "llama_cpp.llama"
+"""The module of llama_cpp.Llama, which KV_TYPE concerns."""
 VARIABLES = {"llama_cpp.llama_cpp": "LLAMA_CPP_LIB_PATH", "llama_cpp.mtmd_cpp": "MTMD_CPP_LIB"}
 """What each module that loads a library reads."""
 
@@ -96,7 +101,7 @@ class Finder:
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The module's spec, with a loader that sets its variable; None: as if there were no such finder."""
-        if name not in VARIABLES:
+        if name not in VARIABLES and (name != CLASS or not os.environ.get(KV_TYPE)):
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
@@ -104,7 +109,9 @@ class Finder:
             return spec
         if not self._insisted and name == "llama_cpp.llama_cpp":  # the others follow it
             self._choose(spec)
-        if self.folder is not None:
+        if name == CLASS:
+            spec.loader = _ClassLoader(spec.loader, self)  # type: ignore[assignment]
+        elif self.folder is not None:
             spec.loader = _Loader(spec.loader, VARIABLES[name], self.folder)  # type: ignore[assignment]
         return spec
 
@@ -129,11 +136,11 @@ class Finder:
             self.folder = str(ours)
 
 
-class _Loader:
-    """Another loader, with an environment variable set while it executes the module."""
+class _Around:
+    """Another loader, around which something is done."""
 
-    def __init__(self, loader: Any, variable: str, folder: str) -> None:
-        self._loader, self._variable, self._folder = loader, variable, folder
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -141,6 +148,14 @@ class _Loader:
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         module: ModuleType | None = self._loader.create_module(spec)
         return module
+
+
+class _Loader(_Around):
+    """Sets an environment variable while the module is executed."""
+
+    def __init__(self, loader: Any, variable: str, folder: str) -> None:
+        super().__init__(loader)
+        self._variable, self._folder = variable, folder
 
     def exec_module(self, module: ModuleType) -> None:
         before = os.environ.get(self._variable)
@@ -152,6 +167,32 @@ class _Loader:
                 del os.environ[self._variable]
             else:
                 os.environ[self._variable] = before
+
+
+class _ClassLoader(_Around):
+    """Lets llama_cpp.Llama be made with the cache that KV_TYPE names, where it has our libraries."""
+
+    def __init__(self, loader: Any, of: Finder) -> None:
+        super().__init__(loader)
+        self._finder = of
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        if self._finder.folder is None:
+            said = f"llama_cpp keeps libraries without this cache, since {self._finder.reason}"
+            print(f"xquant_gguf: {KV_TYPE}={os.environ[KV_TYPE]}: {said}", file=sys.stderr)
+            return
+        from functools import wraps
+
+        original = module.Llama.__init__
+
+        @wraps(original)
+        def init(self: Any, model_path: str, **options: Any) -> None:
+            from xquant_gguf import environment
+
+            environment.make(original, self, model_path, options)
+
+        module.Llama.__init__ = init
 
 
 finder = Finder()

@@ -60,7 +60,7 @@ def test_part_of_a_sequence_is_copied_between_streams(paths: dict[str, Path]) ->
 
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
 def test_other_caches_stop_where_ours_copies_a_part(paths: dict[str, Path], kv_type: str) -> None:
-    """As the README's table says of them."""
+    """As the table in docs/operations.md says of them."""
     program = """
 import sys
 from pathlib import Path

@@ -351,7 +351,7 @@ def test_models_and_contexts_in_any_order_and_from_several_threads(folder: Path,
         contexts[i].close()
 
 
-# Rows of the README's table, and the tests that each stands for; those of another file by their names.
+# Rows of the table in docs/operations.md, and the tests that each stands for; those of another file by their names.
 TABLE: dict[str, list[Callable[..., None] | str]] = {
     "remove a head, middle or tail; copy, keep, shift and divide positions": [test_operations_on_a_sequence],
     "several sequences in a batch, one cache or one stream each": [test_several_sequences_in_one_batch],
@@ -386,9 +386,9 @@ def arguments(test: Callable[..., None] | str) -> set[str]:
     return {argument.arg for argument in found.args.args}
 
 
-def test_the_table_in_the_readme_says_what_is_tested() -> None:
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-    section = readme.split("## Operations\n")[1].split("\n## ")[0]
+def test_the_table_of_operations_says_what_is_tested() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text()
+    section = page.split("# Operations\n")[1].split("\n## ")[0]
     table = section[section.index("|") :].split("\n\n")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert rows[0][1:] == ["F16", "q8_0", "q4_0", "XQuant"]

@@ -143,7 +143,7 @@ HEAD = """# Models
 
 What an XQuant cache does with a random model of each architecture that llama.cpp's own generator writes. Written by
 
-```
+```sh
 PYTHONPATH=tests python -m support.models --write docs/models.md
 ```
 
