@@ -39,7 +39,7 @@ $(VENV)/installed: $(VENV)/created $(SOURCES)
 	@touch $@
 
 demo: all
-	@$(BIN)/python tools/demo.py $(MODEL)
+	@$(BIN)/python tools/demo.py $(if $(MODEL),"$(MODEL)")
 
 test: all
 	$(BIN)/pytest --cov=xquant_gguf

@@ -1,0 +1,75 @@
+"""What lies in examples/ runs with the real packages, each where its package is installed, and gets our cache."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from support.llama_server import running
+from xquant_gguf import native, programs
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SAID = "xquant_gguf: XQUANT_KV_TYPE=xquant: 3.25 bits per value, "
+
+
+def run(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
+    out = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=600)
+    assert out.returncode == 0, out.stderr
+    return out
+
+
+def needs(module: str) -> pytest.MarkDecorator:
+    try:
+        there = find_spec(module) is not None
+    except ModuleNotFoundError:
+        there = False
+    return pytest.mark.skipif(not there, reason=f"{module} is not installed")
+
+
+def without_the_hook(program: str, *arguments: str) -> list[str]:
+    """A Python program's command line where xquant_gguf.pth is not installed: what it imports is imported first."""
+    start = "import runpy, sys, xquant_gguf_hook; sys.argv = sys.argv[1:]; "
+    return [sys.executable, "-c", f"{start}runpy.run_path(sys.argv[0], run_name='__main__')", program, *arguments]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("langchain_llamacpp.py", marks=needs("langchain_community")),
+        pytest.param("llama_index_llamacpp.py", marks=needs("llama_index.llms.llama_cpp")),
+    ],
+)
+def test_frameworks_get_the_cache(name: str, smollm2: str) -> None:
+    out = run(without_the_hook(str(EXAMPLES / name), smollm2), XQUANT_KV_TYPE="xquant")
+    assert SAID in out.stderr
+    assert "Paris" in out.stdout
+
+
+@needs("llm_gguf")
+def test_the_llm_command(smollm2: str, tmp_path: Path) -> None:
+    """llm starts Python itself, where xquant_gguf.pth brings the hook; here a sitecustomize does."""
+    (tmp_path / "sitecustomize.py").write_text("import xquant_gguf_hook\n")
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    env = {"PYTHONPATH": paths, "LLM_USER_PATH": str(tmp_path / "llm"), "XQUANT_KV_TYPE": ""}
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    out = run([str(EXAMPLES / "llm_command.sh"), smollm2, "What is the capital of France?"], **env)
+    assert SAID in out.stderr
+    assert "Paris" in out.stdout
+
+
+@pytest.mark.skipif(
+    not (native.LIBRARY_DIR / programs.PROGRAMS["llama-server"]).exists(), reason="built without -DXQUANT_PROGRAMS=ON"
+)
+def test_the_openai_client(smollm2: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "xquant_gguf", "server", smollm2, "-c", "2048", "-t", "2", "--no-webui"]
+    with running(command, tmp_path) as server:
+        assert "xquant" in server.get("/props").json()
+        out = run([sys.executable, str(EXAMPLES / "openai_client.py"), f"{server.url}/v1"])
+    answer, told = out.stdout.rsplit("\ncalls ", 1)
+    assert len(answer.split()) > 3
+    assert told.startswith(("weather {", "nothing, says: "))  # SmolLM2's template knows no tools
