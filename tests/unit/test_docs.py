@@ -17,7 +17,7 @@ from xquant_gguf.plan import Layer, Plan, Side, ValueMap, preset_names
 PAGES = [page.path for page in documents()]
 PASSED_ON = {"server", "run", "serve"}  # commands whose other options are another program's
 
-OTHERS = {"--kv-type", "--override-kv"}  # of server and of llama.cpp's programs
+OTHERS = {"--kv-type", "--override-kv", "--split-mode"}  # of server and of llama.cpp's programs
 
 
 @pytest.fixture(params=PAGES)
