@@ -166,13 +166,11 @@ def test_options_go_before_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_workers_are_handed_on(paths: dict[str, Path]) -> None:
     """All layers go to them, where nothing else is said."""
     settings = {"model": str(paths["plain"]), "kv_type": "xquant", "n_ctx": 512, "verbose": False}
-    with workers.running() as worker:
-        made = serve.Model(**settings, rpc_servers=worker.endpoint)
-        llm = made.llama()(**{**made.model_dump(exclude={"model"}), "model_path": made.model})
-        assert llm.model_params.n_gpu_layers == 0x7FFFFFFF or llm.model_params.n_gpu_layers < 0
-        llm.close()
-    with pytest.raises(ValueError, match=f"no worker answers at {worker.endpoint}"):
-        serve.application(ServerSettings(), [serve.Model(**settings, rpc_servers=worker.endpoint)])
+    with workers.running() as worker, workers.Proxy(worker.endpoint) as proxy:
+        serve.application(ServerSettings(), [serve.Model(**settings, rpc_servers=proxy.endpoint)])
+        assert proxy.n_bytes > 0.6 * paths["plain"].stat().st_size
+    with pytest.raises(ValueError, match=f"no worker answers at {proxy.endpoint}"):
+        serve.application(ServerSettings(), [serve.Model(**settings, rpc_servers=proxy.endpoint)])
 
 
 def test_configuration_files_name_caches(tmp_path: Path) -> None:
