@@ -33,6 +33,7 @@ void ggml_backend_buffer_free(void *);
 void ggml_backend_tensor_set(void *, const void *, size_t, size_t);
 int ggml_backend_graph_compute(void *, void *);
 void ggml_backend_free(void *);
+bool ggml_backend_supports_op(void *, const void *);
 void *ggml_backend_cuda_init(int);
 """
 
@@ -63,9 +64,10 @@ def fill(base: Any, ffi: FFI, tensor: Any, chunk: bytes) -> None:
 
 def attention_ms(
     d: int, e: int, n_head: int, n_kv: int, latent: bool, n_tokens: int, copies: int, launches: int, rounds: int
-) -> float:
+) -> float | None:
     """Median milliseconds of ggml_flash_attn_ext for one new token, over F16 keys and values of n_tokens tokens, in
-    graphs of `launches` that rotate over `copies` layers.  latent: values are the first e channels of keys."""
+    graphs of `launches` that rotate over `copies` layers.  latent: values are the first e channels of keys.  None: llama.cpp's CUDA
+    backend has no kernel for the shape."""
     ffi, base, cuda = load()
     backend = cuda.ggml_backend_cuda_init(0)
     ctx = base.ggml_init(ffi.new("struct ggml_init_params *", {"mem_size": 16 << 20, "no_alloc": True})[0])
@@ -82,6 +84,10 @@ def attention_ms(
     for i in range(launches):
         k, v = keys[i % copies], values[i % copies]
         out = base.ggml_flash_attn_ext(ctx, q, k, v, mask, d**-0.5, 0.0, 0.0)
+        if not base.ggml_backend_supports_op(backend, out):
+            base.ggml_free(ctx)
+            base.ggml_backend_free(backend)
+            return None
         base.ggml_build_forward_expand(graph, out)
     buffer = base.ggml_backend_alloc_ctx_tensors(ctx, backend)
     rng = np.random.default_rng(0)

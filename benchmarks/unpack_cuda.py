@@ -14,13 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from attention_cuda import COPIES, HEADS, WIDTH, copy_bandwidth, layer_of, milliseconds, sealed_layer
+from attention_cuda import COPIES, Shape, copy_bandwidth, layer_of, milliseconds, sealed_layer
 from support import gpu
 from support.devices import Buffer
 from support.storage import SEALED
 from xquant_gguf import native
 from xquant_gguf.cli.text import table
 from xquant_gguf.plan import PAGE
+
+SHAPE = Shape.of("128/4*8")
+HEADS, WIDTH = SHAPE.heads, SHAPE.d
 
 
 def main() -> None:
@@ -39,7 +42,7 @@ def main() -> None:
         states[-2:] = 0, 1
         slots, rows = Buffer(on, states), Buffer(on, HEADS * n_tokens * WIDTH * 2)
         for name in args.layers.split(","):
-            layers = [sealed_layer(on, layer_of(name), n_pages, rng) for _ in range(COPIES)]
+            layers = [sealed_layer(on, SHAPE, layer_of(name), n_pages, rng) for _ in range(COPIES)]
             ms = []
             for is_k in (1, 0):
                 a = native.load()[0].new("xq_unpack_args *")
