@@ -66,8 +66,8 @@ def attention_ms(
     d: int, e: int, n_head: int, n_kv: int, latent: bool, n_tokens: int, copies: int, launches: int, rounds: int
 ) -> float | None:
     """Median milliseconds of ggml_flash_attn_ext for one new token, over F16 keys and values of n_tokens tokens, in
-    graphs of `launches` that rotate over `copies` layers.  latent: values are the first e channels of keys.  None: llama.cpp's CUDA
-    backend has no kernel for the shape."""
+    graphs of `launches` that rotate over `copies` layers.  latent: values are the first e channels of keys.  None:
+    llama.cpp's CUDA backend has no kernel for the shape."""
     ffi, base, cuda = load()
     backend = cuda.ggml_backend_cuda_init(0)
     ctx = base.ggml_init(ffi.new("struct ggml_init_params *", {"mem_size": 16 << 20, "no_alloc": True})[0])
