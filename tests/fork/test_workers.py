@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support import nodes, tiny_gguf, workers
+from support import llama_server, nodes, tiny_gguf, workers
 from support.contexts import Context, Logits
 from support.workers import Proxy, Stranger, Worker
-from xquant_gguf import Llama, fork
+from xquant_gguf import Llama, fork, native, programs
 from xquant_gguf.session import DecodeError
 
 KV_TYPES = ("f16", "xquant")
@@ -239,6 +239,28 @@ def test_hostile_graphs_leave_a_worker_alive(worker: Worker) -> None:
     with Stranger(worker.endpoint) as client:
         assert client.is_answered()
     assert worker.process.poll() is None
+
+
+@pytest.mark.skipif(
+    not (native.LIBRARY_DIR / programs.PROGRAMS["llama-server"]).exists(), reason="built without -DXQUANT_PROGRAMS=ON"
+)
+def test_llama_server_outlives_its_worker(smollm2: str, tmp_path: Path) -> None:
+    options = ["-ngl", "99", "-c", "512", "-t", "1", "--no-webui", "--no-warmup"]
+    with workers.running() as worker:
+        command = [sys.executable, "-m", "xquant_gguf", "server", smollm2, *options, "--rpc", worker.endpoint]
+        with llama_server.running(command, tmp_path) as server:
+            answer = server.complete("The capital of France is", n_predict=8)
+            assert "Paris" in answer["content"]
+            worker.kill()
+            response = server.post("/completion", prompt="The capital of Spain is", n_predict=8)
+            assert response.status_code == 500, response.text
+            assert server.get("/health").status_code == 200
+            assert f"the worker at {worker.endpoint} is lost" in server.log
+    endpoint = f"127.0.0.1:{workers.free_port()}"
+    command = [sys.executable, "-m", "xquant_gguf", "server", smollm2, *options, "--rpc", endpoint]
+    refused = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    assert refused.returncode == 1
+    assert f"no RPC worker answers at {endpoint}" in refused.stderr
 
 
 # ---- three machines ----
