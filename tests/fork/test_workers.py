@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -355,6 +356,7 @@ print(time.monotonic() - start)
 """
 
 
+@pytest.mark.skipif(not os.environ.get("XQUANT_SLOW"), reason="XQUANT_SLOW=1: it waits for 40 seconds")
 def test_a_machine_that_is_gone(network: dict[str, str], paths: dict[str, Path], tmp_path: Path) -> None:
     """Nothing says that a cable is cut: after 40 seconds of silence the call fails."""
     script = tmp_path / "client.py"
