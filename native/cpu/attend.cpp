@@ -5,7 +5,7 @@
  * done, which the counter of the group tells it; nobody waits.  Parts are merged in their order, so that the result
  * does not depend on who was last.
  *
- * At most 90 KiB of a thread's stack are used.
+ * At most 95 KiB of a thread's stack are used.
  */
 #include "verbs.h"
 

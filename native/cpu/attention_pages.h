@@ -15,7 +15,7 @@
  *
  * A masked token takes no part, whatever lies in its cell: its score is replaced, not added to, and its p is 0.
  *
- * Scratch lies on the stack: 80 KiB at most.
+ * Scratch lies on the stack: 85 KiB at most.
  */
 #pragma once
 
@@ -145,21 +145,23 @@ template <typename Set> XQ_INLINE void attend_page(const attention &a, int page)
     if (kept == 0) {
         return;
     }
-    if (a.latent > 0) {
-        if (open) {
-            Set::open_values(slot_rows(a.k, slot), a.k.width, a.latent, kept, p, sums);
-        } else {
-            Set::latent_values(a.k, a.latent, page, kept, p, sums);
+    if (open) { // channels of the keys, then V's own: one call, whose scratch is large
+        for (int own = a.latent == 0; own <= (a.v.width > 0); ++own) {
+            const side_view &from = own ? a.v : a.k;
+            Set::open_values(slot_rows(from, slot), from.width, own ? a.v.width : a.latent, kept, p, sums);
+            for (int i = 0; i < kept; ++i) {
+                sums[i] += a.latent;
+            }
         }
+        return;
+    }
+    if (a.latent > 0) {
+        Set::latent_values(a.k, a.latent, page, kept, p, sums);
         for (int i = 0; i < kept; ++i) {
             sums[i] += a.latent;
         }
     }
     if (a.v.width == 0) {
-        return;
-    }
-    if (open) {
-        Set::open_values(slot_rows(a.v, slot), a.v.width, a.v.width, kept, p, sums);
         return;
     }
     Set::sealed_values(a.v, page, kept, p, sums);

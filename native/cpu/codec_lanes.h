@@ -7,7 +7,7 @@
  * that lanes are the rows i and elements the columns j of the code matrix of xquant.h.  Every lane goes through the
  * same sequence of single-precision operations (sums in the order of j, nothing contracted), so that all sets and
  * reference.py give the same bytes.  A vector is as wide as the set's registers: compilers take wider ones apart,
- * element by element.  Codes are packed 16 rows i at a time.  Scratch lies on the stack: 49 KiB at most, by values.
+ * element by element.  Codes are packed 16 rows i at a time.  Scratch lies on the stack: 55 KiB at most, by values.
  */
 #include "codec_format.h"
 #include "half.h"

@@ -1,6 +1,6 @@
 /* unpack.cpp: the verb that gives pages as F16 rows again.
  *
- * A task is one KV head of one page.  At most 60 KiB of a thread's stack are used.
+ * A task is one KV head of one page.  At most 65 KiB of a thread's stack are used.
  */
 #include "verbs.h"
 

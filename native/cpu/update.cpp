@@ -1,7 +1,7 @@
 /* update.cpp: the verb that changes pages: seals and unseals, or writes the rows of a micro-batch.
  *
  * A task is one side of one KV head of a move, or one side of a token; nothing is shared between tasks but the counter.
- * At most 60 KiB of a thread's stack are used.
+ * At most 65 KiB of a thread's stack are used.
  */
 #include "verbs.h"
 

@@ -17,7 +17,7 @@ from xquant_gguf import codec
 from xquant_gguf.plan import PAGE, Layer, Side
 
 STACK = 100 << 10  # of xq_exec in xquant.h; the threads that the runner makes have 128 KiB
-WIDTH = 512
+WIDTH = 576
 
 
 @cache
@@ -42,7 +42,10 @@ def test_the_widest_heads_fit_into_small_stacks(kernels: str) -> None:
     storage: Storage = Content(layer, rows).put(on, 3, source=source, map_=map_)
     q, keys = np.zeros((1, 9, 8, WIDTH), np.float32), np.zeros((1, PAGE, 1, WIDTH), np.float32)
     mask = rng.standard_normal((1, 9, 3 * PAGE)).astype(np.float16)
+    plain = Layer(layer.k, V)
+    latent = Content(plain, random_rows(rng, 1, 1, 2, WIDTH, WIDTH - 512), latent=512).put(on, 3)
     verbs: dict[str, Callable[[], Any]] = {
+        "attend latent": lambda: latent.attend(q, [[0, SEALED, 1]], mask, softcap=1.0, max_bias=1.0, n_parts=2),
         "seal": lambda: storage.update([Move(0, 0)]),
         "unseal": lambda: storage.update(unseals=[Move(0, 0)]),
         "write": lambda: storage.write(np.zeros(1, np.int32), (keys[0, :1], keys[0, :1])),
