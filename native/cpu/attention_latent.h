@@ -15,14 +15,15 @@ struct latent_pages {
         for (int t0 = 0; t0 < XQ_PAGE; t0 += group, param += parameter_bytes(k.plan, k.width)) {
             const parameters x(k.plan, k.width, param, k.param_page);
             by_rows(n, [&](auto rows, int row) {
-                weights w[rows];
-                for (int r = 0; r < rows; ++r) {
+                constexpr int R = decltype(rows)::value;
+                weights w[R];
+                for (int r = 0; r < R; ++r) {
                     fold_weights(p[row + r] + t0, group, w[r]);
                 }
-                const auto add = k.plan.bits == 4   ? add_channels<4, rows>
-                                 : k.plan.bits == 3 ? add_channels<3, rows>
-                                 : k.plan.bits == 2 ? add_channels<2, rows>
-                                                    : add_channels<1, rows>;
+                const auto add = k.plan.bits == 4   ? add_channels<4, R>
+                                 : k.plan.bits == 3 ? add_channels<3, R>
+                                 : k.plan.bits == 2 ? add_channels<2, R>
+                                                    : add_channels<1, R>;
                 // 0 bits: the centres alone
                 add(x, e, k.plan.bits == 0 ? 0 : group / 16, codes + t0 / 16 * column, w, out + row);
             });
