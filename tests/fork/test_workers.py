@@ -21,6 +21,7 @@ from xquant_gguf import Llama, fork, native, programs
 from xquant_gguf.session import DecodeError
 
 KV_TYPES = ("f16", "xquant")
+SLOW = pytest.mark.skipif(not os.environ.get("XQUANT_SLOW"), reason="XQUANT_SLOW=1: it takes 40 seconds")
 PROMPT = [3 + (7 * i * i + i) % 250 for i in range(450)]
 # Largest difference of a logit over their standard deviation: the same kernels in the same order, but the operations
 # that a scheduler puts on either side may be fused in other ways.  Measured: 0.
@@ -314,6 +315,7 @@ def network() -> Iterator[dict[str, str]]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
+@SLOW
 def test_three_machines(network: dict[str, str], smollm2: str, prose: str, tmp_path: Path) -> None:
     """Half of a real model's layers on each of two workers: tokens as on one machine, and bytes as with F16."""
     script = tmp_path / "client.py"
@@ -356,7 +358,7 @@ print(time.monotonic() - start)
 """
 
 
-@pytest.mark.skipif(not os.environ.get("XQUANT_SLOW"), reason="XQUANT_SLOW=1: it waits for 40 seconds")
+@SLOW
 def test_a_machine_that_is_gone(network: dict[str, str], paths: dict[str, Path], tmp_path: Path) -> None:
     """Nothing says that a cable is cut: after 40 seconds of silence the call fails."""
     script = tmp_path / "client.py"
