@@ -16,7 +16,7 @@ from xquant_gguf import fork
 from xquant_gguf.inspect import CacheInfo
 from xquant_gguf.kv_types import LLAMA_TYPES, checked_kv_type, needs_flash_attention, number_of
 from xquant_gguf.llama import Llama
-from xquant_gguf.log import errors, refusal
+from xquant_gguf.log import explained
 
 VARIABLE = "XQUANT_KV_TYPE"
 
@@ -58,12 +58,7 @@ def make(original: Callable[..., None], llm: llama_cpp.Llama, model_path: str, o
             _say(f"the program chose {chosen[0]}={options[chosen[0]]} itself, which stays")
         return
     given = with_kv_type(kv_type, options)
-    with errors() as said:
-        try:
-            original(llm, model_path, **given)
-        except ValueError as error:
-            if said or fork.error():
-                raise ValueError(f"{model_path} with {VARIABLE}={kv_type}: {refusal(said)}") from error
-            raise
+    with explained(f"{model_path} with {VARIABLE}={kv_type}", given["type_k"] == fork.GGML_TYPE_XQUANT):
+        original(llm, model_path, **given)
     info = CacheInfo(llm.ctx, kv_type, (given["type_k"], given["type_v"])).now()
     _say(f"{info['true_bits']:.2f} bits per value, {info['bytes_allocated'] / 2**20:.0f} MiB of KV cache")

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import llama_cpp
 
-from xquant_gguf import codec, fork, handover, workers
+from xquant_gguf import codec, handover, workers
 from xquant_gguf.arguments import LlamaOptions, check_names, check_numbers
 from xquant_gguf.inspect import CacheInfo
 from xquant_gguf.kv_types import LLAMA_TYPES, checked_kv_type, needs_flash_attention, number_of, warning_of
-from xquant_gguf.log import errors, refusal
+from xquant_gguf.log import errors, explained
 from xquant_gguf.plan import PlanSource
 from xquant_gguf.session import RefusedState, Session
 
@@ -89,13 +89,8 @@ class Llama(llama_cpp.Llama):
 
     def _load(self, model_path: str, options: LlamaOptions) -> None:
         self._made = True
-        with errors() as said:
-            try:
-                super().__init__(model_path, **options)
-            except ValueError as error:
-                if said or (self.is_xquant and fork.error()):
-                    raise ValueError(f"{model_path} with kv_type {self._kv_type!r}: {refusal(said)}") from error
-                raise
+        with explained(f"{model_path} with kv_type {self._kv_type!r}", self.is_xquant):
+            super().__init__(model_path, **options)
 
     @property
     def is_xquant(self) -> bool:

@@ -35,6 +35,21 @@ def refusal(said: Sequence[str]) -> str:
     return "; ".join(said[-2:]) or "llama.cpp refuses such a context"
 
 
+@contextmanager
+def explained(what: str, ours: bool) -> Iterator[None]:
+    """A ValueError within the context says what could not be made, and why, if llama.cpp or our cache has told it.
+
+    ours: the cache is to be an XQuant one.
+    """
+    with errors() as said:
+        try:
+            yield
+        except ValueError as error:
+            if said or (ours and fork.error()):
+                raise ValueError(f"{what}: {refusal(said)}") from error
+            raise
+
+
 def _log_through(before: Any, data: Any) -> Any:
     """A log callback that hands on to the one before it."""
 

@@ -3,7 +3,6 @@
 
 #include "xquant-ops.h"
 
-#include "ggml-backend.h"
 #include "ggml-impl.h"
 
 #include <algorithm>
@@ -303,6 +302,13 @@ bool compute(const xq_backend &backend, const ggml_tensor *node, const xq_exec &
     return !why;
 }
 
+bool has_kernels(ggml_backend_dev_t device) {
+    ggml_tensor probe = {};
+    probe.op = GGML_OP_XQUANT_UPDATE;
+    return ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU ||
+           ggml_backend_dev_supports_op(device, &probe);
+}
+
 } // namespace xquant
 
 bool xquant_compute_cpu(const ggml_tensor *node, int ith, int nth) {
@@ -314,16 +320,13 @@ bool xquant_compute_cuda(const xq_backend *cuda, const ggml_tensor *node, void *
 }
 
 uint8_t xquant_worker(ggml_backend *const *backends, int n) {
-    ggml_tensor probe = {};
-    probe.op = GGML_OP_XQUANT_UPDATE;
     bool all_cpus = true;
     for (int i = 0; i < n; ++i) {
         ggml_backend_dev_t device = ggml_backend_get_device(backends[i]);
-        const bool is_cpu = ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
-        if (!is_cpu && !ggml_backend_dev_supports_op(device, &probe)) {
+        if (!xquant::has_kernels(device)) {
             return 0;
         }
-        all_cpus = all_cpus && is_cpu;
+        all_cpus = all_cpus && ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
     }
     return (uint8_t)(XQUANT_WORKER_VERSION | (all_cpus ? XQUANT_WORKER_CPU : 0));
 }

@@ -21,6 +21,7 @@
 
 #include "xquant.h"
 
+#include "ggml-backend.h"
 #include "ggml.h"
 
 #include <cstdint>
@@ -137,5 +138,8 @@ GGML_API ggml_tensor *new_write_keys(ggml_context *ctx, const layer_tensors &l, 
 
 /* Runs one of our nodes on a backend; false: it was refused, and the log says why. */
 GGML_API bool compute(const xq_backend &backend, const ggml_tensor *node, const xq_exec &exec);
+
+/* Whether a device of this process runs nodes. */
+GGML_API bool has_kernels(ggml_backend_dev_t device);
 
 } // namespace xquant

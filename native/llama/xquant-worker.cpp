@@ -22,13 +22,28 @@ template <typename F> static F function_of(ggml_backend_dev_t device, const char
 using said_fn = uint8_t (*)(ggml_backend_dev_t);
 using lost_fn = const char *(*)(ggml_backend_t);
 
-static bool is_cpu(ggml_backend_dev_t device) {
-    return ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
+/* What a worker says of itself (xquant_worker() in xquant-ops.h); -1: the device is no worker's. */
+static int said_by(ggml_backend_dev_t device) {
+    const auto said = function_of<said_fn>(device, "ggml_backend_rpc_xquant");
+    return said ? said(device) : -1;
+}
+
+/* f(worker, what tells its endpoint once it is lost) of each worker of a scheduler until one gives true; whether one
+ * did. */
+template <typename F> static bool any_worker(ggml_backend_sched_t sched, const F &f) {
+    for (int i = 0; sched && i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        ggml_backend_t backend = ggml_backend_sched_get_backend(sched, i);
+        const auto lost = function_of<lost_fn>(ggml_backend_get_device(backend), "ggml_backend_rpc_lost");
+        if (lost && f(backend, lost)) {
+            return true;
+        }
+    }
+    return false;
 }
 
 bool runs_on(ggml_backend_dev_t device) {
-    if (const auto said = function_of<said_fn>(device, "ggml_backend_rpc_xquant")) {
-        const int version = said(device) & ~XQUANT_WORKER_CPU;
+    if (const int said = said_by(device); said >= 0) {
+        const int version = said & ~XQUANT_WORKER_CPU;
         if (version != XQUANT_WORKER_VERSION) {
             refuse("the worker at " + std::string(ggml_backend_dev_description(device)) +
                    (version == 0 ? " has no XQuant operations, or not on all of its devices"
@@ -38,9 +53,7 @@ bool runs_on(ggml_backend_dev_t device) {
         }
         return true;
     }
-    ggml_tensor probe = {};
-    probe.op = GGML_OP_XQUANT_UPDATE;
-    const bool known = is_cpu(device) || ggml_backend_dev_supports_op(device, &probe);
+    const bool known = has_kernels(device);
     if (!known) {
         LLAMA_LOG_WARN(
             "%s: xquant: no XQuant kernels; the cache and the attention of its layers stay on the CPU, which "
@@ -51,39 +64,24 @@ bool runs_on(ggml_backend_dev_t device) {
 }
 
 int64_t most_bytes(ggml_backend_dev_t device) {
-    return function_of<said_fn>(device, "ggml_backend_rpc_xquant") ? UINT32_MAX : INT64_MAX;
+    return said_by(device) >= 0 ? UINT32_MAX : INT64_MAX;
 }
 
 bool has_cpu_kernels(ggml_backend_dev_t device) {
-    const auto said = function_of<said_fn>(device, "ggml_backend_rpc_xquant");
-    return is_cpu(device) || (said && (said(device) & XQUANT_WORKER_CPU) != 0);
+    const int said = said_by(device);
+    return said >= 0 ? (said & XQUANT_WORKER_CPU) != 0 : ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
 }
 
 const char *lost_worker(ggml_backend_sched_t sched) {
-    for (int i = 0; sched && i < ggml_backend_sched_get_n_backends(sched); ++i) {
-        ggml_backend_t backend = ggml_backend_sched_get_backend(sched, i);
-        const auto lost = function_of<lost_fn>(ggml_backend_get_device(backend), "ggml_backend_rpc_lost");
-        if (const char *endpoint = lost ? lost(backend) : nullptr) {
-            return endpoint;
-        }
-    }
-    return nullptr;
+    const char *endpoint = nullptr;
+    any_worker(sched, [&](ggml_backend_t worker, lost_fn lost) { return (endpoint = lost(worker)) != nullptr; });
+    return endpoint;
 }
 
 /* ---- what llama.cpp calls ---- */
 
-static bool has_workers(ggml_backend_sched_t sched) {
-    for (int i = 0; sched && i < ggml_backend_sched_get_n_backends(sched); ++i) {
-        ggml_backend_dev_t device = ggml_backend_get_device(ggml_backend_sched_get_backend(sched, i));
-        if (function_of<lost_fn>(device, "ggml_backend_rpc_lost")) {
-            return true;
-        }
-    }
-    return false;
-}
-
 int with_all_workers(llama_context &context, int result) {
-    if (!has_workers(context.get_sched())) {
+    if (!any_worker(context.get_sched(), [](ggml_backend_t, lost_fn) { return true; })) {
         return result;
     }
     context.synchronize(); // what was asked of a worker may still be under way

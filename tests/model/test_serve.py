@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -28,9 +27,7 @@ TALK = [{"role": "user", "content": "What is the capital of France?"}]
 @contextmanager
 def serving(model: str, folder: Path, *options: str, **env: str) -> Iterator[tuple[str, Path]]:
     """The address of a server of its own, and its log."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = workers.free_port()
     log, url = folder / "log", f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "xquant_gguf", "serve", model, *options, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--n_batch", "128", "--n_ubatch=128", "--verbose", "false"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from support.workers import free_port
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,7 @@ def running(
     command: Sequence[str | Path], folder: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[Server]:
     """Starts a command line of llama-server, to which host and port are added; it must end well when it is told to."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = Server(f"http://127.0.0.1:{port}", folder / "log")
     command = [*command, "--host", "127.0.0.1", "--port", str(port)]
     with server.log_file.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as it:
