@@ -129,7 +129,7 @@ def inspect_cache(
             info, n_ctx = CacheInfo(session.ctx, preset, (fork.GGML_TYPE_XQUANT,) * 2).now(), session.n_ctx
             if found := fork.plan(session.ctx, preset):  # a cache takes memory for more sequences when they come
                 plan, shapes, _ = found
-                one, all_of_them = (plan.cache_bytes(shapes, n_ctx, n_ubatch, n) for n in (1, n_seq))
+                one, all_of_them = (plan.cache_bytes(shapes, n_ctx, n) for n in (1, n_seq))
                 info["bytes_allocated"] += all_of_them - one
     sizes[preset] = info["bytes_allocated"]
     return info, sizes, n_ctx

@@ -209,18 +209,18 @@ class Plan:
         sides = [layer.k for layer in self.layers] + [layer.v for layer, e in pairs if e > 0]
         return sum(side.bits for side in sides if side.owner < 0) / len(sides)
 
-    def slots(self, n_ctx: int, n_ubatch: int = 512, n_seq: int = 1) -> int:
-        """Pages that have room in F16: pinned, window, one micro-batch and one more; at most all of n_ctx.
+    def slots(self, n_ctx: int, n_seq: int = 1) -> int:
+        """Pages that have room in F16: pinned, window and one more; at most all of n_ctx.
 
         n_seq: sequences that have tokens in the cache; those beyond the first add a sixth of all at most.
         """
-        return _checked(native.load()[1].xq_plan_slots(self._c_plan(), -(-n_ctx // PAGE), n_ubatch, n_seq))
+        return _checked(native.load()[1].xq_plan_slots(self._c_plan(), -(-n_ctx // PAGE), n_seq))
 
-    def cache_bytes(self, shapes: Sequence[Shape], n_ctx: int, n_ubatch: int = 512, n_seq: int = 1) -> int:
+    def cache_bytes(self, shapes: Sequence[Shape], n_ctx: int, n_seq: int = 1) -> int:
         """Bytes that a cache of n_ctx cells allocates: blocks and window slots (page tables, a few KiB, apart)."""
         ffi, lib = native.load()
         d, e, heads = (ffi.new("int32_t[]", [getattr(s, x) for s in shapes]) for x in ("d", "e", "heads"))
-        slots = self.slots(n_ctx, n_ubatch, n_seq)
+        slots = self.slots(n_ctx, n_seq)
         return _checked(lib.xq_cache_bytes(self._c_plan(), d, e, heads, -(-n_ctx // PAGE), slots))
 
     def to_dict(self) -> dict[str, Any]:

@@ -93,6 +93,15 @@ inline bool accepts_source(const xq_store &store, bool seals) {
             !fail(XQ_ERR_ARGUMENT, "store: source.plan.owner is %d: it must have codes of its own", source.plan.owner));
 }
 
+/* One side's stage, if there is one. */
+inline bool accepts_stage(const char *name, const xq_store &store, const xq_side_store &side) {
+    return (side.first_staged == store.n_slots ||
+            !fail(XQ_ERR_ARGUMENT, "store: %s.first_staged is %d, must be n_slots, %d", name, side.first_staged,
+                  store.n_slots)) &&
+           (store.n_staged == 0 || side.stage ||
+            !fail(XQ_ERR_ARGUMENT, "store: %s.stage must not be null for n_staged %d", name, store.n_staged));
+}
+
 inline bool accepts_store(const xq_store *store) {
     constexpr int most = 1 << 22; // a page's number times its bytes of a mask fits an int
     if (!none_null("store", {{"store", store}}) || !in_range("store", {{"n_head_kv", store->n_head_kv, 1, INT16_MAX},
@@ -101,9 +110,10 @@ inline bool accepts_store(const xq_store *store) {
                                                                        {"n_streams", store->n_streams, 1, most}})) {
         return false;
     }
-    const int64_t n_rows = (int64_t)store->n_streams * store->n_slots * XQ_PAGE;
     const bool seals = store->k.param != nullptr;
-    return in_range("store", {{"n_streams * n_slots * 128", n_rows, 1, INT32_MAX}}) &&
+    return in_range("store", {{"n_staged", store->n_staged, 0, most}}) &&
+           in_range("store", {{"(n_streams * n_slots + n_staged) * 128", n_rows(*store), 1, INT32_MAX}}) &&
+           accepts_stage("k", *store, store->k) && (store->v.width == 0 || accepts_stage("v", *store, store->v)) &&
            none_null("store", {{"k.rows", store->k.rows}}) && accepts_side("k", store->k, true, seals) &&
            ((store->latent > 0 && store->v.width == 0) ||
             (none_null("store", {{"v.rows", store->v.rows}}) && accepts_side("v", store->v, false, seals))) &&
@@ -135,6 +145,7 @@ inline bool accepts_update(const xq_store *store, const xq_update_args *args) {
                      args->n_seals, args->n_unseals);
     }
     return (!seals || none_null("update", {{"seals", args->seals}})) &&
+           (!args->serial || none_null("update", {{"done", args->done}})) &&
            (!unseals || none_null("update", {{"unseals", args->unseals}})) &&
            (!(seals || writes) || none_null("update", {{"n_nonfinite", args->n_nonfinite}})) &&
            (!writes || (none_null("update", {{"rows", args->rows}, {"k_cur", args->k_cur}}) &&

@@ -2,6 +2,7 @@
  *
  *     codes or parameters of page p:  base + stream * s + head * h + page * p      (bytes; xq_side_store)
  *     F16 rows of the page in slot n: base + stream * s + head * h + n * XQ_PAGE * width      (elements)
+ *       in the stage:             stage + head * h + (n - n_slots) * XQ_PAGE * width
  *
  * Query rows of a KV head are counted token by token: row r is token r / n_rep and head r % n_rep of the n_rep heads
  * that share the KV head.  Nothing here looks at data, except first_stream and map_heads.  Free functions that each
@@ -22,6 +23,8 @@ struct side_view {
     uint8_t *codes, *param;         /* of page 0; null where absent */
     int64_t codes_page, param_page; /* bytes from page to page */
     uint16_t *rows;                 /* F16 [slot][XQ_PAGE][width] */
+    uint16_t *stage;                /* F16 [slot of the stage][XQ_PAGE][width]; null: there is none */
+    int32_t first_staged;           /* slot that is the first of the stage */
 };
 
 XQ_BOTH const xq_side_store &side_of(const xq_store &store, bool is_k) {
@@ -37,7 +40,9 @@ XQ_BOTH side_view side_at(const xq_side_store &side, int stream, int head) {
             side.param + (head * side.param_head + stream * side.param_stream),
             side.codes_page,
             side.param_page,
-            (uint16_t *)((char *)side.rows + (head * (2 * side.rows_head) + stream * (2 * side.rows_stream)))};
+            (uint16_t *)((char *)side.rows + (head * (2 * side.rows_head) + stream * (2 * side.rows_stream))),
+            side.stage + head * side.stage_head,
+            side.first_staged};
 }
 /* The values that the map of a KV head reads; they have no rows. */
 XQ_BOTH side_view source_at(const xq_store &store, int stream, int head) {
@@ -56,7 +61,8 @@ XQ_BOTH uint8_t *page_param(const side_view &side, int page) {
 }
 /* [XQ_PAGE][width] of an open page. */
 XQ_BOTH uint16_t *slot_rows(const side_view &side, int slot) {
-    return side.rows + (int64_t)slot * XQ_PAGE * side.width;
+    return slot < side.first_staged ? side.rows + (int64_t)slot * XQ_PAGE * side.width
+                                    : side.stage + (int64_t)(slot - side.first_staged) * XQ_PAGE * side.width;
 }
 /* Whether its codes are its own, not another layer's. */
 XQ_BOTH bool own_codes(const side_view &side) {
@@ -76,7 +82,7 @@ XQ_BOTH int value_width(const xq_store &store) {
 
 /* A move, as the lists of xq_update_args and xq_keys_args hold it. */
 struct page_move {
-    int32_t stream, page, slot;
+    int32_t stream, page, slot, refill;
     uint32_t valid[4];
 };
 static_assert(sizeof(page_move) == XQ_MOVE_WORDS * sizeof(int32_t), "a move has XQ_MOVE_WORDS words");
@@ -93,29 +99,39 @@ XQ_BOTH const page_move &move_at(const int32_t *moves, int nth) {
 XQ_BOTH int safe_stream(const xq_store &store, int stream) {
     return (uint32_t)stream < (uint32_t)store.n_streams ? stream : 0;
 }
+/* A slot, of the stage as well. */
+XQ_BOTH bool is_slot(const xq_store &store, int slot) {
+    return (uint32_t)slot < (uint32_t)(store.n_slots + store.n_staged);
+}
 XQ_BOTH int safe_slot(const xq_store &store, int slot) {
-    return slot < store.n_slots && slot >= (store.k.param ? (int)XQ_SLOT_SEALED : 0) ? slot : (int)XQ_SLOT_NONE;
+    return slot < store.n_slots + store.n_staged && slot >= (store.k.param ? (int)XQ_SLOT_SEALED : 0) ? slot : (int)XQ_SLOT_NONE;
 }
 XQ_BOTH bool is_there(const xq_store &store, const page_move &move, bool may_seal) {
     return (uint32_t)move.stream < (uint32_t)store.n_streams && (uint32_t)move.page < (uint32_t)store.n_pages &&
-           ((uint32_t)move.slot < (uint32_t)store.n_slots ||
+           (is_slot(store, move.slot) ||
             (may_seal && move.slot == XQ_SLOT_SEALED && store.k.param));
 }
+/* Whether a slot of a stream is refilled after its page was sealed. */
+XQ_BOTH bool is_refilled(const xq_store &store, const page_move &move) {
+    return (uint32_t)move.slot < (uint32_t)store.n_slots && move.refill >= store.n_slots &&
+           is_slot(store, move.refill);
+}
+/* Rows that xq_update_args may name. */
+XQ_BOTH int64_t n_rows(const xq_store &store) {
+    return ((int64_t)store.n_streams * store.n_slots + store.n_staged) * XQ_PAGE;
+}
 XQ_BOTH bool is_row(const xq_store &store, int32_t row) {
-    return (uint32_t)row < (uint32_t)(store.n_streams * store.n_slots) * XQ_PAGE;
+    return (uint32_t)row < (uint32_t)n_rows(store);
 }
 
-/* Stream of a row of xq_update_args, and its number among the stream's rows, slot * XQ_PAGE + token of the page. */
-struct row_place {
-    int stream, row;
-};
-XQ_BOTH row_place place_of(const xq_store &store, int32_t row) {
-    const int of_a_stream = store.n_slots * XQ_PAGE, stream = row / of_a_stream;
-    return {stream, row - stream * of_a_stream};
-}
-/* [width] of a row of a stream, in the open pages. */
-XQ_BOTH uint16_t *row_at(const side_view &side, int row) {
-    return side.rows + (int64_t)row * side.width;
+/* [width] of a row of xq_update_args. */
+XQ_BOTH uint16_t *row_at(const xq_store &store, bool is_k, int head, int32_t row) {
+    const xq_side_store &side = side_of(store, is_k);
+    const int of_a_stream = store.n_slots * XQ_PAGE, staged = row - store.n_streams * of_a_stream;
+    const int stream = staged < 0 ? row / of_a_stream : 0;
+    const side_view at = side_at(side, stream, head);
+    return staged < 0 ? at.rows + (int64_t)(row - stream * of_a_stream) * at.width
+                      : at.stage + (int64_t)staged * at.width;
 }
 /* [width] of a new key or value. */
 XQ_BOTH const float *new_row(const xq_update_args &args, bool is_k, int token, int head) {

@@ -9,16 +9,24 @@ bool accepts_exec(const char *verb, const xq_exec *exec) {
 }
 
 bool accepts_moves(const char *verb, const xq_store &store, const char *name, const int32_t *moves, int32_t n,
-                   bool may_seal) {
+                   moves_kind kind) {
     for (int32_t i = 0; i < n; ++i) {
         const page_move &move = move_at(moves, i);
-        const bool sealed = may_seal && move.slot == XQ_SLOT_SEALED && store.k.param;
-        if (move.stream < 0 || move.stream >= store.n_streams || move.page < 0 || move.page >= store.n_pages ||
-            (!sealed && (move.slot < 0 || move.slot >= store.n_slots))) {
+        if (kind == moves_seal && move.slot == XQ_SLOT_NONE) {
+            continue;
+        }
+        const bool may_seal = kind == moves_keys, refills = kind == moves_seal && move.refill != XQ_SLOT_NONE;
+        if (!is_there(store, move, may_seal)) {
             return !fail(XQ_ERR_ARGUMENT,
                          "%s: %s[%d] is page %d of stream %d and slot %d; there are %d pages, %d streams and %d slots",
                          verb, name, i, move.page, move.stream, move.slot, store.n_pages, store.n_streams,
-                         store.n_slots);
+                         store.n_slots + store.n_staged);
+        }
+        if (refills && !is_refilled(store, move)) {
+            return !fail(XQ_ERR_ARGUMENT,
+                         "%s: %s[%d] refills slot %d from slot %d; it must be a slot of a stream, 0 to %d, and one of "
+                         "the stage, which has %d from %d on",
+                         verb, name, i, move.slot, move.refill, store.n_slots - 1, store.n_staged, store.n_slots);
         }
     }
     return true;
@@ -33,10 +41,10 @@ bool accepts_table(const char *verb, const xq_store &store, const int32_t *table
     for (int32_t s = 0; s < n_streams; ++s) {
         const int32_t *slots = table_of(store, table, stream_of(first_stream, s));
         for (int32_t p = 0; p < n_kv_pages; ++p) {
-            if (slots[p] >= store.n_slots || (slots[p] < least && slots[p] != XQ_SLOT_NONE)) {
+            if (slots[p] >= store.n_slots + store.n_staged || (slots[p] < least && slots[p] != XQ_SLOT_NONE)) {
                 return !fail(XQ_ERR_ARGUMENT,
                              "%s: table says %d of page %d of stream %d; there are %d slots, %d is %s and %d nowhere",
-                             verb, slots[p], p, stream_of(first_stream, s), store.n_slots, XQ_SLOT_SEALED,
+                             verb, slots[p], p, stream_of(first_stream, s), store.n_slots + store.n_staged, XQ_SLOT_SEALED,
                              store.k.param ? "sealed" : "not allowed: the layer never seals", XQ_SLOT_NONE);
             }
         }

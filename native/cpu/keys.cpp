@@ -12,7 +12,7 @@ template <typename F>
 static int each_page(const char *verb, const xq_store *store, const xq_keys_args *args, const xq_exec *exec,
                      const F &f) {
     if (!accepts_keys(verb, store, args) || !accepts_exec(verb, exec) ||
-        !accepts_moves(verb, *store, "pages", args->pages, args->n_pages, true)) {
+        !accepts_moves(verb, *store, "pages", args->pages, args->n_pages, moves_keys)) {
         return XQ_ERR_ARGUMENT;
     }
     const kernel_set *set = active_kernels();

@@ -263,11 +263,9 @@ static int64_t pages_of(int64_t tokens) {
     return (tokens + XQ_PAGE - 1) / XQ_PAGE;
 }
 
-int32_t xq_plan_slots(const xq_plan *plan, int32_t n_pages, int32_t n_ubatch, int32_t n_seq) {
-    if (!plan || n_pages < 1 || n_ubatch < 1 || n_seq < 1) {
-        return fail(XQ_ERR_ARGUMENT,
-                    "xq_plan_slots: %d pages, micro-batches of %d tokens, %d sequences: must be above 0", n_pages,
-                    n_ubatch, n_seq);
+int32_t xq_plan_slots(const xq_plan *plan, int32_t n_pages, int32_t n_seq) {
+    if (!plan || n_pages < 1 || n_seq < 1) {
+        return fail(XQ_ERR_ARGUMENT, "xq_plan_slots: %d pages, %d sequences: must be above 0", n_pages, n_seq);
     }
     if (plan->window < 0) {
         return n_pages;
@@ -275,7 +273,7 @@ int32_t xq_plan_slots(const xq_plan *plan, int32_t n_pages, int32_t n_ubatch, in
     // a window begins within a page, and ends within another
     const int64_t wanted = (int64_t)plan->pinned + pages_of(plan->window) + 1;
     const int64_t others = std::min<int64_t>(wanted * (n_seq - 1), n_pages / 6);
-    return (int32_t)std::min<int64_t>(wanted + others + pages_of(n_ubatch), n_pages);
+    return (int32_t)std::min<int64_t>(wanted + others, n_pages);
 }
 
 int64_t xq_cache_bytes(const xq_plan *plan, const int32_t *d, const int32_t *e, const int32_t *n_head_kv,

@@ -41,6 +41,7 @@ xq_side_store side_store(const xq_side &plan, int32_t width, const xq_shape &sha
     side.rows = rows;
     side.rows_head = (int64_t)shape.n_slots * XQ_PAGE * width;
     side.rows_stream = rows_stream / (int64_t)sizeof(uint16_t);
+    side.first_staged = shape.n_slots;
     return side;
 }
 
@@ -105,6 +106,20 @@ int xq_store_init(xq_store *store, const xq_layer *layer, const xq_shape *shape,
     return XQ_OK;
 }
 
+int xq_store_stage(xq_store *store, uint16_t *stage, int32_t n) {
+    if (!none_null("xq_store_stage", {{"store", store}, {"stage", stage}}) ||
+        !in_range("xq_store_stage", {{"n", n, 1, 1 << 22}})) {
+        return XQ_ERR_ARGUMENT;
+    }
+    store->n_staged = n;
+    for (xq_side_store *side : {&store->k, &store->v}) {
+        side->stage = stage;
+        side->stage_head = (int64_t)n * XQ_PAGE * side->width;
+        stage += store->n_head_kv * side->stage_head;
+    }
+    return XQ_OK;
+}
+
 int xq_store_latent(xq_store *store, int32_t n) {
     if (!none_null("xq_store_latent", {{"store", store}})) {
         return XQ_ERR_ARGUMENT;
@@ -159,8 +174,9 @@ int xq_store_map(xq_store *store, const xq_store *source, const int32_t *heads, 
     }
     store->mapped = 1;
     store->source = source->v;
-    store->source.rows = nullptr;
-    store->source.rows_head = store->source.rows_stream = 0;
+    xq_side_store &source_side = store->source; // of which codes alone are read
+    source_side.rows = source_side.stage = nullptr;
+    source_side.rows_head = source_side.rows_stream = source_side.stage_head = 0;
     store->map_heads = heads;
     store->map = map;
     return XQ_OK;

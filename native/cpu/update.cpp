@@ -1,11 +1,22 @@
 /* update.cpp: the verb that changes pages: seals and unseals, or writes the rows of a micro-batch.
  *
  * A task is one side of one KV head of a move, or one side of a token; nothing is shared between tasks but the counter.
+ * The task that seals a page refills its slot.
  * At most 65 KiB of a thread's stack are used.
  */
 #include "verbs.h"
 
+#include <cstring>
+
 namespace xq {
+
+/* The rows that move into the slot of a page which was sealed. */
+static void refill_slot(const xq_store &store, const page_move &move, const side_view &side) {
+    if (is_refilled(store, move)) {
+        memcpy(slot_rows(side, move.slot), slot_rows(side, move.refill),
+               (size_t)XQ_PAGE * (size_t)side.width * sizeof(uint16_t));
+    }
+}
 
 /* Returns how many inputs were not finite. */
 static int move_page(const kernel_set &set, const xq_store &store, const page_move &move, bool is_k, int head,
@@ -14,8 +25,10 @@ static int move_page(const kernel_set &set, const xq_store &store, const page_mo
     uint16_t *rows = slot_rows(x.side, move.slot);
     const int64_t stride = x.side.width;
     if (seals) {
-        return is_k ? set.seal_k(x.page, rows, stride, move.valid)
-                    : set.seal_v(x.page, rows, stride, move.valid, x.predicted);
+        const int n_bad = is_k ? set.seal_k(x.page, rows, stride, move.valid)
+                               : set.seal_v(x.page, rows, stride, move.valid, x.predicted);
+        refill_slot(store, move, x.side);
+        return n_bad;
     }
     if (is_k) {
         set.unseal_k(x.page, rows, stride);
@@ -27,21 +40,19 @@ static int move_page(const kernel_set &set, const xq_store &store, const page_mo
 
 /* All KV heads of one side of a token. */
 static int write_token(const kernel_set &set, const xq_store &store, const xq_update_args &args, bool is_k, int token) {
-    const row_place place = place_of(store, args.rows[token]);
+    const int width = side_of(store, is_k).width;
     int n_bad = 0;
     for (int head = 0; head < store.n_head_kv; ++head) {
-        const side_view side = side_at(side_of(store, is_k), place.stream, head);
-        n_bad += set.to_half(new_row(args, is_k, token, head), side.width, row_at(side, place.row));
+        n_bad += set.to_half(new_row(args, is_k, token, head), width, row_at(store, is_k, head, args.rows[token]));
     }
     return n_bad;
 }
 
 static bool accepts_rows(const xq_store &store, const xq_update_args &args) {
-    const int64_t n_rows = (int64_t)store.n_streams * store.n_slots * XQ_PAGE;
     for (int32_t t = 0; t < args.n_tokens; ++t) {
-        if (args.rows[t] < 0 || args.rows[t] >= n_rows) {
+        if (!is_row(store, args.rows[t])) {
             return !fail(XQ_ERR_ARGUMENT, "update: rows[%d] is %d, must be 0 to %lld", t, args.rows[t],
-                         (long long)n_rows - 1);
+                         (long long)n_rows(store) - 1);
         }
     }
     return true;
@@ -49,8 +60,8 @@ static bool accepts_rows(const xq_store &store, const xq_update_args &args) {
 
 int cpu_update(const xq_store *store, const xq_update_args *args, const xq_exec *exec) {
     if (!accepts_update(store, args) || !accepts_exec("update", exec) ||
-        !accepts_moves("update", *store, "seals", args->seals, args->n_seals, false) ||
-        !accepts_moves("update", *store, "unseals", args->unseals, args->n_unseals, false) ||
+        !accepts_moves("update", *store, "seals", args->seals, args->n_seals, moves_seal) ||
+        !accepts_moves("update", *store, "unseals", args->unseals, args->n_unseals, moves_unseal) ||
         !accepts_rows(*store, *args)) {
         return XQ_ERR_ARGUMENT;
     }
@@ -64,8 +75,13 @@ int cpu_update(const xq_store *store, const xq_update_args *args, const xq_exec 
         const int number = (int)(task / parts), part = (int)(task % parts);
         const bool seals = number < args->n_seals;
         const page_move &move = seals ? move_at(args->seals, number) : move_at(args->unseals, number - args->n_seals);
-        n_bad += (uint64_t)move_page(*set, *store, move, part % sides == 0, part / sides, seals);
+        if (move.slot != XQ_SLOT_NONE) {
+            n_bad += (uint64_t)move_page(*set, *store, move, part % sides == 0, part / sides, seals);
+        }
     });
+    if (args->serial && exec->ith == 0) {
+        *args->done = *args->serial;
+    }
     each_task(*set, *exec, sides * (int64_t)args->n_tokens, [&](int64_t task) {
         n_bad += (uint64_t)write_token(*set, *store, *args, task % sides == 0, (int)(task / sides));
     });

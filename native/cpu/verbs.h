@@ -14,9 +14,10 @@ int cpu_write_keys(const xq_store *store, const xq_keys_args *args, const xq_exe
 
 /* Every thread makes the same checks of the same data: all of them refuse a call, or none. */
 bool accepts_exec(const char *verb, const xq_exec *exec);
-/* Moves [n][XQ_MOVE_WORDS].  may_seal: a slot may be XQ_SLOT_SEALED. */
+/* What moves [n][XQ_MOVE_WORDS] are for, which says what slot and refill may be. */
+enum moves_kind { moves_seal, moves_unseal, moves_keys };
 bool accepts_moves(const char *verb, const xq_store &store, const char *name, const int32_t *moves, int32_t n,
-                   bool may_seal);
+                   moves_kind kind);
 /* The streams, and the slots of their first n_kv_pages pages. */
 bool accepts_table(const char *verb, const xq_store &store, const int32_t *table, const int32_t *first_stream,
                    int32_t n_streams, int32_t n_kv_pages);

@@ -71,6 +71,7 @@ static bool is_aligned(const char *verb, const xq_side_store &side) {
                             {"param_head", side.param_head, 16},
                             {"param_stream", side.param_stream, 16},
                             {"address of rows", address(side.rows), 16},
+                            {"address of the stage", address(side.stage), 16},
                             {"rows_head", side.rows_head, 8},
                             {"rows_stream", side.rows_stream, 8}});
 }

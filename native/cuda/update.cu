@@ -98,6 +98,25 @@ __global__ void __launch_bounds__(slab)
     }
 }
 
+constexpr int refill_threads = 128;
+
+/* grid (side of a KV head, move): rows of the stage to a slot whose page is sealed by now. */
+__global__ void __launch_bounds__(refill_threads)
+    refill_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_update_args args) {
+    const page_move &move = move_at(args.seals, blockIdx.y);
+    if (is_there(store, move, false) && is_refilled(store, move)) {
+        const side_view side = side_at(side_of(store, is_key(store, blockIdx.x)), move.stream, head_of(store, blockIdx.x));
+        const auto *from = (const uint4 *)open_rows(side, move.refill);
+        auto *to = (uint4 *)open_rows(side, move.slot);
+        for (int i = threadIdx.x; i < XQ_PAGE * side.width / 8; i += refill_threads) {
+            to[i] = from[i];
+        }
+    }
+    if (args.serial && threadIdx.x == 0 && blockIdx.x == 0 && blockIdx.y == 0) {
+        *args.done = *args.serial;
+    }
+}
+
 constexpr unsigned max_shares = 256; /* of the tokens */
 
 /* grid (side of a KV head, share of the tokens), a thread each channel: new keys or values to the open rows that they
@@ -105,10 +124,10 @@ constexpr unsigned max_shares = 256; /* of the tokens */
 __global__ void rows_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_update_args args) {
     const bool is_k = is_key(store, blockIdx.x);
     const int head = head_of(store, blockIdx.x), j = threadIdx.x;
-    const xq_side_store &side = side_of(store, is_k);
+    const int width = side_of(store, is_k).width;
     wait_for_previous();
     launch_next();
-    if (j >= side.width) {
+    if (j >= width) {
         return;
     }
     int bad = 0; // a masked infinity would spoil the sums of the tensor cores: 0 * inf
@@ -119,8 +138,7 @@ __global__ void rows_kernel(const __grid_constant__ xq_store store, const __grid
             continue;
         }
         const float x = new_row(args, is_k, t, head)[j];
-        const row_place place = place_of(store, row);
-        ((__half *)row_at(side_at(side, place.stream, head), place.row))[j] = __float2half_rn(finite(x, bad));
+        ((__half *)row_at(store, is_k, head, row))[j] = __float2half_rn(finite(x, bad));
     }
     count_bad(args.n_nonfinite, bad);
 }
@@ -132,6 +150,9 @@ int launch_update(const xq_store &store, const xq_update_args &args, cudaStream_
     const unsigned n_slabs = slabs_of(store), sides = n_sides(store) * (unsigned)store.n_head_kv;
     if (args.n_seals > 0 && allow_shared(seal_kernel, shared)) {
         seal_kernel<<<dim3(n_slabs, sides, args.n_seals), slab, shared, stream>>>(store, args);
+    }
+    if (args.n_seals > 0 && (store.n_staged > 0 || args.serial)) {
+        refill_kernel<<<dim3(sides, args.n_seals), refill_threads, 0, stream>>>(store, args);
     }
     if (args.n_unseals > 0 && allow_shared(unseal_kernel, shared)) {
         unseal_kernel<<<dim3(n_slabs, sides, args.n_unseals), slab, shared, stream>>>(store, args);

@@ -131,10 +131,10 @@ XQ_API int xq_plan_check(const xq_plan *plan, const int32_t *d, const int32_t *e
 /* Checks one side on its own for a head width; which layer owns its codes is not looked at. */
 XQ_API int xq_check_side(const xq_side *side, int32_t is_k, int32_t width);
 XQ_API int xq_block_layout_of(const xq_layer *layer, int32_t d, int32_t e, xq_block_layout *layout);
-/* Open pages that a stream of n_pages pages has room for, with micro-batches of n_ubatch tokens and n_seq sequences in
- * it: n_seq * (pinned + ceil(window / XQ_PAGE) + 1) + ceil(n_ubatch / XQ_PAGE).  At most all; and what sequences beyond
- * the first add is at most a sixth of all. */
-XQ_API int32_t xq_plan_slots(const xq_plan *plan, int32_t n_pages, int32_t n_ubatch, int32_t n_seq);
+/* Open pages that a stream of n_pages pages has room for, with n_seq sequences in it:
+ * n_seq * (pinned + ceil(window / XQ_PAGE) + 1).  At most all; and what sequences beyond the first add is at most a
+ * sixth of all. */
+XQ_API int32_t xq_plan_slots(const xq_plan *plan, int32_t n_pages, int32_t n_seq);
 /* Bytes of the blocks and rows of one stream: of layers l of widths d[l] and e[l] with n_head_kv[l] KV heads; d[l] = 0:
  * not part of the cache.  A cache whose pages all have slots has no blocks. */
 XQ_API int64_t xq_cache_bytes(const xq_plan *plan, const int32_t *d, const int32_t *e, const int32_t *n_head_kv,
@@ -195,7 +195,7 @@ enum xq_slot {
 };
 
 enum xq_limit {
-    XQ_MOVE_WORDS = 7,         /* int32 of a move: stream, page, slot, valid[4] */
+    XQ_MOVE_WORDS = 8,         /* int32 of a move: stream, page, slot, refill, valid[4] */
     XQ_CPU_GROUP_ROWS = 64,    /* query rows of a KV head that share one pass over the pages */
     XQ_CUDA_GROUP_ROWS = 8,    /* likewise */
     XQ_CUDA_WIDE_ROWS = 16,    /* likewise, of the wide kernel, if there are more than 8 */
@@ -210,6 +210,11 @@ enum xq_limit {
  * and of F16 rows [XQ_PAGE][width] of the open page in slot n:
  *
  *     rows + s * rows_stream + h * rows_head + n * XQ_PAGE * width
+ *
+ * Slots from first_staged on lie in the stage, memory that all layers use in turn while a micro-batch is computed; its
+ * slots belong to no stream:
+ *
+ *     stage + h * stage_head + (n - first_staged) * XQ_PAGE * width
  */
 typedef struct xq_side_store {
     xq_side plan;
@@ -219,11 +224,15 @@ typedef struct xq_side_store {
     int64_t param_page, param_head, param_stream; /* bytes */
     uint16_t *rows;
     int64_t rows_head, rows_stream; /* elements */
+    uint16_t *stage;                /* null: there is none */
+    int64_t stage_head;             /* elements */
+    int32_t first_staged;           /* n_slots of the store */
 } xq_side_store;
 
 /* One layer.  On a GPU every pointer to data is a device pointer. */
 typedef struct xq_store {
     int32_t n_head_kv, n_pages, n_slots, n_streams;
+    int32_t n_staged; /* slots of the stage */
     xq_side_store k, v;
     int32_t latent;           /* so many of the values' channels, the first, are the first of the keys; v: the others */
     int32_t mapped;           /* 1: V is what a map of `source` leaves over */
@@ -248,6 +257,8 @@ XQ_API int xq_store_init(xq_store *store, const xq_layer *layer, const xq_shape 
 /* Bytes of blocks and of rows of one stream. */
 XQ_API int64_t xq_store_block_bytes(const xq_layer *layer, const xq_shape *shape);
 XQ_API int64_t xq_store_row_bytes(const xq_shape *shape);
+/* A micro-batch's slots: F16, K [KV head][n][XQ_PAGE][d], then V [KV head][n][XQ_PAGE][e]. */
+XQ_API int xq_store_stage(xq_store *store, uint16_t *stage, int32_t n);
 /* K's or V's codes are those that another layer stores. */
 XQ_API int xq_store_borrow(xq_store *store, int32_t is_k, const xq_store *owner);
 /* The first n channels of the values are those of the keys, before the e that the shape says. */
@@ -277,10 +288,15 @@ typedef struct xq_exec {
  * where they come in: in k_cur and v_cur, or, in rows that were put there by other means, when their page is sealed. */
 typedef struct xq_update_args {
     const int32_t *seals;   /* [n_seals][XQ_MOVE_WORDS]: the open page in a slot becomes codes; bit t of valid: token t
-                               counts, others are given the value of the first one that does */
+                               counts, others are given the value of the first one that does.  refill: the slot of the
+                               stage whose rows move into this slot then, or XQ_SLOT_NONE.  slot XQ_SLOT_NONE: nothing
+                               moves */
     const int32_t *unseals; /* [n_unseals][XQ_MOVE_WORDS]: a sealed page becomes rows in a slot; valid: not looked at */
     int32_t n_seals, n_unseals;
-    const int32_t *rows;        /* [n_tokens]: (stream * n_slots + slot) * XQ_PAGE + token of the page */
+    const int32_t *serial; /* [1], with seals: noted in *done when they are made; null: nothing is noted */
+    int32_t *done;         /* [1] */
+    const int32_t *rows;   /* [n_tokens]: (stream * n_slots + slot) * XQ_PAGE + token of the page; of slot n_slots + i
+                              of the stage, (n_streams * n_slots + i) * XQ_PAGE + token */
     const float *k_cur, *v_cur; /* [token][KV head][d or e]; v_cur for e = 0: not looked at */
     int64_t k_head_stride, k_token_stride, v_head_stride, v_token_stride; /* bytes */
     int32_t n_tokens;

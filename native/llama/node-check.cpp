@@ -114,12 +114,27 @@ bool are_apart(const ggml_tensor *a, const ggml_tensor *b) {
 bool are_apart(const ggml_tensor *node, const ggml_tensor *written, const ggml_tensor *indices) {
     const layer_sources at = sources_of(node);
     const ggml_tensor *rows = node->src[at.rows], *blocks = node->src[at.blocks], *aux = node->src[at.aux];
-    for (const ggml_tensor *t : {rows, blocks, written}) {
+    for (const ggml_tensor *t : {rows, blocks, written, stage_of(node)}) {
         if (!are_apart(t, indices) || !are_apart(t, aux)) {
             return false;
         }
     }
     return are_apart(aux, indices);
+}
+
+/* A stage of whole slots, apart from the layer. */
+bool is_stage(const ggml_tensor *node, int64_t slot /* elements */, bool on_host) {
+    const ggml_tensor *stage = stage_of(node);
+    if (!stage) {
+        return true;
+    }
+    const layer_sources at = sources_of(node);
+    constexpr int64_t most = 1 << 22; // as the verbs have it
+    return is_tensor(stage, on_host, {"stage", GGML_TYPE_F16, {any, 1, 1, 1}, true}) &&
+           (stage->ne[0] % slot == 0 || refuse("stage has %lld elements, must be slots of %lld",
+                                               (long long)stage->ne[0], (long long)slot)) &&
+           in_range("slots of the stage", stage->ne[0] / slot, 1, most) && are_apart(stage, node->src[at.rows]) &&
+           are_apart(stage, node->src[at.blocks]);
 }
 
 /* ---- a layer ---- */
@@ -221,6 +236,9 @@ bool accepts_layer(const ggml_tensor *node, bool on_host, layer_shape &l) {
         return refuse("rows have %lld elements a stream, must be up to %lld slots of %lld", (long long)rows->ne[0],
                       (long long)most, (long long)slot);
     }
+    if (!is_stage(node, slot, on_host)) {
+        return false;
+    }
     l.shape.n_slots = (int32_t)n_slots;
     l.shape.n_streams = (int32_t)rows->ne[1];
     l.seals = blocks && blocks->ne[0] != 1; // else there is nothing in them
@@ -249,6 +267,8 @@ bool accepts_update(const ggml_tensor *node, const layer_shape &l, bool on_host)
     if (moves) {
         return is_tensor(moves, on_host, {"moves", GGML_TYPE_I32, {XQ_MOVE_WORDS, any, 1, 1}, true}) &&
                in_range("moves", moves->ne[1], 1, INT32_MAX) && in_range("n_seals", l.p.number, 0, moves->ne[1]) &&
+               (!src[update_input] || (is_input(src[update_input], l, 0, on_host) &&
+                                       are_apart(node, nullptr, src[update_input]))) &&
                are_apart(node, nullptr, moves);
     }
     const int64_t n_heads = l.shape.n_head_kv;
@@ -317,6 +337,19 @@ bool accepts_keys(const ggml_tensor *node, const layer_shape &l, bool on_host) {
 }
 
 } // namespace
+
+const ggml_tensor *stage_of(const ggml_tensor *node) {
+    switch (node->op) {
+    case GGML_OP_XQUANT_UPDATE:
+        return params_of(node).flags & flag_stages ? node : node->src[update_stage];
+    case GGML_OP_XQUANT_ATTEND:
+        return node->src[attend_stage];
+    case GGML_OP_XQUANT_UNPACK:
+        return node->src[unpack_stage];
+    default:
+        return nullptr;
+    }
+}
 
 layer_sources sources_of(const ggml_tensor *node) {
     switch (node->op) {

@@ -28,6 +28,8 @@ struct layer_sources {
     int rows, blocks, k_other, v_other, aux;
 };
 layer_sources sources_of(const ggml_tensor *node);
+/* The stage that a node makes or reads; null: there is none. */
+const ggml_tensor *stage_of(const ggml_tensor *node);
 
 /* Numbers of the state of a query row in a part of attention. */
 inline int64_t attend_state(const node_params &p) {

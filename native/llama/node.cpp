@@ -72,10 +72,23 @@ static ggml_tensor *finish(ggml_tensor *node, ggml_op op, const node_params &par
     return node;
 }
 
-ggml_tensor *new_update(ggml_context *ctx, const layer_tensors &l, ggml_tensor *input, ggml_tensor *k_cur,
-                        ggml_tensor *v_cur) {
-    return finish(ggml_view_tensor(ctx, l.rows), GGML_OP_XQUANT_UPDATE, l.params,
-                  {l.rows, input, nullptr, k_cur, v_cur, l.blocks, l.k_other, l.v_other, l.aux});
+open_tensors new_update(ggml_context *ctx, const layer_tensors &l, ggml_tensor *input, ggml_tensor *k_cur,
+                        ggml_tensor *v_cur, int32_t n_staged) {
+    node_params params = l.params;
+    params.flags = n_staged > 0 ? flag_stages : 0;
+    const int64_t n = (int64_t)n_staged * XQ_PAGE * (l.params.d + l.params.e) * l.params.n_head_kv;
+    ggml_tensor *result = n_staged > 0 ? ggml_new_tensor_1d(ctx, GGML_TYPE_F16, n) : ggml_view_tensor(ctx, l.rows);
+    finish(result, GGML_OP_XQUANT_UPDATE, params,
+           {l.rows, input, nullptr, k_cur, v_cur, l.blocks, l.k_other, l.v_other, l.aux});
+    return n_staged > 0 ? open_tensors{l.rows, result} : open_tensors{result, nullptr};
+}
+
+ggml_tensor *new_clearing(ggml_context *ctx, const layer_tensors &l, ggml_tensor *input, ggml_tensor *moves,
+                          ggml_tensor *stage) {
+    node_params params = l.params;
+    params.number = (int32_t)moves->ne[1];
+    return finish(ggml_view_tensor(ctx, l.rows), GGML_OP_XQUANT_UPDATE, params,
+                  {l.rows, input, moves, nullptr, nullptr, l.blocks, l.k_other, l.v_other, l.aux, stage});
 }
 
 ggml_tensor *new_moves(ggml_context *ctx, const layer_tensors &l, ggml_tensor *moves, int32_t n_seals) {
@@ -85,26 +98,27 @@ ggml_tensor *new_moves(ggml_context *ctx, const layer_tensors &l, ggml_tensor *m
                   {l.rows, nullptr, moves, nullptr, nullptr, l.blocks, l.k_other, l.v_other, l.aux});
 }
 
-ggml_tensor *new_attend(ggml_context *ctx, const layer_tensors &l, ggml_tensor *rows, ggml_tensor *input,
+ggml_tensor *new_attend(ggml_context *ctx, const layer_tensors &l, const open_tensors &open, ggml_tensor *input,
                         ggml_tensor *q, ggml_tensor *mask, ggml_tensor *sinks, const attend_options &options) {
     node_params params = l.params;
     params.number = options.n_parts;
     params.scale = options.scale;
     params.softcap = options.softcap;
     params.max_bias = options.max_bias;
-    params.flags = rows->op == GGML_OP_XQUANT_UPDATE ? flag_after_update : 0;
+    params.flags = options.after_update ? flag_after_update : 0;
     const int64_t n_rows = q->ne[1] * q->ne[2], width = l.params.latent + l.params.e, n_out = width * n_rows;
     return finish(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_out + attend_state(params) * n_rows * options.n_parts),
-                  GGML_OP_XQUANT_ATTEND, params, {q, input, mask, rows, l.blocks, l.k_other, l.v_other, l.aux, sinks});
+                  GGML_OP_XQUANT_ATTEND, params,
+                  {q, input, mask, open.rows, l.blocks, l.k_other, l.v_other, l.aux, sinks, open.stage});
 }
 
-ggml_tensor *new_unpack(ggml_context *ctx, const layer_tensors &l, ggml_tensor *rows, ggml_tensor *input, bool is_k,
-                        int32_t first_head, const int64_t ne[4]) {
+ggml_tensor *new_unpack(ggml_context *ctx, const layer_tensors &l, const open_tensors &open, ggml_tensor *input,
+                        bool is_k, int32_t first_head, const int64_t ne[4]) {
     node_params params = l.params;
     params.number = first_head;
     params.flags = is_k ? flag_is_k : 0;
     return finish(ggml_new_tensor(ctx, GGML_TYPE_F16, 4, ne), GGML_OP_XQUANT_UNPACK, params,
-                  {input, rows, l.blocks, l.k_other, l.v_other, l.aux});
+                  {input, open.rows, l.blocks, l.k_other, l.v_other, l.aux, open.stage});
 }
 
 ggml_tensor *new_read_keys(ggml_context *ctx, const layer_tensors &l, ggml_tensor *pages) {
@@ -155,6 +169,12 @@ static bool make_store(xq_store &store, const ggml_tensor *node) {
         (p.latent > 0 && xq_store_latent(&store, p.latent) != XQ_OK)) {
         return false;
     }
+    if (const ggml_tensor *stage = stage_of(node)) {
+        const int64_t slot = (int64_t)XQ_PAGE * (shape.d + shape.e) * p.n_head_kv;
+        if (xq_store_stage(&store, (uint16_t *)stage->data, (int32_t)(stage->ne[0] / slot)) != XQ_OK) {
+            return false;
+        }
+    }
     if (seals && k_other) {
         other_blocks(k_other, p.n_head_kv, p.n_pages).set_codes(store.k, 0);
     }
@@ -192,6 +212,10 @@ static int run_update(const xq_backend &backend, const xq_store &store, const gg
         a.n_seals = p.number;
         a.unseals = a.seals + (int64_t)p.number * XQ_MOVE_WORDS;
         a.n_unseals = (int32_t)moves->ne[1] - p.number;
+        if (const ggml_tensor *input = src[update_input]) {
+            a.serial = (const int32_t *)input->data + input_serial;
+            a.done = (int32_t *)((char *)src[update_aux]->data + aux_serial);
+        }
     }
     if (const ggml_tensor *k = src[update_k_cur]) {
         a.rows = rows_of(src[update_input], store);

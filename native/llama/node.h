@@ -1,6 +1,6 @@
 /* node.h: the five operations of the fork as nodes of a ggml graph, and the way from a node to a verb of xquant.h.
  *
- *     GGML_OP_XQUANT_UPDATE      rows, in place  <- see update_src
+ *     GGML_OP_XQUANT_UPDATE      rows, in place; or a stage, and what of the rows lies in slots  <- see update_src
  *     GGML_OP_XQUANT_ATTEND      F32 [(latent + e) * head * token], and behind it room for states  <- attend_src
  *     GGML_OP_XQUANT_UNPACK      F16 [width, KV head, cell, stream]  <- unpack_src
  *     GGML_OP_XQUANT_READ_KEYS   F32 [d, KV head, token of all pages]  <- keys_src
@@ -10,9 +10,15 @@
  *
  *     blocks  I8   [KV head * page * bytes of a block, stream], or [1] where nothing is ever sealed
  *     rows    F16  [elements of all slots, stream], as xq_store_init says
- *     aux     I8   counter u64 of values that were not finite | heads i32 [KV head] | arrivals u32 | map F32; each
- *                  part is padded to 64 bytes
- *     input   I32  first stream of the micro-batch | table [stream][page] | rows [token]; padded as below
+ *     aux     I8   counter u64 of values that were not finite, serial number i32 of the last micro-batch whose stage
+ *                  was cleared | heads i32 [KV head] | arrivals u32 | map F32; each part is padded to 64 bytes
+ *     input   I32  first stream of the micro-batch, its serial number | table [stream][page] | rows [token]; padded
+ *                  as below
+ *
+ * and, if a micro-batch fills more pages than there are slots,
+ *
+ *     stage   F16  [elements of its slots], as xq_store_stage says: the result of the update that writes rows, of use
+ *                  until another update has moved its pages into codes and slots
  *
  * What else a verb needs is in op_params: nothing in a node points into this process, so that a node may be run by
  * another.  node.cpp is part of ggml-base; ggml-cpu and ggml-cuda call compute() with their backends.
@@ -40,7 +46,8 @@ enum update_src {
     update_blocks,
     update_k_other,
     update_v_other,
-    update_aux
+    update_aux,
+    update_stage
 };
 enum attend_src {
     attend_q,
@@ -51,9 +58,10 @@ enum attend_src {
     attend_k_other,
     attend_v_other,
     attend_aux,
-    attend_sinks
+    attend_sinks,
+    attend_stage
 };
-enum unpack_src { unpack_input, unpack_rows, unpack_blocks, unpack_k_other, unpack_v_other, unpack_aux };
+enum unpack_src { unpack_input, unpack_rows, unpack_blocks, unpack_k_other, unpack_v_other, unpack_aux, unpack_stage };
 enum keys_src { keys_pages, keys_rows, keys_blocks, keys_k_other, keys_v_other, keys_aux, keys_keys };
 
 /* ---- parameters ---- */
@@ -70,7 +78,7 @@ struct node_params {
     uint16_t d, e, n_head_kv;
     uint16_t other_codes, other_param; /* V's parts in a block of v_other, in units of 64 bytes; 0xffff: absent */
     uint16_t latent;                   /* channels of the values that are those of the keys */
-    uint16_t flags;                    /* attend: after_update.  unpack: is_k */
+    uint16_t flags;                    /* update: stages.  attend: after_update.  unpack: is_k */
     uint16_t other_heads;              /* KV heads of v_other */
     int32_t n_pages;
     int32_t number; /* update: n_seals.  attend: n_parts.  unpack: first_head */
@@ -78,11 +86,11 @@ struct node_params {
 };
 static_assert(sizeof(node_params) <= GGML_MAX_OP_PARAMS, "op_params are full");
 
-constexpr uint16_t flag_after_update = 1, flag_is_k = 1, absent = 0xffff;
+constexpr uint16_t flag_after_update = 1, flag_is_k = 1, flag_stages = 1, absent = 0xffff;
 
 /* ---- layout of the small tensors ---- */
 
-constexpr int64_t input_table = 4; /* where the table starts; first_stream is input[0] */
+constexpr int64_t input_serial = 1, input_table = 4; /* where they are; first_stream is input[0] */
 
 /* int32 of the input tensor. */
 inline int64_t input_size(int64_t n_streams, int64_t n_pages, int64_t n_tokens) {
@@ -95,7 +103,7 @@ constexpr int64_t rows_to_unpack = 64;
 /* Groups of query rows of a KV head and stream that may be split into parts: each has a counter of arrivals. */
 constexpr int64_t max_split_groups = rows_to_unpack / XQ_CUDA_GROUP_ROWS;
 
-constexpr int64_t aux_heads = 64;
+constexpr int64_t aux_serial = 8, aux_heads = 64;
 inline int64_t aux_arrivals(int64_t n_head_kv) {
     return aux_heads + (n_head_kv * 4 + 63) / 64 * 64;
 }
@@ -112,9 +120,15 @@ struct layer_tensors {
     node_params params;             /* of any node of the layer */
 };
 
+/* Where a graph's nodes find rows of open pages: a layer's, or its update, and the stage; null: there is none. */
+struct open_tensors {
+    ggml_tensor *rows, *stage;
+};
+
 struct attend_options {
     float scale, softcap, max_bias;
     int32_t n_parts;
+    bool after_update; /* the layer's update is the node before it */
 };
 
 /* The parameters of a layer, of whose values `latent` channels are those of its keys.  v_other, and its shape: the
@@ -122,16 +136,20 @@ struct attend_options {
 GGML_API node_params params_of(const xq_layer &layer, const xq_shape &shape, int32_t latent, const xq_layer *v_other,
                                const xq_shape *other_shape);
 
-/* Writes a micro-batch: k_cur, v_cur F32 [d or e, KV head, token]; v_cur: null if nothing is stored of V. */
-GGML_API ggml_tensor *new_update(ggml_context *ctx, const layer_tensors &l, ggml_tensor *input, ggml_tensor *k_cur,
-                                 ggml_tensor *v_cur);
+/* Writes a micro-batch: k_cur, v_cur F32 [d or e, KV head, token]; v_cur: null if nothing is stored of V.  n_staged:
+ * slots of the stage that it makes, or 0. */
+GGML_API open_tensors new_update(ggml_context *ctx, const layer_tensors &l, ggml_tensor *input, ggml_tensor *k_cur,
+                                 ggml_tensor *v_cur, int32_t n_staged);
+/* Seals moves I32 [XQ_MOVE_WORDS, n], of the stage and of slots, which it may refill. */
+GGML_API ggml_tensor *new_clearing(ggml_context *ctx, const layer_tensors &l, ggml_tensor *input, ggml_tensor *moves,
+                                   ggml_tensor *stage);
 /* Seals the first n_seals of moves I32 [XQ_MOVE_WORDS, n], unseals the others. */
 GGML_API ggml_tensor *new_moves(ggml_context *ctx, const layer_tensors &l, ggml_tensor *moves, int32_t n_seals);
-/* rows: the layer's, or its update. */
-GGML_API ggml_tensor *new_attend(ggml_context *ctx, const layer_tensors &l, ggml_tensor *rows, ggml_tensor *input,
-                                 ggml_tensor *q, ggml_tensor *mask, ggml_tensor *sinks, const attend_options &options);
-GGML_API ggml_tensor *new_unpack(ggml_context *ctx, const layer_tensors &l, ggml_tensor *rows, ggml_tensor *input,
-                                 bool is_k, int32_t first_head, const int64_t ne[4]);
+GGML_API ggml_tensor *new_attend(ggml_context *ctx, const layer_tensors &l, const open_tensors &open,
+                                 ggml_tensor *input, ggml_tensor *q, ggml_tensor *mask, ggml_tensor *sinks,
+                                 const attend_options &options);
+GGML_API ggml_tensor *new_unpack(ggml_context *ctx, const layer_tensors &l, const open_tensors &open,
+                                 ggml_tensor *input, bool is_k, int32_t first_head, const int64_t ne[4]);
 /* pages I32 [XQ_MOVE_WORDS, n]. */
 GGML_API ggml_tensor *new_read_keys(ggml_context *ctx, const layer_tensors &l, ggml_tensor *pages);
 GGML_API ggml_tensor *new_write_keys(ggml_context *ctx, const layer_tensors &l, ggml_tensor *pages, ggml_tensor *keys);

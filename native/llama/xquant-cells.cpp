@@ -10,6 +10,8 @@
 #include "llama-context.h"
 #include "llama-impl.h"
 
+#include <algorithm>
+
 namespace xquant {
 
 /* ---- micro-batches ---- */
@@ -63,19 +65,26 @@ llama_memory_context_ptr kv_cache::init_update(llama_context *lctx, bool optimiz
 }
 
 bool kv_cache::begin(const slot_info &sinfo) {
+    end(false); // of a micro-batch that nobody ended
+    if (running_) {
+        return false;
+    }
     std::vector<xq::page_write> writes;
     for (size_t i = 0; i < sinfo.n_stream(); ++i) {
         writes.push_back({(int32_t)sinfo.strm[i], sinfo.idxs[i]});
     }
-    const xq::page_plan plan = table_->plan(cells_view(*this), writes);
+    xq::page_plan plan = table_->plan(cells_view(*this), writes);
     if (!plan.fits) {
         LLAMA_LOG_ERROR("%s: xquant: a micro-batch writes more pages than the %d that fit\n", __func__,
-                        table_->shape().n_slots);
+                        table_->shape().n_slots + table_->shape().staged);
         return false;
     }
     if (!settle(plan)) {
         return false;
     }
+    after_ = std::move(plan);
+    running_ = true;
+    serial_ = serial_ == INT32_MAX ? 1 : serial_ + 1;
     for (const auto &write : writes) {
         table_->wrote(cells_view(*this), write);
     }
@@ -85,20 +94,88 @@ bool kv_cache::begin(const slot_info &sinfo) {
     return true;
 }
 
+void kv_cache::end(bool ran) {
+    if (!running_) {
+        return;
+    }
+    if (ran) {
+        table_->commit_after(after_);
+    } else {
+        const auto undone = undone_layers();
+        const bool some_done = undone.size() < layers_.size();
+        if (some_done && !move_pages(moves_undone(), true, undone)) {
+            return;
+        }
+        table_->commit_undone(after_, some_done);
+    }
+    running_ = false;
+}
+
+/* Layers that have not cleared the stage of the last micro-batch. */
+std::vector<const layer *> kv_cache::undone_layers() {
+    std::vector<const layer *> out;
+    runner_.synchronize();
+    for (const layer *l : all_layers()) {
+        int32_t serial = 0;
+        ggml_backend_tensor_get(l->nodes.aux, &serial, aux_serial, sizeof(serial));
+        if (serial != serial_) {
+            out.push_back(l);
+        }
+    }
+    return out;
+}
+
+/* What those layers must seal: pages that had slots.  The stage held nothing but the tokens that failed. */
+std::vector<xq::page_move> kv_cache::moves_undone() const {
+    std::vector<xq::page_move> out;
+    for (xq::page_move move : after_.after) {
+        if (move.slot >= table_->shape().n_slots) {
+            continue;
+        }
+        for (size_t i = 0; i < current_.n_stream(); ++i) {
+            for (const uint32_t cell : current_.idxs[i]) {
+                if ((int32_t)current_.strm[i] == move.stream && (int32_t)(cell / XQ_PAGE) == move.page) {
+                    move.valid[cell % XQ_PAGE / 32] &= ~(1u << (cell % 32));
+                }
+            }
+        }
+        move.refill = XQ_SLOT_NONE;
+        if (std::any_of(std::begin(move.valid), std::end(move.valid), [](uint32_t word) { return word != 0; })) {
+            out.push_back(move);
+        }
+    }
+    return out;
+}
+
+void end_ubatch(llama_memory_i *memory, bool ran) {
+    if (kv_cache *cache = kv_cache_of(memory)) {
+        cache->end(ran);
+    }
+}
+
 /* ---- moves ---- */
 
-bool kv_cache::move_pages(const std::vector<xq::page_move> &moves, bool seal) {
-    if (moves.empty() || layers_.empty()) {
+std::vector<const layer *> kv_cache::all_layers() const {
+    std::vector<const layer *> out;
+    for (const auto &l : layers_) {
+        out.push_back(l.get());
+    }
+    return out;
+}
+
+bool kv_cache::move_pages(const std::vector<xq::page_move> &moves, bool seal,
+                          const std::vector<const layer *> &layers) {
+    if (moves.empty() || layers.empty()) {
         return true;
     }
     const auto n = (int64_t)moves.size();
     ggml_tensor *list = nullptr;
     return runner_.run(
-        layers_.size() + 1,
+        layers.size() + 1,
         [&](ggml_context *ctx, ggml_cgraph *graph) {
             list = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, XQ_MOVE_WORDS, n);
             ggml_set_input(list);
-            for (const auto &l : layers_) { // owners before those that read their codes
+            for (const layer *l : layers) { // owners before those that read their codes
                 ggml_build_forward_expand(graph, new_moves(ctx, l->nodes, list, seal ? (int32_t)n : 0));
             }
         },
@@ -106,11 +183,11 @@ bool kv_cache::move_pages(const std::vector<xq::page_move> &moves, bool seal) {
 }
 
 bool kv_cache::settle(const xq::page_plan &plan) {
-    if (!move_pages(plan.seals, true)) {
+    if (!move_pages(plan.seals, true, all_layers())) {
         return false;
     }
     table_->commit_seals(plan);
-    if (!move_pages(plan.unseals, false)) { // into slots that are free only now
+    if (!move_pages(plan.unseals, false, all_layers())) { // into slots that are free only now
         return false;
     }
     table_->commit_opens(plan);
@@ -139,6 +216,7 @@ bool kv_cache::has_sequence(llama_seq_id id, const char *caller) const {
 void kv_cache::clear(bool data) {
     llama_kv_cache::clear(data);
     table_->clear();
+    running_ = false;
     if (data) {
         for (const buffers *some : {&fixed_, &open_}) {
             for (const auto &[ctx, buffer] : *some) {

@@ -26,36 +26,63 @@ static constexpr int64_t rows_at_once = 1 << 21, max_pieces = 8;
 /* What a graph's nodes of our cache read besides tensors of layers. */
 class kv_cache::page_input final : public llm_graph_input_i {
   public:
-    page_input(const kv_cache &kv, ggml_tensor *tensor, uint32_t n_tokens)
-        : kv(kv), tensor(tensor), n_tokens(n_tokens), generation(kv.generation_) {}
+    page_input(const kv_cache &kv, const llm_graph_context &graph)
+        : kv(kv), n_tokens((uint32_t)graph.n_tokens), n_staged(kv.staged_for(graph.ubatch)),
+          generation(kv.generation_) {
+        const auto new_input = [&](const char *name, int64_t width, int64_t n) {
+            ggml_tensor *tensor = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_I32, width, n);
+            ggml_set_input(tensor);
+            ggml_set_name(tensor, name);
+            return tensor;
+        };
+        const xq::page_shape &shape = kv.table_->shape();
+        input = new_input("xquant_input", input_size(shape.n_streams, shape.n_pages(), graph.n_tokens), 1);
+        if (n_staged > 0) {
+            const int64_t n_slots = (int64_t)shape.n_slots * std::min((int64_t)shape.n_streams, graph.n_tokens);
+            moves = new_input("xquant_moves", XQ_MOVE_WORDS, n_staged + n_slots);
+        }
+    }
 
     void set_input(const llama_ubatch *) override {
-        if (tensor->buffer) {
-            kv.set_input(tensor);
+        if (input->buffer) {
+            kv.set_input(input);
+        }
+        if (moves && moves->buffer) {
+            kv.set_moves(moves);
         }
     }
     bool can_reuse(const llm_graph_params &params) override {
-        return params.ubatch.n_tokens == n_tokens && generation == kv.generation_;
+        const int32_t wanted = kv.after_.n_staged;
+        return params.ubatch.n_tokens == n_tokens && generation == kv.generation_ && wanted <= n_staged &&
+               (wanted > 0) == (n_staged > 0);
     }
 
     const kv_cache &kv;
-    ggml_tensor *tensor;
+    ggml_tensor *input, *moves = nullptr; /* moves: of the stage; null: there is none */
     uint32_t n_tokens;
-    uint64_t generation; /* of the tensors that the graph's nodes name */
+    int32_t n_staged;                          /* slots of the stage */
+    uint64_t generation;                       /* of the tensors that the graph's nodes name */
+    std::map<const layer *, open_tensors> open; /* of layers whose update is in the graph */
 };
 
-ggml_tensor *kv_cache::input_of(const llm_graph_context &graph) const {
+kv_cache::page_input &kv_cache::input_of(const llm_graph_context &graph) const {
     for (const auto &input : graph.res->inputs) {
         if (auto *ours = dynamic_cast<page_input *>(input.get()); ours && &ours->kv == this) {
-            return ours->tensor;
+            return *ours;
         }
     }
-    const int64_t size = input_size(n_stream, table_->shape().n_pages(), graph.n_tokens);
-    ggml_tensor *tensor = ggml_new_tensor_1d(graph.ctx0, GGML_TYPE_I32, size);
-    ggml_set_input(tensor);
-    ggml_set_name(tensor, "xquant_input");
-    graph.res->add_input(std::make_unique<page_input>(*this, tensor, (uint32_t)graph.n_tokens));
-    return tensor;
+    return *(page_input *)graph.res->add_input(std::make_unique<page_input>(*this, graph));
+}
+
+/* Slots of the stage in a graph: as many as micro-batches of the size want, so that they can share it.  A graph that is
+ * only measured gets the stage of the worst of its size. */
+int32_t kv_cache::staged_for(const llama_ubatch &ubatch) const {
+    const auto n_tokens = (int32_t)ubatch.n_tokens;
+    if ((running_ && after_.n_staged == 0) || n_tokens == 1 || !table_->seals()) {
+        return 0;
+    }
+    const int32_t usual = pages_of((uint64_t)n_tokens) + (n_stream > 1 ? (int32_t)ubatch.n_seqs_unq : 1);
+    return std::max(usual, running_ ? after_.n_staged : 0);
 }
 
 void kv_cache::set_input(ggml_tensor *tensor) const {
@@ -63,6 +90,7 @@ void kv_cache::set_input(ggml_tensor *tensor) const {
     const int32_t n_pages = table_->shape().n_pages(), n_slots = table_->shape().n_slots;
     int32_t *input = (int32_t *)tensor->data, *out = input + input_table;
     input[0] = (int32_t)current_.s0;
+    input[input_serial] = serial_;
     for (uint32_t s = 0; s < n_stream; ++s) {
         for (int32_t p = 0; p < n_pages; ++p) {
             *out++ = table_->state((int32_t)s, p);
@@ -71,10 +99,19 @@ void kv_cache::set_input(ggml_tensor *tensor) const {
     for (size_t i = 0; i < current_.n_stream(); ++i) { // the row of each token, counted over streams
         const int32_t s = (int32_t)current_.strm[i];
         for (const uint32_t cell : current_.idxs[i]) {
-            const int64_t slot = (int64_t)s * n_slots + table_->state(s, (int32_t)(cell / XQ_PAGE));
-            *out++ = (int32_t)(slot * XQ_PAGE + cell % XQ_PAGE);
+            const int32_t slot = table_->state(s, (int32_t)(cell / XQ_PAGE)); // of the stage: behind all streams
+            const int64_t nth = (int64_t)(slot < n_slots ? s : (int32_t)n_stream - 1) * n_slots + slot;
+            *out++ = (int32_t)(nth * XQ_PAGE + cell % XQ_PAGE);
         }
     }
+}
+
+/* What the graph does with the stage; the rest of the list moves nothing. */
+void kv_cache::set_moves(ggml_tensor *tensor) const {
+    GGML_ASSERT(ggml_backend_buffer_is_host(tensor->buffer) && (int64_t)after_.after.size() <= tensor->ne[1]);
+    auto *out = (xq::page_move *)tensor->data;
+    auto *end = std::copy(after_.after.begin(), after_.after.end(), out);
+    std::fill(end, out + tensor->ne[1], xq::page_move{0, 0, XQ_SLOT_NONE, XQ_SLOT_NONE, {}});
 }
 
 /* Parts that the pages of a KV head are split into, so that a backend is busy.
@@ -95,8 +132,15 @@ static int32_t parts_of(const layer &l, int64_t n_rows, int64_t n_heads, int64_t
     return (int32_t)(parts * ((n_pages + most - 1) / most)); // again and again, until none has too many pages
 }
 
-ggml_tensor *kv_cache::attend_codes(const llm_graph_context &graph, const layer &l, ggml_tensor *rows,
-                                    ggml_tensor *input, ggml_tensor *q, ggml_tensor *mask, ggml_tensor *sinks,
+/* Nothing of a layer in the CPU's memory shall be copied to a device. */
+static void keep_on_host(const llm_graph_context &graph, const layer &l, ggml_tensor *node) {
+    if (l.on_host) {
+        ggml_backend_sched_set_tensor_backend(graph.sched, node, graph.backend_cpu);
+    }
+}
+
+ggml_tensor *kv_cache::attend_codes(const llm_graph_context &graph, const layer &l, const page_input &input,
+                                    const open_tensors &open, bool after_update, ggml_tensor *q, ggml_tensor *mask, ggml_tensor *sinks,
                                     float scale, int il) const {
     const int64_t n_head = q->ne[1], n_tokens = q->ne[2], n_streams = mask->ne[3], n_head_kv = l.shape.n_head_kv;
     const int64_t n_threads = n_tokens == 1 ? graph.cparams.n_threads : graph.cparams.n_threads_batch;
@@ -104,19 +148,18 @@ ggml_tensor *kv_cache::attend_codes(const llm_graph_context &graph, const layer 
     options.scale = scale;
     options.softcap = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
     options.max_bias = graph.hparams.f_max_alibi_bias;
+    options.after_update = after_update;
     options.n_parts = parts_of(l, n_tokens / n_streams * (n_head / n_head_kv), n_streams * n_head_kv,
                                mask->ne[0] / XQ_PAGE, n_threads);
-    ggml_tensor *node = new_attend(graph.ctx0, l.nodes, rows, input, q, mask, sinks, options);
+    ggml_tensor *node = new_attend(graph.ctx0, l.nodes, open, input.input, q, mask, sinks, options);
     graph.cb(node, "xquant_attend", il);
-    if (l.on_host) { // nothing of a layer in the CPU's memory shall be copied to a device
-        ggml_backend_sched_set_tensor_backend(graph.sched, node, graph.backend_cpu);
-    }
+    keep_on_host(graph, l, node);
     const int64_t width = (l.latent + l.shape.e) * n_head;
     return ggml_view_2d(graph.ctx0, node, width, n_tokens, width * sizeof(float), 0);
 }
 
-ggml_tensor *kv_cache::attend_unpacked(const llm_graph_context &graph, const layer &l, ggml_tensor *rows,
-                                       ggml_tensor *input, ggml_tensor *q, ggml_tensor *mask, ggml_tensor *sinks,
+ggml_tensor *kv_cache::attend_unpacked(const llm_graph_context &graph, const layer &l, const page_input &input,
+                                       const open_tensors &open, ggml_tensor *q, ggml_tensor *mask, ggml_tensor *sinks,
                                        float scale, int il) const {
     ggml_context *ctx = graph.ctx0;
     const int64_t n_kv = mask->ne[0], n_streams = mask->ne[3], all = l.shape.n_head_kv, n_rep = q->ne[1] / all;
@@ -129,7 +172,7 @@ ggml_tensor *kv_cache::attend_unpacked(const llm_graph_context &graph, const lay
         const int64_t n = std::min(heads_a_piece, all - first);
         const auto unpacked = [&](bool is_k) {
             const int64_t ne[] = {is_k ? l.shape.d : l.shape.e, n, n_kv, n_streams};
-            ggml_tensor *node = new_unpack(ctx, l.nodes, rows, input, is_k, (int32_t)first, ne);
+            ggml_tensor *node = new_unpack(ctx, l.nodes, open, input.input, is_k, (int32_t)first, ne);
             graph.cb(node, is_k ? "xquant_k" : "xquant_v", il);
             return node;
         };
@@ -171,7 +214,7 @@ ggml_tensor *kv_cache::build_attention(const llm_graph_context &graph, ggml_tens
                "values; use the cache type f16");
     }
     ggml_context *ctx = graph.ctx0;
-    ggml_tensor *input = input_of(graph), *rows = l.nodes.rows;
+    page_input &input = input_of(graph);
     const bool shared = l.turned >= 0;
     q = shared ? to_stored_order(ctx, q, l.turned) : q;
     if (k_cur && shared) {
@@ -185,18 +228,30 @@ ggml_tensor *kv_cache::build_attention(const llm_graph_context &graph, ggml_tens
         // attention may begin before the update has ended: all else that it reads comes first
         ggml_build_forward_expand(graph.gf, q);
         ggml_build_forward_expand(graph.gf, kq_mask);
-        rows = new_update(ctx, l.nodes, input, f32(k_cur), l.shape.e > 0 ? f32(v_cur) : nullptr);
-        graph.cb(rows, "xquant_update", il);
-        ggml_build_forward_expand(graph.gf, rows);
+        const open_tensors open =
+            new_update(ctx, l.nodes, input.input, f32(k_cur), l.shape.e > 0 ? f32(v_cur) : nullptr, input.n_staged);
+        ggml_tensor *update = open.stage ? open.stage : open.rows;
+        graph.cb(update, "xquant_update", il);
+        keep_on_host(graph, l, update);
+        ggml_build_forward_expand(graph.gf, update);
+        input.open[&l] = open;
     }
+    const auto found = input.open.find(&l); // a layer may read what an earlier one of the graph wrote
+    const open_tensors open = found == input.open.end() ? open_tensors{l.nodes.rows, nullptr} : found->second;
     const int64_t n_rows = q->ne[2] / kq_mask->ne[3] * (q->ne[1] / l.shape.n_head_kv); // of one KV head and stream
     ggml_tensor *out = !l.cpu_kernels && n_rows >= rows_to_unpack
-                           ? attend_unpacked(graph, l, rows, input, q, kq_mask, sinks, kq_scale, il)
-                           : attend_codes(graph, l, rows, input, q, kq_mask, sinks, kq_scale, il);
+                           ? attend_unpacked(graph, l, input, open, q, kq_mask, sinks, kq_scale, il)
+                           : attend_codes(graph, l, input, open, k_cur != nullptr, q, kq_mask, sinks, kq_scale, il);
     out = v_mla    ? from_latent(graph, out, v_mla)
           : shared ? shared_values(graph, out, model.layers[(size_t)l.il].attn_k_norm, l.turned)
                    : out;
     ggml_build_forward_expand(graph.gf, out);
+    if (open.stage && il == l.last_reader) { // all that reads the stage comes before
+        ggml_tensor *cleared = new_clearing(ctx, l.nodes, input.input, input.moves, open.stage);
+        graph.cb(cleared, "xquant_clear", il);
+        keep_on_host(graph, l, cleared);
+        ggml_build_forward_expand(graph.gf, cleared);
+    }
     return out;
 }
 

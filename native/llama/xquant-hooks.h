@@ -34,6 +34,9 @@ inline ggml_type sliding_type(ggml_type type) {
  * says why. */
 bool may_load_cell(llama_pos pos, uint32_t n_sequences, uint32_t n_seq_max);
 
+/* Called after the graph of a micro-batch ran, or failed to: pages of our cache lie as it left them. */
+void end_ubatch(llama_memory_i *memory, bool ran);
+
 /* What a call of llama_decode or llama_encode returns, once all is computed: -3 if a worker of llama.cpp's RPC that the
  * context uses is lost, of which the log says which one. */
 int with_all_workers(llama_context &context, int result);

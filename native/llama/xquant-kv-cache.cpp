@@ -40,8 +40,8 @@ kv_cache::kv_cache(const llama_model &model, const llama_hparams &hparams, bool 
     shape.window = plan_.window;
     shape.pinned = plan_.pinned;
     table_ = std::make_unique<xq::page_table>(shape);
-    const auto [n_slots, reserved] = slots_for(1);
-    table_->grow(n_slots, reserved);
+    const auto [n_slots, reserved, staged] = slots_for(1);
+    table_->grow(n_slots, reserved, staged);
 
     contexts fixed, open;
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
@@ -54,6 +54,10 @@ kv_cache::kv_cache(const llama_model &model, const llama_hparams &hparams, bool 
         if (from >= 0 && (!filter || filter((int32_t)il))) {
             by_model_layer_[il] = by_model_layer_[from];
         }
+    }
+    for (const auto &l : layers_) {
+        const auto last = std::find(by_model_layer_.rbegin(), by_model_layer_.rend(), l.get());
+        l->last_reader = (int32_t)(by_model_layer_.rend() - last) - 1;
     }
     for (const auto &l : layers_) {
         std::tie(l->nodes.rows, l->row_streams) = new_rows(*l, n_slots, open);

@@ -6,11 +6,14 @@
  *
  *     find_slot()        llama.cpp asks for cells: the table's choice
  *     begin()            before a micro-batch's graph: pages that left the window are sealed, written ones are opened
- *     build_attention()  in the graph: rows are stored, then attention reads open and sealed pages
+ *     build_attention()  in the graph: rows are stored, then attention reads open and sealed pages; then a layer seals
+ *                        pages of the stage, in which lies what the micro-batch fills beyond the slots that there are
+ *     end()              after it: this is how pages lie now
  *     state_*(), shift   both want nothing else of the table than where pages lie
  *
- * All moves go through settle(), which runs a small graph of its own and only then commits: whatever fails or is
- * aborted leaves every page where the table says that it is.
+ * Moves before a graph go through settle(), which runs a small graph of its own and only then commits: whatever fails
+ * or is aborted leaves every page where the table says that it is.  A micro-batch's own graph may stop between two
+ * layers: those that have cleared their stage say so in their aux, and the others seal the same pages then.
  */
 #pragma once
 
@@ -63,6 +66,7 @@ struct layer {
     layer_tensors nodes;
     std::vector<ggml_tensor *> block_streams, row_streams; /* views, one a stream: what a copy of a stream copies */
     int64_t block_bytes;                                   /* of one page and KV head */
+    int32_t last_reader;                                   /* of the model's layers, the last whose attention reads it */
 };
 
 class kv_cache final : public llama_kv_cache {
@@ -109,12 +113,15 @@ class kv_cache final : public llama_kv_cache {
     void make_room(const llama_batch_allocr &balloc);
     /* Prepares pages for a micro-batch whose cells are taken; false: it cannot be, and the log says why. */
     bool begin(const slot_info &sinfo);
+    /* The micro-batch's graph has run; or it has not, or not all of it: what was stored before is still there. */
+    void end(bool ran);
     /* Attention of a model layer; k_cur and v_cur may be null: a layer that reads the cache of an earlier one. */
     ggml_tensor *build_attention(const llm_graph_context &graph, ggml_tensor *q, ggml_tensor *k_cur, ggml_tensor *v_cur,
                                  ggml_tensor *kq_b, ggml_tensor *kq_mask, ggml_tensor *sinks, ggml_tensor *v_mla,
                                  float kq_scale, int il) const;
     /* What build_attention's nodes read besides: fills the input tensor of the micro-batch that begin() prepared. */
     void set_input(ggml_tensor *input) const;
+    void set_moves(ggml_tensor *moves) const;
 
     void info(xquant_llama_info &out) const;
     void plan(xq_plan &out, int32_t *d, int32_t *e, int32_t *n_head_kv) const;
@@ -131,6 +138,9 @@ class kv_cache final : public llama_kv_cache {
     struct saved_page;
     struct saved_state;
     struct page_data;
+    struct slot_counts {
+        int32_t n_slots, reserved, staged; /* as in xq::page_shape */
+    };
 
     /* Tensors of a kind of memory, and that memory. */
     using contexts = std::map<ggml_backend_buffer_type_t, ggml_context_ptr>;
@@ -144,26 +154,31 @@ class kv_cache final : public llama_kv_cache {
     buffers allocate(contexts &of, const char *what) const;
     void fill_aux() const;
 
-    /* Slots that so many sequences in a stream want, as far as a sixth of the pages goes, and those for windows. */
-    std::pair<int32_t, int32_t> slots_for(uint32_t n_seq) const;
+    /* What so many sequences in a stream want, as far as a sixth of the pages goes. */
+    slot_counts slots_for(uint32_t n_seq) const;
     /* More slots, if sequences want them beside those that have cells; without memory there are no more. */
     void make_room(std::set<llama_seq_id> sequences);
-    bool grow(int32_t n_slots, int32_t reserved);
+    bool grow(const slot_counts &counts);
     uint64_t count_nonfinite() const;
     void warn_of_nonfinite();
 
     /* Moves the pages of a plan where they lie, and commits it; false: something failed, and nothing is lost. */
     bool settle(const xq::page_plan &plan);
-    bool move_pages(const std::vector<xq::page_move> &moves, bool seal);
+    bool move_pages(const std::vector<xq::page_move> &moves, bool seal, const std::vector<const layer *> &layers);
+    std::vector<const layer *> all_layers() const;
+    /* After a graph that stopped half-way. */
+    std::vector<const layer *> undone_layers();
+    std::vector<xq::page_move> moves_undone() const;
     bool shift_pages(llama_context *lctx, const std::vector<xq::page_move> &pages, const std::vector<int32_t> &by);
     void forget_shifts(const xq::page_move &page);
 
     bool has_sequence(llama_seq_id id, const char *caller) const;
-    ggml_tensor *input_of(const llm_graph_context &graph) const;
-    ggml_tensor *attend_unpacked(const llm_graph_context &graph, const layer &l, ggml_tensor *rows, ggml_tensor *input,
-                                 ggml_tensor *q, ggml_tensor *mask, ggml_tensor *sinks, float scale, int il) const;
-    ggml_tensor *attend_codes(const llm_graph_context &graph, const layer &l, ggml_tensor *rows, ggml_tensor *input,
-                              ggml_tensor *q, ggml_tensor *mask, ggml_tensor *sinks, float scale, int il) const;
+    page_input &input_of(const llm_graph_context &graph) const;
+    int32_t staged_for(const llama_ubatch &ubatch) const;
+    ggml_tensor *attend_unpacked(const llm_graph_context &graph, const layer &l, const page_input &input,
+                                 const open_tensors &open, ggml_tensor *q, ggml_tensor *mask, ggml_tensor *sinks, float scale, int il) const;
+    ggml_tensor *attend_codes(const llm_graph_context &graph, const layer &l, const page_input &input,
+                              const open_tensors &open, bool after_update, ggml_tensor *q, ggml_tensor *mask, ggml_tensor *sinks, float scale, int il) const;
     template <typename F> bool each_run(int32_t il, bool is_value, int32_t head, int32_t n_cells, const F &move) const;
 
     uint64_t fingerprint() const;
@@ -193,6 +208,9 @@ class kv_cache final : public llama_kv_cache {
     std::unique_ptr<xq::page_table> table_;
     runner runner_;
     slot_info current_;      /* of the micro-batch that begin() prepared last */
+    xq::page_plan after_;    /* of it */
+    bool running_ = false;   /* it has not ended */
+    int32_t serial_ = 0;     /* its number, from 1 on */
     uint64_t n_batches_ = 0; /* micro-batches so far */
     bool warned_ = false;    /* of values that are not finite */
 };

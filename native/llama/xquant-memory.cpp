@@ -77,11 +77,11 @@ std::map<ggml_backend_buffer_type_t, size_t> kv_cache::memory_breakdown() const 
 
 /* ---- slots by need ---- */
 
-std::pair<int32_t, int32_t> kv_cache::slots_for(uint32_t n_seq) const {
+kv_cache::slot_counts kv_cache::slots_for(uint32_t n_seq) const {
     const int32_t n = n_stream == 1 ? (int32_t)std::max(n_seq, 1u) : 1, n_pages = table_->shape().n_pages();
-    const int32_t n_slots = xq_plan_slots(&plan_, n_pages, (int32_t)n_ubatch_, n);
+    const int32_t n_slots = xq_plan_slots(&plan_, n_pages, n);
     const int32_t windows = plan_.window < 0 ? 0 : n * pages_of((uint64_t)plan_.window);
-    return {n_slots, std::min(windows, std::max(n_slots - pages_of(n_ubatch_) - 1, 0))};
+    return {n_slots, std::min(windows, std::max(n_slots - 1, 0)), pages_of(n_ubatch_) + n};
 }
 
 void kv_cache::make_room(std::set<llama_seq_id> sequences) {
@@ -90,9 +90,9 @@ void kv_cache::make_room(std::set<llama_seq_id> sequences) {
             sequences.insert(id);
         }
     }
-    const auto [n_slots, reserved] = slots_for((uint32_t)sequences.size());
-    if (n_slots > table_->shape().n_slots && !layers_.empty() && grow(n_slots, reserved)) {
-        LLAMA_LOG_INFO("xquant: room for %d open pages, for %d sequences\n", n_slots, (int)sequences.size());
+    const slot_counts counts = slots_for((uint32_t)sequences.size());
+    if (counts.n_slots > table_->shape().n_slots && !layers_.empty() && grow(counts)) {
+        LLAMA_LOG_INFO("xquant: room for %d open pages, for %d sequences\n", counts.n_slots, (int)sequences.size());
     }
 }
 
@@ -114,7 +114,8 @@ static void copy_rows(const layer &from, const layer &to, int32_t n_streams) {
     }
 }
 
-bool kv_cache::grow(int32_t n_slots, int32_t reserved) {
+bool kv_cache::grow(const slot_counts &counts) {
+    const int32_t n_slots = counts.n_slots;
     contexts open;
     buffers memory;
     std::vector<layer> larger;
@@ -139,7 +140,7 @@ bool kv_cache::grow(int32_t n_slots, int32_t reserved) {
         l.shape.n_slots = n_slots;
     }
     open_ = std::move(memory);
-    table_->grow(n_slots, reserved);
+    table_->grow(n_slots, counts.reserved, counts.staged);
     generation_++;
     return true;
 }

@@ -186,15 +186,17 @@ void kv_cache::restore_page(uint32_t stream, const saved_page &page, page_data &
     }
     for (size_t done = 0; done < page.cells.size();) {
         xq::page_write write = {(int32_t)stream, same};
-        for (size_t n = page.cells.size() - done; write.cells.empty() && n > 0; n /= 2) {
+        xq::page_plan plan = table_->plan(cells_view(*this), {write}, false);
+        const auto fits = [&] { return !write.cells.empty() && plan.fits; };
+        for (size_t n = page.cells.size() - done; !fits() && n > 0; n /= 2) {
             std::vector<int32_t> sequences;
             for (size_t i = done; i < done + n; ++i) {
                 sequences.push_back(page.cells[i].sequences[0]);
             }
             write.cells = table_->find_cells(cells_view(*this), (int32_t)stream, sequences, 0);
+            plan = table_->plan(cells_view(*this), {write}, false);
         }
-        const xq::page_plan plan = table_->plan(cells_view(*this), {write}, false);
-        if (write.cells.empty() || !plan.fits || !settle(plan)) {
+        if (!fits() || !settle(plan)) {
             refuse_state("no room could be made for page " + std::to_string(page.number));
         }
         put_rows(stream, page, write.cells, done, data);

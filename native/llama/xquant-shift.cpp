@@ -113,7 +113,7 @@ bool kv_cache::update(llama_context *lctx, bool do_shift, const stream_copy_info
                 by[i] = cells.is_empty(cell) ? 0 : cells.get_shift(cell);
             }
             if (std::any_of(by.begin(), by.end(), [](int32_t n) { return n != 0; })) {
-                xq::page_move page = {s, p, table_->state(s, p), {}};
+                xq::page_move page = {s, p, table_->state(s, p), XQ_SLOT_NONE, {}};
                 const auto content = view.content(s, p);
                 std::copy(std::begin(content.valid), std::end(content.valid), page.valid);
                 pages.push_back(page);

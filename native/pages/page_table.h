@@ -5,11 +5,17 @@
  * keeps it:
  *
  *     find_cells()   cells for new tokens                                               changes nothing
- *     plan()         what must be sealed and opened before cells are written            changes nothing
+ *     plan()         what must move before cells are written, and after                 changes nothing
  *     commit_*()     the data has moved: this is how it lies now
  *
  * A page is open until its codes exist, and its slot is given away only then.  Whoever moves data may stop half-way and
  * loses nothing: the table still says where the data lies, and the next plan says the same again.
+ *
+ * A micro-batch may fill more pages than there are slots.  New pages that have no slot lie in the stage while it is
+ * computed, memory that belongs to no layer and no stream, in slots from n_slots on.  After attention has read them,
+ * each layer seals what has left the window by then, and what stays open moves into slots that became free
+ * (page_plan::after).  Whoever stops half-way seals the pages that had slots in the other layers too (commit_undone):
+ * those of the stage held nothing but the tokens that failed.
  *
  * Rule of sealing: a page is sealed when at least `window` tokens of its sequence were written after its newest one,
  * unless it is among the pinned first pages of a sequence.  Its sequence is the one that wrote last; where others have
@@ -35,6 +41,7 @@ struct page_shape {
     int32_t n_streams, n_cells; /* n_cells: of a stream */
     int32_t n_slots;            /* open pages of a stream, at most */
     int32_t reserved;           /* slots that find_cells() leaves to windows */
+    int32_t staged;             /* pages of a stream that may lie in the stage */
     int32_t window;             /* newest tokens of a sequence that stay open; negative: nothing is ever sealed */
     int32_t pinned;             /* first pages of a sequence that stay open */
 
@@ -66,13 +73,15 @@ struct page_write {
     std::vector<uint32_t> cells;
 };
 
-/* What must happen, in this order; moves as the update verb reads them. */
+/* What must happen, in this order; moves as the update verb reads them.  Cells are written before `after`. */
 struct page_plan {
     bool fits = true;                /* false: more pages are written than there are slots; nothing else is said */
     std::vector<page_move> released; /* pages without cells are free again */
     std::vector<page_move> seals;    /* data: rows in `slot` to codes */
     std::vector<page_move> unseals;  /* data: codes to rows in `slot` */
     std::vector<page_move> opens;    /* no data: an empty page gets `slot` */
+    std::vector<page_move> after;    /* data: rows in `slot` to codes, then rows in `refill` to `slot` */
+    int32_t n_staged = 0;            /* slots of the stage that are used, of all streams */
 };
 
 class XQ_API page_table {
@@ -92,17 +101,22 @@ class XQ_API page_table {
      * not fit. */
     std::vector<uint32_t> find_cells(const cell_view &cells, int32_t stream, const std::vector<int32_t> &sequences,
                                      uint32_t head) const;
-    /* What must happen before cells are written, which the view may show as used already.  ages: pages that left the
-     * window are sealed as well, and not only those that must make room. */
-    page_plan plan(const cell_view &cells, const std::vector<page_write> &writes, bool ages = true) const;
+    /* What must happen when cells are written, which the view may show as used already.  in_graph: by a micro-batch's
+     * graph, whose cells the view does show: pages that left the window are sealed as well, and not only those that
+     * must make room, and new pages may lie in the stage. */
+    page_plan plan(const cell_view &cells, const std::vector<page_write> &writes, bool in_graph = true) const;
 
     /* The parts of a plan, each once its data has moved; seals first, for their slots. */
     void commit_seals(const page_plan &plan);
     void commit_opens(const page_plan &plan);
+    void commit_after(const page_plan &plan);
+    /* Instead of commit_after(): what lay in the stage is gone; some_done: pages of `after` that had slots are sealed,
+     * in all layers, and no slot was refilled. */
+    void commit_undone(const page_plan &plan, bool some_done);
     /* The cells are written: clocks of their stream and their sequences move on. */
     void wrote(const cell_view &cells, const page_write &write);
     /* More slots, from now on. */
-    void grow(int32_t n_slots, int32_t reserved);
+    void grow(int32_t n_slots, int32_t reserved, int32_t staged);
 
     /* Bytes that the table itself takes. */
     size_t bytes() const {
@@ -133,10 +147,15 @@ class XQ_API page_table {
         }
     };
     class search;
+    class planner;
 
     const page &at(int32_t stream, int32_t page) const { return streams_[stream].pages[page]; }
     bool is_pinned(int32_t lowest) const { return lowest < (int64_t)shape_.pinned * XQ_PAGE; }
-    bool plan_stream(const cell_view &cells, const page_write &write, bool ages, page_plan &out) const;
+    bool is_staged(int32_t state) const { return state >= shape_.n_slots; }
+    void give_back(const page_move &move, int32_t state);
+    bool plan_stream(const cell_view &cells, const page_write &write, bool in_graph, page_plan &out) const;
+    static void advance(stream &st, const cell_view &cells, const page_write &write);
+    static uint64_t age_in(const stream &st, const cell_view &cells, int32_t number, int32_t page);
 
     page_shape shape_;
     std::vector<stream> streams_;

@@ -52,9 +52,9 @@ struct xq_pages {
 };
 
 xq_pages *xq_pages_new(int32_t n_streams, int32_t n_cells, int32_t n_slots, int32_t reserved, int32_t window,
-                       int32_t pinned) {
-    const xq::page_shape shape = {n_streams, n_cells, n_slots, reserved, window, pinned};
-    return n_streams < 1 || n_cells < 1 || n_slots < 1 || n_slots > shape.n_pages() ? nullptr : new xq_pages(shape);
+                       int32_t pinned, int32_t staged) {
+    const xq::page_shape shape = {n_streams, n_cells, n_slots, reserved, staged, window, pinned};
+    return n_streams < 1 || n_cells < 1 || n_slots < 1 || n_slots > shape.n_pages() || staged < 0 ? nullptr : new xq_pages(shape);
 }
 
 void xq_pages_free(xq_pages *pages) {
@@ -87,11 +87,12 @@ xq_pages_counts xq_pages_plan(xq_pages *pages, const xq_pages_cells *cells, int3
     pages->plan = pages->table.plan(array_view(pages->table.shape(), *cells), {pages->write});
     const xq::page_plan &plan = pages->plan;
     auto *at = (xq::page_move *)moves;
-    for (const auto *list : {&plan.released, &plan.seals, &plan.unseals, &plan.opens}) {
+    for (const auto *list : {&plan.released, &plan.seals, &plan.unseals, &plan.opens, &plan.after}) {
         at = std::copy(list->begin(), list->end(), at);
     }
-    return {plan.fits, (int32_t)plan.released.size(), (int32_t)plan.seals.size(), (int32_t)plan.unseals.size(),
-            (int32_t)plan.opens.size()};
+    const auto size = [](const std::vector<xq::page_move> &list) { return (int32_t)list.size(); };
+    return {plan.fits,        size(plan.released), size(plan.seals), size(plan.unseals),
+            size(plan.opens), size(plan.after), plan.n_staged};
 }
 
 void xq_pages_commit_seals(xq_pages *pages) {
@@ -102,12 +103,20 @@ void xq_pages_commit_opens(xq_pages *pages) {
     pages->table.commit_opens(pages->plan);
 }
 
+void xq_pages_commit_after(xq_pages *pages) {
+    pages->table.commit_after(pages->plan);
+}
+
+void xq_pages_commit_undone(xq_pages *pages, int32_t some_done) {
+    pages->table.commit_undone(pages->plan, some_done != 0);
+}
+
 void xq_pages_wrote(xq_pages *pages, const xq_pages_cells *cells) {
     pages->table.wrote(array_view(pages->table.shape(), *cells), pages->write);
 }
 
-void xq_pages_grow(xq_pages *pages, int32_t n_slots, int32_t reserved) {
-    pages->table.grow(n_slots, reserved);
+void xq_pages_grow(xq_pages *pages, int32_t n_slots, int32_t reserved, int32_t staged) {
+    pages->table.grow(n_slots, reserved, staged);
 }
 
 void xq_pages_copy_stream(xq_pages *pages, int32_t from, int32_t to) {

@@ -56,11 +56,11 @@ def test_pages_and_bytes(xquant: Context) -> None:
     plan = Plan.from_preset("xquant", SHAPE.n_layer)
     shapes = [KvShape(SHAPE.key_length, SHAPE.value_length, SHAPE.n_head_kv)] * SHAPE.n_layer
     info = xquant.info()
-    slots = plan.slots(2048, 128)
+    slots = plan.slots(2048)
     assert (info["n_slots"], info["pages_free"], info["pages_open"], info["pages_sealed"]) == (slots, 16, 0, 0)
     # of each layer counters, heads of a map and arrivals; 24 bytes a page and 4 a slot
     small = SHAPE.n_layer * 3 * 64 + 16 * 24 + slots * 4
-    assert info["bytes_allocated"] == plan.cache_bytes(shapes, 2048, 128) + small
+    assert info["bytes_allocated"] == plan.cache_bytes(shapes, 2048) + small
     xquant.decode(TOKENS[:1000], 0)
     info = xquant.info()
     # 1000 tokens are 8 pages; the last micro-batch began at 896: pages 1 to 5 were older than its window

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from support import nodes
-from support.nodes import HEADS, PAGES, SLOTS, SOURCE_HEADS, STREAMS, Node
+from support.nodes import HEADS, PAGES, SLOTS, SOURCE_HEADS, STAGED, STREAMS, Node
 
 KINDS = tuple(Node.SOURCES)
 LAYERS = ("own", "borrows", "mapped")
 ALL = [(kind, layer) for kind in KINDS for layer in LAYERS]
 Change = Callable[[Node], None]
-FREE = {"input": (0,), "moves": (1,), "mask": (0, 1)}  # axes that may be longer than what is read, or shorter
+FREE = {"input": (0,), "moves": (1,), "cleared": (1,), "mask": (0, 1)}  # axes that may be longer than what is read, or shorter
 STRIDED = ("k_cur", "v_cur", "q", "mask", "keys")
 
 
@@ -49,9 +49,9 @@ def wrong_tensors(kind: str, layer: str) -> Iterator[tuple[str, Change]]:
     """Each field of each tensor with values that it cannot have."""
     ffi, _ = nodes.load()
     for name, tensor in Node(kind, layer).tensors.items():
-        if name == "result" and kind in ("rows", "moves", "write_keys"):
+        if name == "result" and kind in ("rows", "moves", "clear", "write_keys"):
             continue  # is not looked at
-        if name not in ("result", "sinks"):
+        if name not in ("result", "sinks") and (kind, name) != ("clear", "input"):
             yield f"{name} is missing", partial(set_source, name, ffi.NULL)
         for other in (0, 1, 24, 26, 2, 39, -1, 1000):
             if other != tensor.c.type:
@@ -83,8 +83,10 @@ def wrong_parameters(kind: str, layer: str) -> Iterator[tuple[str, Change]]:
     if kind == "attend":
         values |= {"number": [-1, 0, 1, 3, 32767, 32768, 2**31 - 1], "latent": [8, 16, 32, 576, 65535]}
         values |= {"scale": [0.0, -1.0, float("nan")]}
-    if kind == "moves":
+    if kind in ("moves", "clear"):
         values |= {"number": [-1, 3, 2**31 - 1, -(2**31)]}
+    if kind == "staged":
+        values |= {"flags": [0]}  # rows of a stage that is not made
     if kind == "unpack":
         values |= {"number": [-1, 1, HEADS, 2**31 - 1], "flags": [0]}  # values are not as wide as keys
     if layer != "own":
@@ -113,12 +115,16 @@ def wrong_indices(kind: str, layer: str) -> Iterator[tuple[str, Change]]:
     most, least = 2**31 - 1, -(2**31)
     wrong: list[tuple[str, int, tuple[int, ...]]] = []
     if kind in ("attend", "unpack"):
-        wrong += [("input", 0, (-1, 1)), *(("input", 4 + i, (-3, SLOTS)) for i in (0, 5))]
-    if kind == "rows":
-        wrong += [("input", 4 + STREAMS * PAGES, (-1, STREAMS * SLOTS * 128))]
+        wrong += [("input", 0, (-1, 1)), *(("input", 4 + i, (-3, SLOTS + STAGED)) for i in (0, 5))]
+    if kind in ("rows", "staged"):
+        n_slots = STREAMS * SLOTS + (STAGED if kind == "staged" else 0)
+        wrong += [("input", 4 + STREAMS * PAGES, (-1, n_slots * 128))]
     if kind in ("moves", "read_keys", "write_keys"):
         name = "moves" if kind == "moves" else "pages"
-        wrong += [(name, i + word, (-2, n)) for word, n in enumerate((STREAMS, PAGES, SLOTS)) for i in (0, 7)]
+        wrong += [(name, i + word, (-3, n)) for word, n in enumerate((STREAMS, PAGES, SLOTS)) for i in (0, 8)]
+    if kind == "clear":
+        wrong += [("cleared", word, (-3, n)) for word, n in enumerate((STREAMS, PAGES, SLOTS + STAGED))]
+        wrong += [("cleared", 3, (-1, SLOTS - 1, SLOTS + STAGED)), ("cleared", 2, (SLOTS,))]  # the stage is not refilled
     if layer == "mapped":
         wrong += [("aux", 16, (-1, SOURCE_HEADS))]
     for name, index, values in wrong:
@@ -135,9 +141,13 @@ def lay_over(a: str, b: str, node: Node) -> None:
 
 def overlapping(kind: str, layer: str) -> Iterator[tuple[str, Change]]:
     """What is written lies over what says where."""
-    indices = [n for n in ("input", "moves", "pages", "aux") if n in Node(kind, layer).tensors]
-    written = ["rows", "blocks", "aux", *(["result"] if kind in ("attend", "unpack", "read_keys") else [])]
-    return ((f"{a} over {b}", partial(lay_over, a, b)) for a in written for b in indices if a != b)
+    there = Node(kind, layer).tensors
+    indices = [n for n in ("input", "moves", "cleared", "pages", "aux") if n in there]
+    written = ["rows", "blocks", "aux", *(["result"] if kind in ("staged", "attend", "unpack", "read_keys") else [])]
+    pairs = [(a, b) for a in written for b in indices if a != b]
+    stage = "result" if kind == "staged" else "stage"
+    pairs += [(stage, b) for b in ("rows", "blocks", *indices) if stage in there and (stage, b) not in pairs]
+    return ((f"{a} over {b}", partial(lay_over, a, b)) for a, b in pairs)
 
 
 @pytest.mark.parametrize(("kind", "layer"), ALL)

@@ -26,7 +26,7 @@ constexpr size_t most_bytes = 1 << 21; /* of a tensor: a worker refuses one that
 struct sizes {
     xq_layer layer, other; /* other: whose codes it reads, or that predicts it */
     xq_shape shape, other_shape;
-    int32_t latent, n_tokens, n_rep, n_parts, n_kv_pages;
+    int32_t latent, n_tokens, n_rep, n_parts, n_kv_pages, n_staged;
 };
 
 bool choose(input &in, sizes &s) {
@@ -40,6 +40,7 @@ bool choose(input &in, sizes &s) {
     s.n_rep = few(3);
     s.n_parts = few(3);
     s.n_kv_pages = few(s.shape.n_pages);
+    s.n_staged = in.ConsumeIntegralInRange<int32_t>(0, 2);
     s.other_shape = s.shape;
     s.other_shape.n_head_kv = s.layer.v.source >= 0 && s.layer.k.owner < 0 ? few(3) : s.shape.n_head_kv;
     s.other = s.layer;
@@ -80,10 +81,13 @@ std::pair<ggml_tensor *, ggml_tensor *> make_node(input &in, ggml_context *ctx, 
     const auto f32 = [&](int64_t a, int64_t b, int64_t c) { return ggml_new_tensor_3d(ctx, GGML_TYPE_F32, a, b, c); };
     const auto moves = [&] { return ggml_new_tensor_2d(ctx, GGML_TYPE_I32, XQ_MOVE_WORDS, 1 + in.ConsumeBool()); };
     ggml_tensor *input = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, input_size(streams, s.shape.n_pages, s.n_tokens));
-    const int kind = in.ConsumeIntegralInRange<int>(0, 5);
+    const int64_t n_stage = s.n_staged * XQ_PAGE * (d + e) * heads;
+    ggml_tensor *stage = n_stage > 0 ? ggml_new_tensor_1d(ctx, GGML_TYPE_F16, n_stage) : nullptr;
+    const int kind = in.ConsumeIntegralInRange<int>(0, stage ? 6 : 5);
     if (kind == 0) {
         ggml_tensor *k = f32(d, heads, s.n_tokens), *v = e > 0 ? f32(e, heads, s.n_tokens) : nullptr;
-        return {new_update(ctx, l, input, k, v), input};
+        const open_tensors made = new_update(ctx, l, input, k, v, s.n_staged);
+        return {made.stage ? made.stage : made.rows, input};
     }
     if (kind == 1) {
         ggml_tensor *list = moves();
@@ -95,14 +99,18 @@ std::pair<ggml_tensor *, ggml_tensor *> make_node(input &in, ggml_context *ctx, 
         ggml_tensor *mask =
             ggml_new_tensor_4d(ctx, GGML_TYPE_F16, s.n_kv_pages * (int64_t)XQ_PAGE, s.n_tokens, 1, streams);
         ggml_tensor *sinks = in.ConsumeBool() ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_head) : nullptr;
-        return {new_attend(ctx, l, l.rows, input, q, mask, sinks, {0.1f, 0.0f, 0.0f, s.n_parts}), input};
+        const attend_options options = {0.1f, 0.0f, 0.0f, s.n_parts, false};
+        return {new_attend(ctx, l, {l.rows, stage}, input, q, mask, sinks, options), input};
     }
     if (kind == 3) {
         const bool is_k = e == 0 || in.ConsumeBool();
         const int64_t ne[] = {is_k ? d : e, heads, s.n_kv_pages * (int64_t)XQ_PAGE, streams};
-        return {new_unpack(ctx, l, l.rows, input, is_k, 0, ne), input};
+        return {new_unpack(ctx, l, {l.rows, stage}, input, is_k, 0, ne), input};
     }
     ggml_tensor *list = moves();
+    if (kind == 6) {
+        return {new_clearing(ctx, l, input, list, stage), list};
+    }
     ggml_tensor *keys = kind == 4 ? nullptr : f32(d, heads, list->ne[1] * XQ_PAGE);
     return {kind == 4 ? new_read_keys(ctx, l, list) : new_write_keys(ctx, l, list, keys), list};
 }
@@ -194,7 +202,8 @@ bool fill(input &in, ggml_tensor *node, ggml_tensor *list, const sizes &s) {
         for (int32_t i = 0; i < 2; ++i) { // different pages and slots, if there are
             const std::vector<int32_t> move = {index(shape.n_streams - 1),
                                                index(shape.n_pages - 1),
-                                               index(shape.n_slots - 1),
+                                               index(shape.n_slots + s.n_staged - 1),
+                                               number(in, {XQ_SLOT_NONE, XQ_SLOT_NONE, shape.n_slots}),
                                                -1,
                                                in.ConsumeIntegral<int32_t>(),
                                                0,
@@ -206,10 +215,11 @@ bool fill(input &in, ggml_tensor *node, ggml_tensor *list, const sizes &s) {
         out[0] = number(in, {0, 0, 0, 0, 1});
         good = good && out[0] == 0;
         for (int32_t i = 0; i < shape.n_streams * shape.n_pages; ++i) {
-            out.push_back(in.ConsumeBool() ? XQ_SLOT_NONE : index(shape.n_slots - 1));
+            out.push_back(in.ConsumeBool() ? XQ_SLOT_NONE : index(shape.n_slots + s.n_staged - 1));
         }
         for (int32_t i = 0; i < s.n_tokens; ++i) {
-            out.push_back(i % 8 == 0 ? index(shape.n_streams * shape.n_slots * XQ_PAGE - 1) : i);
+            const int32_t n_rows = (shape.n_streams * shape.n_slots + s.n_staged) * XQ_PAGE;
+            out.push_back(i % 8 == 0 ? index(n_rows - 1) : i);
         }
     }
     write(list, 0, out);

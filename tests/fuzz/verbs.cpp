@@ -12,7 +12,7 @@ namespace {
 /* Blocks and rows of one layer, as long as they must be: any bytes, as a loaded state could bring them. */
 struct layer_store {
     std::unique_ptr<uint8_t[]> blocks;
-    std::unique_ptr<uint16_t[]> rows;
+    std::unique_ptr<uint16_t[]> rows, stage;
     int64_t n_blocks, n_rows; /* bytes of all streams */
     xq_store c;
     int status;
@@ -30,6 +30,10 @@ struct layer_store {
             xq_store_init(&c, &layer, &shape, seals ? blocks.get() : nullptr, of_stream, rows.get(), rows_of_stream);
         check(status == XQ_OK || *xq_error() != '\0', "an error has a message");
         status = fits ? status : XQ_ERR_ARGUMENT;
+        if (const int32_t n = number(in, {0, 1, 2, 2}); status == XQ_OK && n > 0 && n < 8) {
+            stage = block<uint16_t>(in, rows_of_stream / 2 / shape.n_slots * n);
+            check(xq_store_stage(&c, stage.get(), n) == XQ_OK, "a stage is accepted");
+        }
     }
 };
 
@@ -51,7 +55,8 @@ std::vector<int32_t> moves(input &in, const xq_store &s, bool may_seal) {
     for (int n = in.ConsumeIntegralInRange<int>(0, 3); n > 0; --n) {
         out.push_back(number(in, {0, 0, s.n_streams - 1}));
         out.push_back(number(in, {0, s.n_pages - 1, s.n_pages - 1}));
-        out.push_back(number(in, {0, s.n_slots - 1, may_seal ? XQ_SLOT_SEALED : 0}));
+        out.push_back(number(in, {0, s.n_slots + s.n_staged - 1, may_seal ? XQ_SLOT_SEALED : 0}));
+        out.push_back(number(in, {XQ_SLOT_NONE, s.n_slots, s.n_slots + s.n_staged - 1}));
         for (int i = 0; i < 4; ++i) {
             out.push_back(in.ConsumeIntegral<int32_t>());
         }
@@ -63,7 +68,7 @@ void update(input &in, const xq_store &s) {
     const auto seals = moves(in, s, false), unseals = moves(in, s, false);
     std::vector<int32_t> rows;
     for (int n = in.ConsumeIntegralInRange<int>(0, 3); n > 0; --n) {
-        rows.push_back(number(in, {0, 5, s.n_streams * s.n_slots * XQ_PAGE - 1}));
+        rows.push_back(number(in, {0, 5, (s.n_streams * s.n_slots + s.n_staged) * XQ_PAGE - 1}));
     }
     uint64_t n_nonfinite = 0;
     xq_update_args a = {};
@@ -110,7 +115,7 @@ void keys(input &in, const xq_store &s) {
 std::vector<int32_t> table(input &in, const xq_store &s) {
     std::vector<int32_t> out;
     for (int32_t i = 0; i < s.n_streams * s.n_pages; ++i) {
-        out.push_back(number(in, {XQ_SLOT_SEALED, XQ_SLOT_SEALED, XQ_SLOT_NONE, 0, s.n_slots - 1}));
+        out.push_back(number(in, {XQ_SLOT_SEALED, XQ_SLOT_SEALED, XQ_SLOT_NONE, 0, s.n_slots + s.n_staged - 1}));
     }
     return out;
 }

@@ -35,6 +35,30 @@ def test_the_number_of_threads_changes_no_bit(on: Device, name: str) -> None:
             np.testing.assert_array_equal(m.attend(storage, n_parts, n_threads), one)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "default", "k4 v4", "f16 values, not rotated", "head 80", "head 256", "open only", "open only, odd rows",
+        "head 512, open only", "three groups of rows", "two widths", "latent and own", "mapped", "means",
+    ],
+)  # fmt: skip
+def test_pages_of_the_stage_are_read_as_open_ones(on: Device, name: str) -> None:
+    """Which no stream has."""
+    m = made(name)
+    rows = tuple(np.repeat(x[1:], 2, 0) for x in m.own.rows)  # both streams have those of the second
+    n_slots = rows[0].shape[2]
+    for staged in range(n_slots):
+        own = Content(m.own.layer, (rows[0], rows[1]), m.own.pages, m.own.latent)
+        reads = {"source": m.source.put(on, m.n_pages) if m.source else None, "map_": m.map}
+        storage = own.put(on, m.n_pages, staged=staged, **reads)
+        out = m.attend(storage, 2), *(storage.unpack(m.table, is_k) for is_k in (True, storage.stored_e == 0))
+        if staged == 0:
+            right = out
+        for got, want in zip(out, right, strict=True):
+            np.testing.assert_array_equal(got, want)
+    assert n_slots > 1 or name == "three groups of rows"
+
+
 def test_more_parts_than_pages(on: Device) -> None:
     """Parts without a page say nothing."""
     m = made("default")

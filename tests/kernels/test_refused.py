@@ -11,7 +11,7 @@ import pytest
 from support import remote
 from support.devices import Buffer, Cpu, Device, Refused, device
 from support.pages_of_codes import V, random_rows
-from support.storage import SEALED, Storage, c_layer
+from support.storage import NONE, SEALED, Storage, c_layer
 from xquant_gguf import native
 from xquant_gguf.plan import Layer, Side
 
@@ -26,7 +26,8 @@ def any_one(request: pytest.FixtureRequest) -> Device:
 
 def made(on: Device, layer: Layer = PLAIN, *, streams: int = 2, seals: bool = True, **reads: Any) -> Storage:
     """Two KV heads, three slots, four pages."""
-    return Storage(on, layer, random_rows(np.random.default_rng(0), streams, 2, 3, 64), 4, seals=seals, **reads)
+    n_slots = 3 + reads.get("staged", 0)
+    return Storage(on, layer, random_rows(np.random.default_rng(0), streams, 2, n_slots, 64), 4, seals=seals, **reads)
 
 
 class Call:
@@ -37,7 +38,7 @@ class Call:
         self.on, self.verb = on, verb
         self.storage = storage or made(on)
         self.data = Buffer(on, np.zeros(1 << 18, np.float32))
-        self.words = Buffer(on, np.array([[0, 1, 2, -1, -1, -1, -1], [1, 0, 0, -1, -1, -1, -1]], np.int32))
+        self.words = Buffer(on, np.array([[0, 1, 2, NONE, *[-1] * 4], [1, 0, 0, NONE, *[-1] * 4]], np.int32))
         self.count = Buffer(on, np.zeros(64, np.uint64))
         self.table = Buffer(on, np.array([[0, 1, 2, -2], [-2, 1, 2, 0]], np.int32))
         keys = verb in ("read_keys", "write_keys")
@@ -164,6 +165,9 @@ STORES = [
     ("k.codes", None, "k.codes must not be null for 4 bits"),
     ("mapped", 1, "mapped is 1, but v.plan.source is -1"),
     ("v.plan.source", 0, "mapped is 0, but v.plan.source is 0"),
+    ("n_staged", -1, "n_staged is -1, must be 0 to"),
+    ("n_staged", 1, "k.stage must not be null for n_staged 1"),
+    ("v.first_staged", 2, "v.first_staged is 2, must be n_slots, 3"),
 ]
 
 
@@ -182,7 +186,7 @@ def test_stores_that_are_none(any_one: Device, verb: str, field: str, value: Any
 def test_more_rows_than_32_bits_can_count(any_one: Device) -> None:
     call = Call(any_one, "rows")
     call.storage.c.n_streams, call.storage.c.n_slots = 4, 1 << 22
-    refused(call, r"n_streams \* n_slots \* 128 is 2147483648")
+    refused(call, r"\(n_streams \* n_slots \+ n_staged\) \* 128 is 2147483648")
 
 
 def test_a_layer_that_never_seals_is_used_without_blocks(any_one: Device) -> None:
@@ -210,12 +214,20 @@ def here() -> Cpu:
 
 
 @pytest.mark.parametrize("verb", ["update", "read_keys", "write_keys"])
-@pytest.mark.parametrize(("word", "value"), [(0, 2), (0, -1), (1, 4), (1, -1), (2, 3), (2, -2)])
+@pytest.mark.parametrize(("word", "value"), [(0, 2), (0, -1), (1, 4), (1, -1), (2, 3), (2, -3)])
 def test_moves_of_pages_that_there_are_not(here: Cpu, verb: str, word: int, value: int) -> None:
     call = Call(here, verb)
-    call.words.set(np.array([value], np.int32), 4 * (7 + word))
+    call.words.set(np.array([value], np.int32), 4 * (8 + word))
     names = ["page 0 of stream 1 and slot 0", f"{value}"]
     refused(call, rf"\[1\] is page .*{names[1]}.*; there are 4 pages, 2 streams and 3 slots")
+
+
+@pytest.mark.parametrize(("slot", "refill"), [(2, 2), (2, 5), (2, -1), (3, 4), (3, 0)])
+def test_slots_that_cannot_be_refilled(here: Cpu, slot: int, refill: int) -> None:
+    """A slot of a stream is refilled from the stage, which has the slots 3 and 4, and nothing else is."""
+    call = Call(here, "update", made(here, staged=2))
+    call.words.set(np.array([slot, refill], np.int32), 4 * (8 + 2))
+    refused(call, rf"seals\[1\] refills slot {slot} from slot {refill}; it must be a slot of a stream, 0 to 2, and one of")
 
 
 @pytest.mark.parametrize("row", [-1, 6 * 128])
@@ -223,6 +235,15 @@ def test_rows_that_there_are_not(here: Cpu, row: int) -> None:
     call = Call(here, "rows")
     call.rows.set(np.array([0, row], np.int32))
     refused(call, rf"rows\[1\] is {row}, must be 0 to 767")
+
+
+def test_rows_of_a_stage_that_is_smaller(here: Cpu) -> None:
+    call = Call(here, "rows", made(here, staged=2))
+    call.rows.set(np.array([0, 8 * 128], np.int32))
+    refused(call, r"rows\[1\] is 1024, must be 0 to 1023")
+    call = Call(here, "attend", made(here, staged=2))
+    call.table.set(np.array([5], np.int32), 4 * 6)
+    refused(call, "table says 5 of page 2 of stream 1; there are 5 slots")
 
 
 @pytest.mark.parametrize("verb", ["attend", "unpack"])

@@ -266,6 +266,54 @@ def test_rows_are_stored_finite_and_counted_once(coder: Device, n_threads: int) 
     assert storage.update([Move(0, 1), Move(1, 2), Move(2, 0), Move(0, 1, stream=1)]) == 0
 
 
+@pytest.mark.parametrize("seals", [True, False])
+def test_rows_of_the_stage(coder: Device, seals: bool) -> None:
+    """They lie behind the slots of all streams."""
+    rng = np.random.default_rng(4)
+    rows = outlying_rows(rng, 2, 4, 80, 96)
+    storage = Storage(coder, Layer(Side(3, 64), Side(3, 0)), rows, 5, staged=2, seals=seals)
+    at = np.array([PAGE + 3, 4 * PAGE + 100, 3 * PAGE + 5, 5 * PAGE + 127], np.int32)
+    new = tuple(rng.standard_normal((4, HEADS, n), dtype=np.float32) for n in (80, 96))
+    assert storage.write(at, (new[0], new[1])) == 0
+    for own, staged, before, x in zip(storage.rows(), storage.staged_rows(), rows, new, strict=True):
+        want = before[:, :, :2].copy(), before[0, :, 2:].copy()
+        want[0][0, :, 1, 3], want[0][1, :, 1, 5] = finite(x[0]), finite(x[2])
+        want[1][:, 0, 100], want[1][:, 1, 127] = finite(x[1]), finite(x[3])
+        np.testing.assert_array_equal(own, want[0])
+        np.testing.assert_array_equal(staged, want[1])
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("latent", [0, 64])
+def test_the_stage_is_cleared(coder: Device, n_threads: int, latent: int) -> None:
+    """Pages of slots and of the stage are sealed, slots are refilled, moves without a slot move nothing."""
+    rng = np.random.default_rng(6)
+    rows = outlying_rows(rng, 2, 5, 80, 96)
+    if latent:
+        rows = rows[0], random_rows(rng, 2, HEADS, 5, 0)[1]
+    layer = Layer(Side(4, 64), Side(0, 0) if latent else V)
+    storage = Storage(coder, layer, rows, 5, staged=3, latent=latent)
+    moves = [
+        Move(3, 0, refill=3), Move(0, 1, valid_tokens(rng), 1, 4), Move(4, 2, valid_tokens(rng)), Move(0, NONE),
+        Move(2, 1),
+    ]  # fmt: skip
+    storage.update(moves, n_threads=n_threads, serial=77)
+    want = [x[:, :, :2].copy() for x in rows]
+    for x, before in zip(want, rows, strict=True):
+        x[0, :, 0], x[1, :, 1] = before[0, :, 3], before[0, :, 4]
+    for move in [m for m in moves if m.slot != NONE]:
+        of = move if move.slot < 2 else Move(move.page, move.slot, move.valid, 0)  # the stage is no stream's
+        for head in range(HEADS):
+            if latent:
+                right: Stored = {"k": reference.seal_k(layer.k, rows[0][of.stream, head, of.slot], move.valid)[:2]}
+            else:
+                right = sealed(layer, rows, of, head)[0]
+            check_page(storage, move, head, right)
+    for own, staged, x, before in zip(storage.rows(), storage.staged_rows(), want, rows, strict=True):
+        np.testing.assert_array_equal(own, x)
+        np.testing.assert_array_equal(staged, before[0, :, 2:])
+
+
 def test_every_half_is_rounded_as_numpy_rounds(coder: Device) -> None:
     """All F16 numbers, and F32 numbers between them: halves go to even."""
     halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16)

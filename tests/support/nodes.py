@@ -34,6 +34,7 @@ F32, F16, I8, I32 = 0, 1, 24, 26
 DTYPES = {F32: np.float32, F16: np.float16, I8: np.int8, I32: np.int32}
 
 PAGE, HEADS, PAGES, SLOTS, STREAMS, D, E, TOKENS, REP = 128, 2, 3, 2, 2, 64, 32, 2, 2
+STAGED = 2  # slots of the stage
 SOURCE_HEADS = 3  # of the layer that a map reads
 BORROWED, MAPPED = 4, 8
 SEALED, NONE = -1, -2
@@ -104,21 +105,23 @@ def block_bytes(k: tuple[Any, ...], v: tuple[Any, ...]) -> int:
 
 
 class Node:
-    """A node that is accepted: of one of six kinds, of a layer of one of three.
+    """A node that is accepted: of one of eight kinds, of a layer of one of three.
 
-    kind: rows, moves, attend, unpack, read_keys, write_keys.  layer: own (codes of its own), borrows (K's and V's
+    kind: rows, staged, moves, clear, attend, unpack, read_keys, write_keys.  layer: own (codes of its own), borrows (K's and V's
     codes are another layer's), mapped (V is predicted from another's).
     """
 
     SOURCES: ClassVar[dict[str, tuple[str | None, ...]]] = {
         "rows": ("rows", "input", None, "k_cur", "v_cur", "blocks", "k_other", "v_other", "aux"),
+        "staged": ("rows", "input", None, "k_cur", "v_cur", "blocks", "k_other", "v_other", "aux"),
         "moves": ("rows", None, "moves", None, None, "blocks", "k_other", "v_other", "aux"),
-        "attend": ("q", "input", "mask", "rows", "blocks", "k_other", "v_other", "aux", "sinks"),
-        "unpack": ("input", "rows", "blocks", "k_other", "v_other", "aux"),
+        "clear": ("rows", "input", "cleared", None, None, "blocks", "k_other", "v_other", "aux", "stage"),
+        "attend": ("q", "input", "mask", "rows", "blocks", "k_other", "v_other", "aux", "sinks", "stage"),
+        "unpack": ("input", "rows", "blocks", "k_other", "v_other", "aux", "stage"),
         "read_keys": ("pages", "rows", "blocks", "k_other", "v_other", "aux"),
         "write_keys": ("pages", "rows", "blocks", "k_other", "v_other", "aux", "keys"),
     }
-    OPERATIONS: ClassVar[dict[str, str]] = {"rows": "UPDATE", "moves": "UPDATE"}
+    OPERATIONS: ClassVar[dict[str, str]] = dict.fromkeys(("rows", "staged", "moves", "clear"), "UPDATE")
 
     def __init__(self, kind: str, layer: str = "own") -> None:
         ffi, _ = load()
@@ -133,11 +136,14 @@ class Node:
         def numbers(*ne: int) -> NDArray[Any]:
             return rng.standard_normal(int(np.prod(ne))).astype(np.float32)
 
-        moves = np.array([[0, 0, 0, -1, -1, -1, -1], [1, 1, 1, -1, -1, -1, -1]], np.int32)
+        moves = np.array([[0, 0, 0, NONE, -1, -1, -1, -1], [1, 1, 1, NONE, -1, -1, -1, -1]], np.int32)
+        cleared = np.array([[0, 0, 0, SLOTS, -1, -1, -1, -1], [0, 0, NONE, NONE, 0, 0, 0, 0]], np.int32)
         keys = moves.copy()
         keys[1, 2] = SEALED
-        n_row = SLOTS * PAGE * (D + E) * HEADS
-        table = [0, 1, SEALED, NONE, 1, 0]
+        n_slot = PAGE * (D + E) * HEADS
+        n_row = SLOTS * n_slot
+        table = [0, 1, SEALED, NONE, 1, SLOTS if "stage" in self.SOURCES[kind] else 0]
+        row = (STREAMS * SLOTS + (STAGED if kind == "staged" else 0)) * PAGE - 1
         made: dict[str, Tensor | None] = {
             "rows": Tensor(F16, [n_row, STREAMS], numbers(n_row, STREAMS).astype(np.float16)),
             "blocks": Tensor(I8, [a_stream * per_block, STREAMS]),
@@ -146,11 +152,13 @@ class Node:
             if layer != "own"
             else None,
             "aux": aux(np.array([1, 0], np.int32) if layer == "mapped" else None),
-            "input": Tensor(I32, [4 + STREAMS * PAGES + TOKENS], np.array([0] * 4 + table + [0, 511])),
+            "input": Tensor(I32, [4 + STREAMS * PAGES + TOKENS], np.array([0] * 4 + table + [0, row])),
             "k_cur": Tensor(F32, [D, HEADS, TOKENS], numbers(D, HEADS, TOKENS)),
             "v_cur": Tensor(F32, [E, HEADS, TOKENS], numbers(E, HEADS, TOKENS)),
-            "moves": Tensor(I32, [7, 2], moves),
-            "pages": Tensor(I32, [7, 2], keys),
+            "moves": Tensor(I32, [8, 2], moves),
+            "cleared": Tensor(I32, [8, 2], cleared),
+            "stage": Tensor(F16, [STAGED * n_slot], numbers(STAGED * n_slot).astype(np.float16)),
+            "pages": Tensor(I32, [8, 2], keys),
             "q": Tensor(F32, [D, HEADS * REP, TOKENS * STREAMS], numbers(D, HEADS * REP, TOKENS * STREAMS)),
             "mask": Tensor(F16, [PAGES * PAGE, TOKENS, 1, STREAMS]),
             "sinks": Tensor(F32, [HEADS * REP]),
@@ -161,7 +169,7 @@ class Node:
         n_rows, state = HEADS * REP * TOKENS * STREAMS, (3 if layer == "mapped" else 2) * E + 2
         results = {
             "attend": (F32, [n_rows * (E + 2 * state)]), "unpack": (F16, [D, HEADS, PAGES * PAGE, STREAMS]),
-            "read_keys": (F32, [D, HEADS, 2 * PAGE]), "write_keys": (F32, [1]),
+            "read_keys": (F32, [D, HEADS, 2 * PAGE]), "write_keys": (F32, [1]), "staged": (F16, [STAGED * n_slot]),
         }  # fmt: skip
         self.tensors["result"] = Tensor(*results[kind]) if kind in results else Tensor(F16, [n_row, STREAMS])
         self.c = self.tensors["result"].c
@@ -175,8 +183,8 @@ class Node:
             p.other_heads = HEADS if layer == "borrows" else SOURCE_HEADS
             p.other_codes = block_bytes(own[0], side(0, 32)) // 64 - 4  # 0 bits: 256 bytes of means of V
             p.other_param = p.other_codes + 3 * PAGE * E // 8 // 64
-        p.number = {"attend": 2, "moves": 1}.get(kind, 0)
-        p.flags = 1 if kind == "unpack" else 0
+        p.number = {"attend": 2, "moves": 1, "clear": 2}.get(kind, 0)
+        p.flags = 1 if kind in ("unpack", "staged") else 0
         for i, name in enumerate(self.SOURCES[kind]):
             self.c.src[i] = self.tensors[name].c if name in self.tensors else ffi.NULL
 

@@ -33,30 +33,35 @@ class Move:
     page: int
     slot: int
     valid: int
+    refill: int = NONE
 
     @classmethod
     def of(cls, words: NDArray[np.int32]) -> Move:
-        valid = sum(int(np.uint32(word)) << 32 * i for i, word in enumerate(words[3:]))
-        return cls(int(words[0]), int(words[1]), int(words[2]), valid)
+        valid = sum(int(np.uint32(word)) << 32 * i for i, word in enumerate(words[4:]))
+        return cls(int(words[0]), int(words[1]), int(words[2]), valid, int(words[3]))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What must happen before cells are written."""
+    """What must happen before cells are written, and after."""
 
     fits: bool
     released: tuple[Move, ...]
     seals: tuple[Move, ...]
     unseals: tuple[Move, ...]
     opens: tuple[Move, ...]
+    after: tuple[Move, ...]
+    n_staged: int
 
 
 class Table:
     """A page table and the cells that it looks at."""
 
-    def __init__(self, n_streams: int, n_cells: int, n_slots: int, reserved: int, window: int, pinned: int) -> None:
+    def __init__(
+        self, n_streams: int, n_cells: int, n_slots: int, reserved: int, window: int, pinned: int, staged: int = 4
+    ) -> None:
         self.ffi, self.lib = load()
-        table = self.lib.xq_pages_new(n_streams, n_cells, n_slots, reserved, window, pinned)
+        table = self.lib.xq_pages_new(n_streams, n_cells, n_slots, reserved, window, pinned, staged)
         assert table != self.ffi.NULL
         self.table = self.ffi.gc(table, self.lib.xq_pages_free)
         self.n_pages = -(-n_cells // PAGE)
@@ -86,15 +91,15 @@ class Table:
         return [int(cell) for cell in out[:n]]
 
     def plan(self, stream: int, written: list[int]) -> Plan:
-        moves = np.zeros((4 * self.n_pages + 4, 7), np.int32)
+        moves = np.zeros((5 * self.n_pages + 4, 8), np.int32)
         counts = self.lib.xq_pages_plan(
             self.table, self._cells(), stream, len(written), written, self.ffi.from_buffer("int32_t[]", moves)
         )
         lists, at = [], 0
-        for n in (counts.n_released, counts.n_seals, counts.n_unseals, counts.n_opens):
+        for n in (counts.n_released, counts.n_seals, counts.n_unseals, counts.n_opens, counts.n_after):
             lists.append(tuple(Move.of(words) for words in moves[at : at + n]))
             at += n
-        return Plan(bool(counts.fits), *lists)
+        return Plan(bool(counts.fits), *lists, int(counts.n_staged))
 
     def commit_seals(self) -> None:
         self.lib.xq_pages_commit_seals(self.table)
@@ -102,11 +107,17 @@ class Table:
     def commit_opens(self) -> None:
         self.lib.xq_pages_commit_opens(self.table)
 
+    def commit_after(self) -> None:
+        self.lib.xq_pages_commit_after(self.table)
+
+    def commit_undone(self, some_done: bool) -> None:
+        self.lib.xq_pages_commit_undone(self.table, some_done)
+
     def wrote(self) -> None:
         self.lib.xq_pages_wrote(self.table, self._cells())
 
-    def grow(self, n_slots: int, reserved: int) -> None:
-        self.lib.xq_pages_grow(self.table, n_slots, reserved)
+    def grow(self, n_slots: int, reserved: int, staged: int) -> None:
+        self.lib.xq_pages_grow(self.table, n_slots, reserved, staged)
 
     def clear(self) -> None:
         self.lib.xq_pages_clear(self.table)

@@ -24,16 +24,17 @@ Halves = NDArray[np.float16]
 
 @dataclass(frozen=True)
 class Move:
-    """A page that is sealed or unsealed, or whose keys are read or written; slot: or SEALED."""
+    """A page that is sealed or unsealed, or whose keys are read or written; slot: or SEALED; refill: or NONE."""
 
     page: int
     slot: int
     valid: Bools = field(default_factory=lambda: ALL)
     stream: int = 0
+    refill: int = NONE
 
     def words(self) -> list[int]:
         valid = np.packbits(self.valid, bitorder="little").view("<i4").tolist()
-        return [self.stream, self.page, self.slot, *valid]
+        return [self.stream, self.page, self.slot, self.refill, *valid]
 
 
 def c_layer(layer: Layer) -> Any:
@@ -49,6 +50,7 @@ class Storage:
 
     rows: K [stream][KV head][slot][PAGE][d], V [...][e], F16.  owner: the layer whose codes the borrowed sides read.
     latent: so many of the values' channels, the first, are those of the keys; rows of V: the others, or empty.
+    staged: so many of the slots, the last, lie in the stage: in no stream (those of `rows` of stream 0 are taken).
     source, map_: the layer that predicts V; heads of it [KV head], and [KV head][e][e].  seals: whether it has blocks.
     """
 
@@ -63,11 +65,13 @@ class Storage:
         map_: tuple[NDArray[np.int32], Floats] | None = None,
         seals: bool = True,
         latent: int = 0,
+        staged: int = 0,
     ) -> None:
         ffi, lib = native.load()
         self.device, self.layer, self.n_pages = device, layer, n_pages
         self.owner, self.source, self.map = owner, source, map_
-        self.streams, self.heads, self.slots, _, self.d = rows[0].shape
+        self.streams, self.heads, n_slots, _, self.d = rows[0].shape
+        self.staged, self.slots = staged, n_slots - staged
         self.latent, self.stored_e = latent, rows[1].shape[-1]
         self.e = latent + self.stored_e
         c, self.layout = c_layer(layer), ffi.new("xq_block_layout *")
@@ -77,6 +81,7 @@ class Storage:
         self.blocks_stream, self.rows_stream = n_blocks + APART, n_rows + APART
         self.blocks = Buffer(device, self.streams * self.blocks_stream) if seals else None
         self.open = Buffer(device, self.streams * self.rows_stream)
+        self.stage = Buffer(device, max(n_rows // self.slots * staged, 1))
         self.set_rows(rows)
         self.nonfinite = Buffer(device, np.zeros(1, np.uint64))
         self.c = ffi.new("xq_store *")
@@ -92,6 +97,8 @@ class Storage:
                 self._ok(lib.xq_store_borrow(self.c, is_k, owner.c))
         if latent:
             self._ok(lib.xq_store_latent(self.c, latent))
+        if staged:
+            self._ok(lib.xq_store_stage(self.c, self.stage.pointer("uint16_t"), staged))
         if source is not None and map_ is not None:
             self._map = [Buffer(device, x) for x in map_]
             heads, map_at = self._map[0].pointer("int32_t"), self._map[1].pointer("float")
@@ -106,14 +113,23 @@ class Storage:
     def set_rows(self, rows: tuple[Halves, Halves]) -> None:
         """Overwrites all open pages."""
         gap = np.full(APART, 0xFF, np.uint8)
-        streams = [np.concatenate([*(x[s].reshape(-1).view(np.uint8) for x in rows), gap]) for s in range(self.streams)]
+        own, staged = ([x[:, :, part] for x in rows] for part in (slice(self.slots), slice(self.slots, None)))
+        streams = [np.concatenate([*(x[s].reshape(-1).view(np.uint8) for x in own), gap]) for s in range(self.streams)]
         self.open.set(np.concatenate(streams))
+        if self.staged:
+            self.stage.set(np.concatenate([x[0].reshape(-1).view(np.uint8) for x in staged]))
 
     def rows(self) -> tuple[Halves, Halves]:
-        """The open pages as they are now."""
+        """The open pages of streams as they are now."""
         flat = self.open.get(np.uint8, (self.streams, self.rows_stream))[:, :-APART].copy().view(np.float16)
         n, shape = self.heads * self.slots * PAGE * self.d, (self.streams, self.heads, self.slots, PAGE)
         return flat[:, :n].reshape(*shape, self.d), flat[:, n:].reshape(*shape, self.stored_e)
+
+    def staged_rows(self) -> tuple[Halves, Halves]:
+        """Those of the stage, [KV head][slot][PAGE][d or e]."""
+        flat = self.stage.get(np.float16, (self.stage.bytes // 2,))
+        n, shape = self.heads * self.staged * PAGE * self.d, (self.heads, self.staged, PAGE)
+        return flat[:n].reshape(*shape, self.d), flat[n:].reshape(*shape, self.stored_e)
 
     def pages(self) -> NDArray[np.uint8]:
         """The blocks as they are now, [stream][KV head][page][byte]."""
@@ -137,15 +153,22 @@ class Storage:
     # ---- verbs ----
 
     def moves(self, moves: Sequence[Move]) -> Buffer:
-        return Buffer(self.device, np.array([move.words() for move in moves] or [[-9] * 7], np.int32))
+        return Buffer(self.device, np.array([move.words() for move in moves] or [[-9] * 8], np.int32))
 
-    def update(self, seals: Sequence[Move] = (), unseals: Sequence[Move] = (), n_threads: int = 2) -> int:
-        """Returns how many values were not finite."""
+    def update(
+        self, seals: Sequence[Move] = (), unseals: Sequence[Move] = (), n_threads: int = 2, serial: int | None = None
+    ) -> int:
+        """Returns how many values were not finite.  serial: is noted when pages are sealed."""
         a = native.load()[0].new("xq_update_args *")
-        lists = self.moves(seals), self.moves(unseals)
+        lists, notes = (self.moves(seals), self.moves(unseals)), Buffer(self.device, np.array([serial or 0, 0], "<i4"))
         a.seals, a.unseals = (x.pointer("int32_t") for x in lists)
         a.n_seals, a.n_unseals = len(seals), len(unseals)
-        return self._counted(a, n_threads)
+        if serial is not None:
+            a.serial = notes.pointer("int32_t")
+            a.done = a.serial + 1
+        n_bad = self._counted(a, n_threads)
+        assert serial in (None, notes.get(np.int32, (2,))[1])
+        return n_bad
 
     def write(self, rows: NDArray[np.int32], new: tuple[Floats, Floats], n_threads: int = 2) -> int:
         """rows [token] over streams, new [token][KV head][d or e]; returns how many values were not finite."""

@@ -22,19 +22,21 @@ class Cache(RuleBasedStateMachine):
         spare=st.integers(0, 5),
         window=st.sampled_from([-1, 0, 1, 100, PAGE, 300]),
         pinned=st.integers(0, 2),
+        staged=st.integers(1, 5),
     )
-    def make(self, n_streams: int, n_cells: int, spare: int, window: int, pinned: int) -> None:
+    def make(self, n_streams: int, n_cells: int, spare: int, window: int, pinned: int, staged: int) -> None:
         n_pages = -(-n_cells // PAGE)
         wanted = pinned + -(-max(window, 0) // PAGE) + 1 + spare
         self.n_slots = n_pages if window < 0 else min(n_pages, wanted)
-        self.window, self.pinned = window, pinned
+        self.window, self.pinned, self.staged = window, pinned, staged
         reserved = min(-(-max(window, 0) // PAGE), self.n_slots - 1)
-        self.table = Table(n_streams, n_cells, self.n_slots, reserved, window, pinned)
+        self.table = Table(n_streams, n_cells, self.n_slots, reserved, window, pinned, staged)
         self.seals = window >= 0 and self.n_slots < n_pages
         self.n_streams, self.n_cells = n_streams, n_cells
         self.values = np.full((n_streams, self.table.n_pages, PAGE), -1, np.int64)  # what each cell was given
         self.slots: NDArray[np.int64] = np.full((n_streams, self.n_slots, PAGE), -2, np.int64)
         self.codes = np.full((n_streams, self.table.n_pages, PAGE), -3, np.int64)
+        self.stage: NDArray[np.int64] = np.full((staged, PAGE), -5, np.int64)
         self.next = 1  # values are never used twice
         self.ends = {(s, q): 0 for s in range(n_streams) for q in range(N_SEQ)}
         self.reserved = reserved
@@ -61,6 +63,26 @@ class Cache(RuleBasedStateMachine):
         self.table.commit_opens()
         return stop > 0
 
+    def rows(self, stream: int, slot: int) -> NDArray[np.int64]:
+        return self.slots[stream, slot] if slot < self.n_slots else self.stage[slot - self.n_slots]
+
+    def run_after(self, stream: int, plan: Plan, stop: int) -> bool:
+        """Seals what left the window, at most `stop` pages; False: it was interrupted, and the rest is sealed now."""
+        done = plan.after[:stop]
+        if 0 < len(done) < len(plan.after):
+            done += tuple(move for move in plan.after[stop:] if move.slot < self.n_slots)
+        for i, move in enumerate(done):
+            lies = self.rows(stream, move.slot)
+            for t in range(PAGE):
+                self.codes[stream, move.page, t] = lies[t] if move.valid >> t & 1 else -4
+            if move.refill != NONE and i < stop:
+                lies[:] = self.rows(stream, move.refill)
+        if stop < len(plan.after):
+            self.table.commit_undone(stop > 0)
+            return False
+        self.table.commit_after()
+        return True
+
     def check_plan(self, stream: int, plan: Plan, written: set[int]) -> None:
         states = self.table.states(stream)
         moved = [move.page for moves in (plan.released, plan.seals, plan.unseals, plan.opens) for move in moves]
@@ -73,7 +95,23 @@ class Cache(RuleBasedStateMachine):
         assert {move.page for move in (*plan.unseals, *plan.opens)} == {p for p in written if states[p] < 0}
         taken = [move.slot for move in (*plan.unseals, *plan.opens)]
         assert len(taken) == len(set(taken))
-        assert set(taken) <= free
+        staged = {slot for slot in taken if slot >= self.n_slots}
+        assert staged == {self.n_slots + i for i in range(plan.n_staged)}
+        assert plan.n_staged <= self.staged
+        assert set(taken) - staged <= free
+        assert all(move.slot not in staged for move in plan.unseals)
+        now = {move.page: move.slot for move in (*plan.unseals, *plan.opens)}
+        now |= {p: s for p, s in enumerate(states) if s >= 0 and p not in {m.page for m in (*plan.released, *plan.seals)}}
+        assert all(now[move.page] == move.slot for move in plan.after)
+        assert len({move.page for move in plan.after}) == len(plan.after)
+        # each page of the stage is sealed or moves into a slot that a sealed page leaves
+        refills = [move.refill for move in plan.after if move.refill != NONE]
+        assert all(move.slot < self.n_slots for move in plan.after if move.refill != NONE)
+        assert sorted([*refills, *(move.slot for move in plan.after if move.slot in staged)]) == sorted(staged)
+        assert plan.n_staged > 0 or not plan.after
+        for move in plan.after:
+            here = [i - move.page * PAGE for i in self.used(stream) if i // PAGE == move.page]
+            assert [t for t in range(PAGE) if move.valid >> t & 1] == here
         assert all(states[move.page] == SEALED for move in plan.unseals)
         for move in plan.seals:
             cells = [t for t in range(PAGE) if move.valid >> t & 1]
@@ -84,8 +122,9 @@ class Cache(RuleBasedStateMachine):
         data=st.data(),
         n=st.one_of(st.integers(1, 5), st.integers(1, 3 * PAGE)),
         stop=st.one_of(st.just(99), st.integers(0, 4)),
+        stop_after=st.one_of(st.just(99), st.integers(0, 4)),
     )
-    def write(self, data: st.DataObject, n: int, stop: int) -> None:
+    def write(self, data: st.DataObject, n: int, stop: int, stop_after: int) -> None:
         stream = data.draw(st.integers(0, self.n_streams - 1))
         owners = data.draw(st.lists(st.integers(0, N_SEQ - 1), min_size=1, max_size=3))
         head = data.draw(st.integers(0, self.n_cells))
@@ -97,7 +136,7 @@ class Cache(RuleBasedStateMachine):
             budget = (
                 self.table.n_pages if not self.seals else self.n_slots - min(-(-self.window // PAGE), self.n_slots - 1)
             )
-            assert n > free or len({c // PAGE for c in range(self.n_cells)}) > budget
+            assert n > free or self.table.n_pages > min(budget, self.staged)
             return
         assert len(set(cells)) == n
         assert not set(cells) & set(self.used(stream))
@@ -118,14 +157,21 @@ class Cache(RuleBasedStateMachine):
         for cell in cells:
             slot = self.table.state(stream, cell // PAGE)
             assert slot >= 0
-            self.slots[stream, slot, cell % PAGE] = self.values[stream, cell // PAGE, cell % PAGE] = self.next
+            self.rows(stream, slot)[cell % PAGE] = self.values[stream, cell // PAGE, cell % PAGE] = self.next
             self.next += 1
         self.table.wrote()
+        if not self.run_after(stream, plan, stop_after):
+            for cell in cells:
+                self.table.sequences[stream, cell] = 0
+            written_now = False
+        else:
+            written_now = True
         for cell, owner in zip(cells, tokens, strict=True):
             for which in (owner, N_SEQ):
                 self.written[stream][which] += 1
             self.newest[stream][cell // PAGE] = owner, list(self.written[stream])
-        self.check_policy(stream, {c // PAGE for c in cells}, n)
+        if written_now:
+            self.check_policy(stream, {c // PAGE for c in cells}, n)
 
     def check_policy(self, stream: int, written: set[int], n: int) -> None:
         """What left the window is sealed, but for pinned pages."""
@@ -178,7 +224,7 @@ class Cache(RuleBasedStateMachine):
     def grow(self, n: int) -> None:
         n = min(n, self.table.n_pages - self.n_slots)
         self.n_slots += n
-        self.table.grow(self.n_slots, self.reserved)
+        self.table.grow(self.n_slots, self.reserved, self.staged)
         self.seals = self.window >= 0 and self.n_slots < self.table.n_pages
         more = np.full((self.n_streams, n, PAGE), -2, np.int64)
         self.slots = np.concatenate([self.slots, more], axis=1)
@@ -219,6 +265,7 @@ def written(table: Table, tokens: list[int], stream: int = 0, position: int = 0)
     table.commit_seals()
     table.commit_opens()
     table.wrote()
+    table.commit_after()
     return cells
 
 
