@@ -122,19 +122,17 @@ bool are_apart(const ggml_tensor *node, const ggml_tensor *written, const ggml_t
     return are_apart(aux, indices);
 }
 
-/* A stage of whole slots, apart from the layer. */
+/* A stage of whole slots. */
 bool is_stage(const ggml_tensor *node, int64_t slot /* elements */, bool on_host) {
     const ggml_tensor *stage = stage_of(node);
     if (!stage) {
         return true;
     }
-    const layer_sources at = sources_of(node);
     constexpr int64_t most = 1 << 22; // as the verbs have it
     return is_tensor(stage, on_host, {"stage", GGML_TYPE_F16, {any, 1, 1, 1}, true}) &&
            (stage->ne[0] % slot == 0 || refuse("stage has %lld elements, must be slots of %lld",
                                                (long long)stage->ne[0], (long long)slot)) &&
-           in_range("slots of the stage", stage->ne[0] / slot, 1, most) && are_apart(stage, node->src[at.rows]) &&
-           are_apart(stage, node->src[at.blocks]);
+           in_range("slots of the stage", stage->ne[0] / slot, 1, most);
 }
 
 /* ---- a layer ---- */
@@ -246,7 +244,7 @@ bool accepts_layer(const ggml_tensor *node, bool on_host, layer_shape &l) {
     const int64_t aux_bytes = aux_map(p.n_head_kv, rows->ne[1]) + map_bytes;
     return is_tensor(blocks, on_host, {"blocks", GGML_TYPE_I8, {l.seals ? block_bytes : 1, rows->ne[1], 1, 1}, true}) &&
            is_tensor(aux, on_host, {"aux", GGML_TYPE_I8, {aux_bytes, 1, 1, 1}, true}) &&
-           accepts_others(node, l, on_host);
+           are_apart(stage_of(node), rows) && are_apart(stage_of(node), blocks) && accepts_others(node, l, on_host);
 }
 
 /* The input tensor, for the rows of so many tokens. */
