@@ -104,24 +104,24 @@ XQ_BOTH bool is_slot(const xq_store &store, int slot) {
     return (uint32_t)slot < (uint32_t)(store.n_slots + store.n_staged);
 }
 XQ_BOTH int safe_slot(const xq_store &store, int slot) {
-    return slot < store.n_slots + store.n_staged && slot >= (store.k.param ? (int)XQ_SLOT_SEALED : 0) ? slot : (int)XQ_SLOT_NONE;
+    return slot < store.n_slots + store.n_staged && slot >= (store.k.param ? (int)XQ_SLOT_SEALED : 0)
+               ? slot
+               : (int)XQ_SLOT_NONE;
 }
 XQ_BOTH bool is_there(const xq_store &store, const page_move &move, bool may_seal) {
     return (uint32_t)move.stream < (uint32_t)store.n_streams && (uint32_t)move.page < (uint32_t)store.n_pages &&
-           (is_slot(store, move.slot) ||
-            (may_seal && move.slot == XQ_SLOT_SEALED && store.k.param));
+           (is_slot(store, move.slot) || (may_seal && move.slot == XQ_SLOT_SEALED && store.k.param));
 }
 /* Whether a slot of a stream is refilled after its page was sealed. */
 XQ_BOTH bool is_refilled(const xq_store &store, const page_move &move) {
-    return (uint32_t)move.slot < (uint32_t)store.n_slots && move.refill >= store.n_slots &&
-           is_slot(store, move.refill);
+    return (uint32_t)move.slot < (uint32_t)store.n_slots && move.refill >= store.n_slots && is_slot(store, move.refill);
 }
 /* Rows that xq_update_args may name. */
-XQ_BOTH int64_t n_rows(const xq_store &store) {
+XQ_BOTH int64_t count_rows(const xq_store &store) {
     return ((int64_t)store.n_streams * store.n_slots + store.n_staged) * XQ_PAGE;
 }
 XQ_BOTH bool is_row(const xq_store &store, int32_t row) {
-    return (uint32_t)row < (uint32_t)n_rows(store);
+    return (uint32_t)row < (uint32_t)count_rows(store);
 }
 
 /* [width] of a row of xq_update_args. */

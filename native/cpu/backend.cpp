@@ -44,8 +44,9 @@ bool accepts_table(const char *verb, const xq_store &store, const int32_t *table
             if (slots[p] >= store.n_slots + store.n_staged || (slots[p] < least && slots[p] != XQ_SLOT_NONE)) {
                 return !fail(XQ_ERR_ARGUMENT,
                              "%s: table says %d of page %d of stream %d; there are %d slots, %d is %s and %d nowhere",
-                             verb, slots[p], p, stream_of(first_stream, s), store.n_slots + store.n_staged, XQ_SLOT_SEALED,
-                             store.k.param ? "sealed" : "not allowed: the layer never seals", XQ_SLOT_NONE);
+                             verb, slots[p], p, stream_of(first_stream, s), store.n_slots + store.n_staged,
+                             XQ_SLOT_SEALED, store.k.param ? "sealed" : "not allowed: the layer never seals",
+                             XQ_SLOT_NONE);
             }
         }
     }

@@ -52,7 +52,7 @@ static bool accepts_rows(const xq_store &store, const xq_update_args &args) {
     for (int32_t t = 0; t < args.n_tokens; ++t) {
         if (!is_row(store, args.rows[t])) {
             return !fail(XQ_ERR_ARGUMENT, "update: rows[%d] is %d, must be 0 to %lld", t, args.rows[t],
-                         (long long)n_rows(store) - 1);
+                         (long long)count_rows(store) - 1);
         }
     }
     return true;

@@ -105,7 +105,8 @@ __global__ void __launch_bounds__(refill_threads)
     refill_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_update_args args) {
     const page_move &move = move_at(args.seals, blockIdx.y);
     if (is_there(store, move, false) && is_refilled(store, move)) {
-        const side_view side = side_at(side_of(store, is_key(store, blockIdx.x)), move.stream, head_of(store, blockIdx.x));
+        const side_view side =
+            side_at(side_of(store, is_key(store, blockIdx.x)), move.stream, head_of(store, blockIdx.x));
         const auto *from = (const uint4 *)open_rows(side, move.refill);
         auto *to = (uint4 *)open_rows(side, move.slot);
         for (int i = threadIdx.x; i < XQ_PAGE * side.width / 8; i += refill_threads) {

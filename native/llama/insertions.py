@@ -198,7 +198,7 @@ INSERTIONS: list[dict[str, str]] = [
      """},
     {"name": "subclass: end a micro-batch", "file": "src/llama-context.cpp",
      "in": "llama_context::decode(const llama_batch_ext & batch_inp)",
-     "after": "const auto * res = process_ubatch(ubatch, ctx_type_to_graph_type(cparams.ctx_type), mctx.get(), status);",
+     "after": "ctx_type_to_graph_type(cparams.ctx_type), mctx.get(), status);",
      "text": "xquant::end_ubatch(memory.get(), res != nullptr);"},
     {"name": "subclass: header", "file": "src/llama-kv-cache.cpp", "in": "file", "after": '#include "llama-context.h"',
      "text": '#include "xquant-kv-cache.h"'},

@@ -130,8 +130,8 @@ bool is_stage(const ggml_tensor *node, int64_t slot /* elements */, bool on_host
     }
     constexpr int64_t most = 1 << 22; // as the verbs have it
     return is_tensor(stage, on_host, {"stage", GGML_TYPE_F16, {any, 1, 1, 1}, true}) &&
-           (stage->ne[0] % slot == 0 || refuse("stage has %lld elements, must be slots of %lld",
-                                               (long long)stage->ne[0], (long long)slot)) &&
+           (stage->ne[0] % slot == 0 ||
+            refuse("stage has %lld elements, must be slots of %lld", (long long)stage->ne[0], (long long)slot)) &&
            in_range("slots of the stage", stage->ne[0] / slot, 1, most);
 }
 
@@ -265,8 +265,8 @@ bool accepts_update(const ggml_tensor *node, const layer_shape &l, bool on_host)
     if (moves) {
         return is_tensor(moves, on_host, {"moves", GGML_TYPE_I32, {XQ_MOVE_WORDS, any, 1, 1}, true}) &&
                in_range("moves", moves->ne[1], 1, INT32_MAX) && in_range("n_seals", l.p.number, 0, moves->ne[1]) &&
-               (!src[update_input] || (is_input(src[update_input], l, 0, on_host) &&
-                                       are_apart(node, nullptr, src[update_input]))) &&
+               (!src[update_input] ||
+                (is_input(src[update_input], l, 0, on_host) && are_apart(node, nullptr, src[update_input]))) &&
                are_apart(node, nullptr, moves);
     }
     const int64_t n_heads = l.shape.n_head_kv;

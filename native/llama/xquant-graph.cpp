@@ -60,8 +60,8 @@ class kv_cache::page_input final : public llm_graph_input_i {
     const kv_cache &kv;
     ggml_tensor *input, *moves = nullptr; /* moves: of the stage; null: there is none */
     uint32_t n_tokens;
-    int32_t n_staged;                          /* slots of the stage */
-    uint64_t generation;                       /* of the tensors that the graph's nodes name */
+    int32_t n_staged;                           /* slots of the stage */
+    uint64_t generation;                        /* of the tensors that the graph's nodes name */
     std::map<const layer *, open_tensors> open; /* of layers whose update is in the graph */
 };
 
@@ -140,8 +140,8 @@ static void keep_on_host(const llm_graph_context &graph, const layer &l, ggml_te
 }
 
 ggml_tensor *kv_cache::attend_codes(const llm_graph_context &graph, const layer &l, const page_input &input,
-                                    const open_tensors &open, bool after_update, ggml_tensor *q, ggml_tensor *mask, ggml_tensor *sinks,
-                                    float scale, int il) const {
+                                    const open_tensors &open, bool after_update, ggml_tensor *q, ggml_tensor *mask,
+                                    ggml_tensor *sinks, float scale, int il) const {
     const int64_t n_head = q->ne[1], n_tokens = q->ne[2], n_streams = mask->ne[3], n_head_kv = l.shape.n_head_kv;
     const int64_t n_threads = n_tokens == 1 ? graph.cparams.n_threads : graph.cparams.n_threads_batch;
     attend_options options = {};

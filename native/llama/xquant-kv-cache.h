@@ -66,7 +66,7 @@ struct layer {
     layer_tensors nodes;
     std::vector<ggml_tensor *> block_streams, row_streams; /* views, one a stream: what a copy of a stream copies */
     int64_t block_bytes;                                   /* of one page and KV head */
-    int32_t last_reader;                                   /* of the model's layers, the last whose attention reads it */
+    int32_t last_reader; /* of the model's layers, the last whose attention reads it */
 };
 
 class kv_cache final : public llama_kv_cache {
@@ -176,9 +176,11 @@ class kv_cache final : public llama_kv_cache {
     page_input &input_of(const llm_graph_context &graph) const;
     int32_t staged_for(const llama_ubatch &ubatch) const;
     ggml_tensor *attend_unpacked(const llm_graph_context &graph, const layer &l, const page_input &input,
-                                 const open_tensors &open, ggml_tensor *q, ggml_tensor *mask, ggml_tensor *sinks, float scale, int il) const;
+                                 const open_tensors &open, ggml_tensor *q, ggml_tensor *mask, ggml_tensor *sinks,
+                                 float scale, int il) const;
     ggml_tensor *attend_codes(const llm_graph_context &graph, const layer &l, const page_input &input,
-                              const open_tensors &open, bool after_update, ggml_tensor *q, ggml_tensor *mask, ggml_tensor *sinks, float scale, int il) const;
+                              const open_tensors &open, bool after_update, ggml_tensor *q, ggml_tensor *mask,
+                              ggml_tensor *sinks, float scale, int il) const;
     template <typename F> bool each_run(int32_t il, bool is_value, int32_t head, int32_t n_cells, const F &move) const;
 
     uint64_t fingerprint() const;

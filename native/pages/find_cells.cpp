@@ -83,8 +83,8 @@ class page_table::search {
     const page_table &table;
     const cell_view &cells;
     int32_t stream, first;
-    std::vector<uint32_t> taken; /* [page]: cells that the search went past; ~0: all */
-    std::vector<int32_t> writer; /* [page]: the sequence that writes into it */
+    std::vector<uint32_t> taken;   /* [page]: cells that the search went past; ~0: all */
+    std::vector<int32_t> writer;   /* [page]: the sequence that writes into it */
     int32_t left_open, left_empty; /* pages with and without cells that may be touched besides */
 };
 

@@ -58,9 +58,8 @@ void page_table::commit_after(const page_plan &plan) {
         }
         stream &st = streams_[move.stream];
         st.free_slots.erase(std::find(st.free_slots.begin(), st.free_slots.end(), move.slot));
-        std::find_if(st.pages.begin(), st.pages.end(), [&](const page &pg) {
-            return pg.state == move.refill;
-        })->state = move.slot;
+        std::find_if(st.pages.begin(), st.pages.end(), [&](const page &pg) { return pg.state == move.refill; })->state =
+            move.slot;
     }
 }
 

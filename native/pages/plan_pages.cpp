@@ -107,6 +107,12 @@ class page_table::planner {
         return table.seals() && c.rank == INT32_MAX &&
                age_in(clocks, cells, write.stream, c.page) >= (uint64_t)table.shape_.window;
     }
+    /* Likewise, by the end of this micro-batch: without a window, the page that the next one goes on with stays. */
+    bool leaves_then(const candidate &c, const stream &later) const {
+        const bool is_full = std::all_of(std::begin(c.content.valid), std::end(c.content.valid),
+                                         [](uint32_t word) { return word == ~0u; });
+        return leaves(c, later) && (is_full || age_in(later, cells, write.stream, c.page) > 0);
+    }
     static page_move sealing(page_move move, const candidate &c) {
         std::copy(std::begin(c.content.valid), std::end(c.content.valid), move.valid);
         return move;
@@ -145,7 +151,7 @@ class page_table::planner {
         }
         for (const int32_t p : fresh) {
             candidate c = candidate_of(p, XQ_SLOT_NONE, later);
-            if (!slots.empty() && !leaves(c, later)) {
+            if (!slots.empty() && !leaves_then(c, later)) {
                 c.slot = slots.back();
                 slots.pop_back();
                 out.opens.push_back(move_of(p, c.slot));
@@ -176,7 +182,7 @@ class page_table::planner {
     /* What is sealed once all is written, so that the others have slots. */
     void clear_stage(std::vector<candidate> pages, const stream &later) {
         const auto stays = std::stable_partition(pages.begin(), pages.end(),
-                                                 [&](const candidate &c) { return leaves(c, later); });
+                                                 [&](const candidate &c) { return leaves_then(c, later); });
         std::sort(stays, pages.end());
         const auto n_slots = (std::ptrdiff_t)(table.shape_.n_slots - (int32_t)slots.size());
         const auto first = pages.end() - std::min<std::ptrdiff_t>(pages.end() - stays, n_slots); // that stays
@@ -205,9 +211,9 @@ class page_table::planner {
     page_plan &out;
     const stream &st;
     std::set<int32_t> written;
-    std::vector<int32_t> slots;   /* that are free */
-    std::vector<candidate> open;  /* pages that are open and not written */
-    std::vector<kept_page> kept;  /* written pages that have slots of the stream */
+    std::vector<int32_t> slots;  /* that are free */
+    std::vector<candidate> open; /* pages that are open and not written */
+    std::vector<kept_page> kept; /* written pages that have slots of the stream */
 };
 
 bool page_table::plan_stream(const cell_view &cells, const page_write &write, bool in_graph, page_plan &out) const {

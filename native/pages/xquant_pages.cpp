@@ -54,7 +54,8 @@ struct xq_pages {
 xq_pages *xq_pages_new(int32_t n_streams, int32_t n_cells, int32_t n_slots, int32_t reserved, int32_t window,
                        int32_t pinned, int32_t staged) {
     const xq::page_shape shape = {n_streams, n_cells, n_slots, reserved, staged, window, pinned};
-    return n_streams < 1 || n_cells < 1 || n_slots < 1 || n_slots > shape.n_pages() || staged < 0 ? nullptr : new xq_pages(shape);
+    return n_streams < 1 || n_cells < 1 || n_slots < 1 || n_slots > shape.n_pages() || staged < 0 ? nullptr
+                                                                                                  : new xq_pages(shape);
 }
 
 void xq_pages_free(xq_pages *pages) {
@@ -92,7 +93,7 @@ xq_pages_counts xq_pages_plan(xq_pages *pages, const xq_pages_cells *cells, int3
     }
     const auto size = [](const std::vector<xq::page_move> &list) { return (int32_t)list.size(); };
     return {plan.fits,        size(plan.released), size(plan.seals), size(plan.unseals),
-            size(plan.opens), size(plan.after), plan.n_staged};
+            size(plan.opens), size(plan.after),    plan.n_staged};
 }
 
 void xq_pages_commit_seals(xq_pages *pages) {

@@ -16,7 +16,12 @@ KINDS = tuple(Node.SOURCES)
 LAYERS = ("own", "borrows", "mapped")
 ALL = [(kind, layer) for kind in KINDS for layer in LAYERS]
 Change = Callable[[Node], None]
-FREE = {"input": (0,), "moves": (1,), "cleared": (1,), "mask": (0, 1)}  # axes that may be longer than what is read, or shorter
+FREE = {
+    "input": (0,),
+    "moves": (1,),
+    "cleared": (1,),
+    "mask": (0, 1),
+}  # axes that may be longer than what is read, or shorter
 STRIDED = ("k_cur", "v_cur", "q", "mask", "keys")
 
 
@@ -124,7 +129,10 @@ def wrong_indices(kind: str, layer: str) -> Iterator[tuple[str, Change]]:
         wrong += [(name, i + word, (-3, n)) for word, n in enumerate((STREAMS, PAGES, SLOTS)) for i in (0, 8)]
     if kind == "clear":
         wrong += [("cleared", word, (-3, n)) for word, n in enumerate((STREAMS, PAGES, SLOTS + STAGED))]
-        wrong += [("cleared", 3, (-1, SLOTS - 1, SLOTS + STAGED)), ("cleared", 2, (SLOTS,))]  # the stage is not refilled
+        wrong += [
+            ("cleared", 3, (-1, SLOTS - 1, SLOTS + STAGED)),
+            ("cleared", 2, (SLOTS,)),
+        ]  # the stage is not refilled
     if layer == "mapped":
         wrong += [("aux", 16, (-1, SOURCE_HEADS))]
     for name, index, values in wrong:

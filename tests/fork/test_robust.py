@@ -156,18 +156,28 @@ class Abort:
         return self.asked > self.limit
 
 
-@pytest.mark.parametrize(("whole", "share"), [(0, 0.0), (0, 0.5), (0, 0.9), (1, 0.25), (1, 0.4), (2, 0.0)])
-def test_a_batch_that_was_aborted_loses_nothing(paths: dict[str, Path], whole: int, share: float) -> None:
-    """After whole micro-batches and a share of the next one's nodes; what it had to seal is sealed later."""
-    with Context(paths["plain"], "xquant") as context, Context(paths["plain"], "xquant") as twin:
+@pytest.mark.parametrize(
+    ("n", "whole", "share"),
+    [
+        (128, 0, 0.0), (128, 0, 0.5), (128, 0, 0.9), (128, 1, 0.25), (128, 1, 0.4), (128, 2, 0.0), (300, 0, 0.3),
+        (300, 0, 0.6), (300, 0, 0.95),
+    ],
+)  # fmt: skip
+def test_a_batch_that_was_aborted_loses_nothing(paths: dict[str, Path], n: int, whole: int, share: float) -> None:
+    """After whole micro-batches of n and a share of the next one's nodes, with some layers' pages sealed; what they
+    had to seal the others seal as well."""
+    size = {"n_ubatch": n}
+    with Context(paths["plain"], "xquant", **size) as context, Context(paths["plain"], "xquant", **size) as twin:
         for c in (context, twin):
-            c.decode(TOKENS[:700], 0)
-        with Context(paths["plain"], "xquant") as counted:
-            counted.decode(TOKENS[:700], 0)
+            c.decode(TOKENS[:400], 0)
+            c.decode(TOKENS[400:700], 400)
+        with Context(paths["plain"], "xquant", **size) as counted:
+            counted.decode(TOKENS[:400], 0)
+            counted.decode(TOKENS[400:700], 400)
             abort = Abort(counted)
             ends = [0]
-            for first in (700, 828, 956):
-                counted.decode(TOKENS[first : min(first + 128, 1000)], first)
+            for first in range(700, 1000, n):
+                counted.decode(TOKENS[first : min(first + n, 1000)], first)
                 ends.append(abort.asked)
         abort = Abort(context)
         abort.limit = ends[whole] + int(share * (ends[whole + 1] - ends[whole]))
@@ -176,12 +186,13 @@ def test_a_batch_that_was_aborted_loses_nothing(paths: dict[str, Path], whole: i
         assert abort.asked == abort.limit + 1
         abort.limit = 1 << 62
         end = llama_cpp.llama_memory_seq_pos_max(context.memory, 0) + 1
-        assert end == 700 + 128 * whole
-        for first in range(700, end, 128):
-            twin.decode(TOKENS[first : first + 128], first)
+        assert end == 700 + n * whole
+        for first in range(700, end, n):
+            twin.decode(TOKENS[first : first + n], first)
         got, want = (c.decode(TOKENS[end:1100], end) for c in (context, twin))
-        # the aborted tokens count as written: pages may be sealed earlier, 1.3e-3; pages that were lost: 5e-3
-        assert np.abs(got - want).mean() < 2.5e-3 * want.std()
+        # pages are sealed earlier, up to 1.3e-3 and, by micro-batches of 300, 3.1e-3; without what end() does for the
+        # layers behind the abort 5e-3 to 6.2e-3, and 5.8e-3 to 9.4e-3
+        assert np.abs(got - want).mean() < (2.5e-3 if n == 128 else 4.0e-3) * want.std()
 
 
 def test_dividing_positions_turns_keys_the_right_way(paths: dict[str, Path]) -> None:

@@ -158,7 +158,7 @@ def test_a_sequence_is_restored_where_it_was_among_others(
             assert difference(answer(context, s, n), want[s]) < TYPES[kv_type]
 
 
-@pytest.mark.parametrize(("n_ctx", "n"), [(4096, 800), (512, 100)])
+@pytest.mark.parametrize(("n_ctx", "n"), [(4096, 800), (768, 100)])
 @pytest.mark.parametrize("kv_type", TYPES)
 def test_users_who_took_turns_are_restored_into_an_empty_cache(
     paths: dict[str, Path], kv_type: str, n_ctx: int, n: int

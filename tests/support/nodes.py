@@ -107,8 +107,8 @@ def block_bytes(k: tuple[Any, ...], v: tuple[Any, ...]) -> int:
 class Node:
     """A node that is accepted: of one of eight kinds, of a layer of one of three.
 
-    kind: rows, staged, moves, clear, attend, unpack, read_keys, write_keys.  layer: own (codes of its own), borrows (K's and V's
-    codes are another layer's), mapped (V is predicted from another's).
+    kind: rows, staged, moves, clear, attend, unpack, read_keys, write_keys.  layer: own (codes of its own), borrows
+    (K's and V's codes are another layer's), mapped (V is predicted from another's).
     """
 
     SOURCES: ClassVar[dict[str, tuple[str | None, ...]]] = {

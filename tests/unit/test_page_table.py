@@ -101,7 +101,9 @@ class Cache(RuleBasedStateMachine):
         assert set(taken) - staged <= free
         assert all(move.slot not in staged for move in plan.unseals)
         now = {move.page: move.slot for move in (*plan.unseals, *plan.opens)}
-        now |= {p: s for p, s in enumerate(states) if s >= 0 and p not in {m.page for m in (*plan.released, *plan.seals)}}
+        now |= {
+            p: s for p, s in enumerate(states) if s >= 0 and p not in {m.page for m in (*plan.released, *plan.seals)}
+        }
         assert all(now[move.page] == move.slot for move in plan.after)
         assert len({move.page for move in plan.after}) == len(plan.after)
         # each page of the stage is sealed or moves into a slot that a sealed page leaves
