@@ -158,6 +158,10 @@ int launch_update(const xq_store &store, const xq_update_args &args, cudaStream_
     if (args.n_unseals > 0 && allow_shared(unseal_kernel, shared)) {
         unseal_kernel<<<dim3(n_slabs, sides, args.n_unseals), slab, shared, stream>>>(store, args);
     }
+    if (args.n_tokens > 0 && store.n_staged > 0) { // masked rows take part as 0 * x: x must be finite
+        const int64_t width = store.k.width + store.v.width;
+        cudaMemsetAsync(store.k.stage, 0, store.n_staged * width * store.n_head_kv * XQ_PAGE * sizeof(__half), stream);
+    }
     if (args.n_tokens > 0) {
         const unsigned n_tokens = (unsigned)args.n_tokens, n_shares = n_tokens < max_shares ? n_tokens : max_shares;
         const int width = store.k.width > store.v.width ? store.k.width : store.v.width;

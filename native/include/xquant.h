@@ -257,7 +257,8 @@ XQ_API int xq_store_init(xq_store *store, const xq_layer *layer, const xq_shape 
 /* Bytes of blocks and of rows of one stream. */
 XQ_API int64_t xq_store_block_bytes(const xq_layer *layer, const xq_shape *shape);
 XQ_API int64_t xq_store_row_bytes(const xq_shape *shape);
-/* A micro-batch's slots: F16, K [KV head][n][XQ_PAGE][d], then V [KV head][n][XQ_PAGE][e]. */
+/* A micro-batch's slots, for a call that writes rows and those that read them: F16, K [KV head][n][XQ_PAGE][d], then
+ * V [KV head][n][XQ_PAGE][e]. */
 XQ_API int xq_store_stage(xq_store *store, uint16_t *stage, int32_t n);
 /* K's or V's codes are those that another layer stores. */
 XQ_API int xq_store_borrow(xq_store *store, int32_t is_k, const xq_store *owner);
@@ -296,7 +297,8 @@ typedef struct xq_update_args {
     const int32_t *serial; /* [1], with seals: noted in *done when they are made; null: nothing is noted */
     int32_t *done;         /* [1] */
     const int32_t *rows;   /* [n_tokens]: (stream * n_slots + slot) * XQ_PAGE + token of the page; of slot n_slots + i
-                              of the stage, (n_streams * n_slots + i) * XQ_PAGE + token */
+                              of the stage, (n_streams * n_slots + i) * XQ_PAGE + token.  Of a stage, no other row has
+                              content then: on a GPU it is 0, as kernels need it, on a CPU it stays what it is */
     const float *k_cur, *v_cur; /* [token][KV head][d or e]; v_cur for e = 0: not looked at */
     int64_t k_head_stride, k_token_stride, v_head_stride, v_token_stride; /* bytes */
     int32_t n_tokens;

@@ -152,7 +152,7 @@ def overlapping(kind: str, layer: str) -> Iterator[tuple[str, Change]]:
     there = Node(kind, layer).tensors
     indices = [n for n in ("input", "moves", "cleared", "pages", "aux") if n in there]
     written = ["rows", "blocks", "aux", *(["result"] if kind in ("staged", "attend", "unpack", "read_keys") else [])]
-    pairs = [(a, b) for a in written for b in indices if a != b]
+    pairs: list[tuple[str, str]] = [(a, b) for a in written for b in indices if a != b]
     stage = "result" if kind == "staged" else "stage"
     pairs += [(stage, b) for b in ("rows", "blocks", *indices) if stage in there and (stage, b) not in pairs]
     return ((f"{a} over {b}", partial(lay_over, a, b)) for a, b in pairs)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,6 +65,7 @@ def test_other_caches_stop_where_ours_copies_a_part(paths: dict[str, Path], kv_t
     program = """
 import sys
 from pathlib import Path
+from typing import Any
 from support.contexts import Context, llama_cpp
 with Context(Path(sys.argv[1]), sys.argv[2], n_ctx=4096, n_seq=2, unified=False) as context:
     context.decode([5] * 600, 0, [0])
@@ -166,7 +168,7 @@ class Abort:
 def test_a_batch_that_was_aborted_loses_nothing(paths: dict[str, Path], n: int, whole: int, share: float) -> None:
     """After whole micro-batches of n and a share of the next one's nodes, with some layers' pages sealed; what they
     had to seal the others seal as well."""
-    size = {"n_ubatch": n}
+    size: dict[str, Any] = {"n_ubatch": n}
     with Context(paths["plain"], "xquant", **size) as context, Context(paths["plain"], "xquant", **size) as twin:
         for c in (context, twin):
             c.decode(TOKENS[:400], 0)

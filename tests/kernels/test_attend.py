@@ -9,7 +9,7 @@ from support import specification
 from support.devices import Device, device
 from support.pages_of_codes import CASES, Case, Content, made, random_rows, tolerance
 from support.specification import Pages
-from support.storage import SEALED
+from support.storage import SEALED, Storage
 from xquant_gguf.plan import PAGE, Layer
 
 
@@ -57,6 +57,27 @@ def test_pages_of_the_stage_are_read_as_open_ones(on: Device, name: str) -> None
         for got, want in zip(out, right, strict=True):
             np.testing.assert_array_equal(got, want)
     assert n_slots > 1 or name == "three groups of rows"
+
+
+@pytest.mark.parametrize("d", [64, 96, 128, 256])
+def test_rows_of_the_stage_that_nobody_wrote_do_no_harm(on: Device, d: int) -> None:
+    """A stage is memory of a graph, in which anything may lie; those rows are masked."""
+    case, rng, n = Case(d=d), np.random.default_rng(5), 40
+    rows = random_rows(rng, 1, 2, 2, d)
+    storage = Storage(on, Layer(case.k, case.v), rows, 2, staged=1)
+    storage.stage.set(np.full(storage.stage.bytes, 0xFF, np.uint8))  # not-a-numbers
+    new = tuple(rng.standard_normal((n, 2, d), np.float32) for _ in "kv")
+    assert storage.write(np.arange(PAGE, PAGE + n, dtype=np.int32), (new[0], new[1])) == 0
+    q = rng.standard_normal((1, 9, 4, d), np.float32)
+    mask = np.zeros((1, 9, 2 * PAGE), np.float16)
+    mask[..., PAGE + n :] = -np.inf
+    out = storage.attend(q, [[0, 1]], mask, scale=0.125)
+    keys, values = (
+        np.concatenate([x[0, :, 0], y.transpose(1, 0, 2).astype(np.float16)], 1) for x, y in zip(rows, new, strict=True)
+    )
+    padded = [np.pad(x, ((0, 0), (0, PAGE - n), (0, 0)))[None] for x in (keys, values)]
+    right = specification.attention(q, [[0, 1]], mask, padded[0], padded[1], scale=0.125)
+    assert np.abs(out - right).max() <= tolerance(on.attend_kernel(storage.c), [0, 1]) * np.abs(right).max()
 
 
 def test_more_parts_than_pages(on: Device) -> None:

@@ -278,6 +278,8 @@ def test_rows_of_the_stage(coder: Device, seals: bool) -> None:
     for own, staged, before, x in zip(storage.rows(), storage.staged_rows(), rows, new, strict=True):
         want = before[:, :, :2].copy(), before[0, :, 2:].copy()
         want[0][0, :, 1, 3], want[0][1, :, 1, 5] = finite(x[0]), finite(x[2])
+        if coder.kernels == "cuda":  # a stage has no other rows, and what it had may not be finite
+            want[1][:] = 0
         want[1][:, 0, 100], want[1][:, 1, 127] = finite(x[1]), finite(x[3])
         np.testing.assert_array_equal(own, want[0])
         np.testing.assert_array_equal(staged, want[1])

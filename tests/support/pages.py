@@ -99,7 +99,8 @@ class Table:
         for n in (counts.n_released, counts.n_seals, counts.n_unseals, counts.n_opens, counts.n_after):
             lists.append(tuple(Move.of(words) for words in moves[at : at + n]))
             at += n
-        return Plan(bool(counts.fits), *lists, int(counts.n_staged))
+        released, seals, unseals, opens, after = lists
+        return Plan(bool(counts.fits), released, seals, unseals, opens, after, int(counts.n_staged))
 
     def commit_seals(self) -> None:
         self.lib.xq_pages_commit_seals(self.table)
