@@ -319,6 +319,39 @@ def predict_v(source: Side, e: int, codes: bytes, parameters: bytes, weight: Flo
     return _clamped(total)
 
 
+# ---- pages in bytes ----
+
+
+def _shrink(x: Floats) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    """Bytes [n_j][lanes] and parameters [2][lanes], scales and centres, of one group a lane."""
+    low, high = _range(x)
+    centre = _half((low + high) * F32(0.5))
+    reach = np.maximum(high - centre, centre - low)
+    # half a step of F16 more, whether it is a normal number or not: rounded up
+    scale = _half(reach * (F32(1) / F32(127)) * F32(1 + 2**-11) + F32(2**-25))
+    inverse = np.where(scale != 0, F32(1) / np.where(scale != 0, scale, F32(1)), F32(0))
+    codes = np.rint(np.clip((x - centre) * inverse, F32(-127), F32(127)))
+    return codes.astype(np.int8), np.stack([scale, centre]).astype(np.float16)
+
+
+def shrink(
+    rows: NDArray[np.float16], valid: NDArray[np.bool_], is_k: bool
+) -> tuple[NDArray[np.int8], NDArray[np.float16], int]:
+    """F16 rows [PAGE][width] as bytes [PAGE][width] with their parameters, and how many inputs were not finite.
+
+    x^ = centre + scale * byte; parameters [2][n], scales and centres: n = width channels of keys, or PAGE tokens.
+    """
+    x, bad = _finite(rows, valid)
+    codes, param = _shrink(x if is_k else np.ascontiguousarray(x.T))
+    return (codes if is_k else np.ascontiguousarray(codes.T)), param, bad
+
+
+def widen(codes: NDArray[np.int8], param: NDArray[np.float16], is_k: bool) -> Floats:
+    """Rows [PAGE][width] of a page in bytes, not rounded to F16."""
+    scale, centre = param.astype(F32)[(slice(None), None) if is_k else (slice(None), slice(None), None)]
+    return centre + scale * codes.astype(F32)
+
+
 def dequantize_k(side: Side, d: int, codes: bytes, parameters: bytes) -> Floats:
     """Keys [PAGE][d] of a sealed page; codes: its own or the owner's."""
     return _dequantize(side, PAGE, d, side.group, codes, parameters)

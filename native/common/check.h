@@ -72,6 +72,15 @@ inline bool accepts_side(const char *name, const xq_side_store &side, bool is_k,
            !fail(XQ_ERR_ARGUMENT, "store: %s.codes must not be null for %d bits", name, side.plan.bits);
 }
 
+/* Where pages in bytes lie: parameters are F16. */
+inline bool accepts_bytes(const char *name, const xq_side_store &side) {
+    return (side.bytes || !fail(XQ_ERR_ARGUMENT, "store: %s.bytes must not be null", name)) &&
+           multiples(name, {{"address of bytes", (int64_t)(uintptr_t)side.bytes, 2},
+                            {"bytes_slot", side.bytes_slot, 2},
+                            {"bytes_head", side.bytes_head, 2},
+                            {"bytes_stream", side.bytes_stream, 2}});
+}
+
 /* How many of the values' channels are the keys'. */
 inline bool accepts_latent(const xq_store &store) {
     return in_range("store", {{"latent", store.latent, 0, store.k.width}}) &&
@@ -107,7 +116,8 @@ inline bool accepts_store(const xq_store *store) {
     if (!none_null("store", {{"store", store}}) || !in_range("store", {{"n_head_kv", store->n_head_kv, 1, INT16_MAX},
                                                                        {"n_pages", store->n_pages, 1, most},
                                                                        {"n_slots", store->n_slots, 1, most},
-                                                                       {"n_streams", store->n_streams, 1, most}})) {
+                                                                       {"n_streams", store->n_streams, 1, most},
+                                                                       {"n_bytes", store->n_bytes, 0, most}})) {
         return false;
     }
     const bool seals = store->k.param != nullptr;
@@ -118,6 +128,8 @@ inline bool accepts_store(const xq_store *store) {
            ((store->latent > 0 && store->v.width == 0) ||
             (none_null("store", {{"v.rows", store->v.rows}}) && accepts_side("v", store->v, false, seals))) &&
            accepts_latent(*store) &&
+           (store->n_bytes == 0 ||
+            (accepts_bytes("k", store->k) && (store->v.width == 0 || accepts_bytes("v", store->v)))) &&
            (!seals || store->v.width == 0 ||
             (store->v.plan.source >= 0) == (store->mapped != 0) || // who never seals needs no map
             !fail(XQ_ERR_ARGUMENT, "store: mapped is %d, but v.plan.source is %d", store->mapped,
@@ -140,7 +152,7 @@ inline bool accepts_update(const xq_store *store, const xq_update_args *args) {
                      "writes rows, never both",
                      args->n_seals, args->n_unseals, args->n_tokens);
     }
-    if ((seals || unseals) && !store->k.param) {
+    if ((seals || unseals) && !store->k.param && store->n_bytes == 0) {
         return !fail(XQ_ERR_ARGUMENT, "update: n_seals is %d and n_unseals %d, but the layer never seals",
                      args->n_seals, args->n_unseals);
     }

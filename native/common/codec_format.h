@@ -50,6 +50,10 @@ XQ_BOTH int64_t page_param_bytes(const xq_side &side, bool is_k, int width) {
     const int n_i = is_k ? width : XQ_PAGE, n_j = is_k ? XQ_PAGE : width;
     return (int64_t)(n_j / group_length(side, n_j)) * parameter_bytes(side, n_i);
 }
+/* Bytes of one side of a page in bytes: i8 [XQ_PAGE][width], then scales and centres. */
+XQ_BOTH int page_in_bytes(bool is_k, int width) {
+    return width > 0 ? XQ_PAGE * width + 4 * (is_k ? width : XQ_PAGE) : 0;
+}
 /* Whether it is CUDA's kernel for heads of 64 and 128 that reads a layer's codes: XQ_CUDA_GROUP_ROWS query rows a
  * block, where the wide kernel may take XQ_CUDA_WIDE_ROWS. */
 XQ_BOTH bool is_narrow(const xq_side &k, const xq_side &v, int d, int e) {

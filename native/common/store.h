@@ -3,6 +3,7 @@
  *     codes or parameters of page p:  base + stream * s + head * h + page * p      (bytes; xq_side_store)
  *     F16 rows of the page in slot n: base + stream * s + head * h + n * XQ_PAGE * width      (elements)
  *       in the stage:             stage + head * h + (n - n_slots) * XQ_PAGE * width
+ *     a page in byte slot n:          base + stream * s + head * h + slot * n      (bytes)
  *
  * Query rows of a KV head are counted token by token: row r is token r / n_rep and head r % n_rep of the n_rep heads
  * that share the KV head.  Nothing here looks at data, except first_stream and map_heads.  Free functions that each
@@ -25,6 +26,8 @@ struct side_view {
     uint16_t *rows;                 /* F16 [slot][XQ_PAGE][width] */
     uint16_t *stage;                /* F16 [slot of the stage][XQ_PAGE][width]; null: there is none */
     int32_t first_staged;           /* slot that is the first of the stage */
+    uint8_t *bytes;                 /* of byte slot 0; null where there are none */
+    int64_t bytes_slot;             /* bytes from byte slot to byte slot */
 };
 
 XQ_BOTH const xq_side_store &side_of(const xq_store &store, bool is_k) {
@@ -42,7 +45,9 @@ XQ_BOTH side_view side_at(const xq_side_store &side, int stream, int head) {
             side.param_page,
             (uint16_t *)((char *)side.rows + (head * (2 * side.rows_head) + stream * (2 * side.rows_stream))),
             side.stage + head * side.stage_head,
-            side.first_staged};
+            side.first_staged,
+            side.bytes + (head * side.bytes_head + stream * side.bytes_stream),
+            side.bytes_slot};
 }
 /* The values that the map of a KV head reads; they have no rows. */
 XQ_BOTH side_view source_at(const xq_store &store, int stream, int head) {
@@ -64,6 +69,33 @@ XQ_BOTH uint16_t *slot_rows(const side_view &side, int slot) {
     return slot < side.first_staged ? side.rows + (int64_t)slot * XQ_PAGE * side.width
                                     : side.stage + (int64_t)(slot - side.first_staged) * XQ_PAGE * side.width;
 }
+
+/* ---- pages in bytes ----
+ *
+ * Where a page table says that a page lies: byte slot n is XQ_SLOT_BYTES - n, and the other way round. */
+
+XQ_BOTH bool is_bytes(int slot) {
+    return slot <= XQ_SLOT_BYTES;
+}
+XQ_BOTH int byte_slot(int slot) {
+    return XQ_SLOT_BYTES - slot;
+}
+XQ_BOTH int slot_of_bytes(int byte_slot) {
+    return XQ_SLOT_BYTES - byte_slot;
+}
+
+/* One side of a page in bytes. */
+struct byte_page {
+    int8_t *codes;   /* [XQ_PAGE][width] */
+    uint16_t *scale; /* F16 [n], and the centres behind them; n: */
+    int width, n;
+    bool by_channel; /* keys: n = width parameters; else one of each token: n = XQ_PAGE */
+};
+XQ_BOTH byte_page bytes_at(const side_view &side, bool is_k, int slot) {
+    uint8_t *at = side.bytes + byte_slot(slot) * side.bytes_slot;
+    return {(int8_t *)at, (uint16_t *)(at + XQ_PAGE * side.width), side.width, is_k ? side.width : XQ_PAGE, is_k};
+}
+
 /* Whether its codes are its own, not another layer's. */
 XQ_BOTH bool own_codes(const side_view &side) {
     return side.plan.owner < 0;
@@ -84,6 +116,7 @@ XQ_BOTH int value_width(const xq_store &store) {
 struct page_move {
     int32_t stream, page, slot, refill;
     uint32_t valid[4];
+    int32_t small = XQ_SLOT_SEALED; /* where it lies when it is smaller */
 };
 static_assert(sizeof(page_move) == XQ_MOVE_WORDS * sizeof(int32_t), "a move has XQ_MOVE_WORDS words");
 
@@ -99,18 +132,38 @@ XQ_BOTH const page_move &move_at(const int32_t *moves, int nth) {
 XQ_BOTH int safe_stream(const xq_store &store, int stream) {
     return (uint32_t)stream < (uint32_t)store.n_streams ? stream : 0;
 }
-/* A slot, of the stage as well. */
+/* A slot of F16 rows, of the stage as well. */
 XQ_BOTH bool is_slot(const xq_store &store, int slot) {
     return (uint32_t)slot < (uint32_t)(store.n_slots + store.n_staged);
 }
-XQ_BOTH int safe_slot(const xq_store &store, int slot) {
-    return slot < store.n_slots + store.n_staged && slot >= (store.k.param ? (int)XQ_SLOT_SEALED : 0)
-               ? slot
-               : (int)XQ_SLOT_NONE;
+XQ_BOTH bool has_bytes(const xq_store &store, int slot) {
+    return is_bytes(slot) && byte_slot(slot) < store.n_bytes;
 }
-XQ_BOTH bool is_there(const xq_store &store, const page_move &move, bool may_seal) {
-    return (uint32_t)move.stream < (uint32_t)store.n_streams && (uint32_t)move.page < (uint32_t)store.n_pages &&
-           (is_slot(store, move.slot) || (may_seal && move.slot == XQ_SLOT_SEALED && store.k.param));
+XQ_BOTH bool has_codes(const xq_store &store, int slot) {
+    return slot == XQ_SLOT_SEALED && store.k.param;
+}
+/* Whether a page may lie there. */
+XQ_BOTH bool has_page(const xq_store &store, int slot) {
+    return is_slot(store, slot) || has_bytes(store, slot) || has_codes(store, slot);
+}
+XQ_BOTH int safe_slot(const xq_store &store, int slot) {
+    return has_page(store, slot) ? slot : (int)XQ_SLOT_NONE;
+}
+XQ_BOTH bool names_page(const xq_store &store, const page_move &move) {
+    return (uint32_t)move.stream < (uint32_t)store.n_streams && (uint32_t)move.page < (uint32_t)store.n_pages;
+}
+/* Whether a move of the list of seals, of unseals, of the pages whose keys are wanted, is one. */
+XQ_BOTH bool can_seal(const xq_store &store, const page_move &move) {
+    return names_page(store, move) &&
+           (is_slot(store, move.slot) ? has_bytes(store, move.small) || has_codes(store, move.small)
+                                      : has_bytes(store, move.slot) && has_codes(store, move.small));
+}
+XQ_BOTH bool can_unseal(const xq_store &store, const page_move &move) {
+    return names_page(store, move) && is_slot(store, move.slot) &&
+           (has_bytes(store, move.small) || has_codes(store, move.small));
+}
+XQ_BOTH bool has_keys(const xq_store &store, const page_move &move) {
+    return names_page(store, move) && has_page(store, move.slot);
 }
 /* Whether a slot of a stream is refilled after its page was sealed. */
 XQ_BOTH bool is_refilled(const xq_store &store, const page_move &move) {

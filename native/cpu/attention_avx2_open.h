@@ -14,6 +14,9 @@
 namespace xq {
 namespace {
 
+/* Tokens at a time: two vectors of p. */
+constexpr int open_tokens = 16;
+
 /* Sums of eight vectors, as one vector. */
 inline __m256 sums(const __m256 v[8]) {
     const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
@@ -24,6 +27,32 @@ inline __m256 sums(const __m256 v[8]) {
 inline void to_float(const uint16_t *half, int n /* multiple of 8 */, float *out) {
     for (int i = 0; i < n; i += 8) {
         _mm256_store_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(half + i))));
+    }
+}
+
+inline __m256 bytes_to_float(const int8_t *p /* [8] */) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+inline __m256 half_to_vector(const uint16_t *p /* [8] */) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+
+/* The first n channels of open_tokens tokens of a page in bytes, whose parameters are channels', to out [token][n]. */
+inline void channels_to_float(const byte_page &page, int t0, int n /* multiple of 8 */, float *out) {
+    for (int i = 0; i < n; i += 8) {
+        const __m256 scale = half_to_vector(page.scale + i), centre = half_to_vector(page.scale + page.n + i);
+        for (int t = 0; t < open_tokens; ++t) {
+            const __m256 x = bytes_to_float(page.codes + (t0 + t) * page.width + i);
+            _mm256_store_ps(out + t * n + i, _mm256_fmadd_ps(scale, x, centre));
+        }
+    }
+}
+/* Of one token; parameters are tokens'. */
+inline void token_to_float(const byte_page &page, int t, int n, float *out) {
+    const __m256 scale = _mm256_set1_ps(half_to_float(page.scale[t]));
+    const __m256 centre = _mm256_set1_ps(half_to_float(page.scale[page.n + t]));
+    for (int i = 0; i < n; i += 8) {
+        _mm256_store_ps(out + i, _mm256_fmadd_ps(scale, bytes_to_float(page.codes + t * page.width + i), centre));
     }
 }
 
@@ -79,9 +108,6 @@ inline void add_rows(int e, const float *const *p, const float *v, int t0, int n
         }
     }
 }
-
-/* Tokens at a time: two vectors of p. */
-constexpr int open_tokens = 16;
 
 /* Which of the tokens from t0 on any of n rows sees, a bit each. */
 inline uint32_t seen_tokens(int n, const float *const *p, int t0) {

@@ -11,6 +11,9 @@
 namespace xq {
 namespace {
 
+/* Tokens at a time: a vector of p. */
+constexpr int open_tokens = 16;
+
 /* Sums of 16 vectors, as one vector: halves of every two are added until one is left. */
 XQ_INLINE __m512 sums(const __m512 v[16]) {
     __m512 four[4], two[2];
@@ -30,6 +33,29 @@ XQ_INLINE __m512 sums(const __m512 v[16]) {
 inline void to_float(const uint16_t *half, int n /* multiple of 16 */, float *out) {
     for (int i = 0; i < n; i += 16) {
         _mm512_store_ps(out + i, load_half(half + i));
+    }
+}
+
+XQ_INLINE __m512 bytes_to_float(const int8_t *p /* [16] */) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+
+/* The first n channels of open_tokens tokens of a page in bytes, whose parameters are channels', to out [token][n]. */
+inline void channels_to_float(const byte_page &page, int t0, int n /* multiple of 16 */, float *out) {
+    for (int i = 0; i < n; i += 16) {
+        const __m512 scale = load_half(page.scale + i), centre = load_half(page.scale + page.n + i);
+        for (int t = 0; t < open_tokens; ++t) {
+            const __m512 x = bytes_to_float(page.codes + (t0 + t) * page.width + i);
+            _mm512_store_ps(out + t * n + i, _mm512_fmadd_ps(scale, x, centre));
+        }
+    }
+}
+/* Of one token; parameters are tokens'. */
+inline void token_to_float(const byte_page &page, int t, int n, float *out) {
+    const __m512 scale = _mm512_set1_ps(half_to_float(page.scale[t]));
+    const __m512 centre = _mm512_set1_ps(half_to_float(page.scale[page.n + t]));
+    for (int i = 0; i < n; i += 16) {
+        _mm512_store_ps(out + i, _mm512_fmadd_ps(scale, bytes_to_float(page.codes + t * page.width + i), centre));
     }
 }
 
@@ -100,9 +126,6 @@ inline void add_rows(int e, const float *const *p, const float *v, int t0, int n
         add_columns<R, 1>(e, p, v, t0, n_v, out, j);
     }
 }
-
-/* Tokens at a time: a vector of p. */
-constexpr int open_tokens = 16;
 
 /* Which of the tokens from t0 on any of n rows sees, a bit each. */
 inline uint32_t seen_tokens(int n, const float *const *p, int t0) {

@@ -1,7 +1,7 @@
 /* attention_neon.h: attention for NEON, compiled once per kernel set: neon, neon-dotprod (XQ_NEON_DOTPROD) and
  * neon-i8mm (XQ_NEON_I8MM as well).  See attention_pages.h for the equations.
  *
- * Open pages: exact in single precision; F16 is converted in registers.
+ * Open pages: exact in single precision; F16 and bytes are converted in registers.
  *
  * Sealed pages: a[i] = q_i s_i (or p_i s_i) is rounded to 8 bits with one scale a row and group, and multiplied with
  * the codes in whole numbers: the three sets differ in the instruction for that alone and give the same bits.  What
@@ -17,16 +17,42 @@ namespace {
 
 /* ---- open pages ---- */
 
+/* What open pages lie in: at(token, channel) gives four channels. */
+struct half_rows {
+    const uint16_t *rows;
+    int width;
+    float32x4_t at(int t, int i) const { return load_half(rows + t * width + i); }
+};
+template <bool BY_CHANNEL> struct byte_rows {
+    byte_page page;
+    float32x4_t at(int t, int i) const {
+        const uint16_t *scale = page.scale + (BY_CHANNEL ? i : t), *centre = scale + page.n;
+        const float32x4_t x = load_bytes(page.codes + t * page.width + i);
+        return BY_CHANNEL ? vfmaq_f32(load_half(centre), load_half(scale), x)
+                          : vfmaq_n_f32(vdupq_n_f32(half_to_float(*centre)), x, half_to_float(*scale));
+    }
+};
+/* f(what a page lies in). */
+template <typename F> static inline void with_rows(const open_side &from, const F &f) {
+    if (from.rows) {
+        f(half_rows{from.rows, from.width});
+    } else if (from.bytes.by_channel) {
+        f(byte_rows<true>{from.bytes});
+    } else {
+        f(byte_rows<false>{from.bytes});
+    }
+}
+
 /* scores[row][t] of R rows against all keys of a page, four keys at a time. */
-template <int R> static inline void dot_rows(int d, const float *const *q, const uint16_t *k, float *const *scores) {
-    for (int t = 0; t < XQ_PAGE; t += 4, k += 4 * d) {
+template <int R, typename ROWS>
+static inline void dot_rows(int d, const float *const *q, const ROWS &k, float *const *scores) {
+    for (int t = 0; t < XQ_PAGE; t += 4) {
         float32x4_t sum[R][4];
         for (auto &row : sum) {
             row[0] = row[1] = row[2] = row[3] = vdupq_n_f32(0.0f);
         }
         for (int i = 0; i < d; i += 4) {
-            const float32x4_t key[4] = {load_half(k + i), load_half(k + d + i), load_half(k + 2 * d + i),
-                                        load_half(k + 3 * d + i)};
+            const float32x4_t key[4] = {k.at(t, i), k.at(t + 1, i), k.at(t + 2, i), k.at(t + 3, i)};
             for (int r = 0; r < R; ++r) {
                 const float32x4_t x = vld1q_f32(q[r] + i);
                 for (int c = 0; c < 4; ++c) {
@@ -42,8 +68,8 @@ template <int R> static inline void dot_rows(int d, const float *const *q, const
 }
 
 /* out[row][j] += sum of p[row][t] v[t][j] for R rows and the n tokens t that are named. */
-template <int R>
-static inline void add_rows(const uint16_t *rows, int row, int e, const float *const *p, const uint8_t *tokens, int n,
+template <int R, typename ROWS>
+static inline void add_rows(const ROWS &rows, int e, const float *const *p, const uint8_t *tokens, int n,
                             float *const *out) {
     for (int j = 0; j < e; j += 16) {
         float32x4_t sum[R][4];
@@ -54,8 +80,7 @@ static inline void add_rows(const uint16_t *rows, int row, int e, const float *c
         }
         for (int i = 0; i < n; ++i) {
             const int t = tokens[i];
-            const uint16_t *at = rows + t * row + j;
-            const float32x4_t value[4] = {load_half(at), load_half(at + 4), load_half(at + 8), load_half(at + 12)};
+            const float32x4_t value[4] = {rows.at(t, j), rows.at(t, j + 4), rows.at(t, j + 8), rows.at(t, j + 12)};
             for (int r = 0; r < R; ++r) {
                 const float32x4_t x = vdupq_n_f32(p[r][t]);
                 for (int c = 0; c < 4; ++c) {
@@ -74,12 +99,14 @@ static inline void add_rows(const uint16_t *rows, int row, int e, const float *c
 #include "attention_sealed.h"
 
 struct neon_set : sealed_pages, latent_pages {
-    static void open_scores(int d, int n, const float *const *q, const uint16_t *k, float *const *scores) {
-        by_rows(n, [&](auto rows, int row) { dot_rows<rows>(d, q + row, k, scores + row); });
+    static void open_scores(const open_side &k, int n, const float *const *q, float *const *scores) {
+        with_rows(k, [&](const auto &keys) {
+            by_rows(n, [&](auto rows, int row) { dot_rows<rows>(k.width, q + row, keys, scores + row); });
+        });
     }
 
-    /* e channels of rows that lie `row` elements apart. */
-    static void open_values(const uint16_t *rows, int row, int e, int n, const float *const *p, float *const *out) {
+    /* The first e channels. */
+    static void open_values(const open_side &from, int e, int n, const float *const *p, float *const *out) {
         // tokens that no row sees may hold anything: 0 times a not-a-number must not happen
         uint8_t seen[XQ_PAGE];
         int n_seen = 0;
@@ -95,7 +122,9 @@ struct neon_set : sealed_pages, latent_pages {
                 n_seen += bits[t] != 0;
             }
         }
-        by_rows(n, [&](auto some, int i) { add_rows<some>(rows, row, e, p + i, seen, n_seen, out + i); });
+        with_rows(from, [&](const auto &rows) {
+            by_rows(n, [&](auto some, int i) { add_rows<some>(rows, e, p + i, seen, n_seen, out + i); });
+        });
     }
 
     static bool softmax(float *s, float scale, float softcap, const uint16_t *mask, float slope, float *max,

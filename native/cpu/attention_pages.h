@@ -2,8 +2,9 @@
  *
  *     score(t) = softcap(scale * q . k_t) + slope * mask_t        p_t = exp(score_t - m)        out = sum_t p_t v_t
  *
- * A set gives the struct Set: scores of 128 tokens for a few rows, softmax of one row, and sums of p v, for open (F16)
- * and sealed (codes) pages.  For sealed pages with scale s and zero z per i,
+ * A set gives the struct Set: scores of 128 tokens for a few rows, softmax of one row, and sums of p v, for open pages
+ * (F16 rows, or bytes, which become numbers as they are loaded: centre + scale * byte in single precision) and sealed
+ * ones (codes).  For sealed pages with scale s and zero z per i,
  *
  *     K: q . k_j = sum_i (q_i s_i) c[i][j] + sum_i q_i z_i          i = channel, j = token
  *     V: out_j   = sum_i (p_i s_i) c[i][j] + sum_i p_i z_i          i = token, j = channel
@@ -102,6 +103,19 @@ struct seen_rows {
     }
 };
 
+/* One side of an open page. */
+struct open_side {
+    const uint16_t *rows; /* F16 [XQ_PAGE][width]; null: the page lies in bytes */
+    byte_page bytes;
+    int width;
+};
+inline open_side open_at(const side_view &side, bool is_k, int slot) {
+    if (is_bytes(slot)) {
+        return {nullptr, bytes_at(side, is_k, slot), side.width};
+    }
+    return {slot_rows(side, slot), {}, side.width};
+}
+
 /* One page, for the rows that see something of it.  In line: it saves a twentieth over open pages. */
 template <typename Set> XQ_INLINE void attend_page(const attention &a, int page) {
     alignas(64) float scores[XQ_CPU_GROUP_ROWS][XQ_PAGE];
@@ -116,9 +130,9 @@ template <typename Set> XQ_INLINE void attend_page(const attention &a, int page)
         q[i] = a.q[seen.row[i]];
         p[i] = scores[i];
     }
-    const bool open = slot >= 0;
+    const bool open = slot != XQ_SLOT_SEALED;
     if (open) {
-        Set::open_scores(a.k.width, seen.n, q, slot_rows(a.k, slot), p);
+        Set::open_scores(open_at(a.k, true, slot), seen.n, q, p);
     } else {
         Set::sealed_scores(a.k, page, seen.n, q, p);
     }
@@ -147,8 +161,7 @@ template <typename Set> XQ_INLINE void attend_page(const attention &a, int page)
     }
     if (open) { // channels of the keys, then V's own: one call, whose scratch is large
         for (int own = a.latent == 0; own <= (a.v.width > 0); ++own) {
-            const side_view &from = own ? a.v : a.k;
-            Set::open_values(slot_rows(from, slot), from.width, own ? a.v.width : a.latent, kept, p, sums);
+            Set::open_values(open_at(own ? a.v : a.k, !own, slot), own ? a.v.width : a.latent, kept, p, sums);
             for (int i = 0; i < kept; ++i) {
                 sums[i] += a.latent;
             }

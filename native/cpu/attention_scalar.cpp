@@ -49,13 +49,25 @@ void multiply_codes(int bits, int n_i, const uint8_t *block, const float *a /* [
     }
 }
 
+/* The first n channels of token t of an open page. */
+void load_token(const open_side &from, int t, int n, float *x) {
+    for (int i = 0; i < n; ++i) {
+        if (from.rows) {
+            x[i] = half_to_float(from.rows[t * from.width + i]);
+        } else {
+            const uint16_t *scale = from.bytes.scale + (from.bytes.by_channel ? i : t);
+            x[i] = half_to_float(scale[from.bytes.n]) +
+                   half_to_float(*scale) * (float)from.bytes.codes[t * from.width + i];
+        }
+    }
+}
+
 struct scalar_set {
-    static void open_scores(int d, int n, const float *const *q, const uint16_t *k, float *const *scores) {
+    static void open_scores(const open_side &k, int n, const float *const *q, float *const *scores) {
+        const int d = k.width;
         for (int t = 0; t < XQ_PAGE; ++t) {
             float key[XQ_MAX_HEAD_DIM];
-            for (int i = 0; i < d; ++i) {
-                key[i] = half_to_float(k[t * d + i]);
-            }
+            load_token(k, t, d, key);
             for (int row = 0; row < n; ++row) {
                 float sum = 0.0f;
                 for (int i = 0; i < d; ++i) {
@@ -66,13 +78,11 @@ struct scalar_set {
         }
     }
 
-    /* e channels of rows that lie `row` elements apart. */
-    static void open_values(const uint16_t *rows, int row, int e, int n, const float *const *p, float *const *out) {
+    /* The first e channels. */
+    static void open_values(const open_side &from, int e, int n, const float *const *p, float *const *out) {
         for (int t = 0; t < XQ_PAGE; ++t) {
             float value[XQ_MAX_HEAD_DIM];
-            for (int j = 0; j < e; ++j) {
-                value[j] = half_to_float(rows[t * row + j]);
-            }
+            load_token(from, t, e, value);
             for (int i = 0; i < n; ++i) {
                 for (int j = 0; j < e && p[i][t] != 0.0f; ++j) {
                     out[i][j] += p[i][t] * value[j];

@@ -1,18 +1,23 @@
-/* attention_x86_open.h: attention over open (F16) pages, exact in single precision: a few tokens at a time are
- * converted to F32 on the stack, for all rows.  Included once by each x86 set, in its namespace: `to_float`,
- * `dot_rows`, `add_rows` and `seen_tokens` are the set's own.
+/* attention_x86_open.h: attention over open pages, exact in single precision: a few tokens at a time are converted to
+ * F32 on the stack, for all rows.  Included once by each x86 set, in its namespace: `to_float`, `channels_to_float`,
+ * `token_to_float`, `dot_rows`, `add_rows` and `seen_tokens` are the set's own.
  */
 struct open_pages {
-    static void open_scores(int d, int n, const float *const *q, const uint16_t *k, float *const *scores) {
+    static void open_scores(const open_side &k, int n, const float *const *q, float *const *scores) {
         alignas(64) float keys[open_tokens * XQ_MAX_HEAD_DIM];
+        const int d = k.width;
         for (int t0 = 0; t0 < XQ_PAGE; t0 += open_tokens) {
-            to_float(k + t0 * d, open_tokens * d, keys);
+            if (k.rows) {
+                to_float(k.rows + t0 * d, open_tokens * d, keys);
+            } else {
+                channels_to_float(k.bytes, t0, d, keys);
+            }
             by_rows(n, [&](auto rows, int row) { dot_rows<rows>(d, q + row, keys, t0, open_tokens, scores + row); });
         }
     }
 
-    /* e channels of rows that lie `row` elements apart. */
-    static void open_values(const uint16_t *rows, int row, int e, int n, const float *const *p, float *const *out) {
+    /* The first e channels. */
+    static void open_values(const open_side &from, int e, int n, const float *const *p, float *const *out) {
         alignas(64) float values[open_tokens * XQ_MAX_HEAD_DIM];
         for (int t0 = 0; t0 < XQ_PAGE; t0 += open_tokens) {
             // tokens that no row sees may hold anything: 0 times a not-a-number must not happen
@@ -20,11 +25,16 @@ struct open_pages {
             if (seen == 0) {
                 continue;
             }
+            if (!from.rows && from.bytes.by_channel) {
+                channels_to_float(from.bytes, t0, e, values);
+            }
             for (int t = 0; t < open_tokens; ++t) {
-                if (seen >> t & 1) {
-                    to_float(rows + (t0 + t) * row, e, values + t * e);
-                } else {
+                if (!(seen >> t & 1)) {
                     fill(values + t * e, e, 0.0f);
+                } else if (from.rows) {
+                    to_float(from.rows + (t0 + t) * from.width, e, values + t * e);
+                } else if (!from.bytes.by_channel) {
+                    token_to_float(from.bytes, t0 + t, e, values + t * e);
                 }
             }
             by_rows(n, [&](auto some, int i) { add_rows<some>(e, p + i, values, t0, open_tokens, out + i); });

@@ -10,19 +10,22 @@ bool accepts_exec(const char *verb, const xq_exec *exec) {
 
 bool accepts_moves(const char *verb, const xq_store &store, const char *name, const int32_t *moves, int32_t n,
                    moves_kind kind) {
+    const auto can = kind == moves_seal ? can_seal : kind == moves_unseal ? can_unseal : has_keys;
     for (int32_t i = 0; i < n; ++i) {
         const page_move &move = move_at(moves, i);
         if (kind == moves_seal && move.slot == XQ_SLOT_NONE) {
             continue;
         }
-        const bool may_seal = kind == moves_keys, refills = kind == moves_seal && move.refill != XQ_SLOT_NONE;
-        if (!is_there(store, move, may_seal)) {
-            return !fail(XQ_ERR_ARGUMENT,
-                         "%s: %s[%d] is page %d of stream %d and slot %d; there are %d pages, %d streams and %d slots",
-                         verb, name, i, move.page, move.stream, move.slot, store.n_pages, store.n_streams,
-                         store.n_slots + store.n_staged);
+        if (!can(store, move)) {
+            return !fail(
+                XQ_ERR_ARGUMENT,
+                "%s: %s[%d] is page %d of stream %d and slot %d, smaller %d; there are %d pages, %d streams, %d "
+                "slots and, from %d down, %d byte slots; %d is %s",
+                verb, name, i, move.page, move.stream, move.slot, move.small, store.n_pages, store.n_streams,
+                store.n_slots + store.n_staged, XQ_SLOT_BYTES, store.n_bytes, XQ_SLOT_SEALED,
+                store.k.param ? "sealed" : "not allowed: the layer never seals");
         }
-        if (refills && !is_refilled(store, move)) {
+        if (kind == moves_seal && move.refill != XQ_SLOT_NONE && !is_refilled(store, move)) {
             return !fail(XQ_ERR_ARGUMENT,
                          "%s: %s[%d] refills slot %d from slot %d; it must be a slot of a stream, 0 to %d, and one of "
                          "the stage, which has %d from %d on",
@@ -37,16 +40,16 @@ bool accepts_table(const char *verb, const xq_store &store, const int32_t *table
     if (first_stream && !in_range(verb, {{"first_stream", *first_stream, 0, store.n_streams - n_streams}})) {
         return false;
     }
-    const int32_t least = store.k.param ? XQ_SLOT_NONE : 0;
     for (int32_t s = 0; s < n_streams; ++s) {
         const int32_t *slots = table_of(store, table, stream_of(first_stream, s));
         for (int32_t p = 0; p < n_kv_pages; ++p) {
-            if (slots[p] >= store.n_slots + store.n_staged || (slots[p] < least && slots[p] != XQ_SLOT_NONE)) {
+            if (!has_page(store, slots[p]) && slots[p] != XQ_SLOT_NONE) {
                 return !fail(XQ_ERR_ARGUMENT,
-                             "%s: table says %d of page %d of stream %d; there are %d slots, %d is %s and %d nowhere",
+                             "%s: table says %d of page %d of stream %d; there are %d slots, %d is %s and %d nowhere, "
+                             "and from %d down there are %d byte slots",
                              verb, slots[p], p, stream_of(first_stream, s), store.n_slots + store.n_staged,
                              XQ_SLOT_SEALED, store.k.param ? "sealed" : "not allowed: the layer never seals",
-                             XQ_SLOT_NONE);
+                             XQ_SLOT_NONE, XQ_SLOT_BYTES, store.n_bytes);
             }
         }
     }

@@ -1,6 +1,6 @@
 /* codec_seal.h: sealing and unsealing, a vector of groups at a time; see codec_lanes.h and codec_fit.h.  Compiled once
  * per kernel set. */
-#include "codec_lanes.h"
+#include "codec_bytes.h"
 
 namespace xq {
 namespace {
@@ -72,26 +72,6 @@ static void hadamard(float *x, int n_rows, int n) {
 
 /* ---- sealing ---- */
 
-/* The token whose value token t has: itself, or the first valid one. */
-static inline void sources(const uint32_t valid[4], int source[XQ_PAGE]) {
-    const auto is_valid = [&](int t) { return valid[t / 32] >> (t % 32) & 1u; };
-    int first = 0;
-    while (first < XQ_PAGE - 1 && !is_valid(first)) {
-        first++;
-    }
-    for (int t = 0; t < XQ_PAGE; ++t) {
-        source[t] = is_valid(t) ? t : first;
-    }
-}
-
-static inline int total(int_lanes count) {
-    int n = 0;
-    for (int i = 0; i < n_lanes; ++i) {
-        n += count[i];
-    }
-    return n;
-}
-
 /* All rows of one side.  load(i, x) fills x [n_j] with lanes i .. i + n_lanes - 1. */
 template <typename F>
 static inline void seal_rows(const sealed_side &page, const matrix &m, lanes *x /* [n_j] */,
@@ -122,32 +102,22 @@ static inline void unseal_at(const sealed_side &page, const matrix &m, int i, la
 
 /* ---- keys ---- */
 
-static inline lanes load_key(const uint16_t *p /* [n_lanes] */, int_lanes &bad) {
-    return finite(load_half(p), bad);
-}
-static inline lanes load_key(const float *p, int_lanes &bad) {
-    return round_half(finite(load(p), bad));
-}
-static inline void store_key(uint16_t *p /* [n_lanes] */, lanes x) {
-    store_half(p, x);
-}
-static inline void store_key(float *p, lanes x) {
-    store(p, round_half(x));
-}
-
-template <typename T>
-static int seal_keys(const sealed_side &page, const T *rows, int64_t stride, const uint32_t valid[4]) {
+template <typename ROWS>
+static inline int seal_key_rows(const sealed_side &page, const ROWS &rows, const uint32_t valid[4]) {
     int source[XQ_PAGE];
     sources(valid, source);
     lanes scratch[XQ_PAGE];
     uint8_t c[XQ_PAGE * n_packed];
     int_lanes bad = {};
-    seal_rows(page, key_matrix(page), scratch, c, [&](int i, lanes *x) {
-        for (int t = 0; t < XQ_PAGE; ++t) {
-            x[t] = load_key(rows + source[t] * stride + i, bad);
-        }
-    });
+    seal_rows(page, key_matrix(page), scratch, c, [&](int i, lanes *x) { load_channels(rows, source, i, x, bad); });
     return total(bad);
+}
+template <typename T>
+static int seal_keys(const sealed_side &page, const T *rows, int64_t stride, const uint32_t valid[4]) {
+    return seal_key_rows(page, plain_rows<T>{rows, stride}, valid);
+}
+static int seal_k_bytes(const sealed_side &page, const byte_page &from, const uint32_t valid[4]) {
+    return seal_key_rows(page, byte_rows{from}, valid);
 }
 
 template <typename T> static void unseal_keys(const sealed_side &page, T *rows, int64_t stride) {
@@ -156,49 +126,12 @@ template <typename T> static void unseal_keys(const sealed_side &page, T *rows, 
     for (int i = 0; i < page.width; i += n_lanes) {
         unseal_at(page, key_matrix(page), i, x, c);
         for (int t = 0; t < XQ_PAGE; ++t) {
-            store_key(rows + t * stride + i, x[t]);
+            store_row(rows + t * stride + i, x[t]);
         }
     }
 }
 
 /* ---- values ---- */
-
-/* Transposes n_lanes by n_lanes. */
-static inline void transpose(const lanes in[n_lanes], lanes out[n_lanes]) {
-#if defined(XQ_SET_AVX2)
-    __m256 a[8], b[8];
-    for (int r = 0; r < 8; r += 2) { // pairs of rows, then fours, then halves
-        a[r] = _mm256_unpacklo_ps((__m256)in[r], (__m256)in[r + 1]);
-        a[r + 1] = _mm256_unpackhi_ps((__m256)in[r], (__m256)in[r + 1]);
-    }
-    for (int r = 0; r < 8; r += 4) {
-        b[r] = _mm256_shuffle_ps(a[r], a[r + 2], 0x44);
-        b[r + 1] = _mm256_shuffle_ps(a[r], a[r + 2], 0xee);
-        b[r + 2] = _mm256_shuffle_ps(a[r + 1], a[r + 3], 0x44);
-        b[r + 3] = _mm256_shuffle_ps(a[r + 1], a[r + 3], 0xee);
-    }
-    for (int c = 0; c < 4; ++c) {
-        out[c] = (lanes)_mm256_permute2f128_ps(b[c], b[c + 4], 0x20);
-        out[c + 4] = (lanes)_mm256_permute2f128_ps(b[c], b[c + 4], 0x31);
-    }
-#elif defined(XQ_SET_NEON)
-    float64x2_t a[4]; // pairs of rows, then fours
-    for (int r = 0; r < 4; r += 2) {
-        a[r] = (float64x2_t)vtrn1q_f32((float32x4_t)in[r], (float32x4_t)in[r + 1]);
-        a[r + 1] = (float64x2_t)vtrn2q_f32((float32x4_t)in[r], (float32x4_t)in[r + 1]);
-    }
-    for (int c = 0; c < 2; ++c) {
-        out[c] = (lanes)vtrn1q_f64(a[c], a[c + 2]);
-        out[c + 2] = (lanes)vtrn2q_f64(a[c], a[c + 2]);
-    }
-#else
-    for (int r = 0; r < n_lanes; ++r) {
-        for (int c = 0; c < n_lanes; ++c) {
-            out[c][r] = in[r][c];
-        }
-    }
-#endif
-}
 
 /* Calls add(j, x) with what a map makes of its source's page, lanes i .. i + n_lanes - 1 of channel j, for all j.  For
  * lanes in order: u [e] and c [e][n_packed] are scratch.
@@ -245,8 +178,9 @@ static inline void each_predicted(const prediction &from, int e, int i, lanes *u
     }
 }
 
-static int seal_v(const sealed_side &page, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
-                  const prediction &predicted) {
+template <typename ROWS>
+static inline int seal_value_rows(const sealed_side &page, const ROWS &rows, const uint32_t valid[4],
+                                  const prediction &predicted) {
     const int e = page.width;
     int source[XQ_PAGE];
     sources(valid, source);
@@ -254,19 +188,22 @@ static int seal_v(const sealed_side &page, const uint16_t *rows, int64_t stride,
     uint8_t c[XQ_MAX_HEAD_DIM * n_packed], source_codes[XQ_MAX_HEAD_DIM * n_packed];
     int_lanes bad = {};
     seal_rows(page, value_matrix(page), scratch, c, [&](int i, lanes *x) {
-        for (int j = 0; j < e; j += n_lanes) {
-            lanes block[n_lanes];
-            for (int k = 0; k < n_lanes; ++k) {
-                block[k] = finite(load_half(rows + source[i + k] * stride + j), bad);
-            }
-            transpose(block, x + j);
-        }
+        load_tokens(rows, source, i, e, x, bad);
         if (page.plan.rotate) {
             transform(x, e);
         }
         each_predicted(predicted, e, i, u, source_codes, [&](int j, lanes p) { x[j] = x[j] - p; });
     });
     return total(bad);
+}
+
+static int seal_v(const sealed_side &page, const uint16_t *rows, int64_t stride, const uint32_t valid[4],
+                  const prediction &predicted) {
+    return seal_value_rows(page, plain_rows<uint16_t>{rows, stride}, valid, predicted);
+}
+static int seal_v_bytes(const sealed_side &page, const byte_page &from, const uint32_t valid[4],
+                        const prediction &predicted) {
+    return seal_value_rows(page, byte_rows{from}, valid, predicted);
 }
 
 static void unseal_v(const sealed_side &page, uint16_t *rows, int64_t stride, const prediction &predicted) {
@@ -321,6 +258,12 @@ static constexpr kernel_set codec_and(void (*attend)(const attention &), const c
             unseal_v,
             predict_v,
             hadamard,
+            shrink,
+            shrink_keys,
+            widen<uint16_t>,
+            widen<float>,
+            seal_k_bytes,
+            seal_v_bytes,
             to_half,
             to_float,
             attend,

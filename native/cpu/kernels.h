@@ -68,6 +68,15 @@ struct kernel_set {
     void (*predict_v)(const sealed_side &source, const float *weight, float *predicted /* [e][XQ_PAGE] */);
     void (*hadamard)(float *x, int n_rows, int n);
 
+    /* F16 rows, or keys as above, to a page in bytes and back; and from there to codes, as from rows. */
+    int (*shrink)(const byte_page &page, const uint16_t *rows, int64_t stride, const uint32_t valid[4]);
+    int (*shrink_keys)(const byte_page &page, const float *keys, int64_t stride, const uint32_t valid[4]);
+    void (*widen)(const byte_page &page, uint16_t *rows, int64_t stride);
+    void (*widen_keys)(const byte_page &page, float *keys, int64_t stride);
+    int (*seal_k_bytes)(const sealed_side &page, const byte_page &from, const uint32_t valid[4]);
+    int (*seal_v_bytes)(const sealed_side &page, const byte_page &from, const uint32_t valid[4],
+                        const prediction &predicted);
+
     /* x [n] to F16 and back, n a multiple of 16.  What is not finite is stored as sealing takes it, and counted. */
     int (*to_half)(const float *x, int n, uint16_t *half);
     void (*to_float)(const uint16_t *half, int n, float *x);

@@ -1,4 +1,5 @@
-/* keys.cpp: the two ends of a context shift: keys of a few pages as F32, and stored again as they were, sealed or open.
+/* keys.cpp: the two ends of a context shift: keys of a few pages as F32, and stored again as they were: codes,
+ * bytes or rows.
  *
  * Both ways keys are rounded to F16, as everything is that is stored.  A task is one KV head of one page.  At most
  * 20 KiB of a thread's stack are used.
@@ -34,6 +35,11 @@ int cpu_read_keys(const xq_store *store, const xq_keys_args *args, const xq_exec
             set.unseal_keys(x.page, key_at(*args, number, 0, head), args->token_stride / (int64_t)sizeof(float));
             return;
         }
+        if (is_bytes(move.slot)) {
+            set.widen_keys(bytes_at(x.side, true, move.slot), key_at(*args, number, 0, head),
+                           args->token_stride / (int64_t)sizeof(float));
+            return;
+        }
         for (int t = 0; t < XQ_PAGE; ++t) {
             set.to_float(slot_rows(x.side, move.slot) + t * x.side.width, x.side.width, key_at(*args, number, t, head));
         }
@@ -47,6 +53,11 @@ int cpu_write_keys(const xq_store *store, const xq_keys_args *args, const xq_exe
         if (move.slot == XQ_SLOT_SEALED) {
             set.seal_keys(x.page, key_at(*args, number, 0, head), args->token_stride / (int64_t)sizeof(float),
                           move.valid);
+            return;
+        }
+        if (is_bytes(move.slot)) {
+            set.shrink_keys(bytes_at(x.side, true, move.slot), key_at(*args, number, 0, head),
+                            args->token_stride / (int64_t)sizeof(float), move.valid);
             return;
         }
         for (int t = 0; t < XQ_PAGE; ++t) {

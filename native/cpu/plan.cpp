@@ -289,7 +289,7 @@ int64_t xq_cache_bytes(const xq_plan *plan, const int32_t *d, const int32_t *e, 
         if (d[l] == 0) {
             continue;
         }
-        const xq_shape shape = {d[l], e[l], n_head_kv[l], n_pages, n_slots, 1};
+        const xq_shape shape = {d[l], e[l], n_head_kv[l], n_pages, n_slots, 1, 0};
         const int64_t rows = xq_store_row_bytes(&shape);
         const int64_t blocks = n_slots < n_pages ? xq_store_block_bytes(&plan->layers[l], &shape) : 0;
         if (rows < 0 || blocks < 0) {

@@ -1,7 +1,8 @@
 /* store.cpp: where a layer's storage lies: two areas of memory, whose addresses alone are looked at.
  *
  *     blocks  [stream][KV head][page][block]          block: K codes | K parameters | V codes | V parameters
- *     rows    F16 [stream], of each: K [KV head][slot][XQ_PAGE][d], then V [KV head][slot][XQ_PAGE][e]
+ *     rows    F16 [stream], of each: K [KV head][slot][XQ_PAGE][d], then V [KV head][slot][XQ_PAGE][e],
+ *             then [KV head][byte slot][block]        block: K bytes | K parameters | V bytes | V parameters
  */
 #include "check.h"
 #include "kernels.h"
@@ -15,7 +16,8 @@ bool accepts_shape(const xq_shape *shape) {
     return none_null("shape", {{"shape", shape}}) && in_range("shape", {{"n_head_kv", shape->n_head_kv, 1, INT16_MAX},
                                                                         {"n_pages", shape->n_pages, 1, most},
                                                                         {"n_slots", shape->n_slots, 1, most},
-                                                                        {"n_streams", shape->n_streams, 1, most}});
+                                                                        {"n_streams", shape->n_streams, 1, most},
+                                                                        {"n_bytes", shape->n_bytes, 0, most}});
 }
 
 /* One side over both areas.  codes_at, param_at: in a block, -1 where absent; rows: of the side's first KV head. */
@@ -43,6 +45,24 @@ xq_side_store side_store(const xq_side &plan, int32_t width, const xq_shape &sha
     side.rows_stream = rows_stream / (int64_t)sizeof(uint16_t);
     side.first_staged = shape.n_slots;
     return side;
+}
+
+/* Bytes of a stream's F16 rows, and of a page in bytes of one KV head. */
+int64_t half_bytes(const xq_shape &shape, int32_t width) {
+    return (int64_t)shape.n_head_kv * shape.n_slots * XQ_PAGE * width * (int64_t)sizeof(uint16_t);
+}
+int64_t byte_block(const xq_shape &shape) {
+    return page_in_bytes(true, shape.d) + page_in_bytes(false, shape.e);
+}
+
+/* Adds where a side's pages in bytes lie.  at: in a block. */
+void put_bytes(xq_side_store &side, const xq_shape &shape, uint16_t *rows, int64_t rows_stream, int64_t at) {
+    if (shape.n_bytes > 0 && side.width > 0) {
+        side.bytes = (uint8_t *)rows + half_bytes(shape, shape.d + shape.e) + at;
+        side.bytes_slot = byte_block(shape);
+        side.bytes_head = shape.n_bytes * side.bytes_slot;
+        side.bytes_stream = rows_stream;
+    }
 }
 
 /* Whether two layers have as many heads, pages and streams: what one stores of a page, the other can read. */
@@ -73,7 +93,7 @@ int64_t xq_store_row_bytes(const xq_shape *shape) {
         return fail(XQ_ERR_ARGUMENT, "shape: d is %d and e %d, must be 16 to %d; e is 0 where values are the keys'",
                     shape->d, shape->e, XQ_MAX_HEAD_DIM);
     }
-    return (int64_t)shape->n_head_kv * shape->n_slots * XQ_PAGE * (shape->d + shape->e) * (int64_t)sizeof(uint16_t);
+    return half_bytes(*shape, shape->d + shape->e) + shape->n_head_kv * shape->n_bytes * byte_block(*shape);
 }
 
 int xq_store_init(xq_store *store, const xq_layer *layer, const xq_shape *shape, uint8_t *blocks, int64_t blocks_stream,
@@ -98,11 +118,14 @@ int xq_store_init(xq_store *store, const xq_layer *layer, const xq_shape *shape,
     store->n_pages = shape->n_pages;
     store->n_slots = shape->n_slots;
     store->n_streams = shape->n_streams;
-    uint16_t *v_rows = rows + (int64_t)shape->n_head_kv * shape->n_slots * XQ_PAGE * shape->d;
+    store->n_bytes = shape->n_bytes;
+    uint16_t *v_rows = rows + half_bytes(*shape, shape->d) / (int64_t)sizeof(uint16_t);
     store->k = side_store(layer->k, shape->d, *shape, blocks, blocks_stream, layout, layout.k_codes, layout.k_param,
                           rows, rows_stream);
     store->v = side_store(layer->v, shape->e, *shape, blocks, blocks_stream, layout, layout.v_codes, layout.v_param,
                           v_rows, rows_stream);
+    put_bytes(store->k, *shape, rows, rows_stream, 0);
+    put_bytes(store->v, *shape, rows, rows_stream, page_in_bytes(true, shape->d));
     return XQ_OK;
 }
 
@@ -177,6 +200,8 @@ int xq_store_map(xq_store *store, const xq_store *source, const int32_t *heads, 
     xq_side_store &source_side = store->source; // of which codes alone are read
     source_side.rows = source_side.stage = nullptr;
     source_side.rows_head = source_side.rows_stream = source_side.stage_head = 0;
+    source_side.bytes = nullptr;
+    source_side.bytes_slot = source_side.bytes_head = source_side.bytes_stream = 0;
     store->map_heads = heads;
     store->map = map;
     return XQ_OK;

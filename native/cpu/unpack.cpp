@@ -24,6 +24,10 @@ static void unpack_page(const kernel_set &set, const xq_store &store, const xq_u
         }
         return;
     }
+    if (is_bytes(slot)) {
+        set.widen(bytes_at(x.side, is_k, slot), out, stride);
+        return;
+    }
     for (int t = 0; t < XQ_PAGE; ++t, out += stride) {
         if (slot == XQ_SLOT_NONE) {
             memset(out, 0, (size_t)width * sizeof(*out));

@@ -1,4 +1,4 @@
-/* update.cpp: the verb that changes pages: seals and unseals, or writes the rows of a micro-batch.
+/* update.cpp: the verb that changes pages: makes them smaller or larger, or writes the rows of a micro-batch.
  *
  * A task is one side of one KV head of a move, or one side of a token; nothing is shared between tasks but the counter.
  * The task that seals a page refills its slot.
@@ -10,7 +10,7 @@
 
 namespace xq {
 
-/* The rows that move into the slot of a page which was sealed. */
+/* The rows that move into the slot of a page which is smaller now. */
 static void refill_slot(const xq_store &store, const page_move &move, const side_view &side) {
     if (is_refilled(store, move)) {
         memcpy(slot_rows(side, move.slot), slot_rows(side, move.refill),
@@ -18,24 +18,44 @@ static void refill_slot(const xq_store &store, const page_move &move, const side
     }
 }
 
+/* From rows to bytes or codes, or from bytes to codes.  Returns how many inputs were not finite. */
+static int make_smaller(const kernel_set &set, const page_side &x, const page_move &move, bool is_k) {
+    if (is_bytes(move.slot)) {
+        const byte_page from = bytes_at(x.side, is_k, move.slot);
+        return is_k ? set.seal_k_bytes(x.page, from, move.valid)
+                    : set.seal_v_bytes(x.page, from, move.valid, x.predicted);
+    }
+    const uint16_t *rows = slot_rows(x.side, move.slot);
+    if (is_bytes(move.small)) {
+        return set.shrink(bytes_at(x.side, is_k, move.small), rows, x.side.width, move.valid);
+    }
+    return is_k ? set.seal_k(x.page, rows, x.side.width, move.valid)
+                : set.seal_v(x.page, rows, x.side.width, move.valid, x.predicted);
+}
+
+/* The way back. */
+static void make_larger(const kernel_set &set, const page_side &x, const page_move &move, bool is_k) {
+    uint16_t *rows = slot_rows(x.side, move.slot);
+    if (is_bytes(move.small)) {
+        set.widen(bytes_at(x.side, is_k, move.small), rows, x.side.width);
+    } else if (is_k) {
+        set.unseal_k(x.page, rows, x.side.width);
+    } else {
+        set.unseal_v(x.page, rows, x.side.width, x.predicted);
+    }
+}
+
 /* Returns how many inputs were not finite. */
 static int move_page(const kernel_set &set, const xq_store &store, const page_move &move, bool is_k, int head,
                      bool seals) {
     const page_side x(store, is_k, move.stream, move.page, head);
-    uint16_t *rows = slot_rows(x.side, move.slot);
-    const int64_t stride = x.side.width;
-    if (seals) {
-        const int n_bad = is_k ? set.seal_k(x.page, rows, stride, move.valid)
-                               : set.seal_v(x.page, rows, stride, move.valid, x.predicted);
-        refill_slot(store, move, x.side);
-        return n_bad;
+    if (!seals) {
+        make_larger(set, x, move, is_k);
+        return 0;
     }
-    if (is_k) {
-        set.unseal_k(x.page, rows, stride);
-    } else {
-        set.unseal_v(x.page, rows, stride, x.predicted);
-    }
-    return 0;
+    const int n_bad = make_smaller(set, x, move, is_k);
+    refill_slot(store, move, x.side);
+    return n_bad;
 }
 
 /* All KV heads of one side of a token. */

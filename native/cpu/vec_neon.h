@@ -3,12 +3,19 @@
 
 #include <arm_neon.h>
 #include <cstdint>
+#include <cstring>
 
 namespace xq {
 namespace {
 
 static inline float32x4_t load_half(const uint16_t *p /* [4] */) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+}
+
+static inline float32x4_t load_bytes(const int8_t *p /* [4] */) {
+    uint32_t four;
+    memcpy(&four, p, sizeof(four));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four)))));
 }
 
 /* exp(x) for x <= 0, relative error below 2e-7; 0 below -87 (and for -infinity).

@@ -14,7 +14,7 @@ int cpu_write_keys(const xq_store *store, const xq_keys_args *args, const xq_exe
 
 /* Every thread makes the same checks of the same data: all of them refuse a call, or none. */
 bool accepts_exec(const char *verb, const xq_exec *exec);
-/* What moves [n][XQ_MOVE_WORDS] are for, which says what slot and refill may be. */
+/* What moves [n][XQ_MOVE_WORDS] are for, which says what slot, refill and small may be. */
 enum moves_kind { moves_seal, moves_unseal, moves_keys };
 bool accepts_moves(const char *verb, const xq_store &store, const char *name, const int32_t *moves, int32_t n,
                    moves_kind kind);

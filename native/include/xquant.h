@@ -26,6 +26,15 @@
  *     XQ_PARAM_F16:  scale F16, then zero F16.  0 bits: zero alone ([1][n]), the mean of the group
  *     XQ_PARAM_LOG8: scale = 2^((e - 161) / 8) with e u8 in 1..255, then centre = q * scale / 8 with q i8
  *
+ * A page in bytes lies between the two: a full page that policy keeps open.  Keys and values are as in F16 rows,
+ * [token] [channel], not rotated, a byte each, and likewise one block for each KV head, whose parts start on multiples
+ * of 64:
+ *
+ *     K bytes i8 [XQ_PAGE][D] | K parameters F16 [2][D] | V bytes i8 [XQ_PAGE][E] | V parameters F16 [2][XQ_PAGE]
+ *
+ *     x^ = centre + scale * byte        byte in -127 .. 127;  parameters: scales, then centres, K of channels, V of
+ * tokens
+ *
  * A layer that borrows codes has no codes part; it reads the codes of its owner with its own parameters.
  *
  * A layer whose values are mapped stores what a linear map of an earlier layer's values leaves over.  With x the values
@@ -188,14 +197,15 @@ XQ_API int xq_hadamard(float *x, int32_t n_rows, int32_t n);
 
 /* ---- storage ---- */
 
-/* Where a page of a cache lies: an entry of a page table is a slot of open pages, or one of these. */
+/* Where a page of a cache lies: an entry of a page table is a slot of F16 rows, or one of these. */
 enum xq_slot {
     XQ_SLOT_SEALED = -1, /* in codes */
     XQ_SLOT_NONE = -2,   /* nowhere: it has no cells */
+    XQ_SLOT_BYTES = -3,  /* in bytes, in byte slot 0; in byte slot n: XQ_SLOT_BYTES - n */
 };
 
 enum xq_limit {
-    XQ_MOVE_WORDS = 8,         /* int32 of a move: stream, page, slot, refill, valid[4] */
+    XQ_MOVE_WORDS = 9,         /* int32 of a move: stream, page, slot, refill, valid[4], small */
     XQ_CPU_GROUP_ROWS = 64,    /* query rows of a KV head that share one pass over the pages */
     XQ_CUDA_GROUP_ROWS = 8,    /* likewise */
     XQ_CUDA_WIDE_ROWS = 16,    /* likewise, of the wide kernel, if there are more than 8 */
@@ -215,6 +225,10 @@ enum xq_limit {
  * slots belong to no stream:
  *
  *     stage + h * stage_head + (n - first_staged) * XQ_PAGE * width
+ *
+ * and of the bytes of the page in byte slot n, parameters behind them:
+ *
+ *     bytes + s * bytes_stream + h * bytes_head + n * bytes_slot
  */
 typedef struct xq_side_store {
     xq_side plan;
@@ -223,16 +237,19 @@ typedef struct xq_side_store {
     int64_t codes_page, codes_head, codes_stream; /* bytes */
     int64_t param_page, param_head, param_stream; /* bytes */
     uint16_t *rows;
-    int64_t rows_head, rows_stream; /* elements */
-    uint16_t *stage;                /* null: there is none */
-    int64_t stage_head;             /* elements */
-    int32_t first_staged;           /* n_slots of the store */
+    int64_t rows_head, rows_stream;               /* elements */
+    uint16_t *stage;                              /* null: there is none */
+    int64_t stage_head;                           /* elements */
+    int32_t first_staged;                         /* n_slots of the store */
+    uint8_t *bytes;                               /* null if there are no byte slots */
+    int64_t bytes_slot, bytes_head, bytes_stream; /* bytes */
 } xq_side_store;
 
 /* One layer.  On a GPU every pointer to data is a device pointer. */
 typedef struct xq_store {
     int32_t n_head_kv, n_pages, n_slots, n_streams;
     int32_t n_staged; /* slots of the stage */
+    int32_t n_bytes; /* byte slots */
     xq_side_store k, v;
     int32_t latent;           /* so many of the values' channels, the first, are the first of the keys; v: the others */
     int32_t mapped;           /* 1: V is what a map of `source` leaves over */
@@ -244,12 +261,14 @@ typedef struct xq_store {
 /* Shape of a layer's storage, in elements of its kind; e = 0: nothing is stored of V. */
 typedef struct xq_shape {
     int32_t d, e, n_head_kv, n_pages, n_slots, n_streams;
+    int32_t n_bytes; /* byte slots */
 } xq_shape;
 
 /* A store of a layer with own codes over two areas of memory (host or device; they are not looked at):
  *
  *     blocks  [stream][KV head][page][block of xq_block_layout]; null: the layer never seals
- *     rows    F16 [stream], of each: K [KV head][slot][XQ_PAGE][d], then V [KV head][slot][XQ_PAGE][e]
+ *     rows    F16 [stream], of each: K [KV head][slot][XQ_PAGE][d], then V [KV head][slot][XQ_PAGE][e],
+ *             then pages in bytes [KV head][byte slot][block]
  *
  * with blocks_stream and rows_stream bytes from stream to stream. */
 XQ_API int xq_store_init(xq_store *store, const xq_layer *layer, const xq_shape *shape, uint8_t *blocks,
@@ -288,11 +307,11 @@ typedef struct xq_exec {
  * What is stored is finite: not-a-numbers become 0, and what is beyond F16 becomes +-65504.  Such values are counted
  * where they come in: in k_cur and v_cur, or, in rows that were put there by other means, when their page is sealed. */
 typedef struct xq_update_args {
-    const int32_t *seals;   /* [n_seals][XQ_MOVE_WORDS]: the open page in a slot becomes codes; bit t of valid: token t
-                               counts, others are given the value of the first one that does.  refill: the slot of the
-                               stage whose rows move into this slot then, or XQ_SLOT_NONE.  slot XQ_SLOT_NONE: nothing
-                               moves */
-    const int32_t *unseals; /* [n_unseals][XQ_MOVE_WORDS]: a sealed page becomes rows in a slot; valid: not looked at */
+    const int32_t *seals;   /* [n_seals][XQ_MOVE_WORDS]: a page gets smaller: from rows in `slot` to bytes or codes, or
+                               from bytes there to codes, as `small` says.  bit t of valid: token t counts, others are
+                               given the value of the first one that does.  refill: the slot of the stage whose rows
+                               move into this slot then, or XQ_SLOT_NONE.  slot XQ_SLOT_NONE: nothing moves */
+    const int32_t *unseals; /* [n_unseals][XQ_MOVE_WORDS]: the way back, always to rows; valid: not looked at */
     int32_t n_seals, n_unseals;
     const int32_t *serial; /* [1], with seals: noted in *done when they are made; null: nothing is noted */
     int32_t *done;         /* [1] */
@@ -344,7 +363,8 @@ typedef struct xq_unpack_args {
 /* Keys of a few pages as F32 and back, for a context shift between the two.  What is stored is finite; nobody counts
  * what was not. */
 typedef struct xq_keys_args {
-    const int32_t *pages;              /* [n_pages][XQ_MOVE_WORDS], different ones; slot: or XQ_SLOT_SEALED */
+    const int32_t *pages;              /* [n_pages][XQ_MOVE_WORDS], different ones; slot: or an xq_slot with cells;
+                                          small: not looked at */
     float *keys;                       /* F32 [page][token of the page][KV head][d] */
     int64_t head_stride, token_stride; /* bytes */
     int32_t n_pages;

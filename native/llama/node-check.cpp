@@ -218,7 +218,7 @@ bool accepts_layer(const ggml_tensor *node, bool on_host, layer_shape &l) {
     const node_params p = params_of(node);
     l.p = p;
     l.plan = {unpack(p.k), unpack(p.v)};
-    l.shape = {p.d, p.e, p.n_head_kv, p.n_pages, 1, 1};
+    l.shape = {p.d, p.e, p.n_head_kv, p.n_pages, 1, 1, 0};
     l.mapped = p.e > 0 && l.plan.v.source >= 0;
     const int64_t block_bytes = xq_store_block_bytes(&l.plan, &l.shape), row_bytes = xq_store_row_bytes(&l.shape);
     if (block_bytes < 0 || row_bytes < 0) {

@@ -160,7 +160,7 @@ static bool make_store(xq_store &store, const ggml_tensor *node) {
     const ggml_tensor *k_other = node->src[at.k_other], *v_other = node->src[at.v_other];
     const node_params p = params_of(node);
     const xq_layer layer = {unpack(p.k), unpack(p.v)};
-    xq_shape shape = {p.d, p.e, p.n_head_kv, p.n_pages, 0, (int32_t)rows->ne[1]};
+    xq_shape shape = {p.d, p.e, p.n_head_kv, p.n_pages, 0, (int32_t)rows->ne[1], 0};
     shape.n_slots = (int32_t)(rows->ne[0] / ((int64_t)XQ_PAGE * (shape.d + shape.e) * p.n_head_kv));
 
     const bool seals = blocks->ne[0] > 1;

@@ -74,9 +74,13 @@ void kv_cache::add_layer(int32_t il, bool offload, contexts &fixed) {
     const std::string name = "layer " + std::to_string(il);
     l->il = il;
     l->plan = plan_.layers[il];
-    l->shape = {
-        d_[il],           e_[il], (int32_t)hparams.n_head_kv(il), table_->shape().n_pages(), table_->shape().n_slots,
-        (int32_t)n_stream};
+    l->shape = {d_[il],
+                e_[il],
+                (int32_t)hparams.n_head_kv(il),
+                table_->shape().n_pages(),
+                table_->shape().n_slots,
+                (int32_t)n_stream,
+                0};
     l->latent = (int32_t)hparams.n_embd_head_v(il) - l->shape.e;
     l->turned = turned_pairs(model, il);
     l->k_owner = earlier(l->plan.k.owner);

@@ -37,7 +37,7 @@ class Move:
 
     @classmethod
     def of(cls, words: NDArray[np.int32]) -> Move:
-        valid = sum(int(np.uint32(word)) << 32 * i for i, word in enumerate(words[4:]))
+        valid = sum(int(np.uint32(word)) << 32 * i for i, word in enumerate(words[4:8]))
         return cls(int(words[0]), int(words[1]), int(words[2]), valid, int(words[3]))
 
 
@@ -91,7 +91,7 @@ class Table:
         return [int(cell) for cell in out[:n]]
 
     def plan(self, stream: int, written: list[int]) -> Plan:
-        moves = np.zeros((5 * self.n_pages + 4, 8), np.int32)
+        moves = np.zeros((5 * self.n_pages + 4, 9), np.int32)
         counts = self.lib.xq_pages_plan(
             self.table, self._cells(), stream, len(written), written, self.ffi.from_buffer("int32_t[]", moves)
         )

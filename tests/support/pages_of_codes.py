@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from support import specification
 from support.devices import Device, device
-from support.storage import Floats, Halves, Storage
+from support.storage import BYTES, Floats, Halves, Storage
 from xquant_gguf import reference
 from xquant_gguf.plan import PAGE, Layer, Side
 
@@ -139,6 +140,37 @@ CASES = {
     "mapped from groups": Case(d=96, v=Side(2, 32, "paper"), source=Side(4, 32, "clip")),
     "mapped, two streams": Case(source=V, n_streams=2, n_tokens=2, sinks=True),
 }
+# the same with pages in bytes, byte slot n being BYTES - n
+CASES |= {
+    f"{name}, bytes": replace(CASES[name], table=table)
+    for name, table in {
+        **dict.fromkeys(
+            ("default", "k1 v1 d64", "k2 v2 d128", "k3 v1 d128", "k3 v2 d64", "groups of keys", "few bits, two tokens"),
+            (0, -1, BYTES, -2, -1, BYTES - 1, BYTES - 2),
+        ),
+        **dict.fromkeys(
+            ("softcap and sinks", "alibi", "no mask", "means", "mapped", "head 16", "two widths", "k4 v4"),
+            (BYTES - 1, -1, 0, BYTES, BYTES - 2),
+        ),
+        **dict.fromkeys(
+            ("two streams", "two streams, groups, sinks", "head 256, two streams", "latent and own groups"),
+            (BYTES, -1, -1, BYTES - 1, 0),
+        ),
+        **dict.fromkeys(
+            ("head 80", "head 96", "k1 v1 d80 e80 rows 16", "k3 v4 d112 e112 rows 8", "k2 v3 d128 e128 rows 16",
+             "k4 v4 d192 e128 rows 1", "k3 v1 d512 e512 rows 16", "k2 v2 d128 e400 rows 20", "head 256, no mask",
+             "head 512, groups of values"),
+            (-1, BYTES, 1, BYTES - 1, 0),
+        ),
+        **dict.fromkeys(
+            ("latent k4 d576", "latent k3 d320", "latent, tiles", "latent, alibi", "latent, means", "latent and own",
+             "latent and own, wide", "latent, borrowed"),
+            (BYTES, -1, 0, BYTES - 1),
+        ),
+        **dict.fromkeys(("open only", "open only, odd rows", "a group of rows and some"), (BYTES, 0, BYTES - 1)),
+        **dict.fromkeys(("open only, one row", "head 512, open only"), (BYTES, BYTES - 1)),
+    }.items()
+}  # fmt: skip
 
 
 # ---- layers of random codes ----
@@ -177,16 +209,37 @@ class Content:
     rows: tuple[Halves, Halves]
     pages: NDArray[np.uint8] | None = None
     latent: int = 0
+    n_bytes: int = 0
+    byte_blocks: NDArray[np.uint8] | None = None
 
-    def put(self, on: Device, n_pages: int, **reads: object) -> Storage:
+    def put(self, on: Device, n_pages: int, **reads: Any) -> Storage:
         """Storage with this content, or with random codes, which are kept."""
-        out = Storage(on, self.layer, self.rows, n_pages, latent=self.latent, **reads)  # type: ignore[arg-type]
+        area: dict[str, Any] = {"latent": self.latent, "n_bytes": self.n_bytes}
+        out = Storage(on, self.layer, self.rows, n_pages, **area, **reads)
         if self.pages is None:
             rng = np.random.default_rng(n_pages)
             pages = [random_block(rng, self.layer, out) for _ in range(out.streams * out.heads * n_pages)]
             self.pages = np.stack(pages).reshape(out.streams, out.heads, n_pages, -1)
         out.set_pages(self.pages)
+        if self.n_bytes and self.byte_blocks is None:
+            self.byte_blocks = random_byte_blocks(np.random.default_rng(n_pages), out)
+        if self.byte_blocks is not None:
+            out.set_byte_blocks(self.byte_blocks)
         return out
+
+
+def random_byte_blocks(rng: np.random.Generator, at: Storage) -> NDArray[np.uint8]:
+    """All pages in bytes, of any bytes; a few channels of keys lie far from zero, as biases make them."""
+    blocks = np.full(at.byte_blocks().shape, 0xFF, np.uint8)
+    for block in blocks.reshape(-1, blocks.shape[-1]):
+        for name in "kv"[: 2 if at.stored_e else 1]:
+            codes, param = at.byte_part(block, name)
+            codes[:] = rng.integers(-127, 128, codes.shape)
+            param[0] = 0.005 + 0.01 * rng.random(param.shape[1])
+            param[1] = rng.standard_normal(param.shape[1])
+            if name == "k":
+                param[1, ::29] += 5
+    return blocks
 
 
 def random_rows(
@@ -209,7 +262,8 @@ class Made:
         latent = e if case.latent else 0
         rows = random_rows(rng, *shape, case.d, case.own if latent else e)
         v = Side(0, 0) if latent and not case.own else case.v  # as the fork has it: the plan says nothing of V
-        self.own = Content(Layer(case.k, v), rows, latent=latent)
+        n_bytes = max(0, BYTES + 1 - min(case.table))
+        self.own = Content(Layer(case.k, v), rows, latent=latent, n_bytes=n_bytes)
         owner = Layer(*(replace(s, owner=-1, fit="minmax") for s in (case.k, case.v)))
         self.owner = Content(owner, rows, latent=latent) if case.k.owner >= 0 or case.v.owner >= 0 else None
         self.source, self.map = None, None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from support.storage import NONE, SEALED, Floats, Halves, Storage
+from support.storage import BYTES, NONE, SEALED, Floats, Halves, Storage
 from xquant_gguf import reference
 from xquant_gguf.plan import PAGE
 
@@ -20,10 +20,11 @@ def finite(x: Floats) -> Halves:
 
 
 class Pages:
-    """Sealed and open pages of a layer, read once."""
+    """All pages of a layer, read once."""
 
     def __init__(self, of: Storage) -> None:
         self.of, self.open = of, of.rows()
+        self.bytes = of.byte_blocks() if of.n_bytes else None
         layers = [x for x in (of, of.owner, of.source) if x is not None and x.blocks is not None]
         self.blocks = {id(x): x.pages() for x in layers}
 
@@ -54,6 +55,16 @@ class Pages:
             predicted = reference.predict_v(of.source.layer.v, of.e, *from_source, weight[head])
         return reference.dequantize_v(of.layer.v, of.stored_e, *parts, predicted)
 
+    def widened(self, name: str, stream: int, head: int, byte_slot: int) -> Floats:
+        """Keys or values [PAGE][width] of a page in bytes, not rounded to F16."""
+        assert self.bytes is not None
+        block, of = self.bytes[stream, head, byte_slot], self.of
+        if name == "v" and of.latent:
+            keys = reference.widen(*of.byte_part(block, "k"), True)[:, : of.latent]
+            own = [reference.widen(*of.byte_part(block, "v"), False)] if of.stored_e else []
+            return np.concatenate([keys, *own], 1)
+        return reference.widen(*of.byte_part(block, name), name == "k")
+
     def stored(self, name: str, table: Sequence[Sequence[int]], first_stream: int = 0) -> Floats:
         """Keys or values [stream][KV head][cell][width] as pages store them, not rounded to F16; 0 without cells."""
         of, open_rows = self.of, self.open["kv".index(name)]
@@ -65,6 +76,8 @@ class Pages:
                 for head in range(of.heads):
                     if slot == SEALED:
                         out[s, head, page] = self.rows(name, first_stream + s, head, page)
+                    elif slot <= BYTES:
+                        out[s, head, page] = self.widened(name, first_stream + s, head, BYTES - slot)
                     elif slot != NONE:
                         out[s, head, page] = open_rows[first_stream + s, head, slot]
         return out.reshape(len(table), of.heads, -1, out.shape[-1])

@@ -13,7 +13,7 @@ from support.devices import Buffer, Device, Refused
 from xquant_gguf import native
 from xquant_gguf.plan import PAGE, Layer, Side, side_to_c
 
-SEALED, NONE = -1, -2  # enum xq_slot
+SEALED, NONE, BYTES = -1, -2, -3  # enum xq_slot; byte slot n: BYTES - n
 ALL = np.ones(PAGE, bool)
 APART = 192  # bytes between streams, besides what a stream has
 
@@ -24,17 +24,19 @@ Halves = NDArray[np.float16]
 
 @dataclass(frozen=True)
 class Move:
-    """A page that is sealed or unsealed, or whose keys are read or written; slot: or SEALED; refill: or NONE."""
+    """A page that gets smaller or larger, or whose keys are read or written; slot: or SEALED, or of bytes; refill: or
+    NONE; small: where it lies when it is smaller."""
 
     page: int
     slot: int
     valid: Bools = field(default_factory=lambda: ALL)
     stream: int = 0
     refill: int = NONE
+    small: int = SEALED
 
     def words(self) -> list[int]:
         valid = np.packbits(self.valid, bitorder="little").view("<i4").tolist()
-        return [self.stream, self.page, self.slot, self.refill, *valid]
+        return [self.stream, self.page, self.slot, self.refill, *valid, self.small]
 
 
 def c_layer(layer: Layer) -> Any:
@@ -51,6 +53,7 @@ class Storage:
     rows: K [stream][KV head][slot][PAGE][d], V [...][e], F16.  owner: the layer whose codes the borrowed sides read.
     latent: so many of the values' channels, the first, are those of the keys; rows of V: the others, or empty.
     staged: so many of the slots, the last, lie in the stage: in no stream (those of `rows` of stream 0 are taken).
+    n_bytes: byte slots, poisoned.
     source, map_: the layer that predicts V; heads of it [KV head], and [KV head][e][e].  seals: whether it has blocks.
     """
 
@@ -66,6 +69,7 @@ class Storage:
         seals: bool = True,
         latent: int = 0,
         staged: int = 0,
+        n_bytes: int = 0,
     ) -> None:
         ffi, lib = native.load()
         self.device, self.layer, self.n_pages = device, layer, n_pages
@@ -75,13 +79,15 @@ class Storage:
         self.latent, self.stored_e = latent, rows[1].shape[-1]
         self.e = latent + self.stored_e
         c, self.layout = c_layer(layer), ffi.new("xq_block_layout *")
-        shape = ffi.new("xq_shape *", (self.d, self.stored_e, self.heads, n_pages, self.slots, self.streams))
+        self.n_bytes = n_bytes
+        shape = ffi.new("xq_shape *", (self.d, self.stored_e, self.heads, n_pages, self.slots, self.streams, n_bytes))
         n_blocks, n_rows = lib.xq_store_block_bytes(c, shape), lib.xq_store_row_bytes(shape)
         assert lib.xq_block_layout_of(c, self.d, self.stored_e, self.layout) == 0, native.error()
         self.blocks_stream, self.rows_stream = n_blocks + APART, n_rows + APART
         self.blocks = Buffer(device, self.streams * self.blocks_stream) if seals else None
         self.open = Buffer(device, self.streams * self.rows_stream)
-        self.stage = Buffer(device, max(n_rows // self.slots * staged, 1))
+        self.n_halves = 2 * self.heads * self.slots * PAGE * (self.d + self.stored_e)  # bytes of F16 rows of a stream
+        self.stage = Buffer(device, max(self.n_halves // self.slots * staged, 1))
         self.set_rows(rows)
         self.nonfinite = Buffer(device, np.zeros(1, np.uint64))
         self.c = ffi.new("xq_store *")
@@ -111,17 +117,16 @@ class Storage:
     # ---- what is stored ----
 
     def set_rows(self, rows: tuple[Halves, Halves]) -> None:
-        """Overwrites all open pages."""
-        gap = np.full(APART, 0xFF, np.uint8)
+        """Overwrites all F16 rows."""
         own, staged = ([x[:, :, part] for x in rows] for part in (slice(self.slots), slice(self.slots, None)))
-        streams = [np.concatenate([*(x[s].reshape(-1).view(np.uint8) for x in own), gap]) for s in range(self.streams)]
-        self.open.set(np.concatenate(streams))
+        for s in range(self.streams):
+            self.open.set(np.concatenate([x[s].reshape(-1).view(np.uint8) for x in own]), s * self.rows_stream)
         if self.staged:
             self.stage.set(np.concatenate([x[0].reshape(-1).view(np.uint8) for x in staged]))
 
     def rows(self) -> tuple[Halves, Halves]:
-        """The open pages of streams as they are now."""
-        flat = self.open.get(np.uint8, (self.streams, self.rows_stream))[:, :-APART].copy().view(np.float16)
+        """The F16 rows of streams as they are now."""
+        flat = self.open.get(np.uint8, (self.streams, self.rows_stream))[:, : self.n_halves].copy().view(np.float16)
         n, shape = self.heads * self.slots * PAGE * self.d, (self.streams, self.heads, self.slots, PAGE)
         return flat[:, :n].reshape(*shape, self.d), flat[:, n:].reshape(*shape, self.stored_e)
 
@@ -130,6 +135,24 @@ class Storage:
         flat = self.stage.get(np.float16, (self.stage.bytes // 2,))
         n, shape = self.heads * self.staged * PAGE * self.d, (self.heads, self.staged, PAGE)
         return flat[:n].reshape(*shape, self.d), flat[n:].reshape(*shape, self.stored_e)
+
+    def byte_blocks(self) -> NDArray[np.uint8]:
+        """The pages in bytes as they are now, [stream][KV head][byte slot][byte]."""
+        flat = self.open.get(np.uint8, (self.streams, self.rows_stream))[:, self.n_halves : -APART]
+        return flat.reshape(self.streams, self.heads, self.n_bytes, -1)
+
+    def set_byte_blocks(self, blocks: NDArray[np.uint8]) -> None:
+        """Overwrites all pages in bytes."""
+        for s in range(self.streams):
+            self.open.set(blocks[s].reshape(-1), s * self.rows_stream + self.n_halves)
+
+    def byte_part(self, block: NDArray[np.uint8], name: str) -> tuple[NDArray[np.int8], Halves]:
+        """Bytes [PAGE][width] and parameters [2][n] of "k" or "v" of one block, as views."""
+        width, n = (self.d, self.d) if name == "k" else (self.stored_e, PAGE)
+        at = 0 if name == "k" else PAGE * self.d + 4 * self.d
+        end = at + PAGE * width
+        return block[at:end].view(np.int8).reshape(PAGE, -1), block[end : end + 4 * n].view(np.float16).reshape(2, n)
+
 
     def pages(self) -> NDArray[np.uint8]:
         """The blocks as they are now, [stream][KV head][page][byte]."""
@@ -153,7 +176,7 @@ class Storage:
     # ---- verbs ----
 
     def moves(self, moves: Sequence[Move]) -> Buffer:
-        return Buffer(self.device, np.array([move.words() for move in moves] or [[-9] * 8], np.int32))
+        return Buffer(self.device, np.array([move.words() for move in moves] or [[-9] * 9], np.int32))
 
     def update(
         self, seals: Sequence[Move] = (), unseals: Sequence[Move] = (), n_threads: int = 2, serial: int | None = None
