@@ -24,7 +24,9 @@ def test_attention_is_that_of_double_precision(on: Device, name: str) -> None:
         assert np.abs(m.attend(storage, n_parts) - m.right).max() <= bound
 
 
-@pytest.mark.parametrize("name", ["default", "two streams, groups, sinks", "mapped", "three groups of rows"])
+@pytest.mark.parametrize(
+    "name", ["default", "two streams, groups, sinks", "mapped", "three groups of rows", "default, bytes"]
+)
 def test_the_number_of_threads_changes_no_bit(on: Device, name: str) -> None:
     """Parts are merged in their order, whoever is the last to come."""
     m = made(name)

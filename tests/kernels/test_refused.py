@@ -11,7 +11,7 @@ import pytest
 from support import remote
 from support.devices import Buffer, Cpu, Device, Refused, device
 from support.pages_of_codes import V, random_rows
-from support.storage import NONE, SEALED, Storage, c_layer
+from support.storage import BYTES, NONE, SEALED, Move, Storage, c_layer
 from xquant_gguf import native
 from xquant_gguf.plan import Layer, Side
 
@@ -25,7 +25,7 @@ def any_one(request: pytest.FixtureRequest) -> Device:
 
 
 def made(on: Device, layer: Layer = PLAIN, *, streams: int = 2, seals: bool = True, **reads: Any) -> Storage:
-    """Two KV heads, three slots, four pages."""
+    """Two KV heads, three slots, four pages; no byte slots unless n_bytes says so."""
     n_slots = 3 + reads.get("staged", 0)
     return Storage(on, layer, random_rows(np.random.default_rng(0), streams, 2, n_slots, 64), 4, seals=seals, **reads)
 
@@ -38,7 +38,7 @@ class Call:
         self.on, self.verb = on, verb
         self.storage = storage or made(on)
         self.data = Buffer(on, np.zeros(1 << 18, np.float32))
-        self.words = Buffer(on, np.array([[0, 1, 2, NONE, *[-1] * 4], [1, 0, 0, NONE, *[-1] * 4]], np.int32))
+        self.words = Buffer(on, np.array([[0, 1, 2, NONE, *[-1] * 5], [1, 0, 0, NONE, *[-1] * 5]], np.int32))
         self.count = Buffer(on, np.zeros(64, np.uint64))
         self.table = Buffer(on, np.array([[0, 1, 2, -2], [-2, 1, 2, 0]], np.int32))
         keys = verb in ("read_keys", "write_keys")
@@ -160,6 +160,8 @@ STORES = [
     ("latent", -16, "latent is -16, must be 0 to 64"),
     ("k.plan.bits", 5, "k: .*bits is 5, must be 0 to 4"),
     ("v.plan.group", 7, "v: .*group is 7"),
+    ("n_bytes", -1, "n_bytes is -1"),
+    ("n_bytes", 1, "k.bytes must not be null"),
     ("k.rows", None, "k.rows must not be null"),
     ("v.param", None, "k.param and v.param must both be there"),
     ("k.codes", None, "k.codes must not be null for 4 bits"),
@@ -214,12 +216,38 @@ def here() -> Cpu:
 
 
 @pytest.mark.parametrize("verb", ["update", "read_keys", "write_keys"])
-@pytest.mark.parametrize(("word", "value"), [(0, 2), (0, -1), (1, 4), (1, -1), (2, 3), (2, -3)])
+@pytest.mark.parametrize(("word", "value"), [(0, 2), (0, -1), (1, 4), (1, -1), (2, 3), (2, -3), (2, -(1 << 31))])
 def test_moves_of_pages_that_there_are_not(here: Cpu, verb: str, word: int, value: int) -> None:
     call = Call(here, verb)
-    call.words.set(np.array([value], np.int32), 4 * (8 + word))
-    names = ["page 0 of stream 1 and slot 0", f"{value}"]
-    refused(call, rf"\[1\] is page .*{names[1]}.*; there are 4 pages, 2 streams and 3 slots")
+    call.words.set(np.array([value], np.int32), 4 * (9 + word))
+    refused(call, rf"\[1\] is page .*{value}.*; there are 4 pages, 2 streams, 3 slots and, from -3 down, 0 byte slots")
+
+
+SEALS = [(0, BYTES - 2), (0, NONE), (0, 1), (BYTES - 2, SEALED), (BYTES, BYTES - 1), (BYTES, 1), (BYTES, -(1 << 31))]
+
+
+@pytest.mark.parametrize(("slot", "small"), SEALS)
+def test_moves_between_places_that_there_are_not(here: Cpu, slot: int, small: int) -> None:
+    """Neither from one to the other nor back; two byte slots."""
+    storage = made(here, n_bytes=2)
+    there = (
+        rf"is page 1 of stream 0 and slot {slot}, smaller {small}; .* 3 slots and, from -3 down, 2 byte slots; -1 is s"
+    )
+    move, before = (
+        Move(1, slot, small=small),
+        (storage.byte_blocks(), storage.pages(), storage.rows()[0].view(np.uint8)),
+    )
+    for seals, unseals in (([move], []), ([], [move])):
+        with pytest.raises(Refused, match=there):
+            storage.update(seals, unseals)
+    after = storage.byte_blocks(), storage.pages(), storage.rows()[0].view(np.uint8)
+    for now, was in zip(after, before, strict=True):
+        np.testing.assert_array_equal(now, was)
+    with pytest.raises(Refused, match=r"unseals.* slot -3, smaller -1"):
+        storage.update(unseals=[Move(1, BYTES)])
+    never = made(here, seals=False, n_bytes=2)
+    with pytest.raises(Refused, match=r"seals.* slot -3, smaller -1; .*-1 is not allowed: the layer never seals"):
+        never.update([Move(1, BYTES)])
 
 
 @pytest.mark.parametrize(("slot", "refill"), [(2, 2), (2, 5), (2, -1), (3, 4), (3, 0)])
@@ -250,10 +278,12 @@ def test_rows_of_a_stage_that_is_smaller(here: Cpu) -> None:
 
 @pytest.mark.parametrize("verb", ["attend", "unpack"])
 def test_tables_that_name_no_slot(here: Cpu, verb: str) -> None:
-    for slot in (3, -3):
-        call = Call(here, verb)
+    for slot, n_bytes in ((3, 0), (-3, 0), (-5, 2), (-(1 << 31), 2)):
+        call = Call(here, verb, made(here, n_bytes=n_bytes))
         call.table.set(np.array([slot], np.int32), 4 * 6)
-        refused(call, f"table says {slot} of page 2 of stream 1; there are 3 slots, -1 is sealed")
+        refused(
+            call, f"table says {slot} of page 2 of stream 1; there are 3 slots, -1 is sealed.* {n_bytes} byte slots"
+        )
     call = Call(here, verb, made(here, seals=False))
     call.table.set(np.array([SEALED], np.int32), 4 * 6)
     refused(call, "table says -1 of page 2 of stream 1; there are 3 slots, -1 is not allowed")
@@ -293,6 +323,7 @@ def test_stores_that_cannot_be_made(here: Cpu) -> None:
     bad: list[tuple[dict[str, Any], str]] = [
         ({"n_pages": 0}, "shape: n_pages is 0"),
         ({"n_head_kv": 40000}, "shape: n_head_kv is 40000"),
+        ({"n_bytes": -1}, "shape: n_bytes is -1"),
         ({"d": 60}, "head widths are 60 and 64"),
         ({"layer": Layer(replace(PLAIN.k, bits=9), V)}, "bits is 9, must be 0 to 4"),
         ({"n_streams": 2}, "streams are 0 bytes of blocks and 0 bytes of rows apart"),

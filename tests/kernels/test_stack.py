@@ -12,7 +12,7 @@ import pytest
 
 from support import remote
 from support.pages_of_codes import Content, V, random_rows
-from support.storage import SEALED, Move, Storage
+from support.storage import BYTES, SEALED, Move, Storage
 from xquant_gguf import codec
 from xquant_gguf.plan import PAGE, Layer, Side
 
@@ -39,7 +39,7 @@ def test_the_widest_heads_fit_into_small_stacks(kernels: str) -> None:
     source = Content(Layer(Side(4, 128), V), rows).put(on, 3)
     map_ = np.zeros(1, np.int32), np.zeros((1, WIDTH, WIDTH), np.float32)
     layer = Layer(Side(4, 32, "clip", "log8"), replace(V, bits=3, fit="clip", source=0))
-    storage: Storage = Content(layer, rows).put(on, 3, source=source, map_=map_)
+    storage: Storage = Content(layer, rows, n_bytes=1).put(on, 3, source=source, map_=map_)
     q, keys = np.zeros((1, 9, 8, WIDTH), np.float32), np.zeros((1, PAGE, 1, WIDTH), np.float32)
     mask = rng.standard_normal((1, 9, 3 * PAGE)).astype(np.float16)
     plain = Layer(layer.k, V)
@@ -53,6 +53,11 @@ def test_the_widest_heads_fit_into_small_stacks(kernels: str) -> None:
         "unpack": lambda: storage.unpack([[SEALED]], False),
         "read_keys": lambda: storage.read_keys([Move(0, SEALED)]),
         "write_keys": lambda: storage.write_keys([Move(0, SEALED)], keys),
+        "shrink": lambda: storage.update([Move(0, 0, small=BYTES)]),
+        "widen": lambda: storage.update(unseals=[Move(0, 0, small=BYTES)]),
+        "seal bytes": lambda: storage.update([Move(0, BYTES)]),
+        "attend bytes": lambda: storage.attend(q, [[0, SEALED, BYTES]], mask, softcap=1.0, max_bias=1.0, n_parts=2),
+        "write bytes": lambda: storage.write_keys([Move(0, BYTES)], keys),
     }
     used = {}
     for name, verb in verbs.items():
