@@ -84,6 +84,11 @@ XQ_BOTH int slot_of_bytes(int byte_slot) {
     return XQ_SLOT_BYTES - byte_slot;
 }
 
+/* Whether it is read as it came: rows or bytes, not rotated. */
+XQ_BOTH bool is_open(int slot) {
+    return slot >= 0 || is_bytes(slot);
+}
+
 /* One side of a page in bytes. */
 struct byte_page {
     int8_t *codes;   /* [XQ_PAGE][width] */

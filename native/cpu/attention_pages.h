@@ -130,7 +130,7 @@ template <typename Set> XQ_INLINE void attend_page(const attention &a, int page)
         q[i] = a.q[seen.row[i]];
         p[i] = scores[i];
     }
-    const bool open = slot != XQ_SLOT_SEALED;
+    const bool open = is_open(slot);
     if (open) {
         Set::open_scores(open_at(a.k, true, slot), seen.n, q, p);
     } else {

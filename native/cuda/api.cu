@@ -73,7 +73,11 @@ static bool is_aligned(const char *verb, const xq_side_store &side) {
                             {"address of rows", address(side.rows), 16},
                             {"address of the stage", address(side.stage), 16},
                             {"rows_head", side.rows_head, 8},
-                            {"rows_stream", side.rows_stream, 8}});
+                            {"rows_stream", side.rows_stream, 8},
+                            {"address of bytes", address(side.bytes), 16},
+                            {"bytes_slot", side.bytes_slot, 16},
+                            {"bytes_head", side.bytes_head, 16},
+                            {"bytes_stream", side.bytes_stream, 16}});
 }
 
 static bool is_aligned(const xq_store &store) {

@@ -101,9 +101,7 @@ __device__ void add_open_pages(sums<E, R> &sum, const row_tile<R> &rows, const p
 #pragma unroll 1
     for (int item = nth; item < n; item += step) {
         const int listed = list.size - 1 - item / pieces, first = item % pieces * piece;
-        const int slot = list.slots[listed];
-        const open_piece at = {(const __half *)slot_rows(k, slot) + first * D,
-                               (const __half *)slot_rows(v, slot) + first * E, list.pages[listed] * XQ_PAGE + first};
+        const auto at = open_piece::of(k, v, list.slots[listed], list.pages[listed], first);
         add_open_piece<D, KB, PLAIN>(state, rows, at, {(__half *)sum.out}, warp);
     }
     __syncwarp();

@@ -116,14 +116,13 @@ __device__ void add_latent_values(const scratch &s, const side_view &k, int widt
     }
 }
 
-/* width channels of an open page of keys or values; tokens without weight are not read. */
-__device__ void add_open_values(const scratch &s, const side_view &side, int width, int slot, float *out) {
-    const __half *rows = open_rows(side, slot);
+/* The first width channels of an open page of keys or values; tokens without weight are not read. */
+__device__ void add_open_values(const scratch &s, const open_page &page, int width, float *out) {
     for (int j = threadIdx.x, n = 0; j < width; j += threads, ++n) {
         float sum = 0.0f;
         for (int t = 0; t < XQ_PAGE; ++t) {
             if (s.p[t] != 0.0f) {
-                sum += s.p[t] * __half2float(rows[t * side.width + j]);
+                sum += s.p[t] * page.at(t, j);
             }
         }
         out[n] += sum;
@@ -162,9 +161,9 @@ __global__ void __launch_bounds__(threads)
         if (slot == XQ_SLOT_SEALED) {
             score = sealed_score(s, k, page);
         } else {
-            const __half *row = open_rows(k, slot) + tid * k.width;
+            const open_page keys = open_page_of(k, true, slot);
             for (int i = 0; i < k.width; ++i) {
-                score += s.q[i] * __half2float(row[i]);
+                score += s.q[i] * keys.at(tid, i);
             }
         }
         score *= args.scale;
@@ -198,8 +197,8 @@ __global__ void __launch_bounds__(threads)
                 add_sealed_values(s, source_at(store, stream, head_kv), page, source);
             }
         } else {
-            add_open_values(s, k, store.latent, slot, open_keys);
-            add_open_values(s, v, v.width, slot, open);
+            add_open_values(s, open_page_of(k, true, slot), store.latent, open_keys);
+            add_open_values(s, open_page_of(v, false, slot), v.width, open);
         }
         __syncthreads();
     }

@@ -1,4 +1,5 @@
-/* attend_open.cuh: online softmax of a warp over 16 tokens of an open page, whose rows are F16. */
+/* attend_open.cuh: online softmax of a warp over 16 tokens of an open page: F16 rows, or bytes, which become F16 as
+ * they are loaded. */
 #pragma once
 
 #include "attend_page.cuh"
@@ -13,11 +14,66 @@ constexpr int piece = 16;
 template <int R> using piece_p = half_p<piece, R>;
 template <int E, int R> using open_state = softmax_state<half_sums<E / 32, R>>;
 
-/* 16 tokens of an open page: F16 rows [token][D], [token][E], and the first one's cell of the stream. */
+/* 16 tokens of an open page: [token][D], [token][E] of F16, or of bytes with parameters, of channels and of tokens; and
+ * the first one's cell of the stream. */
 struct open_piece {
-    const __half *k_rows, *v_rows;
+    const void *k, *v;
+    const __half *k_param, *v_param; /* scales; null: F16 */
     int first_cell;
+
+    /* k, v: of the KV head; first: token of the page. */
+    static __device__ open_piece of(const side_view &k, const side_view &v, int slot, int page, int first) {
+        const int cell = page * XQ_PAGE + first;
+        if (is_bytes(slot)) {
+            const byte_page a = bytes_at(k, true, slot), b = bytes_at(v, false, slot);
+            return {a.codes + first * a.width, b.codes + first * b.width, (const __half *)a.scale,
+                    (const __half *)b.scale + first, cell};
+        }
+        return {open_rows(k, slot) + first * k.width, open_rows(v, slot) + first * v.width, nullptr, nullptr, cell};
+    }
 };
+
+/* A lane's keys, of tokens 2 g and 2 g + 1, and values, of tokens 4 t .. 4 t + 3 and channels 32 c + 4 g .. + 3. */
+template <int D, int KB, int E>
+__device__ void load_piece(uint2 (*k)[2], uint2 (*v)[4], const open_piece &at, const lane_place &place) {
+    using wk = walk<KB, D>;
+    const int g = place.g, t = place.t;
+    if (!at.k_param) {
+        const auto *k_rows = (const __half *)at.k, *v_rows = (const __half *)at.v;
+#pragma unroll
+        for (int n = 0; n < wk::low::products; ++n) {
+            for (int w = 0; w < 2; ++w) {
+                k[n][w] = wk::has(n, t) ? *(const uint2 *)(k_rows + (2 * g + w) * D + wk::row(n, t)) : uint2{};
+            }
+        }
+#pragma unroll
+        for (int c = 0; c < E / 32; ++c) {
+            for (int w = 0; w < 4; ++w) {
+                v[c][w] = *(const uint2 *)(v_rows + (4 * t + w) * E + 32 * c + 4 * g);
+            }
+        }
+        return;
+    }
+    const auto *k_bytes = (const uint8_t *)at.k, *v_bytes = (const uint8_t *)at.v;
+#pragma unroll
+    for (int n = 0; n < wk::low::products; ++n) {
+        const int i = wk::row(n, t);
+        const uint2 scale = wk::has(n, t) ? *(const uint2 *)(at.k_param + i) : uint2{};
+        const uint2 centre = wk::has(n, t) ? *(const uint2 *)(at.k_param + D + i) : uint2{};
+        for (int w = 0; w < 2; ++w) {
+            const uint32_t four = wk::has(n, t) ? *(const uint32_t *)(k_bytes + (2 * g + w) * D + i) : 0;
+            k[n][w] = widen_four(four, scale, centre);
+        }
+    }
+    const uint2 scale = *(const uint2 *)(at.v_param + 4 * t), centre = *(const uint2 *)(at.v_param + XQ_PAGE + 4 * t);
+#pragma unroll
+    for (int c = 0; c < E / 32; ++c) {
+        for (int w = 0; w < 4; ++w) {
+            const uint32_t four = *(const uint32_t *)(v_bytes + (4 * t + w) * E + 32 * c + 4 * g);
+            v[c][w] = widen_four(four, four_times(scale, w), four_times(centre, w));
+        }
+    }
+}
 
 /* Scores of a piece's tokens 2 g and 2 g + 1, [row][2], without cap and mask; these are rows g and g + 8 of operand A.
  */
@@ -48,19 +104,8 @@ __device__ void add_open_piece(open_state<E, R> &state, const row_tile<R> &rows,
                                const piece_p<R> &p, const warp_place<E> &warp) {
     using wk = walk<KB, D>;
     const int g = warp.g, t = warp.t;
-    uint2 k[wk::low::products][2], v[E / 32][4]; // v: [][token 4 t ..] channels 32 c + 4 g .. + 3
-#pragma unroll
-    for (int n = 0; n < wk::low::products; ++n) {
-        for (int w = 0; w < 2; ++w) {
-            k[n][w] = wk::has(n, t) ? *(const uint2 *)(at.k_rows + (2 * g + w) * D + wk::row(n, t)) : uint2{};
-        }
-    }
-#pragma unroll
-    for (int c = 0; c < E / 32; ++c) {
-        for (int w = 0; w < 4; ++w) {
-            v[c][w] = *(const uint2 *)(at.v_rows + (4 * t + w) * E + 32 * c + 4 * g);
-        }
-    }
+    uint2 k[wk::low::products][2], v[E / 32][4];
+    load_piece<D, KB, E>(k, v, at, warp);
     uint32_t mask[R][1];
     for (int r = 0; r < R; ++r) {
         mask[r][0] = rows.mask[r] ? *(const uint32_t *)(rows.mask[r] + at.first_cell + 2 * g) : 0;

@@ -153,23 +153,24 @@ __device__ void add_wide_open(wide_state<T, NT> &state, const wide_team<W, T, NT
         masks.one = team.args.n_tokens == 1;
         masks.load(team.tile, list.pages[at] * XQ_PAGE + first, place.t);
         float s[N][2 * NT];
-        team.open_scores(s, open_rows(k, list.slots[at]), k.width);
+        team.open_scores(s, k, list.slots[at]);
         finish_wide_scores<N, NT>(s, masks, team.tile, team.args.softcap * log2e, place.t);
         exponentiate_page<N>(state, s, team.tops(true), place);
         store_p<N, NT>(team.p(), to, s, by, place.g);
         place.meet();
-        const side_view &values = LATENT ? k : v;
-        team.open_values(state, open_rows(values, list.slots[at]), values.width);
+        team.open_values(state, LATENT ? k : v, list.slots[at]);
         place.meet();
     }
 }
 
 /* Asks for the rows of open pages: they are read last, when nothing else hides how far they are. */
-__device__ inline void prefetch_open(const part_list &list, const side_view &side) {
-    const int bytes = XQ_PAGE * side.width * (int)sizeof(__half);
+__device__ inline void prefetch_open(const part_list &list, const side_view &side, bool is_k) {
 #pragma unroll 1
     for (int j = 0; j < list.n_open; ++j) {
-        const char *rows = (const char *)open_rows(side, list.slots[list.size - 1 - j]);
+        const int slot = list.slots[list.size - 1 - j];
+        const int bytes = is_bytes(slot) ? page_in_bytes(is_k, side.width) : XQ_PAGE * side.width * (int)sizeof(__half);
+        const char *rows =
+            is_bytes(slot) ? (const char *)bytes_at(side, is_k, slot).codes : (const char *)open_rows(side, slot);
 #pragma unroll 1
         for (int at = 128 * threadIdx.x; at < bytes; at += 128 * blockDim.x) {
             asm volatile("prefetch.global.L2 [%0];" ::"l"(rows + at));
@@ -223,9 +224,9 @@ __global__ void __launch_bounds__(32 * wide_warps<W, T, NT>, 1)
         const int nth = place.team + n * call.n_teams;
         ring.fill_first(nth < list.n_sealed ? list.pages[nth] : -1, n);
     }
-    prefetch_open(list, k);
+    prefetch_open(list, k, true);
     if (!LATENT) {
-        prefetch_open(list, v);
+        prefetch_open(list, v, false);
     }
 
     const wide_team<W, T, NT, LATENT> team = {

@@ -4,6 +4,8 @@
  * of all kernels is four codes at a time:
  *
  *     codes_of(bits, column, j, i)  ->  c[i] | c[i + 1] << 8 | c[i + 2] << 16 | c[i + 3] << 24        i % 4 == 0
+ *
+ * Bytes of open pages become F16 or single precision as they are loaded, x^ = centre + scale * byte.
  */
 #pragma once
 
@@ -16,6 +18,34 @@ namespace xq {
 /* [XQ_PAGE][width] of an open page. */
 __device__ inline __half *open_rows(const side_view &side, int slot) {
     return (__half *)slot_rows(side, slot);
+}
+
+/* ---- open pages ---- */
+
+/* One side of one, in rows or, where `rows` is null, in bytes. */
+struct open_page {
+    const __half *rows;
+    byte_page bytes;
+    int width;
+
+    /* Channel i of token t, not rounded. */
+    __device__ float at(int t, int i) const {
+        if (rows) {
+            return __half2float(rows[t * width + i]);
+        }
+        const __half *scale = (const __half *)bytes.scale + (bytes.by_channel ? i : t);
+        return __half2float(scale[bytes.n]) + __half2float(*scale) * (float)bytes.codes[t * width + i];
+    }
+};
+__device__ inline open_page open_page_of(const side_view &side, bool is_k, int slot) {
+    open_page page = {};
+    page.width = side.width;
+    if (is_bytes(slot)) {
+        page.bytes = bytes_at(side, is_k, slot);
+    } else {
+        page.rows = open_rows(side, slot);
+    }
+    return page;
 }
 
 /* ---- codes ---- */

@@ -87,6 +87,22 @@ __device__ inline uint32_t even(uint2 x) {
 __device__ inline uint32_t odd(uint2 x) {
     return __byte_perm(x.x, x.y, 0x7632);
 }
+/* Four bytes of an open page as halves, centre + scale * byte, finite whatever the parameters are. */
+__device__ inline uint2 widen_four(uint32_t bytes, uint2 scale, uint2 centre) {
+    const uint32_t x = bytes ^ 0x80808080u; // byte + 128; below 2^10, a half has it in its last bits
+    const __half2 top = __float2half2_rn(65504.0f), offset = __float2half2_rn(1024.0f + 128.0f);
+    const auto widened = [&](uint32_t two, uint32_t s, uint32_t c) {
+        const __half2 y = __hfma2(__hsub2(as_half2(two), offset), as_half2(s), as_half2(c));
+        return as_bits(__hmax2(__hmin2(y, top), __hneg2(top)));
+    };
+    return make_uint2(widened(__byte_perm(x, 0x64646464u, 0x4140), scale.x, centre.x),
+                      widened(__byte_perm(x, 0x64646464u, 0x4342), scale.y, centre.y));
+}
+/* The n-th of four halves, four times. */
+__device__ inline uint2 four_times(uint2 x, int n) {
+    const uint32_t two = __byte_perm(n < 2 ? x.x : x.y, 0, n % 2 == 0 ? 0x1010 : 0x3232);
+    return make_uint2(two, two);
+}
 /* Maximum over the warp. */
 __device__ inline uint32_t warp_max(uint32_t x) {
 #if __CUDA_ARCH__ >= 800

@@ -72,6 +72,41 @@ __device__ inline void pack_codes(const matrix &m, const float *x, int i0, uint8
     }
 }
 
+/* Lane i of a page in bytes, codec_bytes.h has the equations: its parameters, and whole numbers in place of the n
+ * values in x. */
+__device__ inline void shrink_lane(const byte_page &page, column x, int i, int n) {
+    float least = x[0], most = x[0];
+    for (int j = 1; j < n; ++j) {
+        least = low(least, x[j]);
+        most = high(most, x[j]);
+    }
+    const __half middle = to_half((least + most) * 0.5f);
+    const float centre = __half2float(middle), reach = high(most - centre, centre - least);
+    const __half step = to_half(reach * (1.0f / 127.0f) * (1.0f + 0x1p-11f) + 0x1p-25f);
+    const float inv = inverse(__half2float(step));
+    ((__half *)page.scale)[i] = step;
+    ((__half *)page.scale)[page.n + i] = middle;
+    for (int j = 0; j < n; ++j) {
+        x[j] = nearest(low(high((x[j] - centre) * inv, -127.0f), 127.0f));
+    }
+}
+
+/* The slab from lane `first` on, [n_j][slab] in x, to a page in bytes.  By the whole warp, which has written it. */
+__device__ inline void shrink_slab(const byte_page &page, float *x, int first) {
+    const int lane = threadIdx.x % slab, n_j = page.by_channel ? XQ_PAGE : page.width;
+    if (first + lane < page.n) {
+        shrink_lane(page, {x, lane}, first + lane, n_j);
+    }
+    __syncwarp();
+    for (int k = lane; k < n_j * slab; k += slab) {
+        const int r = page.by_channel ? k % slab : k / n_j, j = page.by_channel ? k / slab : k % n_j;
+        if (first + r < page.n) {
+            page.codes[page.by_channel ? j * page.width + first + r : (first + r) * page.width + j] =
+                (int8_t)x[j * slab + (r ^ (j & 31))];
+        }
+    }
+}
+
 /* The token whose value token t has: itself, or the first valid one. */
 __device__ inline int source_of(const uint32_t *valid /* [4] */, int t) {
     if (valid[t / 32] >> (t % 32) & 1u) {

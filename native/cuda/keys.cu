@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(slab)
     const page_move &page = move_at(args.pages, blockIdx.y);
     const side_view side = side_at(store.k, page.stream, blockIdx.z);
     const int lane = threadIdx.x, i = blockIdx.x * slab + lane;
-    if (i >= side.width || !is_there(store, page, true)) {
+    if (i >= side.width || !has_keys(store, page)) {
         return;
     }
     const column x = {shared, lane};
@@ -24,9 +24,9 @@ __global__ void __launch_bounds__(slab)
     if (sealed) {
         unseal_lane(matrix_of(side, true), x, i, page_codes(side, page.page), page_param(side, page.page));
     }
-    const __half *rows = sealed ? nullptr : open_rows(side, page.slot);
+    const open_page open = open_page_of(side, true, sealed ? 0 : page.slot);
     for (int t = 0; t < XQ_PAGE; ++t) {
-        const __half h = sealed ? to_half(x[t]) : rows[t * side.width + i];
+        const __half h = sealed ? to_half(x[t]) : half_of(open, t, i);
         key_at(args, blockIdx.y, t, blockIdx.z)[i] = __half2float(h);
     }
 }
@@ -38,11 +38,11 @@ __global__ void __launch_bounds__(slab)
     const side_view side = side_at(store.k, page.stream, blockIdx.z);
     const int lane = threadIdx.x, first = blockIdx.x * slab, i = first + lane;
     const bool active = i < side.width;
-    if (!is_there(store, page, true)) {
+    if (!has_keys(store, page)) {
         return;
     }
     const auto rotated = [&](int t) { return to_half(key_at(args, blockIdx.y, t, blockIdx.z)[i]); };
-    if (page.slot != XQ_SLOT_SEALED) {
+    if (page.slot >= 0) {
         __half *rows = open_rows(side, page.slot);
         for (int t = 0; active && t < XQ_PAGE; ++t) {
             rows[t * side.width + i] = rotated(t);
@@ -54,6 +54,11 @@ __global__ void __launch_bounds__(slab)
     uint8_t *codes = page_codes(side, page.page);
     for (int t = 0; t < XQ_PAGE; ++t) {
         x[t] = active ? __half2float(rotated(source_of(page.valid, t))) : 0.0f;
+    }
+    if (is_bytes(page.slot)) {
+        __syncwarp();
+        shrink_slab(bytes_at(side, true, page.slot), shared, first);
+        return;
     }
     const bool own = own_codes(side);
     if (active) {

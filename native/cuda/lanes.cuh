@@ -61,6 +61,11 @@ __device__ inline float finite(float x, int &count) {
     return clamped(x);
 }
 
+/* Channel i of token t of an open page as F16, which bytes are rounded to. */
+__device__ inline __half half_of(const open_page &page, int t, int i) {
+    return page.rows ? page.rows[t * page.width + i] : to_half(page.at(t, i));
+}
+
 /* One lane of codec_fit.h. */
 typedef float lanes;
 

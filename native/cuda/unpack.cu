@@ -176,6 +176,20 @@ __device__ uint32_t two_halves(float a, float b) {
     return bits & __heq2_mask(x, x);
 }
 
+/* Eight channels from c on of token t of a page in bytes, as halves. */
+__device__ uint4 widened(const byte_page &page, int t, int c) {
+    const uint2 codes = *(const uint2 *)(page.codes + t * page.width + c);
+    const __half *scale = (const __half *)page.scale + (page.by_channel ? c : t);
+    float x[8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+        const __half *at = scale + (page.by_channel ? k : 0);
+        const auto code = (float)(int8_t)((k < 4 ? codes.x : codes.y) >> 8 * (k % 4));
+        x[k] = __half2float(at[page.n]) + __half2float(*at) * code;
+    }
+    return {two_halves(x[0], x[1]), two_halves(x[2], x[3]), two_halves(x[4], x[5]), two_halves(x[6], x[7])};
+}
+
 /* grid (page, stream * KV head).  A page has 4 * width tiles, a multiple of 64: warps stay whole. */
 template <bool IS_K, int BITS>
 __global__ void __launch_bounds__(tile_threads)
@@ -197,6 +211,12 @@ __global__ void __launch_bounds__(tile_threads)
             for (int k = 0; k < tile_tokens; ++k) {
                 rows[k] = {two_halves(x[k][0], x[k][1]), two_halves(x[k][2], x[k][3]), two_halves(x[k][4], x[k][5]),
                            two_halves(x[k][6], x[k][7])};
+            }
+        } else if (is_bytes(to.slot)) {
+            const byte_page page = bytes_at(side, IS_K, to.slot);
+#pragma unroll
+            for (int k = 0; k < tile_tokens; ++k) {
+                rows[k] = widened(page, t + k, c);
             }
         } else if (to.slot >= 0) {
 #pragma unroll
@@ -247,11 +267,15 @@ __global__ void __launch_bounds__(slab)
         }
         return;
     }
-    const bool open = to.slot >= 0;
-    const auto *from = (const uint4 *)open_rows(side_at(side_of(store, is_k), to.stream, to.head), open ? to.slot : 0);
+    const side_view side = side_at(side_of(store, is_k), to.stream, to.head);
+    const bool open = to.slot >= 0, bytes = is_bytes(to.slot);
+    const auto *from = (const uint4 *)open_rows(side, open ? to.slot : 0);
+    const byte_page page = bytes_at(side, is_k, bytes ? to.slot : XQ_SLOT_BYTES);
     const int n = width / 8; // of a row
     for (int k = blockIdx.x * slab + threadIdx.x; k < XQ_PAGE * n; k += gridDim.x * slab) {
-        *(uint4 *)(to.rows + k / n * to.stride + k % n * 8) = open ? from[k] : uint4{};
+        *(uint4 *)(to.rows + k / n * to.stride + k % n * 8) = open    ? from[k]
+                                                              : bytes ? widened(page, k / n, k % n * 8)
+                                                                      : uint4{};
     }
 }
 

@@ -1,4 +1,4 @@
-/* update.cu: what changes pages: seals and unseals, or the writing of new rows.
+/* update.cu: what changes pages: makes them smaller or larger, or writes new rows.
  *
  * A call moves pages or writes rows, never both (check.h).  The host knows how many of each there are: grids have just
  * as many blocks, and nothing that a kernel reads says how far a loop goes.
@@ -21,8 +21,8 @@ __device__ void count_bad(uint64_t *n_nonfinite, int bad) {
 }
 
 /* The values of a slab of an open page to x, as finite ones; tokens that do not count have those of the first that
- * does. rows: [XQ_PAGE][width].  Returns how many were not finite. */
-__device__ int load_slab(const slab_place &at, const matrix &m, const page_move &move, const __half *rows, int width,
+ * does.  Returns how many were not finite. */
+__device__ int load_slab(const slab_place &at, const matrix &m, const page_move &move, const open_page &page,
                          float *shared) {
     const int lane = threadIdx.x % slab;
     const column x = {shared, lane};
@@ -30,14 +30,14 @@ __device__ int load_slab(const slab_place &at, const matrix &m, const page_move 
     if (at.is_k) {
         const bool active = at.first + lane < m.n_i;
         for (int t = 0; t < XQ_PAGE; ++t) {
-            const int64_t from = source_of(move.valid, t) * width + at.first + lane;
-            x[t] = active ? finite(__half2float(rows[from]), bad) : 0.0f;
+            const int from = source_of(move.valid, t);
+            x[t] = active ? finite(__half2float(half_of(page, from, at.first + lane)), bad) : 0.0f;
         }
     } else {
         for (int t = 0; t < slab; ++t) {
-            const __half *row = rows + source_of(move.valid, at.first + t) * width;
+            const int from = source_of(move.valid, at.first + t);
             for (int j = lane; j < m.n_j; j += slab) {
-                shared[j * slab + (t ^ (j & 31))] = finite(__half2float(row[j]), bad);
+                shared[j * slab + (t ^ (j & 31))] = finite(__half2float(half_of(page, from, j)), bad);
             }
         }
     }
@@ -52,7 +52,7 @@ __device__ int head_of(const xq_store &store, unsigned number) {
     return (int)number / n_sides(store);
 }
 
-/* grid (slab, side of a KV head, move), one warp each: an open page becomes codes. */
+/* grid (slab, side of a KV head, move), one warp each: an open page becomes bytes or codes. */
 __global__ void __launch_bounds__(slab)
     seal_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_update_args args) {
     extern __shared__ float shared[];
@@ -61,13 +61,17 @@ __global__ void __launch_bounds__(slab)
                            (int)blockIdx.x * slab};
     const side_view side = side_at(side_of(store, at.is_k), at.stream, at.head);
     const matrix m = matrix_of(side, at.is_k);
-    if (at.first >= m.n_i || !is_there(store, move, false)) {
+    if (at.first >= m.n_i || !can_seal(store, move)) {
         return;
     }
     const int lane = threadIdx.x, i = at.first + lane;
     const column x = {shared, lane};
-    count_bad(args.n_nonfinite, load_slab(at, m, move, open_rows(side, move.slot), side.width, shared));
+    count_bad(args.n_nonfinite, load_slab(at, m, move, open_page_of(side, at.is_k, move.slot), shared));
     __syncwarp();
+    if (is_bytes(move.small)) {
+        shrink_slab(bytes_at(side, at.is_k, move.small), shared, at.first);
+        return;
+    }
     const bool own = own_codes(side);
     uint8_t *codes = page_codes(side, at.page);
     if (i < m.n_i) {
@@ -85,7 +89,23 @@ __global__ void __launch_bounds__(slab)
     }
 }
 
-/* grid (slab, side of a KV head, move), one warp each: a sealed page becomes rows again. */
+/* A slab of a page in bytes to its rows. */
+__device__ void widen_slab(const slab_place &at, const open_page &page, __half *rows) {
+    const int lane = threadIdx.x % slab;
+    if (at.is_k) {
+        for (int t = 0; at.first + lane < page.width && t < XQ_PAGE; ++t) {
+            rows[t * page.width + at.first + lane] = half_of(page, t, at.first + lane);
+        }
+        return;
+    }
+    for (int t = at.first; t < at.first + slab; ++t) {
+        for (int j = lane; j < page.width; j += slab) {
+            rows[t * page.width + j] = half_of(page, t, j);
+        }
+    }
+}
+
+/* grid (slab, side of a KV head, move), one warp each: bytes or codes become rows again. */
 __global__ void __launch_bounds__(slab)
     unseal_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_update_args args) {
     extern __shared__ float shared[];
@@ -93,8 +113,14 @@ __global__ void __launch_bounds__(slab)
     const slab_place at = {is_key(store, blockIdx.y), move.stream, head_of(store, blockIdx.y), move.page,
                            (int)blockIdx.x * slab};
     const side_view side = side_at(side_of(store, at.is_k), at.stream, at.head);
-    if (at.first < (at.is_k ? side.width : XQ_PAGE) && is_there(store, move, false)) {
-        unseal_slab(store, at, open_rows(side, move.slot), side.width, shared);
+    if (at.first >= (at.is_k ? side.width : XQ_PAGE) || !can_unseal(store, move)) {
+        return;
+    }
+    __half *rows = open_rows(side, move.slot);
+    if (is_bytes(move.small)) {
+        widen_slab(at, open_page_of(side, at.is_k, move.small), rows);
+    } else {
+        unseal_slab(store, at, rows, side.width, shared);
     }
 }
 
@@ -104,7 +130,7 @@ constexpr int refill_threads = 128;
 __global__ void __launch_bounds__(refill_threads)
     refill_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_update_args args) {
     const page_move &move = move_at(args.seals, blockIdx.y);
-    if (is_there(store, move, false) && is_refilled(store, move)) {
+    if (can_seal(store, move) && is_refilled(store, move)) {
         const side_view side =
             side_at(side_of(store, is_key(store, blockIdx.x)), move.stream, head_of(store, blockIdx.x));
         const auto *from = (const uint4 *)open_rows(side, move.refill);

@@ -180,46 +180,6 @@ __device__ void add_scores(float (&c)[2][NT][4], int steps, const uint8_t *at, c
     }
 }
 
-/* Scores of F16 rows: y grows by their products with the queries.  rows: of this lane's first token, which the other
- * N - 1 follow; part: the low one, which has every channel once; queries: this lane's first fragment. */
-template <int N, int NT>
-__device__ void add_open_scores(float (&y)[N / 2][NT][4], const code_part &part, int width, const __half *rows,
-                                int rows_token, const uint8_t *queries, int t) {
-    const int log = 31 - __clz(part.planes);
-#pragma unroll 4
-    for (int n = 0; n < part.products(); n += 2, queries += 2 * product_bytes<NT>) { // two planes: eight channels
-        const int plane = n & (part.planes - 1), i = 4 * (part.planes * (4 * (n >> log) + t) + plane);
-        uint4 x[N];
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-            x[k] = i < width ? *(const uint4 *)(rows + k * rows_token + i) : uint4{};
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const auto b = fragment<NT>::load(queries + half * product_bytes<NT>);
-            const float back = power_of_two(part.bits * (plane + half));
-            uint32_t a[N][2];
-#pragma unroll
-            for (int k = 0; k < N; ++k) {
-                const uint2 four = half == 0 ? make_uint2(x[k].x, x[k].y) : make_uint2(x[k].z, x[k].w);
-                a[k][0] = even(four), a[k][1] = odd(four);
-            }
-#pragma unroll
-            for (int nt = 0; nt < NT; ++nt) {
-#pragma unroll
-                for (int pair = 0; pair < N / 2; ++pair) {
-                    float c[4] = {};
-                    multiply(c, a[2 * pair][0], a[2 * pair + 1][0], a[2 * pair][1], a[2 * pair + 1][1], b.x[nt][0],
-                             b.x[nt][1]);
-                    for (int k = 0; k < 4; ++k) {
-                        y[pair][nt][k] += c[k] * back;
-                    }
-                }
-            }
-        }
-    }
-}
-
 /* ---- values ---- */
 
 /* Adds the products of one part of the codes of T / 2 chunks of 32 channels with p.  at: this lane's words of its first
@@ -334,39 +294,6 @@ __device__ void add_latent(float (&y)[T][NT][4], float (&total)[NT][4], const ui
             for (int nt = 0; nt < NT; ++nt) {
                 multiply(y[2 * l][nt], a.even[0], a.even[1], a.odd[0], a.odd[1], b.x[nt][0], b.x[nt][1]);
                 multiply(y[2 * l + 1][nt], a.even[2], a.even[3], a.odd[2], a.odd[3], b.x[nt][0], b.x[nt][1]);
-            }
-        }
-    }
-}
-
-/* Adds what F16 rows say of T / 2 chunks of 32 channels, step apart, n of which exist.  rows: this lane's four channels
- * of its first chunk, of the page's token 4 t; has: its channels of the last chunk exist; p: all fragments, in the
- * order of tokens. */
-template <int T, int NT>
-__device__ void add_open_values(float (&out)[T][NT][4], const __half *rows, int rows_token, int step, int n, bool has,
-                                const uint8_t *p) {
-    const int lane = threadIdx.x % 32, mine[2] = {place_of_p<NT>(0, lane), place_of_p<NT>(1, lane)};
-#pragma unroll 2
-    for (int j = 0; j < page_products; ++j, rows += 16 * rows_token, p += product_bytes<NT>) {
-        const auto b = fragment<NT>::load(p + mine[j % 2]);
-#pragma unroll
-        for (int c = 0; c < T / 2; ++c) {
-            if (c > 0 && c >= n) {
-                break;
-            }
-            uint2 x[4];
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                x[k] = c + 1 < n || has ? *(const uint2 *)(rows + k * rows_token + c * step) : uint2{};
-            }
-#pragma unroll
-            for (int nt = 0; nt < NT; ++nt) {
-                multiply(out[2 * c][nt], __byte_perm(x[0].x, x[2].x, 0x5410), __byte_perm(x[0].x, x[2].x, 0x7632),
-                         __byte_perm(x[1].x, x[3].x, 0x5410), __byte_perm(x[1].x, x[3].x, 0x7632), b.x[nt][0],
-                         b.x[nt][1]);
-                multiply(out[2 * c + 1][nt], __byte_perm(x[0].y, x[2].y, 0x5410), __byte_perm(x[0].y, x[2].y, 0x7632),
-                         __byte_perm(x[1].y, x[3].y, 0x5410), __byte_perm(x[1].y, x[3].y, 0x7632), b.x[nt][0],
-                         b.x[nt][1]);
             }
         }
     }

@@ -1,6 +1,7 @@
 /* wide_team.cuh: what a team of W warps does with a page: everything but the order of it (attend_wide.cuh). */
 #pragma once
 
+#include "wide_open.cuh"
 #include "wide_softmax.cuh"
 
 namespace xq {
@@ -144,11 +145,12 @@ template <int W, int T, int NT, bool LATENT> struct wide_team {
         }
     }
 
-    /* rows: of the page. */
-    __device__ void open_scores(float (&s)[N][2 * NT], const __half *rows, int rows_token) const {
+    /* k: of the KV head. */
+    __device__ void open_scores(float (&s)[N][2 * NT], const side_view &k, int slot) const {
         float y[N / 2][NT][4] = {};
-        add_open_scores<N, NT>(y, call.k_low, store.k.width, rows + first_token() * rows_token, rows_token,
-                               queries + lane_at(), place.t);
+        with_rows<true>(k, slot, first_token(), 0, [&](const auto &rows) {
+            add_open_scores<N, NT>(y, call.k_low, store.k.width, rows, queries + lane_at(), place.t);
+        });
 #pragma unroll
         for (int r = 0; r < 2 * NT; ++r) {
             const float factor = tile.factor[row_of(r, place.t)];
@@ -292,13 +294,15 @@ template <int W, int T, int NT, bool LATENT> struct wide_team {
         }
     }
 
-    __device__ void open_values(state_of &state, const __half *rows, int rows_token) const {
+    /* side: of the KV head, which has the values. */
+    __device__ void open_values(state_of &state, const side_view &side, int slot) const {
         const int channel = 32 * place.member + 4 * place.g, n = own_chunks();
         if (n <= 0) {
             return;
         }
         const bool has = channel + 32 * W * (n - 1) < call.width;
-        add_open_values<T, NT>(state.out, rows + 4 * place.t * rows_token + channel, rows_token, 32 * W, n, has, p());
+        with_rows<LATENT>(side, slot, 4 * place.t, channel,
+                          [&](const auto &rows) { add_open_values<T, NT>(state.out, rows, 32 * W, n, has, p()); });
     }
 };
 

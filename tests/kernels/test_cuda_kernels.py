@@ -238,7 +238,7 @@ def test_parts_with_more_pages_than_a_block_lists(on: Cuda) -> None:
 
 def test_moves_that_a_gpu_cannot_launch(on: Cuda) -> None:
     storage = made(on)
-    words = Buffer(on, np.zeros((1, 8), np.int32))
+    words = Buffer(on, np.zeros((1, 9), np.int32))
     args = native.load()[0].new("xq_update_args *")
     args.unseals, args.n_unseals = words.pointer("int32_t"), 65536
     with pytest.raises(Refused, match="update on a GPU: n_unseals is 65536, must be 0 to 65535"):

@@ -254,7 +254,7 @@ def test_moves_between_places_that_there_are_not(here: Cpu, slot: int, small: in
 def test_slots_that_cannot_be_refilled(here: Cpu, slot: int, refill: int) -> None:
     """A slot of a stream is refilled from the stage, which has the slots 3 and 4, and nothing else is."""
     call = Call(here, "update", made(here, staged=2))
-    call.words.set(np.array([slot, refill], np.int32), 4 * (8 + 2))
+    call.words.set(np.array([slot, refill], np.int32), 4 * (9 + 2))
     refused(
         call, rf"seals\[1\] refills slot {slot} from slot {refill}; it must be a slot of a stream, 0 to 2, and one of"
     )
