@@ -126,7 +126,9 @@ def wrong_indices(kind: str, layer: str) -> Iterator[tuple[str, Change]]:
         wrong += [("input", 4 + STREAMS * PAGES, (-1, n_slots * 128))]
     if kind in ("moves", "read_keys", "write_keys"):
         name = "moves" if kind == "moves" else "pages"
-        wrong += [(name, i + word, (-3, n)) for word, n in enumerate((STREAMS, PAGES, SLOTS)) for i in (0, 8)]
+        wrong += [(name, i + word, (-3, n)) for word, n in enumerate((STREAMS, PAGES, SLOTS)) for i in (0, 9)]
+    if kind == "moves":
+        wrong += [("moves", i + 8, (-3, -2, 0)) for i in (0, 9)]  # there are no byte slots
     if kind == "clear":
         wrong += [("cleared", word, (-3, n)) for word, n in enumerate((STREAMS, PAGES, SLOTS + STAGED))]
         wrong += [

@@ -31,7 +31,10 @@ struct layer_store {
         check(status == XQ_OK || *xq_error() != '\0', "an error has a message");
         status = fits ? status : XQ_ERR_ARGUMENT;
         if (const int32_t n = number(in, {0, 1, 2, 2}); status == XQ_OK && n > 0 && n < 8) {
-            stage = block<uint16_t>(in, rows_of_stream / 2 / shape.n_slots * n);
+            xq_shape slot = shape;
+            slot.n_slots = 1;
+            slot.n_bytes = 0;
+            stage = block<uint16_t>(in, xq_store_row_bytes(&slot) / 2 * n);
             check(xq_store_stage(&c, stage.get(), n) == XQ_OK, "a stage is accepted");
         }
     }
@@ -49,23 +52,26 @@ int run(int (*verb)(const xq_store *, const A *, const xq_exec *), const xq_stor
     return statuses[0];
 }
 
-/* A list of moves, mostly of pages and slots that there are. */
-std::vector<int32_t> moves(input &in, const xq_store &s, bool may_seal) {
+/* A list of moves, mostly of pages and slots that there are.  small: a slot may be where pages get smaller. */
+std::vector<int32_t> moves(input &in, const xq_store &s, bool may_seal, bool small) {
+    const int32_t bytes = XQ_SLOT_BYTES + 1 - s.n_bytes; // the last byte slot
     std::vector<int32_t> out;
     for (int n = in.ConsumeIntegralInRange<int>(0, 3); n > 0; --n) {
         out.push_back(number(in, {0, 0, s.n_streams - 1}));
         out.push_back(number(in, {0, s.n_pages - 1, s.n_pages - 1}));
-        out.push_back(number(in, {0, s.n_slots + s.n_staged - 1, may_seal ? XQ_SLOT_SEALED : 0}));
+        out.push_back(
+            number(in, {0, s.n_slots + s.n_staged - 1, may_seal ? XQ_SLOT_SEALED : 0, small ? XQ_SLOT_BYTES : 0, 0}));
         out.push_back(number(in, {XQ_SLOT_NONE, s.n_slots, s.n_slots + s.n_staged - 1}));
         for (int i = 0; i < 4; ++i) {
             out.push_back(in.ConsumeIntegral<int32_t>());
         }
+        out.push_back(number(in, {XQ_SLOT_SEALED, XQ_SLOT_SEALED, XQ_SLOT_BYTES, bytes}));
     }
     return out;
 }
 
 void update(input &in, const xq_store &s) {
-    const auto seals = moves(in, s, false), unseals = moves(in, s, false);
+    const auto seals = moves(in, s, false, true), unseals = moves(in, s, false, false);
     std::vector<int32_t> rows;
     for (int n = in.ConsumeIntegralInRange<int>(0, 3); n > 0; --n) {
         rows.push_back(number(in, {0, 5, (s.n_streams * s.n_slots + s.n_staged) * XQ_PAGE - 1}));
@@ -97,7 +103,7 @@ void update(input &in, const xq_store &s) {
 }
 
 void keys(input &in, const xq_store &s) {
-    const auto pages = moves(in, s, true);
+    const auto pages = moves(in, s, true, true);
     xq_keys_args a = {};
     a.pages = pages.data();
     a.n_pages = (int32_t)(pages.size() / XQ_MOVE_WORDS);
@@ -115,7 +121,8 @@ void keys(input &in, const xq_store &s) {
 std::vector<int32_t> table(input &in, const xq_store &s) {
     std::vector<int32_t> out;
     for (int32_t i = 0; i < s.n_streams * s.n_pages; ++i) {
-        out.push_back(number(in, {XQ_SLOT_SEALED, XQ_SLOT_SEALED, XQ_SLOT_NONE, 0, s.n_slots + s.n_staged - 1}));
+        out.push_back(number(in, {XQ_SLOT_SEALED, XQ_SLOT_SEALED, XQ_SLOT_NONE, 0, s.n_slots + s.n_staged - 1,
+                                  XQ_SLOT_BYTES, XQ_SLOT_BYTES + 1 - s.n_bytes}));
     }
     return out;
 }
@@ -187,8 +194,13 @@ void verbs(input &in) {
     // the widest seldom: a map of it takes a thousand times as long
     const auto width = [&] { return number(in, {16, 64, 96, 80, 16, 64, 16, 512}); };
     const int32_t d = width(), e = width();
-    const xq_shape shape = {
-        d, e, number(in, {1, 2, 2, 1}), number(in, {1, 3, 3}), number(in, {1, 2, 2}), number(in, {1, 1, 2})};
+    const xq_shape shape = {d,
+                            e,
+                            number(in, {1, 2, 2, 1}),
+                            number(in, {1, 3, 3}),
+                            number(in, {1, 2, 2}),
+                            number(in, {1, 1, 2}),
+                            number(in, {0, 1, 2, 2})};
     xq_layer read = layer;
     read.k.owner = read.v.owner = read.v.source = -1;
     for (xq_side *side : {&read.k, &read.v}) {

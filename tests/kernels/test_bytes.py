@@ -111,8 +111,8 @@ def test_pages_become_bytes_and_rows_again(coder: Device, d: int, e: int) -> Non
     before, blocks = storage.byte_blocks(), storage.pages()
     moves = [
         Move(3, 0, small=BYTES - 2),
-        Move(0, 1, some_valid(1), 0, BYTES),
-        Move(2, 2, some_valid(2), 1, BYTES - 1),
+        Move(0, 1, some_valid(1), small=BYTES),
+        Move(2, 2, some_valid(2), 1, small=BYTES - 1),
     ]
     n_bad = storage.update(moves, n_threads=3)
     assert n_bad == sum(check_bytes(storage, rows, move) for move in moves)
@@ -149,11 +149,33 @@ def test_rows_that_are_traps(coder: Device) -> None:
             np.testing.assert_array_equal(now[0, 0, slot], f16(pages.widened(name, 0, 0, slot)))
 
 
+def test_slots_are_refilled_from_the_stage(coder: Device) -> None:
+    """When their page has become bytes, and as it becomes bytes; a page of the stage may become bytes as well."""
+    rows = biased_rows(9, 2, 5, 80, 96)
+    storage = Storage(coder, PLAIN, rows, 4, n_bytes=3, staged=2)
+    moves = [
+        Move(0, 1, some_valid(1), 1, refill=3, small=BYTES),
+        Move(1, 2, stream=0, small=BYTES - 2),
+        Move(3, 4, small=BYTES - 1),
+        Move(2, NONE, small=BYTES),
+    ]
+    assert storage.update(moves, n_threads=3) == 0
+    for move in moves[:2]:
+        check_bytes(storage, rows, move)
+    for name, now, x in zip("kv", storage.rows(), rows, strict=True):
+        want = x[:, :, :3].copy()
+        want[1, :, 1] = x[0, :, 3]
+        np.testing.assert_array_equal(now, want)
+        for head in range(HEADS):  # the stage belongs to no stream
+            codes, _, _ = reference.shrink(x[0, head, 4], ALL, name == "k")
+            np.testing.assert_array_equal(parts(storage, moves[2], head, name)[0], codes)
+
+
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_codes_from_bytes_are_those_of_the_rows_they_stand_for(coder: Device, layer: Layer) -> None:
     rows = biased_rows(3, 2, 2, 80, 96)
     storage = Storage(coder, layer, rows, 4, n_bytes=2)
-    storage.update([Move(0, 0, some_valid(5), 0, BYTES), Move(1, 1, stream=1, small=BYTES - 1)])
+    storage.update([Move(0, 0, some_valid(5), small=BYTES), Move(1, 1, stream=1, small=BYTES - 1)])
     bytes_before, pages = storage.byte_blocks(), Pages(storage)
     moves = [Move(3, BYTES, some_valid(5)), Move(0, BYTES - 1, some_valid(6), 1)]
     assert storage.update(moves, n_threads=3) == 0

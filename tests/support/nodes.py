@@ -136,8 +136,8 @@ class Node:
         def numbers(*ne: int) -> NDArray[Any]:
             return rng.standard_normal(int(np.prod(ne))).astype(np.float32)
 
-        moves = np.array([[0, 0, 0, NONE, -1, -1, -1, -1], [1, 1, 1, NONE, -1, -1, -1, -1]], np.int32)
-        cleared = np.array([[0, 0, 0, SLOTS, -1, -1, -1, -1], [0, 0, NONE, NONE, 0, 0, 0, 0]], np.int32)
+        moves = np.array([[0, 0, 0, NONE, *[-1] * 5], [1, 1, 1, NONE, *[-1] * 5]], np.int32)
+        cleared = np.array([[0, 0, 0, SLOTS, *[-1] * 5], [0, 0, NONE, NONE, 0, 0, 0, 0, -1]], np.int32)
         keys = moves.copy()
         keys[1, 2] = SEALED
         n_slot = PAGE * (D + E) * HEADS
@@ -155,10 +155,10 @@ class Node:
             "input": Tensor(I32, [4 + STREAMS * PAGES + TOKENS], np.array([0] * 4 + table + [0, row])),
             "k_cur": Tensor(F32, [D, HEADS, TOKENS], numbers(D, HEADS, TOKENS)),
             "v_cur": Tensor(F32, [E, HEADS, TOKENS], numbers(E, HEADS, TOKENS)),
-            "moves": Tensor(I32, [8, 2], moves),
-            "cleared": Tensor(I32, [8, 2], cleared),
+            "moves": Tensor(I32, [9, 2], moves),
+            "cleared": Tensor(I32, [9, 2], cleared),
             "stage": Tensor(F16, [STAGED * n_slot], numbers(STAGED * n_slot).astype(np.float16)),
-            "pages": Tensor(I32, [8, 2], keys),
+            "pages": Tensor(I32, [9, 2], keys),
             "q": Tensor(F32, [D, HEADS * REP, TOKENS * STREAMS], numbers(D, HEADS * REP, TOKENS * STREAMS)),
             "mask": Tensor(F16, [PAGES * PAGE, TOKENS, 1, STREAMS]),
             "sinks": Tensor(F32, [HEADS * REP]),

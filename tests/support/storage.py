@@ -153,7 +153,6 @@ class Storage:
         end = at + PAGE * width
         return block[at:end].view(np.int8).reshape(PAGE, -1), block[end : end + 4 * n].view(np.float16).reshape(2, n)
 
-
     def pages(self) -> NDArray[np.uint8]:
         """The blocks as they are now, [stream][KV head][page][byte]."""
         assert self.blocks is not None
