@@ -102,7 +102,11 @@ __device__ void add_open_pages(sums<E, R> &sum, const row_tile<R> &rows, const p
     for (int item = nth; item < n; item += step) {
         const int listed = list.size - 1 - item / pieces, first = item % pieces * piece;
         const auto at = open_piece::of(k, v, list.slots[listed], list.pages[listed], first);
-        add_open_piece<D, KB, PLAIN>(state, rows, at, {(__half *)sum.out}, warp);
+        if (at.k_param) {
+            add_open_piece<D, KB, PLAIN, byte_piece<D, KB, E>>(state, rows, at, {(__half *)sum.out}, warp);
+        } else {
+            add_open_piece<D, KB, PLAIN, half_piece<D, KB, E>>(state, rows, at, {(__half *)sum.out}, warp);
+        }
     }
     __syncwarp();
     store_state(sum, state, warp);

@@ -33,12 +33,13 @@ struct open_piece {
     }
 };
 
-/* A lane's keys, of tokens 2 g and 2 g + 1, and values, of tokens 4 t .. 4 t + 3 and channels 32 c + 4 g .. + 3. */
-template <int D, int KB, int E>
-__device__ void load_piece(uint2 (*k)[2], uint2 (*v)[4], const open_piece &at, const lane_place &place) {
+/* What a lane holds of a piece: of keys, the tokens 2 g and 2 g + 1, and of values, the tokens 4 t .. 4 t + 3 and
+ * channels 32 c + 4 g .. + 3.  key(n, w), value(c, w): four channels as halves. */
+template <int D, int KB, int E> struct half_piece {
     using wk = walk<KB, D>;
-    const int g = place.g, t = place.t;
-    if (!at.k_param) {
+    uint2 k[wk::low::products][2], v[E / 32][4];
+
+    __device__ half_piece(const open_piece &at, int g, int t) {
         const auto *k_rows = (const __half *)at.k, *v_rows = (const __half *)at.v;
 #pragma unroll
         for (int n = 0; n < wk::low::products; ++n) {
@@ -52,40 +53,60 @@ __device__ void load_piece(uint2 (*k)[2], uint2 (*v)[4], const open_piece &at, c
                 v[c][w] = *(const uint2 *)(v_rows + (4 * t + w) * E + 32 * c + 4 * g);
             }
         }
-        return;
     }
-    const auto *k_bytes = (const uint8_t *)at.k, *v_bytes = (const uint8_t *)at.v;
+    __device__ uint2 key(int n, int w) const { return k[n][w]; }
+    __device__ uint2 value(int c, int w) const { return v[c][w]; }
+};
+
+/* Bytes, which become halves when they are multiplied: registers are scarce before. */
+template <int D, int KB, int E> struct byte_piece {
+    using wk = walk<KB, D>;
+    uint32_t k[wk::low::products][2], v[E / 32][4];
+    const __half *k_scale;
+    uint2 v_scale, v_centre;
+    int t;
+
+    __device__ byte_piece(const open_piece &at, int g, int t) : k_scale(at.k_param), t(t) {
+        const auto *k_rows = (const uint8_t *)at.k, *v_rows = (const uint8_t *)at.v;
 #pragma unroll
-    for (int n = 0; n < wk::low::products; ++n) {
-        const int i = wk::row(n, t);
-        const uint2 scale = wk::has(n, t) ? *(const uint2 *)(at.k_param + i) : uint2{};
-        const uint2 centre = wk::has(n, t) ? *(const uint2 *)(at.k_param + D + i) : uint2{};
-        for (int w = 0; w < 2; ++w) {
-            const uint32_t four = wk::has(n, t) ? *(const uint32_t *)(k_bytes + (2 * g + w) * D + i) : 0;
-            k[n][w] = widen_four(four, scale, centre);
+        for (int n = 0; n < wk::low::products; ++n) {
+            for (int w = 0; w < 2; ++w) {
+                k[n][w] = wk::has(n, t) ? *(const uint32_t *)(k_rows + (2 * g + w) * D + wk::row(n, t)) : 0;
+            }
         }
-    }
-    const uint2 scale = *(const uint2 *)(at.v_param + 4 * t), centre = *(const uint2 *)(at.v_param + XQ_PAGE + 4 * t);
 #pragma unroll
-    for (int c = 0; c < E / 32; ++c) {
-        for (int w = 0; w < 4; ++w) {
-            const uint32_t four = *(const uint32_t *)(v_bytes + (4 * t + w) * E + 32 * c + 4 * g);
-            v[c][w] = widen_four(four, four_times(scale, w), four_times(centre, w));
+        for (int c = 0; c < E / 32; ++c) {
+            for (int w = 0; w < 4; ++w) {
+                v[c][w] = *(const uint32_t *)(v_rows + (4 * t + w) * E + 32 * c + 4 * g);
+            }
         }
+        v_scale = *(const uint2 *)(at.v_param + 4 * t);
+        v_centre = *(const uint2 *)(at.v_param + XQ_PAGE + 4 * t);
     }
-}
+    __device__ uint2 key(int n, int w) const {
+        if (!wk::has(n, t)) {
+            return {};
+        }
+        const __half *scale = k_scale + wk::row(n, t);
+        return widen_four(k[n][w], *(const uint2 *)scale, *(const uint2 *)(scale + D));
+    }
+    __device__ uint2 value(int c, int w) const {
+        return widen_four(v[c][w], four_times(v_scale, w), four_times(v_centre, w));
+    }
+};
 
 /* Scores of a piece's tokens 2 g and 2 g + 1, [row][2], without cap and mask; these are rows g and g + 8 of operand A.
  */
-template <int D, int KB, int R>
-__device__ void open_scores(float (&s)[R][2], const row_tile<R> &rows, const uint2 (*k)[2], const lane_place &place) {
+template <int D, int KB, int R, typename PIECE>
+__device__ void open_scores(float (&s)[R][2], const row_tile<R> &rows, const PIECE &piece, const lane_place &place) {
     using wk = walk<KB, D>; // q lies in the order of the codes
     constexpr int planes = wk::low::planes, bits = 8 / planes;
     float y[planes][4] = {};
 #pragma unroll
     for (int n = 0; n < wk::low::products; ++n) {
         const uint2 query = rows.queries[n][place.lane];
-        multiply(y[n % planes], k[n][0].x, k[n][1].x, k[n][0].y, k[n][1].y, query.x, query.y);
+        const uint2 k[2] = {piece.key(n, 0), piece.key(n, 1)};
+        multiply(y[n % planes], k[0].x, k[1].x, k[0].y, k[1].y, query.x, query.y);
     }
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -99,19 +120,17 @@ __device__ void open_scores(float (&s)[R][2], const row_tile<R> &rows, const uin
 }
 
 /* Adds a piece to `state`; p: room of the warp. */
-template <int D, int KB, bool PLAIN, int E, int R>
+template <int D, int KB, bool PLAIN, typename PIECE, int E, int R>
 __device__ void add_open_piece(open_state<E, R> &state, const row_tile<R> &rows, const open_piece &at,
                                const piece_p<R> &p, const warp_place<E> &warp) {
-    using wk = walk<KB, D>;
     const int g = warp.g, t = warp.t;
-    uint2 k[wk::low::products][2], v[E / 32][4];
-    load_piece<D, KB, E>(k, v, at, warp);
+    const PIECE piece(at, g, t);
     uint32_t mask[R][1];
     for (int r = 0; r < R; ++r) {
         mask[r][0] = rows.mask[r] ? *(const uint32_t *)(rows.mask[r] + at.first_cell + 2 * g) : 0;
     }
     float s[R][2], max[R];
-    open_scores<D, KB>(s, rows, k, warp);
+    open_scores<D, KB>(s, rows, piece, warp);
     pending_scale<R> pending, none;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -129,7 +148,7 @@ __device__ void add_open_piece(open_state<E, R> &state, const row_tile<R> &rows,
     const uint2 pb = *(const uint2 *)(p.row(row_of_column<R>(g)) + 4 * t);
 #pragma unroll
     for (int c = 0; c < E / 32; ++c) {
-        const uint2(&x)[4] = v[c];
+        const uint2 x[4] = {piece.value(c, 0), piece.value(c, 1), piece.value(c, 2), piece.value(c, 3)};
         multiply(state.sums.out[c][0], __byte_perm(x[0].x, x[1].x, 0x5410), __byte_perm(x[0].x, x[1].x, 0x7632),
                  __byte_perm(x[2].x, x[3].x, 0x5410), __byte_perm(x[2].x, x[3].x, 0x7632), pb.x, pb.y);
         multiply(state.sums.out[c][1], __byte_perm(x[0].y, x[1].y, 0x5410), __byte_perm(x[0].y, x[1].y, 0x7632),

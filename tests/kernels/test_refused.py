@@ -185,6 +185,14 @@ def test_stores_that_are_none(any_one: Device, verb: str, field: str, value: Any
     refused(call, message)
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_bytes_that_lie_between_numbers(any_one: Device, verb: str) -> None:
+    call = Call(any_one, verb, made(any_one, n_bytes=1))
+    call()
+    call.storage.c.v.bytes_slot += 3
+    refused(call, r"v: bytes_slot is \d+, must be a multiple of 2")
+
+
 def test_more_rows_than_32_bits_can_count(any_one: Device) -> None:
     call = Call(any_one, "rows")
     call.storage.c.n_streams, call.storage.c.n_slots = 4, 1 << 22
