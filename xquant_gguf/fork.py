@@ -23,7 +23,7 @@ from xquant_gguf_hook import finder
 
 @dataclass(frozen=True)
 class Page:
-    """A page of a cache: its slot if it is open, or SEALED or FREE; cells in it; tokens written since its newest."""
+    """A page of a cache: its slot if it is F16, SEALED, FREE or below; cells in it; tokens written since its newest."""
 
     state: int
     n_cells: int
@@ -31,7 +31,11 @@ class Page:
 
     @property
     def is_open(self) -> bool:
-        return self.state >= 0
+        return self.state >= 0 or self.in_bytes
+
+    @property
+    def in_bytes(self) -> bool:
+        return self.state < FREE
 
 
 SEALED, FREE = -1, -2
@@ -215,4 +219,8 @@ def plan(ctx: Any, preset: str) -> tuple[Plan, list[Shape], list[int]] | None:
     held = [i for i in range(c.n_layers) if d[i] > 0]
 
     layers = tuple(Layer(*(side_from_c(s, held.index) for s in (c.layers[i].k, c.layers[i].v))) for i in held)
-    return Plan(preset, layers, c.window, c.pinned), [Shape(d[i], e[i], heads[i]) for i in held], held
+    return (
+        Plan(preset, layers, c.window, c.pinned, open_bits=c.open_bits),
+        [Shape(d[i], e[i], heads[i]) for i in held],
+        held,
+    )

@@ -62,6 +62,7 @@ def plan_keys(
         "version": Key(GGUFValueType.UINT32, VERSION),
         "window": Key(I32, plan.window),
         "pinned": Key(I32, plan.pinned),
+        "open_bits": Key(I32, plan.open_bits),
     }
     for side, kinds in ARRAYS.items():
         for name, kind in kinds.items():
@@ -182,7 +183,8 @@ def read_plan(path: str | Path) -> tuple[Plan, list[int], int, Provenance] | Non
         kld = shortest(keys.get("calibration.expected_kld", F32))
         if not 0 <= kld < float("inf"):
             raise keys.bad("calibration.expected_kld", kld, "a number of at least 0")
-    plan = Plan("calibrated", layers, keys.get("window", I32), keys.get("pinned", I32), maps, kld)
+    open_bits = keys.get("open_bits", I32) if "open_bits" in keys else 16  # as files that came before the key
+    plan = Plan("calibrated", layers, keys.get("window", I32), keys.get("pinned", I32), maps, kld, open_bits)
     try:
         plan.check()
     except ValueError as error:

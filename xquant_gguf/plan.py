@@ -18,6 +18,7 @@ from xquant_gguf import native
 
 PAGE = 128
 """Tokens of a page."""
+_NUMBERS = ("window", "pinned", "open_bits")
 MADE = ("calibrated", "data-free")
 """What plans that no preset describes are called."""
 
@@ -148,9 +149,10 @@ def block_bytes(layer: Layer, shape: Shape) -> int:
 class Plan:
     """What a whole cache stores: one Layer for each layer that has keys and values, in order.
 
-    window: newest tokens that stay F16; negative: nothing is ever sealed. pinned: first pages of a sequence that
-    stay F16. preset: the preset that the plan started from.  maps: one for each layer whose values have a source.
-    expected_kld: KL divergence from F16 that calibration measured.
+    window: newest tokens that stay open; negative: nothing is ever sealed. pinned: first pages of a sequence that
+    stay open. open_bits: 8 or 16, of open pages that are not being written. preset: the preset that the plan started
+    from.  maps: one for each layer whose values have a source. expected_kld: KL divergence from F16 that calibration
+    measured.
     """
 
     preset: str
@@ -159,6 +161,7 @@ class Plan:
     pinned: int
     maps: Mapping[int, ValueMap] = field(default_factory=dict)
     expected_kld: float | None = None
+    open_bits: int = 8
 
     @classmethod
     def from_preset(cls, name: str, n_layers: int) -> Plan:
@@ -168,11 +171,11 @@ class Plan:
         if lib.xq_plan_preset(name.encode(), n_layers, c) != 0:
             raise ValueError(native.error())
         layers = tuple(Layer(*(side_from_c(side) for side in (c.layers[i].k, c.layers[i].v))) for i in range(n_layers))
-        return cls(name, layers, c.window, c.pinned)
+        return cls(name, layers, c.window, c.pinned, open_bits=c.open_bits)
 
     def _c_plan(self) -> Any:
         c = native.load()[0].new("xq_plan *")
-        c.n_layers, c.window, c.pinned = len(self.layers), self.window, self.pinned
+        c.n_layers, c.window, c.pinned, c.open_bits = len(self.layers), self.window, self.pinned, self.open_bits
         for i, layer in enumerate(self.layers):
             c.layers[i] = _c_layer(layer, f"layer {i}")[0]
         return c
@@ -210,23 +213,28 @@ class Plan:
         return sum(side.bits for side in sides if side.owner < 0) / len(sides)
 
     def slots(self, n_ctx: int, n_seq: int = 1) -> int:
-        """Pages that have room in F16: pinned, window and one more; at most all of n_ctx.
+        """Pages that have room in F16: the one that is written; with open_bits 16 pinned ones and the window as well.
 
-        n_seq: sequences that have tokens in the cache; those beyond the first add a sixth of all at most.
+        At most all of n_ctx.  n_seq: sequences that have tokens in the cache; those beyond the first add a sixth of all
+        at most.
         """
         return _checked(native.load()[1].xq_plan_slots(self._c_plan(), -(-n_ctx // PAGE), n_seq))
 
+    def byte_slots(self, n_ctx: int, n_seq: int = 1) -> int:
+        """Pages that have room in bytes: with open_bits 8 pinned ones and the window, unless all of n_ctx is F16."""
+        return _checked(native.load()[1].xq_plan_byte_slots(self._c_plan(), -(-n_ctx // PAGE), n_seq))
+
     def cache_bytes(self, shapes: Sequence[Shape], n_ctx: int, n_seq: int = 1) -> int:
-        """Bytes that a cache of n_ctx cells allocates: blocks and window slots (page tables, a few KiB, apart)."""
+        """Bytes that a cache of n_ctx cells allocates: blocks and open pages (page tables, a few KiB, apart)."""
         ffi, lib = native.load()
         d, e, heads = (ffi.new("int32_t[]", [getattr(s, x) for s in shapes]) for x in ("d", "e", "heads"))
-        slots = self.slots(n_ctx, n_seq)
-        return _checked(lib.xq_cache_bytes(self._c_plan(), d, e, heads, -(-n_ctx // PAGE), slots))
+        slots, in_bytes = self.slots(n_ctx, n_seq), self.byte_slots(n_ctx, n_seq)
+        return _checked(lib.xq_cache_bytes(self._c_plan(), d, e, heads, -(-n_ctx // PAGE), slots, in_bytes))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as a dictionary that Plan.load reads back."""
         layers = {str(i): asdict(layer) for i, layer in enumerate(self.layers)}
-        out = {"preset": self.preset, "window": self.window, "pinned": self.pinned, "layers": layers}
+        out = {name: getattr(self, name) for name in ("preset", *_NUMBERS)} | {"layers": layers}
         if self.expected_kld is not None:
             out["expected_kld"] = self.expected_kld
         if self.maps:
@@ -238,28 +246,29 @@ class Plan:
     def load(cls, source: PlanSource, n_layers: int, preset: str = "xquant") -> Plan:
         """A plan from a Plan, a dictionary or a JSON file; preset: where it starts from if it names none.
 
-        {"preset": "xquant", "window": 128, "pinned": 1, "layers": {"0-3": {"k": {"bits": 4}}, "18": {...}}}: all keys
-        may be left out; layers are those of the cache, counted from 0.  "maps": {"1": {"heads": [...], "weight": base64
-        of F16 numbers}} for layers whose values have a source.  ValueError names an unknown key or a bad value.
+        {"preset": "xquant", "window": 128, "pinned": 1, "open_bits": 8, "layers": {"0-3": {"k": {"bits": 4}}, "18":
+        {...}}}: all keys may be left out, and are then the preset's; layers are those of the cache, counted from 0.
+        "maps": {"1": {"heads": [...], "weight": base64 of F16 numbers}} for layers whose values have a source.
+        ValueError names an unknown key or a bad value.
         """
         if isinstance(source, Plan):
             if len(source.layers) != n_layers:
                 raise ValueError(f"kv_plan has {len(source.layers)} layers, the model's cache has {n_layers}")
             return source
         source, where = _read(source)
-        _known(source, {"preset", "window", "pinned", "layers", "maps", "expected_kld"}, where)
+        _known(source, {"preset", *_NUMBERS, "layers", "maps", "expected_kld"}, where)
         name = str(source.get("preset", preset))
         plan = replace(cls.from_preset("xquant" if name in MADE else name, n_layers), preset=name)
         layers = list(plan.layers)
         for key, change in _mapping(source.get("layers", {}), f"{where}: layers").items():
             for i in _layer_range(str(key), n_layers, where):
                 layers[i] = _changed(layers[i], _mapping(change, f"{where}: layer {key}"), f"{where}: layer {key}")
-        window, pinned = (_integer(source.get(k, getattr(plan, k)), f"{where}: {k}") for k in ("window", "pinned"))
+        numbers = {k: _integer(source.get(k, getattr(plan, k)), f"{where}: {k}") for k in _NUMBERS}
         maps = dict(_maps(source.get("maps", {}), n_layers, where))
         kld = source.get("expected_kld")
         if kld is not None and not (isinstance(kld, float) and 0 <= kld < float("inf")):
             raise ValueError(f"{where}: expected_kld is {kld!r}, must be a number of at least 0")
-        plan = replace(plan, layers=tuple(layers), window=window, pinned=pinned, maps=maps, expected_kld=kld)
+        plan = cls(name, tuple(layers), numbers["window"], numbers["pinned"], maps, kld, numbers["open_bits"])
         plan.check()
         for i, layer in enumerate(layers):
             if layer.v.source >= 0 and i not in maps:

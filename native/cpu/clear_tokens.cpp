@@ -3,11 +3,15 @@
  * A token's codes become 0: of keys, 4 bytes of every unit of its 16 columns; of values, its bits of every column.  Its
  * own parameters (values) become those of a zero, and so do those of keys of a tile that has no tokens left.  What
  * tokens share with others, the parameters of their tile of keys, stays: the others cannot be read without them.
+ * Likewise of a page in bytes, whose keys are one tile.
  */
 #include "codec_format.h"
+#include "half.h"
 #include "kernels.h"
 
+#include <cmath>
 #include <cstring>
+#include <initializer_list>
 
 namespace xq {
 
@@ -101,5 +105,79 @@ int xq_clear_tokens(const xq_layer *layer, int32_t d, int32_t e, const uint32_t 
         return xq::fail(XQ_ERR_ARGUMENT, "valid and block must not be null");
     }
     xq::clear(*layer, d, e, at, valid, block);
+    return XQ_OK;
+}
+
+/* ---- pages in bytes ---- */
+
+namespace xq {
+
+static int check_byte_widths(const char *function, int32_t d, int32_t e, const void *block) {
+    const auto is_width = [](int32_t w) { return w >= 16 && w <= XQ_MAX_HEAD_DIM && w % 16 == 0; };
+    return block && is_width(d) && (e == 0 || is_width(e))
+               ? XQ_OK
+               : fail(XQ_ERR_ARGUMENT, "%s: widths %d and %d, must be multiples of 16 to %d, of values perhaps 0",
+                      function, d, e, XQ_MAX_HEAD_DIM);
+}
+
+/* One side of the block of a KV head; is_k: it comes first. */
+static byte_page bytes_in(uint8_t *block, bool is_k, int32_t d, int32_t e) {
+    side_view side = {};
+    side.width = is_k ? d : e;
+    side.bytes = block + (is_k ? 0 : page_in_bytes(true, d));
+    return bytes_at(side, is_k, XQ_SLOT_BYTES);
+}
+
+} // namespace xq
+
+int64_t xq_byte_block_bytes(int32_t d, int32_t e) {
+    const int status = xq::check_byte_widths("xq_byte_block_bytes", d, e, "");
+    return status == XQ_OK ? xq::page_in_bytes(true, d) + xq::page_in_bytes(false, e) : status;
+}
+
+int xq_clear_bytes(int32_t d, int32_t e, const uint32_t valid[4], uint8_t *block) {
+    if (const int status = xq::check_byte_widths("xq_clear_bytes", d, e, valid ? block : nullptr); status != XQ_OK) {
+        return status;
+    }
+    const bool any = valid[0] | valid[1] | valid[2] | valid[3];
+    for (const bool is_k : {true, false}) {
+        const xq::byte_page page = xq::bytes_in(block, is_k, d, e);
+        for (int t = 0; t < XQ_PAGE && page.width > 0; ++t) {
+            if (!xq::is_kept(valid, t)) {
+                memset(page.codes + t * page.width, 0, (size_t)page.width);
+                if (!is_k) {
+                    page.scale[t] = page.scale[page.n + t] = 0;
+                }
+            }
+        }
+        if (is_k && !any) {
+            memset(page.scale, 0, (size_t)page.n * 2 * sizeof(uint16_t));
+        }
+    }
+    return XQ_OK;
+}
+
+int xq_check_bytes(int32_t d, int32_t e, const uint8_t *block) {
+    if (const int status = xq::check_byte_widths("xq_check_bytes", d, e, block); status != XQ_OK) {
+        return status;
+    }
+    for (const bool is_k : {true, false}) {
+        const xq::byte_page page = xq::bytes_in((uint8_t *)block, is_k, d, e);
+        for (int i = 0; i < page.n && page.width > 0; ++i) {
+            const float scale = xq::half_to_float(page.scale[i]), centre = xq::half_to_float(page.scale[page.n + i]);
+            if (!(scale >= 0.0f) || !std::isfinite(scale) || !std::isfinite(centre)) {
+                return xq::fail(XQ_ERR_ARGUMENT,
+                                "parameter %d of %s in bytes is scale %g and centre %g, must be finite, "
+                                "and the scale at least 0",
+                                i, is_k ? "keys" : "values", (double)scale, (double)centre);
+            }
+        }
+        for (int i = 0; i < XQ_PAGE * page.width; ++i) {
+            if (page.codes[i] == -128) {
+                return xq::fail(XQ_ERR_ARGUMENT, "byte %d of %s is -128, must be -127 to 127", i,
+                                is_k ? "keys" : "values");
+            }
+        }
+    }
     return XQ_OK;
 }

@@ -46,7 +46,7 @@ static void paper(xq_plan *plan, int32_t group) {
     }
 }
 
-/* fill: sets the layers of a plan with a window of one page and one pinned page. */
+/* fill: sets the layers of a plan with a window of one page and one pinned page, both in bytes. */
 static const struct {
     const char *name;
     void (*fill)(xq_plan *plan);
@@ -96,6 +96,7 @@ int xq_plan_preset(const char *name, int32_t n_layers, xq_plan *plan) {
             plan->n_layers = n_layers;
             plan->window = 128;
             plan->pinned = 1;
+            plan->open_bits = 8;
             preset.fill(plan);
             return XQ_OK;
         }
@@ -214,6 +215,9 @@ int xq_plan_check(const xq_plan *plan, const int32_t *d, const int32_t *e) {
     if (plan->pinned < 0 || plan->pinned > 1024) {
         return fail(XQ_ERR_PLAN, "pinned is %d, must be 0 to 1024 pages", plan->pinned);
     }
+    if (plan->open_bits != 8 && plan->open_bits != 16) {
+        return fail(XQ_ERR_PLAN, "open_bits is %d, must be 8 or 16", plan->open_bits);
+    }
     for (int32_t l = 0; l < plan->n_layers; ++l) {
         if (d && d[l] == 0) {
             continue; // not part of the cache
@@ -263,21 +267,39 @@ static int64_t pages_of(int64_t tokens) {
     return (tokens + XQ_PAGE - 1) / XQ_PAGE;
 }
 
+/* Pages of each kind that a plan wants in a stream. */
+struct open_pages {
+    int64_t rows, bytes;
+};
+
+static open_pages open_pages_of(const xq_plan &plan, int64_t n_pages, int64_t n_seq) {
+    const int64_t stay = plan.pinned + pages_of(plan.window);
+    if (plan.window < 0 || stay + 1 >= n_pages) {
+        return {n_pages, 0};
+    }
+    const auto of_all = [&](int64_t n) { return n + std::min(n * (n_seq - 1), n_pages / 6); };
+    return plan.open_bits == 8 ? open_pages{of_all(1), of_all(stay)}
+                               : open_pages{std::min(of_all(stay + 1), n_pages), 0};
+}
+
+static int check_counts(const char *function, const xq_plan *plan, int32_t n_pages, int32_t n_seq) {
+    return plan && n_pages > 0 && n_seq > 0
+               ? XQ_OK
+               : fail(XQ_ERR_ARGUMENT, "%s: %d pages, %d sequences: must be above 0", function, n_pages, n_seq);
+}
+
 int32_t xq_plan_slots(const xq_plan *plan, int32_t n_pages, int32_t n_seq) {
-    if (!plan || n_pages < 1 || n_seq < 1) {
-        return fail(XQ_ERR_ARGUMENT, "xq_plan_slots: %d pages, %d sequences: must be above 0", n_pages, n_seq);
-    }
-    if (plan->window < 0) {
-        return n_pages;
-    }
-    // a window begins within a page, and ends within another
-    const int64_t wanted = (int64_t)plan->pinned + pages_of(plan->window) + 1;
-    const int64_t others = std::min<int64_t>(wanted * (n_seq - 1), n_pages / 6);
-    return (int32_t)std::min<int64_t>(wanted + others, n_pages);
+    const int status = check_counts("xq_plan_slots", plan, n_pages, n_seq);
+    return status == XQ_OK ? (int32_t)open_pages_of(*plan, n_pages, n_seq).rows : status;
+}
+
+int32_t xq_plan_byte_slots(const xq_plan *plan, int32_t n_pages, int32_t n_seq) {
+    const int status = check_counts("xq_plan_byte_slots", plan, n_pages, n_seq);
+    return status == XQ_OK ? (int32_t)open_pages_of(*plan, n_pages, n_seq).bytes : status;
 }
 
 int64_t xq_cache_bytes(const xq_plan *plan, const int32_t *d, const int32_t *e, const int32_t *n_head_kv,
-                       int32_t n_pages, int32_t n_slots) {
+                       int32_t n_pages, int32_t n_slots, int32_t n_bytes) {
     if (!d || !e || !n_head_kv) {
         return fail(XQ_ERR_ARGUMENT, "xq_cache_bytes: d, e and n_head_kv must not be null");
     }
@@ -289,7 +311,7 @@ int64_t xq_cache_bytes(const xq_plan *plan, const int32_t *d, const int32_t *e, 
         if (d[l] == 0) {
             continue;
         }
-        const xq_shape shape = {d[l], e[l], n_head_kv[l], n_pages, n_slots, 1, 0};
+        const xq_shape shape = {d[l], e[l], n_head_kv[l], n_pages, n_slots, 1, n_bytes};
         const int64_t rows = xq_store_row_bytes(&shape);
         const int64_t blocks = n_slots < n_pages ? xq_store_block_bytes(&plan->layers[l], &shape) : 0;
         if (rows < 0 || blocks < 0) {

@@ -26,14 +26,13 @@
  *     XQ_PARAM_F16:  scale F16, then zero F16.  0 bits: zero alone ([1][n]), the mean of the group
  *     XQ_PARAM_LOG8: scale = 2^((e - 161) / 8) with e u8 in 1..255, then centre = q * scale / 8 with q i8
  *
- * A page in bytes lies between the two: a full page that policy keeps open.  Keys and values are as in F16 rows,
- * [token] [channel], not rotated, a byte each, and likewise one block for each KV head, whose parts start on multiples
- * of 64:
+ * A page in bytes lies between the two: a page that stays open and is not being written.  Keys and values are as in F16
+ * rows, [token] [channel], not rotated, a byte each, and likewise one block for each KV head, whose parts start on
+ * multiples of 64:
  *
  *     K bytes i8 [XQ_PAGE][D] | K parameters F16 [2][D] | V bytes i8 [XQ_PAGE][E] | V parameters F16 [2][XQ_PAGE]
  *
- *     x^ = centre + scale * byte        byte in -127 .. 127;  parameters: scales, then centres, K of channels, V of
- * tokens
+ *     x^ = centre + scale * byte     byte in -127 .. 127;  parameters: scales, then centres, K of channels, V of tokens
  *
  * A layer that borrows codes has no codes part; it reads the codes of its owner with its own parameters.
  *
@@ -102,8 +101,7 @@ typedef struct xq_side {
 } xq_side;
 
 typedef struct xq_layer {
-    xq_side k;
-    xq_side v;
+    xq_side k, v;
 } xq_layer;
 
 enum { XQ_MAX_LAYERS = 1024 };
@@ -111,8 +109,9 @@ enum { XQ_MAX_LAYERS = 1024 };
 /* What a whole cache stores. window < 0: never seal. */
 typedef struct xq_plan {
     int32_t n_layers;
-    int32_t window; /* newest tokens that stay open */
-    int32_t pinned; /* first pages of a stream that stay open */
+    int32_t window;    /* newest tokens that stay open */
+    int32_t pinned;    /* first pages of a stream that stay open */
+    int32_t open_bits; /* of open pages that are not being written: 16 (F16) or 8 (bytes) */
     xq_layer layers[XQ_MAX_LAYERS];
 } xq_plan;
 
@@ -140,14 +139,15 @@ XQ_API int xq_plan_check(const xq_plan *plan, const int32_t *d, const int32_t *e
 /* Checks one side on its own for a head width; which layer owns its codes is not looked at. */
 XQ_API int xq_check_side(const xq_side *side, int32_t is_k, int32_t width);
 XQ_API int xq_block_layout_of(const xq_layer *layer, int32_t d, int32_t e, xq_block_layout *layout);
-/* Open pages that a stream of n_pages pages has room for, with n_seq sequences in it:
- * n_seq * (pinned + ceil(window / XQ_PAGE) + 1).  At most all; and what sequences beyond the first add is at most a
- * sixth of all. */
+/* Open pages that a stream of n_pages pages has room for, with n_seq sequences in it, as F16 rows and as bytes: n_seq
+ * and n_seq * w, or, with open_bits 16, n_seq * (w + 1) and none; w = pinned + ceil(window / XQ_PAGE).  What sequences
+ * beyond the first add is at most a sixth of all pages of each kind.  Where w + 1 pages are all, all are rows. */
 XQ_API int32_t xq_plan_slots(const xq_plan *plan, int32_t n_pages, int32_t n_seq);
+XQ_API int32_t xq_plan_byte_slots(const xq_plan *plan, int32_t n_pages, int32_t n_seq);
 /* Bytes of the blocks and rows of one stream: of layers l of widths d[l] and e[l] with n_head_kv[l] KV heads; d[l] = 0:
  * not part of the cache.  A cache whose pages all have slots has no blocks. */
 XQ_API int64_t xq_cache_bytes(const xq_plan *plan, const int32_t *d, const int32_t *e, const int32_t *n_head_kv,
-                              int32_t n_pages, int32_t n_slots);
+                              int32_t n_pages, int32_t n_slots, int32_t n_bytes);
 
 /* ---- kernel sets ---- */
 
@@ -191,6 +191,11 @@ XQ_API int xq_predict_v(const xq_side *source, int32_t e, const uint8_t *codes, 
  * needs.
  */
 XQ_API int xq_clear_tokens(const xq_layer *layer, int32_t d, int32_t e, const uint32_t valid[4], uint8_t *block);
+/* Of the block of a page in bytes: how long it is; takes tokens out, as above; XQ_OK if it may be one: parameters are
+ * finite, scales not negative, and no byte is -128. */
+XQ_API int64_t xq_byte_block_bytes(int32_t d, int32_t e);
+XQ_API int xq_clear_bytes(int32_t d, int32_t e, const uint32_t valid[4], uint8_t *block);
+XQ_API int xq_check_bytes(int32_t d, int32_t e, const uint8_t *block);
 /* x [n_rows][n] *= normalised Hadamard matrix, in blocks of the largest power of two that divides n.  Its own inverse.
  */
 XQ_API int xq_hadamard(float *x, int32_t n_rows, int32_t n);
@@ -260,8 +265,7 @@ typedef struct xq_store {
 
 /* Shape of a layer's storage, in elements of its kind; e = 0: nothing is stored of V. */
 typedef struct xq_shape {
-    int32_t d, e, n_head_kv, n_pages, n_slots, n_streams;
-    int32_t n_bytes; /* byte slots */
+    int32_t d, e, n_head_kv, n_pages, n_slots, n_streams, n_bytes; /* n_bytes: byte slots */
 } xq_shape;
 
 /* A store of a layer with own codes over two areas of memory (host or device; they are not looked at):
@@ -273,7 +277,7 @@ typedef struct xq_shape {
  * with blocks_stream and rows_stream bytes from stream to stream. */
 XQ_API int xq_store_init(xq_store *store, const xq_layer *layer, const xq_shape *shape, uint8_t *blocks,
                          int64_t blocks_stream, uint16_t *rows, int64_t rows_stream);
-/* Bytes of blocks and of rows of one stream. */
+/* Bytes of a stream. */
 XQ_API int64_t xq_store_block_bytes(const xq_layer *layer, const xq_shape *shape);
 XQ_API int64_t xq_store_row_bytes(const xq_shape *shape);
 /* A micro-batch's slots, for a call that writes rows and those that read them: F16, K [KV head][n][XQ_PAGE][d], then

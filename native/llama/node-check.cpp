@@ -218,10 +218,11 @@ bool accepts_layer(const ggml_tensor *node, bool on_host, layer_shape &l) {
     const node_params p = params_of(node);
     l.p = p;
     l.plan = {unpack(p.k), unpack(p.v)};
-    l.shape = {p.d, p.e, p.n_head_kv, p.n_pages, 1, 1, 0};
+    l.shape = {p.d, p.e, p.n_head_kv, p.n_pages, 1, 1, p.n_bytes};
     l.mapped = p.e > 0 && l.plan.v.source >= 0;
-    const int64_t block_bytes = xq_store_block_bytes(&l.plan, &l.shape), row_bytes = xq_store_row_bytes(&l.shape);
-    if (block_bytes < 0 || row_bytes < 0) {
+    const int64_t block_bytes = xq_store_block_bytes(&l.plan, &l.shape);
+    const row_counts in_rows = count_rows(p);
+    if (block_bytes < 0 || in_rows.slot < 0) {
         return refuse("%s", xq_error());
     }
     constexpr int64_t most = 1 << 22; // as the verbs have it
@@ -229,12 +230,13 @@ bool accepts_layer(const ggml_tensor *node, bool on_host, layer_shape &l) {
         !in_range("streams of rows", rows->ne[1], 1, most)) {
         return false;
     }
-    const int64_t slot = row_bytes / 2, n_slots = rows->ne[0] / slot; // elements of the rows of a slot
-    if (rows->ne[0] % slot != 0 || !in_range("slots of rows", n_slots, 1, most)) {
-        return refuse("rows have %lld elements a stream, must be up to %lld slots of %lld", (long long)rows->ne[0],
-                      (long long)most, (long long)slot);
+    const int64_t of_slots = rows->ne[0] - in_rows.bytes, n_slots = of_slots / in_rows.slot;
+    if (of_slots % in_rows.slot != 0 || n_slots < 1 || n_slots > most) {
+        return refuse("rows have %lld elements a stream, must be %lld of %d byte slots and up to %lld slots of %lld",
+                      (long long)rows->ne[0], (long long)in_rows.bytes, p.n_bytes, (long long)most,
+                      (long long)in_rows.slot);
     }
-    if (!is_stage(node, slot, on_host)) {
+    if (!is_stage(node, in_rows.slot, on_host)) {
         return false;
     }
     l.shape.n_slots = (int32_t)n_slots;

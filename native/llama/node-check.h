@@ -31,6 +31,12 @@ layer_sources sources_of(const ggml_tensor *node);
 /* The stage that a node makes or reads; null: there is none. */
 const ggml_tensor *stage_of(const ggml_tensor *node);
 
+/* Elements of a stream's rows: of one slot, and of all byte slots; -1: xq_error() says what is wrong. */
+struct row_counts {
+    int64_t slot, bytes;
+};
+row_counts count_rows(const node_params &p);
+
 /* Numbers of the state of a query row in a part of attention. */
 inline int64_t attend_state(const node_params &p) {
     return (p.v.flags & side_mapped ? 3 : 2) * (int64_t)(p.latent + p.e) + 2;

@@ -45,6 +45,7 @@ node_params params_of(const xq_layer &layer, const xq_shape &shape, int32_t late
     p.latent = (uint16_t)latent;
     p.n_head_kv = (uint16_t)shape.n_head_kv;
     p.n_pages = shape.n_pages;
+    p.n_bytes = shape.n_bytes;
     xq_block_layout at = {-1, -1, -1, -1, 0};
     if (v_other) {
         xq_block_layout_of(v_other, other_shape->d, other_shape->e, &at);
@@ -59,6 +60,14 @@ node_params params_of(const ggml_tensor *node) {
     node_params params;
     memcpy(&params, node->op_params, sizeof(params));
     return params;
+}
+
+row_counts count_rows(const node_params &p) {
+    xq_shape shape = {p.d, p.e, p.n_head_kv, p.n_pages, 1, 1, 0};
+    const int64_t slot = xq_store_row_bytes(&shape);
+    shape.n_bytes = p.n_bytes;
+    const int64_t all = xq_store_row_bytes(&shape), half = (int64_t)sizeof(uint16_t);
+    return slot < 0 || all < 0 ? row_counts{-1, -1} : row_counts{slot / half, (all - slot) / half};
 }
 
 /* ---- nodes ---- */
@@ -84,9 +93,10 @@ open_tensors new_update(ggml_context *ctx, const layer_tensors &l, ggml_tensor *
 }
 
 ggml_tensor *new_clearing(ggml_context *ctx, const layer_tensors &l, ggml_tensor *input, ggml_tensor *moves,
-                          ggml_tensor *stage) {
+                          ggml_tensor *stage, int step) {
     node_params params = l.params;
     params.number = (int32_t)moves->ne[1];
+    params.flags = step == 0 ? 0 : flag_second_step;
     return finish(ggml_view_tensor(ctx, l.rows), GGML_OP_XQUANT_UPDATE, params,
                   {l.rows, input, moves, nullptr, nullptr, l.blocks, l.k_other, l.v_other, l.aux, stage});
 }
@@ -160,9 +170,14 @@ static bool make_store(xq_store &store, const ggml_tensor *node) {
     const ggml_tensor *k_other = node->src[at.k_other], *v_other = node->src[at.v_other];
     const node_params p = params_of(node);
     const xq_layer layer = {unpack(p.k), unpack(p.v)};
-    xq_shape shape = {p.d, p.e, p.n_head_kv, p.n_pages, 0, (int32_t)rows->ne[1], 0};
-    shape.n_slots = (int32_t)(rows->ne[0] / ((int64_t)XQ_PAGE * (shape.d + shape.e) * p.n_head_kv));
-
+    const row_counts in_rows = count_rows(p);
+    const xq_shape shape = {p.d,
+                            p.e,
+                            p.n_head_kv,
+                            p.n_pages,
+                            (int32_t)((rows->ne[0] - in_rows.bytes) / in_rows.slot),
+                            (int32_t)rows->ne[1],
+                            p.n_bytes};
     const bool seals = blocks->ne[0] > 1;
     if (xq_store_init(&store, &layer, &shape, seals ? (uint8_t *)blocks->data : nullptr, (int64_t)blocks->nb[1],
                       (uint16_t *)rows->data, (int64_t)rows->nb[1]) != XQ_OK ||
@@ -170,8 +185,7 @@ static bool make_store(xq_store &store, const ggml_tensor *node) {
         return false;
     }
     if (const ggml_tensor *stage = stage_of(node)) {
-        const int64_t slot = (int64_t)XQ_PAGE * (shape.d + shape.e) * p.n_head_kv;
-        if (xq_store_stage(&store, (uint16_t *)stage->data, (int32_t)(stage->ne[0] / slot)) != XQ_OK) {
+        if (xq_store_stage(&store, (uint16_t *)stage->data, (int32_t)(stage->ne[0] / in_rows.slot)) != XQ_OK) {
             return false;
         }
     }
@@ -214,7 +228,7 @@ static int run_update(const xq_backend &backend, const xq_store &store, const gg
         a.n_unseals = (int32_t)moves->ne[1] - p.number;
         if (const ggml_tensor *input = src[update_input]) {
             a.serial = (const int32_t *)input->data + input_serial;
-            a.done = (int32_t *)((char *)src[update_aux]->data + aux_serial);
+            a.done = (int32_t *)((char *)src[update_aux]->data + aux_serials) + (p.flags & flag_second_step ? 1 : 0);
         }
     }
     if (const ggml_tensor *k = src[update_k_cur]) {

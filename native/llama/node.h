@@ -9,11 +9,11 @@
  * A layer is four tensors:
  *
  *     blocks  I8   [KV head * page * bytes of a block, stream], or [1] where nothing is ever sealed
- *     rows    F16  [elements of all slots, stream], as xq_store_init says
- *     aux     I8   counter u64 of values that were not finite, serial number i32 of the last micro-batch whose stage
- *                  was cleared | heads i32 [KV head] | arrivals u32 | map F32; each part is padded to 64 bytes
- *     input   I32  first stream of the micro-batch, its serial number | table [stream][page] | rows [token]; padded
- *                  as below
+ *     rows    F16  [elements of all slots and byte slots, stream], as xq_store_init says
+ *     aux     I8   counter u64 of values that were not finite, serial numbers i32 of the last micro-batches for which
+ *                  each of the two steps of clearing the stage was done | heads i32 [KV head] | arrivals u32 | map F32;
+ * each part is padded to 64 bytes input   I32  first stream of the micro-batch, its serial number | table
+ * [stream][page] | rows [token]; padded as below
  *
  * and, if a micro-batch fills more pages than there are slots,
  *
@@ -78,15 +78,15 @@ struct node_params {
     uint16_t d, e, n_head_kv;
     uint16_t other_codes, other_param; /* V's parts in a block of v_other, in units of 64 bytes; 0xffff: absent */
     uint16_t latent;                   /* channels of the values that are those of the keys */
-    uint16_t flags;                    /* update: stages.  attend: after_update.  unpack: is_k */
+    uint16_t flags;                    /* update: stages, second step.  attend: after_update.  unpack: is_k */
     uint16_t other_heads;              /* KV heads of v_other */
-    int32_t n_pages;
-    int32_t number; /* update: n_seals.  attend: n_parts.  unpack: first_head */
+    int32_t n_pages, n_bytes;          /* n_bytes: byte slots */
+    int32_t number;                    /* update: n_seals.  attend: n_parts.  unpack: first_head */
     float scale, softcap, max_bias;
 };
 static_assert(sizeof(node_params) <= GGML_MAX_OP_PARAMS, "op_params are full");
 
-constexpr uint16_t flag_after_update = 1, flag_is_k = 1, flag_stages = 1, absent = 0xffff;
+constexpr uint16_t flag_after_update = 1, flag_is_k = 1, flag_stages = 1, flag_second_step = 2, absent = 0xffff;
 
 /* ---- layout of the small tensors ---- */
 
@@ -103,7 +103,7 @@ constexpr int64_t rows_to_unpack = 64;
 /* Groups of query rows of a KV head and stream that may be split into parts: each has a counter of arrivals. */
 constexpr int64_t max_split_groups = rows_to_unpack / XQ_CUDA_GROUP_ROWS;
 
-constexpr int64_t aux_serial = 8, aux_heads = 64;
+constexpr int64_t aux_serials = 8, aux_heads = 64; /* serials: of both steps */
 inline int64_t aux_arrivals(int64_t n_head_kv) {
     return aux_heads + (n_head_kv * 4 + 63) / 64 * 64;
 }
@@ -140,10 +140,10 @@ GGML_API node_params params_of(const xq_layer &layer, const xq_shape &shape, int
  * slots of the stage that it makes, or 0. */
 GGML_API open_tensors new_update(ggml_context *ctx, const layer_tensors &l, ggml_tensor *input, ggml_tensor *k_cur,
                                  ggml_tensor *v_cur, int32_t n_staged);
-/* Seals moves I32 [XQ_MOVE_WORDS, n], of the stage and of slots, which it may refill. */
+/* A step of clearing the stage, 0 or 1: moves I32 [XQ_MOVE_WORDS, n] of the stage and of slots, which it may refill. */
 GGML_API ggml_tensor *new_clearing(ggml_context *ctx, const layer_tensors &l, ggml_tensor *input, ggml_tensor *moves,
-                                   ggml_tensor *stage);
-/* Seals the first n_seals of moves I32 [XQ_MOVE_WORDS, n], unseals the others. */
+                                   ggml_tensor *stage, int step);
+/* The first n_seals of moves I32 [XQ_MOVE_WORDS, n] make pages smaller, the others bring them back into rows. */
 GGML_API ggml_tensor *new_moves(ggml_context *ctx, const layer_tensors &l, ggml_tensor *moves, int32_t n_seals);
 GGML_API ggml_tensor *new_attend(ggml_context *ctx, const layer_tensors &l, const open_tensors &open,
                                  ggml_tensor *input, ggml_tensor *q, ggml_tensor *mask, ggml_tensor *sinks,

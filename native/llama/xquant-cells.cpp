@@ -39,13 +39,19 @@ kv_cache::slot_info kv_cache::find_slot(const llama_ubatch &ubatch, bool) const 
     return out;
 }
 
-void kv_cache::make_room(const llama_batch_allocr &balloc) {
-    // llama.cpp looks for all micro-batches' cells before the first is computed: what removal emptied is free already
+/* llama.cpp looks for all micro-batches' cells before the first is computed: what removal emptied is free already. */
+void kv_cache::release_pages() {
     std::vector<xq::page_write> nothing;
     for (uint32_t s = 0; s < n_stream; ++s) {
         nothing.push_back({(int32_t)s, {}});
     }
     table_->commit_seals(table_->plan(cells_view(*this), nothing, false));
+}
+
+void kv_cache::make_room(const llama_batch_allocr &balloc) {
+    if (is_idle()) {
+        release_pages();
+    }
     std::set<llama_seq_id> sequences;
     const llama_batch &batch = balloc.get_batch();
     for (int32_t i = 0; i < batch.n_tokens; ++i) {
@@ -64,15 +70,19 @@ llama_memory_context_ptr kv_cache::init_update(llama_context *lctx, bool optimiz
     return llama_kv_cache::init_update(lctx, optimize);
 }
 
+std::vector<xq::page_write> kv_cache::writes_of(const slot_info &sinfo) const {
+    std::vector<xq::page_write> out;
+    for (size_t i = 0; i < sinfo.n_stream(); ++i) {
+        out.push_back({(int32_t)sinfo.strm[i], sinfo.idxs[i]});
+    }
+    return out;
+}
+
 bool kv_cache::begin(const slot_info &sinfo) {
-    end(false); // of a micro-batch that nobody ended
-    if (running_) {
+    if (!is_idle()) {
         return false;
     }
-    std::vector<xq::page_write> writes;
-    for (size_t i = 0; i < sinfo.n_stream(); ++i) {
-        writes.push_back({(int32_t)sinfo.strm[i], sinfo.idxs[i]});
-    }
+    const std::vector<xq::page_write> writes = writes_of(sinfo);
     xq::page_plan plan = table_->plan(cells_view(*this), writes);
     if (!plan.fits) {
         LLAMA_LOG_ERROR("%s: xquant: a micro-batch writes more pages than the %d that fit\n", __func__,
@@ -95,53 +105,46 @@ bool kv_cache::begin(const slot_info &sinfo) {
 }
 
 void kv_cache::end(bool ran) {
-    if (!running_) {
-        return;
-    }
-    if (ran) {
+    if (running_ && ran) {
         table_->commit_after(after_);
-    } else {
-        const auto undone = undone_layers();
-        const bool some_done = undone.size() < layers_.size();
-        if (some_done && !move_pages(moves_undone(), true, undone)) {
-            return;
-        }
-        table_->commit_undone(after_, some_done);
+        running_ = false;
+    } else if (running_) {
+        table_->commit_lost(after_);
+        running_ = !finish_moves();
     }
-    running_ = false;
 }
 
-/* Layers that have not cleared the stage of the last micro-batch. */
-std::vector<const layer *> kv_cache::undone_layers() {
+bool kv_cache::is_idle() {
+    end(false); // of a micro-batch that nobody ended
+    return !running_;
+}
+
+/* What some layers have done of a step the others do too, but for what the stage held: the tokens that failed. */
+bool kv_cache::finish_moves() {
+    for (const int step : {0, 1}) {
+        const auto undone = undone_layers(step);
+        if (undone.size() == layers_.size()) {
+            break;
+        }
+        const auto moves = table_->left_to_do(after_, step, writes_of(current_));
+        if (!move_pages(moves, true, undone)) {
+            return false;
+        }
+        table_->commit_moves(moves);
+        after_.after[step].clear();
+    }
+    return true;
+}
+
+/* Layers that have not done a step of clearing the stage of the last micro-batch. */
+std::vector<const layer *> kv_cache::undone_layers(int step) {
     std::vector<const layer *> out;
     runner_.synchronize();
     for (const layer *l : all_layers()) {
         int32_t serial = 0;
-        ggml_backend_tensor_get(l->nodes.aux, &serial, aux_serial, sizeof(serial));
+        ggml_backend_tensor_get(l->nodes.aux, &serial, aux_serials + step * sizeof(serial), sizeof(serial));
         if (serial != serial_) {
             out.push_back(l);
-        }
-    }
-    return out;
-}
-
-/* What those layers must seal: pages that had slots.  The stage held nothing but the tokens that failed. */
-std::vector<xq::page_move> kv_cache::moves_undone() const {
-    std::vector<xq::page_move> out;
-    for (xq::page_move move : after_.after) {
-        if (move.slot >= table_->shape().n_slots) {
-            continue;
-        }
-        for (size_t i = 0; i < current_.n_stream(); ++i) {
-            for (const uint32_t cell : current_.idxs[i]) {
-                if ((int32_t)current_.strm[i] == move.stream && (int32_t)(cell / XQ_PAGE) == move.page) {
-                    move.valid[cell % XQ_PAGE / 32] &= ~(1u << (cell % 32));
-                }
-            }
-        }
-        move.refill = XQ_SLOT_NONE;
-        if (std::any_of(std::begin(move.valid), std::end(move.valid), [](uint32_t word) { return word != 0; })) {
-            out.push_back(move);
         }
     }
     return out;
@@ -163,7 +166,7 @@ std::vector<const layer *> kv_cache::all_layers() const {
     return out;
 }
 
-bool kv_cache::move_pages(const std::vector<xq::page_move> &moves, bool seal,
+bool kv_cache::move_pages(const std::vector<xq::page_move> &moves, bool smaller,
                           const std::vector<const layer *> &layers) {
     if (moves.empty() || layers.empty()) {
         return true;
@@ -176,7 +179,7 @@ bool kv_cache::move_pages(const std::vector<xq::page_move> &moves, bool seal,
             list = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, XQ_MOVE_WORDS, n);
             ggml_set_input(list);
             for (const layer *l : layers) { // owners before those that read their codes
-                ggml_build_forward_expand(graph, new_moves(ctx, l->nodes, list, seal ? (int32_t)n : 0));
+                ggml_build_forward_expand(graph, new_moves(ctx, l->nodes, list, smaller ? (int32_t)n : 0));
             }
         },
         [&] { ggml_backend_tensor_set(list, moves.data(), 0, ggml_nbytes(list)); });
@@ -187,7 +190,11 @@ bool kv_cache::settle(const xq::page_plan &plan) {
         return false;
     }
     table_->commit_seals(plan);
-    if (!move_pages(plan.unseals, false, all_layers())) { // into slots that are free only now
+    if (!move_pages(plan.shrinks, true, all_layers())) { // into byte slots that are free only now
+        return false;
+    }
+    table_->commit_shrinks(plan);
+    if (!move_pages(plan.unseals, false, all_layers())) { // and into slots
         return false;
     }
     table_->commit_opens(plan);

@@ -38,8 +38,10 @@ class kv_cache::page_input final : public llm_graph_input_i {
         const xq::page_shape &shape = kv.table_->shape();
         input = new_input("xquant_input", input_size(shape.n_streams, shape.n_pages(), graph.n_tokens), 1);
         if (n_staged > 0) {
-            const int64_t n_slots = (int64_t)shape.n_slots * std::min((int64_t)shape.n_streams, graph.n_tokens);
-            moves = new_input("xquant_moves", XQ_MOVE_WORDS, n_staged + n_slots);
+            const int64_t n_streams = std::min((int64_t)shape.n_streams, graph.n_tokens);
+            const int64_t n_slots = n_staged + shape.n_slots * n_streams, n_bytes = shape.n_bytes * n_streams;
+            moves[0] = new_input("xquant_to_codes", XQ_MOVE_WORDS, n_slots + n_bytes);
+            moves[1] = n_bytes > 0 ? new_input("xquant_to_bytes", XQ_MOVE_WORDS, n_slots) : nullptr;
         }
     }
 
@@ -47,8 +49,10 @@ class kv_cache::page_input final : public llm_graph_input_i {
         if (input->buffer) {
             kv.set_input(input);
         }
-        if (moves && moves->buffer) {
-            kv.set_moves(moves);
+        for (const int step : {0, 1}) {
+            if (moves[step] && moves[step]->buffer) {
+                kv.set_moves(moves[step], step);
+            }
         }
     }
     bool can_reuse(const llm_graph_params &params) override {
@@ -58,7 +62,7 @@ class kv_cache::page_input final : public llm_graph_input_i {
     }
 
     const kv_cache &kv;
-    ggml_tensor *input, *moves = nullptr; /* moves: of the stage; null: there is none */
+    ggml_tensor *input, *moves[2] = {}; /* moves: steps of clearing the stage; null: there is none */
     uint32_t n_tokens;
     int32_t n_staged;                           /* slots of the stage */
     uint64_t generation;                        /* of the tensors that the graph's nodes name */
@@ -106,11 +110,12 @@ void kv_cache::set_input(ggml_tensor *tensor) const {
     }
 }
 
-/* What the graph does with the stage; the rest of the list moves nothing. */
-void kv_cache::set_moves(ggml_tensor *tensor) const {
-    GGML_ASSERT(ggml_backend_buffer_is_host(tensor->buffer) && (int64_t)after_.after.size() <= tensor->ne[1]);
+/* What a step does with the stage; the rest of the list moves nothing. */
+void kv_cache::set_moves(ggml_tensor *tensor, int step) const {
+    const auto &moves = after_.after[step];
+    GGML_ASSERT(ggml_backend_buffer_is_host(tensor->buffer) && (int64_t)moves.size() <= tensor->ne[1]);
     auto *out = (xq::page_move *)tensor->data;
-    auto *end = std::copy(after_.after.begin(), after_.after.end(), out);
+    auto *end = std::copy(moves.begin(), moves.end(), out);
     std::fill(end, out + tensor->ne[1], xq::page_move{0, 0, XQ_SLOT_NONE, XQ_SLOT_NONE, {}});
 }
 
@@ -246,11 +251,13 @@ ggml_tensor *kv_cache::build_attention(const llm_graph_context &graph, ggml_tens
           : shared ? shared_values(graph, out, model.layers[(size_t)l.il].attn_k_norm, l.turned)
                    : out;
     ggml_build_forward_expand(graph.gf, out);
-    if (open.stage && il == l.last_reader) { // all that reads the stage comes before
-        ggml_tensor *cleared = new_clearing(ctx, l.nodes, input.input, input.moves, open.stage);
-        graph.cb(cleared, "xquant_clear", il);
-        keep_on_host(graph, l, cleared);
-        ggml_build_forward_expand(graph.gf, cleared);
+    for (const int step : {0, 1}) { // all that reads the stage comes before
+        if (open.stage && il == l.last_reader && input.moves[step]) {
+            ggml_tensor *cleared = new_clearing(ctx, l.nodes, input.input, input.moves[step], open.stage, step);
+            graph.cb(cleared, "xquant_clear", il);
+            keep_on_host(graph, l, cleared);
+            ggml_build_forward_expand(graph.gf, cleared);
+        }
     }
     return out;
 }

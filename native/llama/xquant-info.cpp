@@ -31,13 +31,14 @@ void kv_cache::warn_of_nonfinite() {
 
 void kv_cache::info(xquant_llama_info &out) const {
     out = {};
-    int64_t page_blocks = 0, page_rows = 0; // bytes of one sealed and of one open page, all layers
+    int64_t sealed = 0, rows = 0, in_bytes = 0; // bytes of one page of each kind, all layers
     for (const auto &l : layers_) {
         for (const ggml_tensor *t : {l->nodes.blocks, l->nodes.rows, l->nodes.aux}) {
             out.bytes_allocated += (int64_t)ggml_nbytes(t);
         }
-        page_blocks += l->block_bytes * l->shape.n_head_kv;
-        page_rows += xq_store_row_bytes(&l->shape) / l->shape.n_slots;
+        sealed += l->block_bytes * l->shape.n_head_kv;
+        rows += page_rows(*l);
+        in_bytes += page_bytes(*l);
     }
     const xq::page_shape &shape = table_->shape();
     const cells_view view(*this);
@@ -51,17 +52,20 @@ void kv_cache::info(xquant_llama_info &out) const {
                 out.pages_sealed++;
             } else {
                 out.pages_open++;
+                out.pages_bytes += xq::is_bytes(state);
             }
         }
     }
-    out.bytes_used = out.pages_sealed * page_blocks + out.pages_open * page_rows;
+    out.bytes_used = out.pages_sealed * sealed + out.pages_bytes * in_bytes + (out.pages_open - out.pages_bytes) * rows;
     out.n_nonfinite = (int64_t)count_nonfinite();
     out.page_tokens = XQ_PAGE;
     out.n_slots = shape.n_slots;
+    out.n_bytes = shape.n_bytes;
     out.n_streams = shape.n_streams;
     out.n_layers = plan_.n_layers;
     out.window = plan_.window;
     out.pinned = plan_.pinned;
+    out.open_bits = plan_.open_bits;
     out.expected_kld = origin_->expected_kld;
 }
 

@@ -40,8 +40,8 @@ kv_cache::kv_cache(const llama_model &model, const llama_hparams &hparams, bool 
     shape.window = plan_.window;
     shape.pinned = plan_.pinned;
     table_ = std::make_unique<xq::page_table>(shape);
-    const auto [n_slots, reserved, staged] = slots_for(1);
-    table_->grow(n_slots, reserved, staged);
+    const slot_counts counts = slots_for(1);
+    table_->grow(counts.n_slots, counts.n_bytes, counts.reserved, counts.staged);
 
     contexts fixed, open;
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
@@ -60,10 +60,10 @@ kv_cache::kv_cache(const llama_model &model, const llama_hparams &hparams, bool 
         l->last_reader = (int32_t)(by_model_layer_.rend() - last) - 1;
     }
     for (const auto &l : layers_) {
-        std::tie(l->nodes.rows, l->row_streams) = new_rows(*l, n_slots, open);
+        std::tie(l->nodes.rows, l->row_streams) = new_rows(*l, open);
     }
     fixed_ = allocate(fixed, "blocks of codes");
-    open_ = allocate(open, "F16 rows of open pages");
+    open_ = allocate(open, "open pages");
     fill_aux();
     clear(false);
 }
@@ -80,7 +80,7 @@ void kv_cache::add_layer(int32_t il, bool offload, contexts &fixed) {
                 table_->shape().n_pages(),
                 table_->shape().n_slots,
                 (int32_t)n_stream,
-                0};
+                table_->shape().n_bytes};
     l->latent = (int32_t)hparams.n_embd_head_v(il) - l->shape.e;
     l->turned = turned_pairs(model, il);
     l->k_owner = earlier(l->plan.k.owner);

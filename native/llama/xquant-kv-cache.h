@@ -1,19 +1,20 @@
-/* xquant-kv-cache.h: a KV cache whose pages are open (F16) or sealed (codes), as llama.cpp's memory of attention
- * layers.
+/* xquant-kv-cache.h: a KV cache whose pages are open (F16 or bytes) or sealed (codes), as llama.cpp's memory of
+ * attention layers.
  *
  * llama_kv_cache keeps the cells: which position of which sequence lies in which cell.  xq::page_table says which page
  * of cells is open or sealed, and what must move.  Here lies the data, in tensors as node.h describes them:
  *
  *     find_slot()        llama.cpp asks for cells: the table's choice
  *     begin()            before a micro-batch's graph: pages that left the window are sealed, written ones are opened
- *     build_attention()  in the graph: rows are stored, then attention reads open and sealed pages; then a layer seals
- *                        pages of the stage, in which lies what the micro-batch fills beyond the slots that there are
+ *     build_attention()  in the graph: rows are stored, then attention reads open and sealed pages; then a layer clears
+ *                        the stage, in which lies what the micro-batch fills beyond the slots that there are
  *     end()              after it: this is how pages lie now
  *     state_*(), shift   both want nothing else of the table than where pages lie
  *
  * Moves before a graph go through settle(), which runs a small graph of its own and only then commits: whatever fails
  * or is aborted leaves every page where the table says that it is.  A micro-batch's own graph may stop between two
- * layers: those that have cleared their stage say so in their aux, and the others seal the same pages then.
+ * layers, or between the two steps in which a layer clears the stage: those that have done a step say so in their aux,
+ * and the others do it then.
  */
 #pragma once
 
@@ -121,7 +122,7 @@ class kv_cache final : public llama_kv_cache {
                                  float kq_scale, int il) const;
     /* What build_attention's nodes read besides: fills the input tensor of the micro-batch that begin() prepared. */
     void set_input(ggml_tensor *input) const;
-    void set_moves(ggml_tensor *moves) const;
+    void set_moves(ggml_tensor *moves, int step) const;
 
     void info(xquant_llama_info &out) const;
     void plan(xq_plan &out, int32_t *d, int32_t *e, int32_t *n_head_kv) const;
@@ -139,7 +140,7 @@ class kv_cache final : public llama_kv_cache {
     struct saved_state;
     struct page_data;
     struct slot_counts {
-        int32_t n_slots, reserved, staged; /* as in xq::page_shape */
+        int32_t n_slots, n_bytes, reserved, staged; /* as in xq::page_shape */
     };
 
     /* Tensors of a kind of memory, and that memory. */
@@ -150,7 +151,7 @@ class kv_cache final : public llama_kv_cache {
     const layer *find(int32_t il) const;
     void add_layer(int32_t il, bool offload, contexts &fixed);
     ggml_context *context_of(contexts &of, ggml_backend_buffer_type_t buft) const;
-    rows_of_layer new_rows(const layer &l, int32_t n_slots, contexts &open) const;
+    rows_of_layer new_rows(const layer &l, contexts &open) const;
     buffers allocate(contexts &of, const char *what) const;
     void fill_aux() const;
 
@@ -164,11 +165,16 @@ class kv_cache final : public llama_kv_cache {
 
     /* Moves the pages of a plan where they lie, and commits it; false: something failed, and nothing is lost. */
     bool settle(const xq::page_plan &plan);
-    bool move_pages(const std::vector<xq::page_move> &moves, bool seal, const std::vector<const layer *> &layers);
+    bool move_pages(const std::vector<xq::page_move> &moves, bool smaller, const std::vector<const layer *> &layers);
     std::vector<const layer *> all_layers() const;
-    /* After a graph that stopped half-way. */
-    std::vector<const layer *> undone_layers();
-    std::vector<xq::page_move> moves_undone() const;
+    /* After a graph that stopped half-way; false: something failed, and the next call tries again. */
+    bool finish_moves();
+    std::vector<const layer *> undone_layers(int step);
+    /* No micro-batch is left half done; false: one is. */
+    bool is_idle();
+    /* Pages without cells are free from now on. */
+    void release_pages();
+    std::vector<xq::page_write> writes_of(const slot_info &sinfo) const;
     bool shift_pages(llama_context *lctx, const std::vector<xq::page_move> &pages, const std::vector<int32_t> &by);
     void forget_shifts(const xq::page_move &page);
 
@@ -191,10 +197,11 @@ class kv_cache final : public llama_kv_cache {
     saved_cell parse_cell(llama_io_read_i &io, llama_seq_id dest) const;
     uint32_t stream_of(const saved_page &page) const;
     void check_room(const saved_state &saved, llama_seq_id dest) const;
-    int64_t page_bytes(bool open, int32_t n_cells) const;
+    int64_t saved_bytes(const saved_page &page) const;
+    void check_data(const saved_page &page, const page_data &data) const;
     void restore_page(uint32_t stream, const saved_page &page, page_data &data);
     int32_t free_page_for(uint32_t stream, const saved_page &page) const;
-    void put_block(uint32_t stream, const saved_page &page, int32_t at, page_data &data);
+    void put_block(uint32_t stream, const saved_page &page, int32_t at, int32_t state, page_data &data);
     void put_rows(uint32_t stream, const saved_page &page, const std::vector<uint32_t> &cells, size_t first,
                   page_data &data);
     void put_cell(uint32_t stream, uint32_t index, const saved_cell &cell);

@@ -1,4 +1,4 @@
-/* xquant-memory.cpp: the memory of the cache's tensors: blocks, which stay, and rows of open pages, which grow with the
+/* xquant-memory.cpp: the memory of the cache's tensors: blocks, which stay, and open pages, which grow with the
  * sequences that want some.
  *
  * A cache begins with the slots of one sequence.  Whoever brings more, a batch or a saved state, asks for room first:
@@ -26,11 +26,9 @@ ggml_context *kv_cache::context_of(contexts &of, ggml_backend_buffer_type_t buft
     return ctx.get();
 }
 
-kv_cache::rows_of_layer kv_cache::new_rows(const layer &l, int32_t n_slots, contexts &open) const {
+kv_cache::rows_of_layer kv_cache::new_rows(const layer &l, contexts &open) const {
     ggml_context *ctx = context_of(open, l.buft);
-    xq_shape shape = l.shape;
-    shape.n_slots = n_slots;
-    ggml_tensor *rows = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, xq_store_row_bytes(&shape) / 2, n_stream);
+    ggml_tensor *rows = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, xq_store_row_bytes(&l.shape) / 2, n_stream);
     ggml_format_name(rows, "cache_xq_rows_l%d", l.il);
     std::vector<ggml_tensor *> streams;
     for (uint32_t s = 0; s < n_stream; ++s) {
@@ -79,9 +77,10 @@ std::map<ggml_backend_buffer_type_t, size_t> kv_cache::memory_breakdown() const 
 
 kv_cache::slot_counts kv_cache::slots_for(uint32_t n_seq) const {
     const int32_t n = n_stream == 1 ? (int32_t)std::max(n_seq, 1u) : 1, n_pages = table_->shape().n_pages();
-    const int32_t n_slots = xq_plan_slots(&plan_, n_pages, n);
-    const int32_t windows = plan_.window < 0 ? 0 : n * pages_of((uint64_t)plan_.window);
-    return {n_slots, std::min(windows, std::max(n_slots - 1, 0)), pages_of(n_ubatch_) + n};
+    const int32_t n_slots = xq_plan_slots(&plan_, n_pages, n), n_bytes = xq_plan_byte_slots(&plan_, n_pages, n);
+    // in bytes, windows take no slots
+    const int32_t windows = plan_.window < 0 || n_bytes > 0 ? 0 : n * pages_of((uint64_t)plan_.window);
+    return {n_slots, n_bytes, std::min(windows, std::max(n_slots - 1, 0)), pages_of(n_ubatch_) + n};
 }
 
 void kv_cache::make_room(std::set<llama_seq_id> sequences) {
@@ -91,14 +90,26 @@ void kv_cache::make_room(std::set<llama_seq_id> sequences) {
         }
     }
     const slot_counts counts = slots_for((uint32_t)sequences.size());
-    if (counts.n_slots > table_->shape().n_slots && !layers_.empty() && grow(counts)) {
-        LLAMA_LOG_INFO("xquant: room for %d open pages, for %d sequences\n", counts.n_slots, (int)sequences.size());
+    const bool more = counts.n_slots > table_->shape().n_slots || counts.n_bytes > table_->shape().n_bytes;
+    if (more && is_idle() && grow(counts)) {
+        LLAMA_LOG_INFO("xquant: room for %d open pages, for %d sequences\n", counts.n_slots + counts.n_bytes,
+                       (int)sequences.size());
     }
 }
 
 /* Copies the open pages of a layer into the same slots of a larger one. */
 static void copy_rows(const layer &from, const layer &to, int32_t n_streams) {
     std::vector<uint8_t> bytes;
+    const auto copy = [&](size_t here, size_t there) {
+        ggml_backend_tensor_get(from.nodes.rows, bytes.data(), here, bytes.size());
+        ggml_backend_tensor_set(to.nodes.rows, bytes.data(), there, bytes.size());
+    };
+    bytes.resize((size_t)(from.shape.n_bytes * xq_byte_block_bytes(from.shape.d, from.shape.e)));
+    for (int32_t s = 0; s < n_streams && !bytes.empty(); ++s) {
+        for (int32_t head = 0; head < from.shape.n_head_kv; ++head) {
+            copy(byte_offset(from, s, head, XQ_SLOT_BYTES), byte_offset(to, s, head, XQ_SLOT_BYTES));
+        }
+    }
     for (const bool is_k : {true, false}) {
         if (!is_k && from.shape.e == 0) {
             continue;
@@ -106,41 +117,40 @@ static void copy_rows(const layer &from, const layer &to, int32_t n_streams) {
         bytes.resize((size_t)from.shape.n_slots * XQ_PAGE * (is_k ? from.shape.d : from.shape.e) * sizeof(uint16_t));
         for (int32_t s = 0; s < n_streams; ++s) {
             for (int32_t head = 0; head < from.shape.n_head_kv; ++head) {
-                const size_t here = row_offset(from, is_k, s, head, 0), there = row_offset(to, is_k, s, head, 0);
-                ggml_backend_tensor_get(from.nodes.rows, bytes.data(), here, bytes.size());
-                ggml_backend_tensor_set(to.nodes.rows, bytes.data(), there, bytes.size());
+                copy(row_offset(from, is_k, s, head, 0), row_offset(to, is_k, s, head, 0));
             }
         }
     }
 }
 
 bool kv_cache::grow(const slot_counts &counts) {
-    const int32_t n_slots = counts.n_slots;
     contexts open;
     buffers memory;
     std::vector<layer> larger;
     for (const auto &l : layers_) {
         larger.push_back(*l);
-        larger.back().shape.n_slots = n_slots;
-        std::tie(larger.back().nodes.rows, larger.back().row_streams) = new_rows(*l, n_slots, open);
+        layer &more = larger.back();
+        more.shape.n_slots = counts.n_slots;
+        more.shape.n_bytes = more.nodes.params.n_bytes = counts.n_bytes;
+        std::tie(more.nodes.rows, more.row_streams) = new_rows(more, open);
     }
     try {
-        memory = allocate(open, "F16 rows of open pages");
+        memory = allocate(open, "open pages");
     } catch (const std::exception &) {
         LLAMA_LOG_WARN("xquant: there is no memory for %d open pages: %d must do, and pages are sealed early\n",
-                       n_slots, table_->shape().n_slots);
+                       counts.n_slots + counts.n_bytes, table_->shape().n_slots + table_->shape().n_bytes);
         return false;
     }
     runner_.synchronize();
     for (size_t i = 0; i < layers_.size(); ++i) {
         layer &l = *layers_[i];
         copy_rows(l, larger[i], (int32_t)n_stream);
-        l.nodes.rows = larger[i].nodes.rows;
+        l.nodes = larger[i].nodes;
         l.row_streams = larger[i].row_streams;
-        l.shape.n_slots = n_slots;
+        l.shape = larger[i].shape;
     }
     open_ = std::move(memory);
-    table_->grow(n_slots, counts.reserved, counts.staged);
+    table_->grow(counts.n_slots, counts.n_bytes, counts.reserved, counts.staged);
     generation_++;
     return true;
 }

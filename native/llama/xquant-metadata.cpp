@@ -139,6 +139,9 @@ void read_keys(const reader &file, metadata &out) {
     }
     out.window = file.number<int32_t>("xquant.window");
     out.pinned = file.number<int32_t>("xquant.pinned");
+    if (gguf_find_key(file.file, "xquant.open_bits") >= 0) {
+        out.open_bits = file.number<int32_t>("xquant.open_bits");
+    }
     const int64_t bits = file.find("xquant.k.bits");
     const size_t n = gguf_get_kv_type(file.file, bits) == GGUF_TYPE_ARRAY ? gguf_get_arr_n(file.file, bits) : 0;
     if (n < 1 || n > XQ_MAX_LAYERS) {

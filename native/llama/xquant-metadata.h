@@ -3,6 +3,7 @@
  * Keys, one entry of an array for each layer of the model:
  *
  *     xquant.version  u32, 1               xquant.window, xquant.pinned  i32
+ *     xquant.open_bits  i32, 8 or 16; without it 16, as all files were written for that came before the key
  *     xquant.{k,v}.bits, .group, .owner  i32[]     .eta  f32[]     .fit, .scale  string[]
  *     xquant.v.rotate  bool[]              xquant.v.source  i32[], the layer that a map reads, or -1
  *     xquant.map.N.heads   i32[KV head of layer N], the KV head of the source that each is predicted from
@@ -37,7 +38,7 @@ struct value_map {
 struct metadata {
     bool present = false; /* there is one */
     std::string error;    /* why it cannot be used */
-    int32_t window = 0, pinned = 0;
+    int32_t window = 0, pinned = 0, open_bits = 16;
     std::vector<xq_layer> layers; /* [layer of the model] */
     std::map<int32_t, value_map> maps;
     double expected_kld = -1.0; /* negative: not measured */

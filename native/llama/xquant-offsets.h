@@ -22,6 +22,21 @@ inline size_t row_offset(const layer &l, bool is_k, int32_t stream, int32_t head
     return (size_t)((const char *)at - (const char *)l.nodes.rows->data);
 }
 
+/* Block of a KV head of a page in bytes, in the layer's rows: xq_byte_block_bytes. */
+inline size_t byte_offset(const layer &l, int32_t stream, int32_t head, int32_t state) {
+    const xq_store store = store_of(l);
+    const int8_t *at = xq::bytes_at(xq::side_at(store.k, stream, head), true, state).codes;
+    return (size_t)((const char *)at - (const char *)l.nodes.rows->data);
+}
+
+/* Bytes of a page of all KV heads: as rows, and as bytes. */
+inline int64_t page_rows(const layer &l) {
+    return (int64_t)l.shape.n_head_kv * XQ_PAGE * (l.shape.d + l.shape.e) * (int64_t)sizeof(uint16_t);
+}
+inline int64_t page_bytes(const layer &l) {
+    return l.shape.n_head_kv * xq_byte_block_bytes(l.shape.d, l.shape.e);
+}
+
 /* Block of a sealed page, in the layer's blocks: block_bytes. */
 inline size_t block_offset(const layer &l, int32_t stream, int32_t head, int32_t page) {
     xq_block_layout layout;

@@ -124,6 +124,7 @@ static void lay_file(const metadata &file, const char *remedy, int32_t n_layers,
     plan.n_layers = n_layers;
     plan.window = file.window;
     plan.pinned = file.pinned;
+    plan.open_bits = file.open_bits;
     std::copy(file.layers.begin(), file.layers.end(), plan.layers);
 }
 
@@ -134,8 +135,11 @@ static void lay_overrides(const std::map<std::string, std::string> &given, xq_pl
             plan.window = (int32_t)parse_integer(key, value, -1, INT32_MAX);
         } else if (key == "xquant.pinned") {
             plan.pinned = (int32_t)parse_integer(key, value, 0, 1 << 20);
+        } else if (key == "xquant.open_bits") {
+            plan.open_bits = (int32_t)parse_integer(key, value, 8, 16);
         } else if (key != "xquant.preset") {
-            refuse("kv_overrides: " + key + " is unknown; there are xquant.preset, xquant.window and xquant.pinned");
+            refuse("kv_overrides: " + key +
+                   " is unknown; there are xquant.preset, xquant.window, xquant.pinned and xquant.open_bits");
         }
     }
 }

@@ -1,8 +1,8 @@
 /* xquant-restore.cpp: puts saved pages back, one by one, wherever they fit.
  *
- * A page that finds an empty one takes it: sealed, its block is copied; open, or where this cache never seals, its rows
- * go into a slot.  Without an empty page its rows go into whatever cells are free.  Room for rows is made as for a
- * micro-batch: older pages are sealed first (settle()), so that nothing that lies in a slot is lost.
+ * A page that finds an empty one takes it: in codes, or in bytes where a byte slot is free, its block is copied; else
+ * its rows go into a slot.  Without an empty page its rows go into whatever cells are free.  Room for rows is made as
+ * for a micro-batch: older pages are sealed first (settle()), so that nothing that lies in a slot is lost.
  */
 #include "xquant-state.h"
 
@@ -22,33 +22,40 @@ static std::unique_ptr<uint8_t, free_deleter> aligned(size_t size) {
     return out ? std::move(out) : throw std::bad_alloc();
 }
 
-void kv_cache::page_data::decode(const std::vector<std::unique_ptr<layer>> &layers) {
+void kv_cache::page_data::decode(const std::vector<std::unique_ptr<layer>> &layers, uint32_t kind) {
     if (!decoded[0].empty()) {
         return;
     }
     std::map<const layer *, xq_store> stores;
-    size_t at = 0, most_rows = 0;
+    const bool sealed = kind == page_sealed;
+    const int32_t state = sealed ? XQ_SLOT_SEALED : XQ_SLOT_BYTES;
+    int64_t most_rows = 0;
     for (const auto &l : layers) {
-        most_rows = std::max(most_rows, (size_t)xq_store_row_bytes(&l->shape) / (size_t)l->shape.n_slots);
+        most_rows = std::max(most_rows, page_rows(*l) + page_bytes(*l));
     }
-    const auto no_rows = aligned(most_rows);
-    const int32_t sealed = XQ_SLOT_SEALED;
+    const auto rows_of_layer = aligned((size_t)most_rows); // one slot, of which nothing is read, and one byte slot
+    uint8_t *at = bytes.get();
     for (const auto &l : layers) {
         xq_shape shape = l->shape;
         shape.n_pages = shape.n_slots = shape.n_streams = 1;
+        shape.n_bytes = sealed ? 0 : 1;
         xq_store &store = stores[l.get()];
-        int status = xq_store_init(&store, &l->plan, &shape, bytes.get() + at, 0, (uint16_t *)no_rows.get(), 0);
-        at += (size_t)(l->block_bytes * shape.n_head_kv);
-        if (status == XQ_OK && l->k_owner != l.get()) {
+        int status =
+            xq_store_init(&store, &l->plan, &shape, sealed ? at : nullptr, 0, (uint16_t *)rows_of_layer.get(), 0);
+        if (!sealed) {
+            memcpy(rows_of_layer.get() + page_rows(*l), at, (size_t)page_bytes(*l));
+        }
+        at += sealed ? l->block_bytes * shape.n_head_kv : page_bytes(*l);
+        if (status == XQ_OK && sealed && l->k_owner != l.get()) {
             status = xq_store_borrow(&store, 1, &stores.at(l->k_owner));
         }
         if (status == XQ_OK && l->latent > 0) {
             status = xq_store_latent(&store, l->latent);
         }
-        if (status == XQ_OK && l->v_owner != l.get()) {
+        if (status == XQ_OK && sealed && l->v_owner != l.get()) {
             status = xq_store_borrow(&store, 0, &stores.at(l->v_owner));
         }
-        if (status == XQ_OK && l->map) {
+        if (status == XQ_OK && sealed && l->map) {
             status = xq_store_map(&store, &stores.at(l->v_source), l->map->heads.data(), l->map->weight.data());
         }
         for (const bool is_k : {true, false}) {
@@ -58,7 +65,7 @@ void kv_cache::page_data::decode(const std::vector<std::unique_ptr<layer>> &laye
                 continue;
             }
             xq_unpack_args args = {};
-            args.table = &sealed;
+            args.table = &state;
             args.n_streams = args.n_kv_pages = 1;
             args.is_k = is_k;
             args.n_heads = shape.n_head_kv;
@@ -75,15 +82,20 @@ void kv_cache::page_data::decode(const std::vector<std::unique_ptr<layer>> &laye
 
 /* ---- data to its place ---- */
 
-void kv_cache::put_block(uint32_t stream, const saved_page &page, int32_t at, page_data &data) {
+/* state: codes, or a free byte slot. */
+void kv_cache::put_block(uint32_t stream, const saved_page &page, int32_t at, int32_t state, page_data &data) {
+    const auto s = (int32_t)stream;
+    const bool sealed = state == XQ_SLOT_SEALED;
     const uint8_t *from = data.bytes.get();
     for (const auto &l : layers_) {
-        for (int32_t head = 0; head < l->shape.n_head_kv; ++head, from += l->block_bytes) {
-            ggml_backend_tensor_set(l->nodes.blocks, from, block_offset(*l, (int32_t)stream, head, at),
-                                    (size_t)l->block_bytes);
+        const int64_t size = sealed ? l->block_bytes : xq_byte_block_bytes(l->shape.d, l->shape.e);
+        for (int32_t head = 0; head < l->shape.n_head_kv; ++head, from += size) {
+            ggml_backend_tensor_set(sealed ? l->nodes.blocks : l->nodes.rows, from,
+                                    sealed ? block_offset(*l, s, head, at) : byte_offset(*l, s, head, state),
+                                    (size_t)size);
         }
     }
-    table_->place((int32_t)stream, at, true, page.cells[0].sequences[0], page.age);
+    table_->place(s, at, state, page.cells[0].sequences[0], page.age);
 }
 
 /* Rows of the saved cells first, first + 1, ... to cells of the cache, whose pages are open. */
@@ -106,7 +118,7 @@ void kv_cache::put_rows(uint32_t stream, const saved_page &page, const std::vect
                 }
                 std::vector<uint16_t> rows(cells.size() * width);
                 for (size_t i = 0; i < cells.size(); ++i) {
-                    const uint16_t *row = page.open
+                    const uint16_t *row = page.kind == page_rows_f16
                                               ? from + (first + i) * width
                                               : data.decoded[is_k ? 0 : 1][number].data() +
                                                     ((size_t)tokens[first + i] * l.shape.n_head_kv + head) * width;
@@ -123,7 +135,7 @@ void kv_cache::put_rows(uint32_t stream, const saved_page &page, const std::vect
                         l.nodes.rows, rows.data() + i * width,
                         row_offset(l, is_k, (int32_t)stream, head, slot) + cells[i] % XQ_PAGE * size, (end - i) * size);
                 }
-                from += page.open ? tokens.size() * width : 0;
+                from += page.kind == page_rows_f16 ? tokens.size() * width : 0;
             }
         }
     }
@@ -174,15 +186,18 @@ void kv_cache::restore_page(uint32_t stream, const saved_page &page, page_data &
             same.push_back((uint32_t)(at * XQ_PAGE + t));
         }
     }
-    if (at >= 0 && !page.open && table_->seals()) {
-        put_block(stream, page, at, data);
+    const int32_t to = page.kind == page_in_bytes                    ? table_->free_byte_slot((int32_t)stream)
+                       : page.kind == page_sealed && table_->seals() ? (int32_t)XQ_SLOT_SEALED
+                                                                     : (int32_t)XQ_SLOT_NONE;
+    if (at >= 0 && to != XQ_SLOT_NONE) {
+        put_block(stream, page, at, to, data);
         for (size_t i = 0; i < same.size(); ++i) {
             put_cell(stream, same[i], page.cells[i]);
         }
         return;
     }
-    if (!page.open) {
-        data.decode(layers_);
+    if (page.kind != page_rows_f16) {
+        data.decode(layers_, page.kind);
     }
     for (size_t done = 0; done < page.cells.size();) {
         xq::page_write write = {(int32_t)stream, same};
@@ -204,7 +219,8 @@ void kv_cache::restore_page(uint32_t stream, const saved_page &page, page_data &
             put_cell(stream, write.cells[i], page.cells[done + i]);
         }
         if (at >= 0) {
-            table_->place((int32_t)stream, at, false, page.cells[0].sequences[0], page.age);
+            table_->place((int32_t)stream, at, table_->state((int32_t)stream, at), page.cells[0].sequences[0],
+                          page.age);
         } else {
             table_->wrote(cells_view(*this), write);
         }
@@ -220,9 +236,10 @@ void kv_cache::state_read(llama_io_read_i &from, llama_seq_id seq_id, llama_stat
     saved_state saved = parse(io, seq_id);
     check_room(saved, seq_id);
     for (const auto &[stream, page] : saved.pages) {
-        const auto size = (size_t)page_bytes(page.open != 0, (int32_t)page.cells.size());
+        const auto size = (size_t)saved_bytes(page);
         saved.data.push_back({aligned(size), {}});
         io.read(saved.data.back().bytes.get(), size);
+        check_data(page, saved.data.back());
     }
     uint64_t checksum;
     from.read(&checksum, sizeof(checksum));
@@ -236,7 +253,11 @@ void kv_cache::state_read(llama_io_read_i &from, llama_seq_id seq_id, llama_stat
             seq_rm(seq_id, -1, -1);
         }
     };
+    if (!is_idle()) {
+        refuse_state("a micro-batch that failed could not be undone");
+    }
     remove();
+    release_pages();
     std::set<llama_seq_id> sequences;
     for (const auto &[stream, page] : saved.pages) {
         for (const saved_cell &cell : page.cells) {

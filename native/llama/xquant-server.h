@@ -32,7 +32,8 @@ class server_numbers {
             {"xquant_bytes_allocated", "Bytes of the XQuant cache", (double)info_.bytes_allocated},
             {"xquant_bytes_used", "Bytes of the XQuant cache that hold tokens", (double)info_.bytes_used},
             {"xquant_bytes_other", "Bytes of the F16 cache of sliding layers", (double)info_.bytes_other},
-            {"xquant_pages_open", "Pages of 128 tokens that are F16", (double)info_.pages_open},
+            {"xquant_pages_open", "Pages of 128 tokens that are F16 or bytes", (double)info_.pages_open},
+            {"xquant_pages_bytes", "Pages of 128 tokens that are bytes", (double)info_.pages_bytes},
             {"xquant_pages_sealed", "Pages of 128 tokens that are codes", (double)info_.pages_sealed},
             {"xquant_pages_free", "Pages of 128 tokens that hold nothing", (double)info_.pages_free},
             {"xquant_nonfinite", "Keys and values seen that were not finite", (double)info_.n_nonfinite},
@@ -62,7 +63,10 @@ template <class Json> Json server_plan(const llama_context *ctx) {
             layers.push_back({{"layer", l}, {"k_bits", plan->layers[l].k.bits}, {"v_bits", v_bits}});
         }
     }
-    Json out = {{"window", plan->window}, {"pinned", plan->pinned}, {"bytes", info.bytes_allocated}};
+    Json out = {{"window", plan->window},
+                {"pinned", plan->pinned},
+                {"open_bits", plan->open_bits},
+                {"bytes", info.bytes_allocated}};
     out["expected_kld"] = info.expected_kld < 0 ? Json(nullptr) : Json(info.expected_kld);
     out["kernels"] = xq_kernels();
     out["layers"] = layers;

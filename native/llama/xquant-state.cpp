@@ -74,37 +74,54 @@ std::vector<kv_cache::saved_page> kv_cache::pages_to_save(uint32_t stream, llama
         }
         if (!page.cells.empty()) {
             page.number = seq_id < 0 ? (uint32_t)p : (uint32_t)out.size();
-            page.open = table_->state((int32_t)stream, p) >= 0;
+            const int32_t state = table_->state((int32_t)stream, p);
+            page.kind = state >= 0 ? page_rows_f16 : xq::is_bytes(state) ? page_in_bytes : page_sealed;
             page.age = table_->age(cells_view(*this), (int32_t)stream, p);
             page.at = p;
             out.push_back(std::move(page));
         }
     }
     std::stable_sort(out.begin(), out.end(), [](const saved_page &a, const saved_page &b) {
-        return a.open != b.open ? a.open < b.open : a.open && a.age > b.age;
+        const bool a_open = a.kind != page_sealed, b_open = b.kind != page_sealed;
+        return a_open != b_open ? b_open : a_open && a.age > b.age;
     });
     return out;
 }
 
+/* Bytes of the block of a KV head. */
+static int64_t block_bytes(const layer &l, uint32_t kind) {
+    return kind == page_sealed ? l.block_bytes : xq_byte_block_bytes(l.shape.d, l.shape.e);
+}
+
 void kv_cache::write_page(llama_io_write_i &io, uint32_t stream, const saved_page &page) const {
     const auto s = (int32_t)stream;
-    const bool whole = page.cells.size() == XQ_PAGE;
+    const int32_t state = table_->state(s, page.at);
+    const bool whole = page.cells.size() == XQ_PAGE, is_block = page.kind != page_rows_f16;
     std::vector<uint8_t> bytes;
     for (const auto &l : layers_) {
         for (int32_t head = 0; head < l->shape.n_head_kv; ++head) {
-            if (!page.open && whole) {
-                io.write_tensor(l->nodes.blocks, block_offset(*l, s, head, page.at), (size_t)l->block_bytes);
-            } else if (!page.open) {
-                bytes.resize((size_t)l->block_bytes);
-                ggml_backend_tensor_get(l->nodes.blocks, bytes.data(), block_offset(*l, s, head, page.at),
-                                        bytes.size());
-                xq_clear_tokens(&l->plan, l->shape.d, l->shape.e, page.valid, bytes.data());
+            if (is_block) {
+                const bool sealed = page.kind == page_sealed;
+                ggml_tensor *from = sealed ? l->nodes.blocks : l->nodes.rows;
+                const size_t at = sealed ? block_offset(*l, s, head, page.at) : byte_offset(*l, s, head, state);
+                bytes.resize((size_t)block_bytes(*l, page.kind));
+                if (whole) {
+                    io.write_tensor(from, at, bytes.size());
+                    continue;
+                }
+                ggml_backend_tensor_get(from, bytes.data(), at, bytes.size());
+                if (sealed) {
+                    xq_clear_tokens(&l->plan, l->shape.d, l->shape.e, page.valid, bytes.data());
+                } else {
+                    xq_clear_bytes(l->shape.d, l->shape.e, page.valid, bytes.data());
+                }
                 io.write(bytes.data(), bytes.size());
+                continue;
             }
             for (const bool is_k : {true, false}) {
                 const size_t row = (size_t)(is_k ? l->shape.d : l->shape.e) * sizeof(uint16_t);
-                const size_t base = page.open ? row_offset(*l, is_k, s, head, table_->state(s, page.at)) : 0;
-                for (int32_t t = 0; t < XQ_PAGE && page.open && row > 0; ++t) { // runs of saved cells
+                const size_t base = row_offset(*l, is_k, s, head, state);
+                for (int32_t t = 0; t < XQ_PAGE && row > 0; ++t) { // runs of saved cells
                     const int32_t first = t;
                     while (t < XQ_PAGE && has_token(page.valid, t)) {
                         t++;
@@ -136,7 +153,7 @@ void kv_cache::state_write(llama_io_write_i &to, llama_seq_id seq_id, llama_stat
         put(io, (uint32_t)saved.back().size());
         for (const saved_page &page : saved.back()) {
             put(io, page.number);
-            put(io, page.open);
+            put(io, page.kind);
             put(io, page.age);
             io.write(page.valid, sizeof(page.valid));
             for (const saved_cell &cell : page.cells) {
@@ -159,13 +176,28 @@ void kv_cache::state_write(llama_io_write_i &to, llama_seq_id seq_id, llama_stat
 /* ---- read and check ---- */
 
 /* Bytes of a page's data. */
-int64_t kv_cache::page_bytes(bool open, int32_t n_cells) const {
+int64_t kv_cache::saved_bytes(const saved_page &page) const {
     int64_t out = 0;
     for (const auto &l : layers_) {
         const int64_t row = (int64_t)(l->shape.d + l->shape.e) * (int64_t)sizeof(uint16_t);
-        out += l->shape.n_head_kv * (open ? row * n_cells : l->block_bytes);
+        const bool rows = page.kind == page_rows_f16;
+        out += l->shape.n_head_kv * (rows ? row * (int64_t)page.cells.size() : block_bytes(*l, page.kind));
     }
     return out;
+}
+
+/* What a page in bytes says of its values. */
+void kv_cache::check_data(const saved_page &page, const page_data &data) const {
+    const uint8_t *block = data.bytes.get();
+    for (size_t i = 0; page.kind == page_in_bytes && i < layers_.size(); ++i) {
+        const layer &l = *layers_[i];
+        for (int32_t head = 0; head < l.shape.n_head_kv; ++head, block += block_bytes(l, page.kind)) {
+            if (xq_check_bytes(l.shape.d, l.shape.e, block) != XQ_OK) {
+                refuse_state("page " + std::to_string(page.number) + ", layer " + std::to_string(l.il) + ": " +
+                             xq_error());
+            }
+        }
+    }
 }
 
 kv_cache::saved_cell kv_cache::parse_cell(llama_io_read_i &io, llama_seq_id dest) const {
@@ -202,12 +234,12 @@ kv_cache::saved_cell kv_cache::parse_cell(llama_io_read_i &io, llama_seq_id dest
 kv_cache::saved_page kv_cache::parse_page(llama_io_read_i &io, llama_seq_id dest) const {
     saved_page page;
     page.number = get<uint32_t>(io);
-    page.open = get<uint32_t>(io);
+    page.kind = get<uint32_t>(io);
     page.age = get<uint64_t>(io);
     io.read(page.valid, sizeof(page.valid));
-    if (page.open > 1) {
-        refuse_state("page " + std::to_string(page.number) + " is " + std::to_string(page.open) +
-                     ", must be 0 (sealed) or 1 (open)");
+    if (page.kind > page_in_bytes) {
+        refuse_state("page " + std::to_string(page.number) + " is " + std::to_string(page.kind) +
+                     ", must be 0 (sealed), 1 (rows) or 2 (bytes)");
     }
     for (int32_t t = 0; t < XQ_PAGE; ++t) {
         if (has_token(page.valid, t)) {
@@ -240,9 +272,9 @@ kv_cache::saved_state kv_cache::parse(llama_io_read_i &io, llama_seq_id dest) co
         refuse_state(magic == old_state_magic ? "it was saved by an earlier version of xquant_gguf (XQS2)"
                                               : "it was not saved from an XQuant cache");
     }
-    const uint32_t ext_bytes = has_cell_ext() ? sizeof(llama_kv_cell_ext) : 0, saved_bytes = get<uint32_t>(io);
-    if (saved_bytes != ext_bytes) {
-        refuse_state("its cells have " + std::to_string(saved_bytes) + " bytes of extension, here they have " +
+    const uint32_t ext_bytes = has_cell_ext() ? sizeof(llama_kv_cell_ext) : 0, their_bytes = get<uint32_t>(io);
+    if (their_bytes != ext_bytes) {
+        refuse_state("its cells have " + std::to_string(their_bytes) + " bytes of extension, here they have " +
                      std::to_string(ext_bytes) + ": another model or version of llama.cpp saved it");
     }
     if (get<uint64_t>(io) != fingerprint()) {
@@ -260,7 +292,7 @@ kv_cache::saved_state kv_cache::parse(llama_io_read_i &io, llama_seq_id dest) co
         const uint32_t n = get<uint32_t>(io);
         for (uint32_t j = 0; j < n; ++j) {
             saved_page page = parse_page(io, dest);
-            n_bytes += page_bytes(page.open != 0, (int32_t)page.cells.size());
+            n_bytes += saved_bytes(page);
             const uint32_t stream = stream_of(page);
             out.pages.emplace_back(stream, std::move(page));
         }

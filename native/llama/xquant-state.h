@@ -1,14 +1,15 @@
 /* xquant-state.h: the cache as a stream of bytes: a whole cache, or what one sequence has in it.
  *
  *     header    magic, bytes of a cell's extension, fingerprint of weights and plan, streams (0: one sequence)
- *     pages     per stream: where the next search for cells begins, how many pages, then of each: number, open or
- *               sealed, tokens since its newest one, bits of the cells that are saved, and per cell: position, shift
- *               that its key still lacks, sequences, extension
- *     data      page by page, layer by layer, KV head by KV head: the block, with nothing in it of cells that are not
- *               saved, or F16 rows of the saved cells: keys, then values
+ *     pages     per stream: where the next search for cells begins, how many pages, then of each: number, how it lies
+ *               (page_kind), tokens since its newest one, bits of the cells that are saved, and per cell: position,
+ *               shift that its key still lacks, sequences, extension
+ *     data      page by page, layer by layer, KV head by KV head: the block of codes or of bytes, with nothing in it of
+ *               cells that are not saved, or F16 rows of the saved cells: keys, then values
  *     checksum  of all that stands before it
  *
  * Sealed pages come first, then open ones, the longest unwritten first: in this order they can be put back one by one.
+ * What was saved before there were pages in bytes is read as well.
  * A sequence's state holds what its own cells hold and nothing of others.  Nothing in it depends on the size of the
  * cache: any context of the same weights and plan may load it, and what was sealed stays as it is where there is room.
  */
@@ -81,9 +82,11 @@ struct kv_cache::saved_cell {
     llama_kv_cell_ext ext;
 };
 
+enum page_kind : uint32_t { page_sealed, page_rows_f16, page_in_bytes };
+
 struct kv_cache::saved_page {
-    uint32_t number = 0, open = 0; /* number: of the page in the cache that was saved */
-    uint64_t age = 0;              /* tokens written since its newest one */
+    uint32_t number = 0, kind = page_sealed; /* number: of the page in the cache that was saved */
+    uint64_t age = 0;                        /* tokens written since its newest one */
     uint32_t valid[4] = {};
     std::vector<saved_cell> cells; /* one per bit of valid */
     int32_t at = 0;                /* while it is saved: the page */
@@ -95,11 +98,11 @@ struct free_deleter {
 
 /* The data of one page, as it was saved, and as rows. */
 struct kv_cache::page_data {
-    std::unique_ptr<uint8_t, free_deleter> bytes;  /* [layer][KV head]: block, or rows of keys and of values */
+    std::unique_ptr<uint8_t, free_deleter> bytes;  /* [layer][KV head]: a block, or rows of keys and of values */
     std::vector<std::vector<uint16_t>> decoded[2]; /* keys, values of each layer: F16 [XQ_PAGE][KV head][width] */
 
-    /* Decodes sealed pages of all layers, owners and sources of maps among them. */
-    void decode(const std::vector<std::unique_ptr<layer>> &layers);
+    /* Decodes blocks of all layers, owners and sources of maps among them. */
+    void decode(const std::vector<std::unique_ptr<layer>> &layers, uint32_t kind);
 };
 
 struct kv_cache::saved_state {

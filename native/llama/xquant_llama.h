@@ -5,8 +5,9 @@
  * model's load name, the plan in the model's GGUF file (xquant-metadata.h), or the default preset.  kv_overrides:
  *
  *     xquant.preset   string   name of a preset, instead of the model's plan
- *     xquant.window   integer  newest tokens that stay F16; negative: never seal
- *     xquant.pinned   integer  first pages of a sequence that stay F16
+ *     xquant.window     integer  newest tokens that stay open; negative: never seal
+ *     xquant.pinned     integer  first pages of a sequence that stay open
+ *     xquant.open_bits  integer  8 or 16, of open pages that are not being written
  */
 #ifndef XQUANT_LLAMA_H
 #define XQUANT_LLAMA_H
@@ -23,16 +24,17 @@ struct llama_context;
 struct llama_model;
 
 typedef struct xquant_llama_info {
-    int64_t bytes_allocated; /* blocks, window slots and page tables of the XQuant layers */
+    int64_t bytes_allocated; /* blocks, open pages and page tables of the XQuant layers */
     int64_t bytes_used;      /* of these, what holds tokens now */
     int64_t bytes_other;     /* F16 cache of the sliding-window layers, which XQuant leaves alone */
     int64_t n_nonfinite;     /* not-a-number or infinite keys and values seen while sealing */
     int32_t pages_open, pages_sealed, pages_free;
-    int32_t page_tokens; /* tokens of a page */
-    int32_t n_slots;     /* open pages that a stream has room for */
+    int32_t pages_bytes;      /* of those that are open, in bytes; the others are F16 rows */
+    int32_t page_tokens;      /* tokens of a page */
+    int32_t n_slots, n_bytes; /* open pages that a stream has room for, as rows and as bytes */
     int32_t n_streams;
     int32_t n_layers; /* layers of the model */
-    int32_t window, pinned;
+    int32_t window, pinned, open_bits;
     double expected_kld; /* what calibration measured; negative: nothing */
 } xquant_llama_info;
 
@@ -47,7 +49,7 @@ XQ_API int xquant_llama_get_plan(const struct llama_context *ctx, xq_plan *plan,
 XQ_API int xquant_llama_get_shapes(const struct llama_context *ctx, int32_t *d, int32_t *e, int32_t *n_head_kv,
                                    int64_t *bytes);
 /* F16 rows [n_cells][width] of the keys or values of a model layer's KV head: the first n_cells cells, which must all
- * be open (a cache that never seals).  0, or -1 if there is no such head or a page is sealed. */
+ * be rows (a cache that never seals).  0, or -1 if there is no such head or a page is not in rows. */
 XQ_API int xquant_llama_read_rows(struct llama_context *ctx, int32_t layer, int32_t is_value, int32_t head,
                                   int32_t n_cells, uint16_t *rows);
 /* The way back: replaces them. */

@@ -19,7 +19,7 @@ class page_table::search {
     /* Appends n cells for a sequence; false: there are too few. */
     bool find(int32_t sequence, size_t n, std::vector<uint32_t> &out) {
         const size_t wanted = out.size() + n;
-        for (const auto kind : {own_open, empty, any_open, any}) {
+        for (const auto kind : {own_rows, own_open, empty, any_open, any}) {
             for (int32_t i = 0; i < table.shape_.n_pages() && out.size() < wanted; ++i) {
                 const int32_t page = (first + i) % table.shape_.n_pages();
                 if (!is_full(page) && is(kind, page, sequence)) {
@@ -31,21 +31,23 @@ class page_table::search {
     }
 
   private:
-    enum kind { own_open, empty, any_open, any };
+    enum kind { own_rows, own_open, empty, any_open, any };
     static constexpr int32_t nobody = -1, several = -2;
 
     bool is_full(int32_t page) const { return taken[page] == ~0u; }
     bool is_touched(int32_t page) const { return writer[page] != nobody; }
     /* Cells of a page that is neither open nor sealed: an earlier micro-batch of the same batch will open it. */
-    bool is_open(int32_t page) const {
+    bool has_rows(int32_t page) const {
         const int32_t state = table.state(stream, page);
         return state >= 0 || (state == XQ_SLOT_NONE && cells.is_any_used(stream, page));
     }
+    bool is_open(int32_t page) const { return has_rows(page) || is_bytes(table.state(stream, page)); }
 
     bool is(kind wanted, int32_t page, int32_t sequence) const {
         switch (wanted) {
-        case own_open: // open before, or for this sequence's last cells
-            if (is_touched(page) ? writer[page] != sequence : !is_open(page)) {
+        case own_rows: // open before, or for this sequence's last cells
+        case own_open:
+            if (is_touched(page) ? writer[page] != sequence : wanted == own_rows ? !has_rows(page) : !is_open(page)) {
                 return false;
             }
             return cells.is_any_used(stream, page) ? cells.is_own(stream, page, sequence) : is_touched(page);

@@ -34,7 +34,7 @@ class page_table::planner {
   public:
     planner(const page_table &table, const cell_view &cells, const page_write &write, bool in_graph, page_plan &out)
         : table(table), cells(cells), write(write), in_graph(in_graph), out(out), st(table.streams_[write.stream]),
-          slots(st.free_slots) {
+          slots(st.free_slots), bytes(st.free_bytes) {
         for (const uint32_t cell : write.cells) {
             written.insert((int32_t)(cell / XQ_PAGE));
         }
@@ -49,15 +49,13 @@ class page_table::planner {
             }
             if (!cells.is_any_used(write.stream, p)) {
                 out.released.push_back(move_of(p, state));
-                if (state >= 0) {
-                    slots.push_back(state);
-                }
-            } else if (state >= 0) {
+                give_back(state);
+            } else if (xq::is_open(state)) {
                 const candidate c = candidate_of(p, state, st);
                 if (in_graph && leaves(c, st)) {
                     seal(c);
                 } else {
-                    open.push_back(c);
+                    (is_bytes(state) ? small : open).push_back(c);
                 }
             }
         }
@@ -75,7 +73,9 @@ class page_table::planner {
             } else if (!take_slot()) {
                 return false;
             } else {
-                (state == XQ_SLOT_SEALED ? out.unseals : out.opens).push_back(move_of(p, slots.back()));
+                page_move move = move_of(p, slots.back());
+                move.small = state;
+                (state == XQ_SLOT_NONE ? out.opens : out.unseals).push_back(move);
                 kept.push_back({p, slots.back()});
                 slots.pop_back();
             }
@@ -92,12 +92,26 @@ class page_table::planner {
         page_content content;
 
         bool operator<(const candidate &b) const { return rank != b.rank ? rank > b.rank : newest < b.newest; }
+        bool is_full() const {
+            return std::all_of(std::begin(content.valid), std::end(content.valid), [](uint32_t w) { return w == ~0u; });
+        }
     };
     struct kept_page {
         int32_t page, slot;
     };
+    /* Which needs rows least: a full page, which is not written again soon; of these a pinned one, since the others are
+     * sealed one day, from rows with more precision than from bytes. */
+    static bool needs_less(const candidate &a, const candidate &b) {
+        const bool full = a.is_full(), pinned = a.rank != INT32_MAX;
+        if (full != b.is_full()) {
+            return full;
+        }
+        return full && pinned != (b.rank != INT32_MAX) ? pinned : a.newest < b.newest;
+    }
 
-    page_move move_of(int32_t page, int32_t slot) const { return {write.stream, page, slot, XQ_SLOT_NONE, {}}; }
+    page_move move_of(int32_t page, int32_t slot) const {
+        return {write.stream, page, slot, XQ_SLOT_NONE, {}, XQ_SLOT_SEALED};
+    }
     candidate candidate_of(int32_t page, int32_t slot, const stream &clocks) const {
         const page_content content = cells.content(write.stream, page);
         return {page, slot, table.is_pinned(content.lowest) ? content.lowest : INT32_MAX, clocks.pages[page].written,
@@ -109,61 +123,109 @@ class page_table::planner {
     }
     /* Likewise, by the end of this micro-batch: without a window, the page that the next one goes on with stays. */
     bool leaves_then(const candidate &c, const stream &later) const {
-        const bool is_full = std::all_of(std::begin(c.content.valid), std::end(c.content.valid),
-                                         [](uint32_t word) { return word == ~0u; });
-        return leaves(c, later) && (is_full || age_in(later, cells, write.stream, c.page) > 0);
+        return leaves(c, later) && (c.is_full() || age_in(later, cells, write.stream, c.page) > 0);
     }
-    static page_move sealing(page_move move, const candidate &c) {
+    /* To codes, or to a byte slot. */
+    page_move shrinking(const candidate &c, int32_t to) const {
+        page_move move = move_of(c.page, c.slot);
         std::copy(std::begin(c.content.valid), std::end(c.content.valid), move.valid);
+        move.small = to;
         return move;
     }
-    void seal(const candidate &c) {
-        out.seals.push_back(sealing(move_of(c.page, c.slot), c));
-        slots.push_back(c.slot);
-    }
-    /* A free slot at the end of `slots`, if need be of a page that is sealed for it. */
-    bool take_slot() {
-        if (slots.empty()) {
-            const auto victim = std::min_element(open.begin(), open.end());
-            if (victim == open.end()) {
-                return false;
-            }
-            seal(*victim);
-            open.erase(victim);
+    void give_back(int32_t state) {
+        if (state != XQ_SLOT_SEALED) {
+            (is_bytes(state) ? bytes : slots).push_back(state);
         }
+    }
+
+    /* ---- before the cells are written ---- */
+
+    void seal(const candidate &c) {
+        out.seals.push_back(shrinking(c, XQ_SLOT_SEALED));
+        give_back(c.slot);
+    }
+    /* Byte slots that are free when all pages that shall go to one have got one. */
+    bool has_bytes_left() const {
+        return bytes.size() >
+               (size_t)std::count_if(small.begin(), small.end(), [](const auto &c) { return c.slot >= 0; });
+    }
+    /* A page in rows goes to a byte slot, which it gets in the end (shrink_chosen). */
+    void choose_to_shrink(std::vector<candidate>::iterator c) {
+        slots.push_back(c->slot);
+        small.push_back(*c);
+        open.erase(c);
+    }
+    /* A free slot at the end of `slots`, if need be of a page that goes to a byte slot, or is sealed, for it. */
+    bool take_slot() {
+        if (!slots.empty()) {
+            return true;
+        }
+        if (open.empty()) {
+            return false;
+        }
+        const auto worst = std::min_element(open.begin(), open.end());
+        if (!has_bytes_left()) {
+            const auto other = std::min_element(small.begin(), small.end());
+            if (other == small.end() || *worst < *other) {
+                seal(*worst);
+                open.erase(worst);
+                return true;
+            }
+            out.seals.push_back(shrinking(*other, XQ_SLOT_SEALED));
+            if (is_bytes(other->slot)) {
+                bytes.push_back(other->slot);
+            }
+            small.erase(other);
+        }
+        choose_to_shrink(std::min_element(open.begin(), open.end(), needs_less));
         return true;
+    }
+    void shrink_chosen() {
+        for (candidate &c : small) {
+            if (c.slot >= 0) {
+                out.shrinks.push_back(shrinking(c, bytes.back()));
+                c.slot = bytes.back();
+                bytes.pop_back();
+            }
+        }
+        for (const page_move &move : out.unseals) { // whose bytes are rows from now on
+            if (move.stream == write.stream && is_bytes(move.small)) {
+                bytes.push_back(move.small);
+            }
+        }
     }
 
     /* Pages without other cells: slots that are free for those that stay open, the stage for the rest. */
     bool open_fresh(const std::vector<int32_t> &fresh) {
         if (!in_graph || write.cells.size() == 1) { // nothing would be gained by waiting
-            return std::all_of(fresh.begin(), fresh.end(), [this](int32_t p) { return open_at_once(p); });
+            const bool fits = std::all_of(fresh.begin(), fresh.end(), [this](int32_t p) { return open_at_once(p); });
+            shrink_chosen();
+            return fits;
         }
         stream later = st;
         advance(later, cells, write);
         int32_t n_staged = 0;
-        std::vector<candidate> pages; // that will be open, if there are enough slots
-        for (const candidate &c : open) {
-            pages.push_back(c);
-        }
+        std::vector<candidate> pages; // written ones, which will be open if there are enough slots
         for (const kept_page &k : kept) {
             pages.push_back(candidate_of(k.page, k.slot, later));
         }
         for (const int32_t p : fresh) {
             candidate c = candidate_of(p, XQ_SLOT_NONE, later);
-            if (!slots.empty() && !leaves_then(c, later)) {
+            if (!leaves_then(c, later) && find_slot(later)) {
                 c.slot = slots.back();
                 slots.pop_back();
-                out.opens.push_back(move_of(p, c.slot));
             } else {
                 c.slot = table.shape_.n_slots + out.n_staged++;
-                out.opens.push_back(move_of(p, c.slot));
                 if (++n_staged > table.shape_.staged) {
                     return false;
                 }
             }
+            out.opens.push_back(move_of(p, c.slot));
             pages.push_back(c);
         }
+        shrink_chosen();
+        pages.insert(pages.end(), open.begin(), open.end());
+        pages.insert(pages.end(), small.begin(), small.end());
         if (n_staged > 0) {
             clear_stage(std::move(pages), later);
         }
@@ -179,24 +241,53 @@ class page_table::planner {
         return true;
     }
 
-    /* What is sealed once all is written, so that the others have slots. */
+    /* A free slot, if need be of a full page that will stay open, for which there is a byte slot: one that leaves the
+     * window is better sealed from rows. */
+    bool find_slot(const stream &later) {
+        for (auto c = open.begin(); slots.empty() && c != open.end() && has_bytes_left();) {
+            if (c->is_full() && !leaves(*c, later)) {
+                choose_to_shrink(c);
+                break;
+            }
+            ++c;
+        }
+        return !slots.empty();
+    }
+
+    /* ---- after they are written ---- */
+
+    /* What is sealed, and what becomes bytes, so that the others have slots. */
     void clear_stage(std::vector<candidate> pages, const stream &later) {
         const auto stays = std::stable_partition(pages.begin(), pages.end(),
                                                  [&](const candidate &c) { return leaves_then(c, later); });
         std::sort(stays, pages.end());
-        const auto n_slots = (std::ptrdiff_t)(table.shape_.n_slots - (int32_t)slots.size());
-        const auto first = pages.end() - std::min<std::ptrdiff_t>(pages.end() - stays, n_slots); // that stays
-        std::vector<page_move *> emptied;
-        const size_t before = out.after.size();
+        const auto n_slots = (std::ptrdiff_t)(table.shape_.n_slots - (int32_t)slots.size()); // that pages have now
+        const auto n_open = std::min<std::ptrdiff_t>(pages.end() - stays, n_slots + table.shape_.n_bytes);
+        const auto first = pages.end() - n_open; // that stays open; those in bytes stay there
+        const auto rows = std::stable_partition(first, pages.end(), [](const auto &c) { return is_bytes(c.slot); });
+        std::sort(rows, pages.end(), needs_less);
+        const auto first_slot = pages.end() - std::min(pages.end() - rows, n_slots);
+        const size_t before[] = {out.after[0].size(), out.after[1].size()};
         for (auto c = pages.begin(); c != first; ++c) {
-            out.after.push_back(sealing(move_of(c->page, c->slot), *c));
-        }
-        for (size_t i = before; i < out.after.size(); ++i) {
-            if (!table.is_staged(out.after[i].slot)) {
-                emptied.push_back(&out.after[i]);
+            out.after[0].push_back(shrinking(*c, XQ_SLOT_SEALED));
+            if (is_bytes(c->slot)) {
+                bytes.push_back(c->slot);
             }
         }
-        for (auto c = first; c != pages.end(); ++c) {
+        for (auto c = rows; c != first_slot; ++c) {
+            out.after[1].push_back(shrinking(*c, bytes.back()));
+            bytes.pop_back();
+        }
+        std::vector<page_move *> emptied;
+        for (const int step : {0, 1}) {
+            for (size_t i = before[step]; i < out.after[step].size(); ++i) {
+                page_move &move = out.after[step][i];
+                if (move.slot >= 0 && !table.is_staged(move.slot)) {
+                    emptied.push_back(&move);
+                }
+            }
+        }
+        for (auto c = first_slot; c != pages.end(); ++c) {
             if (table.is_staged(c->slot)) {
                 emptied.back()->refill = c->slot;
                 emptied.pop_back();
@@ -211,9 +302,10 @@ class page_table::planner {
     page_plan &out;
     const stream &st;
     std::set<int32_t> written;
-    std::vector<int32_t> slots;  /* that are free */
-    std::vector<candidate> open; /* pages that are open and not written */
-    std::vector<kept_page> kept; /* written pages that have slots of the stream */
+    std::vector<int32_t> slots, bytes; /* that are free; bytes: as states */
+    std::vector<candidate> open;       /* pages in slots that are not written */
+    std::vector<candidate> small;      /* in byte slots, or, while they have a slot, chosen for one */
+    std::vector<kept_page> kept;       /* written pages that have slots of the stream */
 };
 
 bool page_table::plan_stream(const cell_view &cells, const page_write &write, bool in_graph, page_plan &out) const {

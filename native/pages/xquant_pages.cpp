@@ -51,11 +51,11 @@ struct xq_pages {
     xq::page_write write;
 };
 
-xq_pages *xq_pages_new(int32_t n_streams, int32_t n_cells, int32_t n_slots, int32_t reserved, int32_t window,
-                       int32_t pinned, int32_t staged) {
-    const xq::page_shape shape = {n_streams, n_cells, n_slots, reserved, staged, window, pinned};
-    return n_streams < 1 || n_cells < 1 || n_slots < 1 || n_slots > shape.n_pages() || staged < 0 ? nullptr
-                                                                                                  : new xq_pages(shape);
+xq_pages *xq_pages_new(int32_t n_streams, int32_t n_cells, int32_t n_slots, int32_t n_bytes, int32_t reserved,
+                       int32_t window, int32_t pinned, int32_t staged) {
+    const xq::page_shape shape = {n_streams, n_cells, n_slots, n_bytes, reserved, staged, window, pinned};
+    const bool fits = n_streams > 0 && n_cells > 0 && n_slots > 0 && n_slots <= shape.n_pages();
+    return fits && n_bytes >= 0 && staged >= 0 ? new xq_pages(shape) : nullptr;
 }
 
 void xq_pages_free(xq_pages *pages) {
@@ -88,16 +88,21 @@ xq_pages_counts xq_pages_plan(xq_pages *pages, const xq_pages_cells *cells, int3
     pages->plan = pages->table.plan(array_view(pages->table.shape(), *cells), {pages->write});
     const xq::page_plan &plan = pages->plan;
     auto *at = (xq::page_move *)moves;
-    for (const auto *list : {&plan.released, &plan.seals, &plan.unseals, &plan.opens, &plan.after}) {
+    for (const auto *list :
+         {&plan.released, &plan.seals, &plan.shrinks, &plan.unseals, &plan.opens, &plan.after[0], &plan.after[1]}) {
         at = std::copy(list->begin(), list->end(), at);
     }
     const auto size = [](const std::vector<xq::page_move> &list) { return (int32_t)list.size(); };
-    return {plan.fits,        size(plan.released), size(plan.seals), size(plan.unseals),
-            size(plan.opens), size(plan.after),    plan.n_staged};
+    return {plan.fits,        size(plan.released), size(plan.seals),    size(plan.shrinks), size(plan.unseals),
+            size(plan.opens), size(plan.after[0]), size(plan.after[1]), plan.n_staged};
 }
 
 void xq_pages_commit_seals(xq_pages *pages) {
     pages->table.commit_seals(pages->plan);
+}
+
+void xq_pages_commit_shrinks(xq_pages *pages) {
+    pages->table.commit_shrinks(pages->plan);
 }
 
 void xq_pages_commit_opens(xq_pages *pages) {
@@ -108,16 +113,23 @@ void xq_pages_commit_after(xq_pages *pages) {
     pages->table.commit_after(pages->plan);
 }
 
-void xq_pages_commit_undone(xq_pages *pages, int32_t some_done) {
-    pages->table.commit_undone(pages->plan, some_done != 0);
+void xq_pages_commit_lost(xq_pages *pages) {
+    pages->table.commit_lost(pages->plan);
+}
+
+int32_t xq_pages_commit_left(xq_pages *pages, int32_t step, int32_t *moves) {
+    const auto left = pages->table.left_to_do(pages->plan, step, {pages->write});
+    std::copy(left.begin(), left.end(), (xq::page_move *)moves);
+    pages->table.commit_moves(left);
+    return (int32_t)left.size();
 }
 
 void xq_pages_wrote(xq_pages *pages, const xq_pages_cells *cells) {
     pages->table.wrote(array_view(pages->table.shape(), *cells), pages->write);
 }
 
-void xq_pages_grow(xq_pages *pages, int32_t n_slots, int32_t reserved, int32_t staged) {
-    pages->table.grow(n_slots, reserved, staged);
+void xq_pages_grow(xq_pages *pages, int32_t n_slots, int32_t n_bytes, int32_t reserved, int32_t staged) {
+    pages->table.grow(n_slots, n_bytes, reserved, staged);
 }
 
 void xq_pages_copy_stream(xq_pages *pages, int32_t from, int32_t to) {
