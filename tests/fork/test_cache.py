@@ -56,20 +56,21 @@ def test_pages_and_bytes(xquant: Context) -> None:
     plan = Plan.from_preset("xquant", SHAPE.n_layer)
     shapes = [KvShape(SHAPE.key_length, SHAPE.value_length, SHAPE.n_head_kv)] * SHAPE.n_layer
     info = xquant.info()
-    slots = plan.slots(2048)
-    assert (info["n_slots"], info["pages_free"], info["pages_open"], info["pages_sealed"]) == (slots, 16, 0, 0)
+    assert (info["n_slots"], info["n_bytes"], info["open_bits"]) == (plan.slots(2048), plan.byte_slots(2048), 8)
+    assert (info["pages_free"], info["pages_open"], info["pages_sealed"]) == (16, 0, 0)
     # of each layer counters, heads of a map and arrivals; 24 bytes a page and 4 a slot
-    small = SHAPE.n_layer * 3 * 64 + 16 * 24 + slots * 4
+    small = SHAPE.n_layer * 3 * 64 + 16 * 24 + 3 * 4
     assert info["bytes_allocated"] == plan.cache_bytes(shapes, 2048) + small
     xquant.decode(TOKENS[:1000], 0)
     info = xquant.info()
     # 1000 tokens are 8 pages; the last micro-batch began at 896: pages 1 to 5 were older than its window
-    assert (info["pages_sealed"], info["pages_open"]) == (5, 3)
+    assert (info["pages_sealed"], info["pages_open"], info["pages_bytes"]) == (5, 3, 2)
     block = (
         plan.true_bits(shapes) / 8 * PAGE * SHAPE.n_layer * SHAPE.n_head_kv * (SHAPE.key_length + SHAPE.value_length)
     )
-    rows = 2 * PAGE * SHAPE.n_layer * SHAPE.n_head_kv * (SHAPE.key_length + SHAPE.value_length)
-    assert info["bytes_used"] == 5 * block + 3 * rows
+    heads, width = SHAPE.n_layer * SHAPE.n_head_kv, SHAPE.key_length + SHAPE.value_length
+    in_bytes = heads * (PAGE * width + 4 * (SHAPE.key_length + PAGE))
+    assert info["bytes_used"] == 5 * block + 2 * in_bytes + 2 * PAGE * heads * width
 
 
 def test_a_cache_that_fits_into_its_window_is_f16(path: Path) -> None:
@@ -127,10 +128,11 @@ def test_free_cells_of_sealed_pages_are_used_in_the_end(path: Path) -> None:
     assert with_hole < 1.5 * without
 
 
-def test_which_page_is_sealed_first(path: Path) -> None:
+@pytest.mark.parametrize("open_bits", [8, 16])
+def test_which_page_is_sealed_first(path: Path, open_bits: int) -> None:
     """Without a free slot, that which was written longest ago: neither the newest nor the pinned one."""
-    with Context(path, "xquant", n_ctx=1024) as context:
-        assert context.info()["n_slots"] == 3
+    with Context(path, "xquant", n_ctx=1024, overrides={"xquant.open_bits": open_bits}) as context:
+        assert context.info()["n_slots"] + context.info()["n_bytes"] == 3
         context.decode(TOKENS[:1024], 0)
         for position in (200, 330, 460, 590, 720):  # one cell in each of pages 1 to 5
             assert llama_cpp.llama_memory_seq_rm(context.memory, 0, position, position + 1)
@@ -144,15 +146,19 @@ def test_which_page_is_sealed_first(path: Path) -> None:
         }  # fmt: skip
 
 
-def test_the_first_page_of_a_sequence_is_sealed_last(path: Path) -> None:
-    """After a shift, other pages may hold first positions too; they go before it (found by the soak run)."""
-    with Context(path, "xquant", n_ctx=1024) as context:
+@pytest.mark.parametrize(("open_bits", "are_open"), [(16, [0, 1, 2]), (8, [0, 2, 7])])
+def test_the_first_page_of_a_sequence_is_sealed_last(path: Path, open_bits: int, are_open: list[int]) -> None:
+    """After a shift, other pages may hold first positions too; they go before it (found by the soak run).
+
+    With one slot of rows the two cells are written one after the other, and page 1 is sealed for the second one.
+    """
+    with Context(path, "xquant", n_ctx=1024, overrides={"xquant.open_bits": open_bits}) as context:
         context.decode(TOKENS[:1024], 0)
         llama_cpp.llama_memory_seq_add(context.memory, 0, 1014, 1024, -924)
         for position in (200, 330):  # one cell in each of pages 1 and 2
             assert llama_cpp.llama_memory_seq_rm(context.memory, 0, position, position + 1)
         context.decode(TOKENS[1024:1026], 1014)
-        assert [p for p, page in context.pages().items() if page.is_open] == [0, 1, 2]
+        assert [p for p, page in context.pages().items() if page.is_open] == are_open
 
 
 def test_removing_the_middle_hides_it(path: Path) -> None:

@@ -53,11 +53,11 @@ def test_sizes_of_several_sequences_are_those_of_caches_that_have_them(sliding: 
         for sequence in range(n_seq):
             context.decode([5, 6, 7], 0, [sequence])
         info = context.info()
-        page_table = 4 * (info["n_slots"] - 3)  # four bytes for each slot beyond those of one
+        page_table = 4 * (info["n_slots"] + info["n_bytes"] - 3)  # four bytes for each slot beyond those of one
         with Context(Path(sliding), "xquant", n_ctx=8192, n_ubatch=128) as alone:
             other -= alone.info()["bytes_other"]
         assert sizes["xquant"] == info["bytes_allocated"] + info["bytes_other"] - other - page_table
-        assert info["n_slots"] == 4 + 3 * (n_seq - 1)
+        assert (info["n_slots"], info["n_bytes"]) == (n_seq, 2 * n_seq)
 
 
 def test_a_type_that_does_not_fit_the_heads_has_no_size(tmp_path: Path) -> None:

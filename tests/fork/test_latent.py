@@ -36,9 +36,10 @@ def test_nothing_is_stored_for_values(model: Path) -> None:
         before = ours.info()
         ours.decode(TOKENS[:900], 0)
         assert ours.info()["bytes_allocated"] == before["bytes_allocated"] < 3 * 4096 * 96 * 2
-        n_open, n_sealed = (ours.info()[f"pages_{kind}"] for kind in ("open", "sealed"))
+        n_open, n_sealed, n_bytes = (ours.info()[f"pages_{kind}"] for kind in ("open", "sealed", "bytes"))
         assert n_sealed > 3
-        sizes = n_sealed * block_bytes(plan.layers[0], shapes[0]) + n_open * 128 * 96 * 2
+        assert (n_open, n_bytes) == (3, 2)
+        sizes = n_sealed * block_bytes(plan.layers[0], shapes[0]) + 128 * 96 * 2 + 2 * (128 * 96 + 4 * 96)
         assert ours.info()["bytes_used"] == 3 * sizes
 
 

@@ -20,6 +20,9 @@ from xquant_gguf.metadata import Key, Provenance, copy_with_keys, plan_block, re
 from xquant_gguf.plan import Plan
 from xquant_gguf.session import Model, override_array
 
+I32 = GGUFValueType.INT32
+PLAIN = Plan.from_preset("xquant", len(MAPPED.layers)).layers
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -39,6 +42,25 @@ def fork_reads(model: Path, block: bytes) -> Plan:
 @given(plan=plans())
 def test_the_fork_reads_what_python_writes(model: Path, plan: Plan) -> None:
     assert replace(fork_reads(model, plan_block(keys_of(plan))), maps=plan.maps, expected_kld=plan.expected_kld) == plan
+
+
+def test_files_from_before_open_bits_keep_open_pages_in_f16(model: Path, tmp_path: Path) -> None:
+    keys = keys_of(MAPPED)
+    assert [
+        fork_reads(model, plan_block(changed(keys, "open_bits", key))).open_bits for key in (None, Key(I32, 8))
+    ] == [
+        16,
+        8,
+    ]
+    old = tmp_path / "old.gguf"
+    copy_with_keys(
+        model, old, changed(keys_of(replace(MAPPED, layers=PLAIN, maps={}, expected_kld=None)), "open_bits", None)
+    )
+    llm = Llama(str(old), n_ctx=2048, kv_type="xquant", verbose=False)
+    llm.eval([5] * 700)
+    info = llm.kv_cache_info()
+    assert (info["pages_sealed"], info["pages_open"], info["pages_bytes"]) == (3, 3, 0)
+    llm.close()
 
 
 @pytest.mark.parametrize(("name", "key", "message"), BAD)

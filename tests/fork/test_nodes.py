@@ -84,6 +84,7 @@ def wrong_parameters(kind: str, layer: str) -> Iterator[tuple[str, Change]]:
     values: dict[str, list[float]] = {
         "d": [0, 16, 48, 60, 576, 592, 65535], "e": [0, 16, 48, 60, 576, 592, 65535],
         "n_head_kv": [0, 1, 3, 4, 32768, 65535], "n_pages": [-1, 0, 2, 4, 1 << 22, 2**31 - 1, -(2**31)],
+        "n_bytes": [-1, 0, 2, 1 << 22, (1 << 22) + 1, 2**31 - 1, -(2**31)],
     }  # fmt: skip
     if kind == "attend":
         values |= {"number": [-1, 0, 1, 3, 32767, 32768, 2**31 - 1], "latent": [8, 16, 32, 576, 65535]}
@@ -120,17 +121,17 @@ def wrong_indices(kind: str, layer: str) -> Iterator[tuple[str, Change]]:
     most, least = 2**31 - 1, -(2**31)
     wrong: list[tuple[str, int, tuple[int, ...]]] = []
     if kind in ("attend", "unpack"):
-        wrong += [("input", 0, (-1, 1)), *(("input", 4 + i, (-3, SLOTS + STAGED)) for i in (0, 5))]
+        wrong += [("input", 0, (-1, 1)), *(("input", 4 + i, (-4, SLOTS + STAGED)) for i in (0, 5))]
     if kind in ("rows", "staged"):
         n_slots = STREAMS * SLOTS + (STAGED if kind == "staged" else 0)
         wrong += [("input", 4 + STREAMS * PAGES, (-1, n_slots * 128))]
     if kind in ("moves", "read_keys", "write_keys"):
         name = "moves" if kind == "moves" else "pages"
-        wrong += [(name, i + word, (-3, n)) for word, n in enumerate((STREAMS, PAGES, SLOTS)) for i in (0, 9)]
+        wrong += [(name, i + word, (-4, n)) for word, n in enumerate((STREAMS, PAGES, SLOTS)) for i in (0, 9)]
     if kind == "moves":
-        wrong += [("moves", i + 8, (-3, -2, 0)) for i in (0, 9)]  # there are no byte slots
+        wrong += [("moves", i + 8, (-4, -2, 0)) for i in (0, 9)]  # there is one byte slot
     if kind == "clear":
-        wrong += [("cleared", word, (-3, n)) for word, n in enumerate((STREAMS, PAGES, SLOTS + STAGED))]
+        wrong += [("cleared", word, (-4, n)) for word, n in enumerate((STREAMS, PAGES, SLOTS + STAGED))]
         wrong += [
             ("cleared", 3, (-1, SLOTS - 1, SLOTS + STAGED)),
             ("cleared", 2, (SLOTS,)),

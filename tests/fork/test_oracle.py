@@ -22,6 +22,7 @@ from support.oracle_cases import (
     Case,
     Fork,
     available_kernels,
+    bounds_of,
     describe,
     deviation,
     expected,
@@ -112,8 +113,8 @@ def test_sealed_pages(fork: Fork, name: str, kernels: str) -> None:
     found = deviation(fork.logits(case, kernels), expected(case))
     before = found[: (case.pinned + 1) * PAGE + case.window]
     assert OPEN.hold(before), f"before any page is sealed: {describe(before)}"
-    assert found.max() <= SEALED[kernels].worst, describe(found)
-    assert SEALED[kernels].hold(found[seeing_codes(case)]), describe(found[seeing_codes(case)])
+    assert found.max() <= bounds_of(case, kernels).worst, describe(found)
+    assert bounds_of(case, kernels).hold(found[seeing_codes(case)]), describe(found[seeing_codes(case)])
 
 
 def test_every_kernel_set_has_bounds() -> None:
@@ -207,7 +208,7 @@ def assert_seen(fork: Fork, name: str, kernels: str, wrong: Array) -> None:
     """The median deviation from a wrong oracle is at least twice what the bounds allow."""
     case = CASES[name]
     found = deviation(fork.logits(case, kernels), wrong)[seeing_codes(case)]
-    assert np.median(found) > 2 * SEALED[kernels].median, describe(found)
+    assert np.median(found) > 2 * bounds_of(case, kernels).median, describe(found)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -215,6 +216,21 @@ def test_sees_a_page_sealed_late(fork: Fork, name: str) -> None:
     wrong = oracle_logits(CASES[name], SealsLate)
     for kernels in available_kernels():
         assert_seen(fork, name, kernels, wrong)
+
+
+class NeverBytes(Oracle):
+    """Keeps all open pages in F16."""
+
+    def shrink(self, il: int, page: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.open_bits == 8])
+def test_sees_open_pages_that_are_not_in_bytes(fork: Fork, name: str) -> None:
+    case = CASES[name]
+    found = deviation(fork.logits(case, "scalar"), oracle_logits(case, NeverBytes))
+    found = found[max(PAGE, case.n_ubatch) : (case.pinned + 1) * PAGE + case.window]  # page 0 has left its slot
+    assert np.median(found) > 10 * OPEN.median, describe(found)
 
 
 @pytest.mark.parametrize(("name", "kind"), WRONG_RULES)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from support import tiny_gguf
-from support.contexts import Context, Logits, llama_cpp
+from support.contexts import Abort, Context, Logits, llama_cpp
 from support.tiny_gguf import MODELS
 from xquant_gguf import Llama, fork
 
@@ -65,7 +63,6 @@ def test_other_caches_stop_where_ours_copies_a_part(paths: dict[str, Path], kv_t
     program = """
 import sys
 from pathlib import Path
-from typing import Any
 from support.contexts import Context, llama_cpp
 with Context(Path(sys.argv[1]), sys.argv[2], n_ctx=4096, n_seq=2, unified=False) as context:
     context.decode([5] * 600, 0, [0])
@@ -145,19 +142,6 @@ def test_wrong_batches_do_nothing(paths: dict[str, Path], name: str) -> None:
         assert np.array_equal(context.decode(TOKENS[600:610], 600), twin.decode(TOKENS[600:610], 600))
 
 
-class Abort:
-    """A context's abort callback, which llama.cpp asks between two nodes of a graph."""
-
-    def __init__(self, context: Context) -> None:
-        self.asked, self.limit = 0, 1 << 62
-        self.callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(self.answer)
-        llama_cpp.llama_set_abort_callback(context.ctx, self.callback, None)
-
-    def answer(self, _: int) -> bool:
-        self.asked += 1
-        return self.asked > self.limit
-
-
 @pytest.mark.parametrize(
     ("n", "whole", "share"),
     [
@@ -168,12 +152,14 @@ class Abort:
 def test_a_batch_that_was_aborted_loses_nothing(paths: dict[str, Path], n: int, whole: int, share: float) -> None:
     """After whole micro-batches of n and a share of the next one's nodes, with some layers' pages sealed; what they
     had to seal the others seal as well."""
-    size: dict[str, Any] = {"n_ubatch": n}
-    with Context(paths["plain"], "xquant", **size) as context, Context(paths["plain"], "xquant", **size) as twin:
+    with (
+        Context(paths["plain"], "xquant", n_ubatch=n) as context,
+        Context(paths["plain"], "xquant", n_ubatch=n) as twin,
+    ):
         for c in (context, twin):
             c.decode(TOKENS[:400], 0)
             c.decode(TOKENS[400:700], 400)
-        with Context(paths["plain"], "xquant", **size) as counted:
+        with Context(paths["plain"], "xquant", n_ubatch=n) as counted:
             counted.decode(TOKENS[:400], 0)
             counted.decode(TOKENS[400:700], 400)
             abort = Abort(counted)

@@ -56,7 +56,9 @@ def test_what_keys_hold_is_not_stored_again(model: Path) -> None:
 def test_sealed_pages_are_what_numpy_makes_of_the_rows(model: Path) -> None:
     """The rows that F16 would hold, keys in the stored order, with what the codes give back of them; exact kernels."""
     n = 5 * PAGE
-    with codec.force_kernels("scalar"), Context(model, "xquant", n_ubatch=n) as sealing, Context(
+    with codec.force_kernels("scalar"), Context(
+        model, "xquant", n_ubatch=n, overrides={"xquant.open_bits": 16}
+    ) as sealing, Context(
         model, "xquant", n_ubatch=n, overrides={"xquant.window": -1}
     ) as opened:  # fmt: skip
         for context in (sealing, opened):

@@ -156,7 +156,7 @@ def field_offsets(state: bytes) -> dict[str, int]:
     ("field", "value"),
     [
         ("magic", 0), ("extension", 12), ("fingerprint", 1), ("streams", 1), ("streams", 2**31), ("pages", 2**32 - 1),
-        ("pages", 17), ("open", 2), ("valid", 0), ("position", 2**32 - 1), ("position", 2**31 - 1), ("shift", 2**31),
+        ("pages", 17), ("open", 3), ("valid", 0), ("position", 2**32 - 1), ("position", 2**31 - 1), ("shift", 2**31),
         ("shift", 129), ("sequences", 0), ("sequences", 2**32 - 1), ("sequence", 2**31),
     ],
 )  # fmt: skip
@@ -207,8 +207,9 @@ def test_the_numbers_of_pages_are_hints(paths: dict[str, Path]) -> None:
             struct.pack_into("<I", other, at[1], number)
             assert context.load(forged(bytes(other)), 0) == len(state)
             got = context.decode(TOKENS[700:750], 700)
-            # pages are summed up in another order; measured: 1e-6
-            assert np.abs(got - want).max() < 1e-4 * want.std()
+            # pages are summed up in another order; measured: 1e-6 with open pages in F16, and 1.4e-4 where a key that
+            # rounds another way ends as another byte
+            assert np.abs(got - want).max() < 5e-4 * want.std()
 
 
 @pytest.mark.parametrize(
@@ -245,8 +246,12 @@ def test_cells_of_one_sequence_in_sliding_layers_are_checked(paths: dict[str, Pa
 
 
 def test_a_state_may_come_from_a_cache_that_seals_at_other_times(paths: dict[str, Path]) -> None:
-    """Codes where nothing is ever sealed are decoded; rows where slots are few are sealed."""
-    plans: dict[str, dict[str, int | str]] = {"sealing": {}, "open": {"xquant.window": -1}}
+    """Codes where nothing is ever sealed, and bytes where nothing is bytes, are decoded; rows become what they must."""
+    plans: dict[str, dict[str, int | str]] = {
+        "sealing": {},
+        "open": {"xquant.window": -1},
+        "f16": {"xquant.open_bits": 16},
+    }
     contexts = {name: Context(paths["plain"], "xquant", overrides=plan) for name, plan in plans.items()}
     states, want = {}, {}
     for name, context in contexts.items():
@@ -254,14 +259,15 @@ def test_a_state_may_come_from_a_cache_that_seals_at_other_times(paths: dict[str
         states[name] = context.save(0)
         want[name] = context.decode(TOKENS[1300:1350], 1300)
     apart = np.abs(want["open"] - want["sealing"]).mean()  # what sealing does
-    for source, target in (("sealing", "open"), ("open", "sealing")):
+    routes = ("sealing", "open"), ("open", "sealing"), ("sealing", "f16"), ("f16", "sealing"), ("open", "f16")
+    for source, target in routes:
         context = contexts[target]
         assert context.load(states[source], 0) == len(states[source])
         got = context.decode(TOKENS[1300:1350], 1300)
         # where nothing is sealed that was not: as the source but for how its kernels round (measured of apart: scalar
         # 6e-4, AVX-512 3e-3, AVX2 3e-2)
-        near = 0.1 if target == "open" else 1.5
-        assert np.abs(got - want["sealing"]).mean() < near * apart
+        near = 1.5 if source == "open" else 0.1
+        assert np.abs(got - want["sealing" if source == "open" else source]).mean() < near * apart
     for context in contexts.values():
         context.close()
 
@@ -283,7 +289,8 @@ def test_restoring_into_a_smaller_context(paths: dict[str, Path], cut: int) -> N
                 fits = n_cells <= (n_ctx if sequence is None else n_ctx - n_ctx // 2)
                 assert small.load(state, sequence) == (len(state) if fits else 0)
                 if fits:
-                    assert np.abs(small.decode(TOKENS[1300:1320], 1300) - want).max() < 1e-4 * want.std()
+                    # bytes that find no free page are rows for a while; measured: 1.2e-4, in F16 1e-6
+                    assert np.abs(small.decode(TOKENS[1300:1320], 1300) - want).max() < 5e-4 * want.std()
                     assert small.load(before) == len(before)
                 assert small.save() == before
 

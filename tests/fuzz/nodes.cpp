@@ -35,7 +35,7 @@ bool choose(input &in, sizes &s) {
     const int32_t widths[] = {16, 64, 96, 16, 64, 128};
     const int32_t d = in.PickValueInArray(widths), e = in.PickValueInArray(widths);
     s.latent = in.ConsumeIntegralInRange<int>(0, 7) == 0 ? 16 : 0;
-    s.shape = {d, s.latent > 0 && in.ConsumeBool() ? 0 : e, few(2), few(3), few(2), few(2)};
+    s.shape = {d, s.latent > 0 && in.ConsumeBool() ? 0 : e, few(2), few(3), few(2), few(2), few(3) - 1};
     s.n_tokens = few(40);
     s.n_rep = few(3);
     s.n_parts = few(3);
@@ -109,7 +109,7 @@ std::pair<ggml_tensor *, ggml_tensor *> make_node(input &in, ggml_context *ctx, 
     }
     ggml_tensor *list = moves();
     if (kind == 6) {
-        return {new_clearing(ctx, l, input, list, stage), list};
+        return {new_clearing(ctx, l, input, list, stage, in.ConsumeBool() ? 1 : 0), list};
     }
     ggml_tensor *keys = kind == 4 ? nullptr : f32(d, heads, list->ne[1] * XQ_PAGE);
     return {kind == 4 ? new_read_keys(ctx, l, list) : new_write_keys(ctx, l, list, keys), list};
@@ -207,7 +207,8 @@ bool fill(input &in, ggml_tensor *node, ggml_tensor *list, const sizes &s) {
                                                -1,
                                                in.ConsumeIntegral<int32_t>(),
                                                0,
-                                               0};
+                                               0,
+                                               number(in, {XQ_SLOT_SEALED, XQ_SLOT_BYTES, XQ_SLOT_BYTES - i})};
             out.insert(out.end(), move.begin(), move.end());
         }
     } else {
@@ -215,7 +216,9 @@ bool fill(input &in, ggml_tensor *node, ggml_tensor *list, const sizes &s) {
         out[0] = number(in, {0, 0, 0, 0, 1});
         good = good && out[0] == 0;
         for (int32_t i = 0; i < shape.n_streams * shape.n_pages; ++i) {
-            out.push_back(in.ConsumeBool() ? XQ_SLOT_NONE : index(shape.n_slots + s.n_staged - 1));
+            const int32_t in_bytes = shape.n_bytes > 0 ? XQ_SLOT_BYTES - i % shape.n_bytes : (int)XQ_SLOT_NONE;
+            const int32_t other = in.ConsumeBool() ? (int)XQ_SLOT_NONE : in_bytes;
+            out.push_back(in.ConsumeBool() ? other : index(shape.n_slots + s.n_staged - 1));
         }
         for (int32_t i = 0; i < s.n_tokens; ++i) {
             const int32_t n_rows = (shape.n_streams * shape.n_slots + s.n_staged) * XQ_PAGE;

@@ -49,7 +49,8 @@ struct live {
     }
 };
 
-/* The contexts: one stream, one stream a sequence, sliding layers, borrowed codes and a map, never sealing. */
+/* The contexts: one stream, one stream a sequence, sliding layers, borrowed codes and a map, never sealing, pages in
+ * bytes. */
 std::vector<std::unique_ptr<live>> make_kinds() {
     const std::vector<std::pair<std::string, std::string>> sealing = {{"xquant.window", "0"}, {"xquant.pinned", "0"}};
     llama_model *plain = fuzz::load_model("plain", sealing);
@@ -60,6 +61,8 @@ std::vector<std::unique_ptr<live>> make_kinds() {
     kinds.push_back(std::make_unique<live>(fuzz::load_model("mixed"), fuzz::shape{1024, n_seq, true}));
     kinds.push_back(
         std::make_unique<live>(fuzz::load_model("plain", {{"xquant.window", "-1"}}), fuzz::shape{1024, n_seq, true}));
+    kinds.push_back(std::make_unique<live>(fuzz::load_model("plain", {{"xquant.pinned", "2"}}),
+                                           fuzz::shape{1024, n_seq, true}));
     return kinds;
 }
 

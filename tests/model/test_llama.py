@@ -239,7 +239,7 @@ def test_bad_metadata_is_refused_by_the_fork(smollm2: str) -> None:
         ({"xquant.pinned": 2**20}, "pinned is 1048576, must be 0 to 1024 pages"),
         (
             {"xquant.layer.1": "k=4"},
-            "xquant.layer.1 is unknown; there are xquant.preset, xquant.window and xquant.pinned",
+            "xquant.layer.1 is unknown; there are xquant.preset, xquant.window, xquant.pinned and xquant.open_bits",
         ),
     ):
         with pytest.raises(ValueError, match="Failed to create llama_context"):

@@ -15,7 +15,7 @@ from xquant_gguf import fork
 from xquant_gguf.kv_types import LLAMA_TYPES
 from xquant_gguf.session import Logits, Model, RefusedState, Row
 
-__all__ = ["Context", "Logits", "difference", "last_logits", "llama_cpp"]
+__all__ = ["Abort", "Context", "Logits", "difference", "last_logits", "llama_cpp"]
 
 
 def last_logits(llm: llama_cpp.Llama) -> Logits:
@@ -115,4 +115,14 @@ class Context:
         return out
 
 
-__all__ = ["Context", "Logits", "llama_cpp"]
+class Abort:
+    """A context's abort callback, which llama.cpp asks between two nodes of a graph."""
+
+    def __init__(self, context: Context) -> None:
+        self.asked, self.limit = 0, 1 << 62
+        self.callback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(self.answer)
+        llama_cpp.llama_set_abort_callback(context.ctx, self.callback, None)
+
+    def answer(self, _: int) -> bool:
+        self.asked += 1
+        return self.asked > self.limit

@@ -24,7 +24,7 @@ typedef struct { uint8_t bits, group, fit, flags; float eta; } packed_side;
 typedef struct {
     packed_side k, v, source;
     uint16_t d, e, n_head_kv, other_codes, other_param, latent, flags, other_heads;
-    int32_t n_pages, number;
+    int32_t n_pages, n_bytes, number;
     float scale, softcap, max_bias;
 } node_params;
 bool xquant_compute_cpu(const struct ggml_tensor * node, int ith, int nth);
@@ -35,9 +35,10 @@ DTYPES = {F32: np.float32, F16: np.float16, I8: np.int8, I32: np.int32}
 
 PAGE, HEADS, PAGES, SLOTS, STREAMS, D, E, TOKENS, REP = 128, 2, 3, 2, 2, 64, 32, 2, 2
 STAGED = 2  # slots of the stage
+IN_BYTES = 1  # byte slots
 SOURCE_HEADS = 3  # of the layer that a map reads
 BORROWED, MAPPED = 4, 8
-SEALED, NONE = -1, -2
+SEALED, NONE, BYTES = -1, -2, -3
 
 
 @cache
@@ -136,13 +137,13 @@ class Node:
         def numbers(*ne: int) -> NDArray[Any]:
             return rng.standard_normal(int(np.prod(ne))).astype(np.float32)
 
-        moves = np.array([[0, 0, 0, NONE, *[-1] * 5], [1, 1, 1, NONE, *[-1] * 5]], np.int32)
-        cleared = np.array([[0, 0, 0, SLOTS, *[-1] * 5], [0, 0, NONE, NONE, 0, 0, 0, 0, -1]], np.int32)
+        moves = np.array([[0, 0, 0, NONE, *[-1] * 4, BYTES], [1, 1, 1, NONE, *[-1] * 5]], np.int32)
+        cleared = np.array([[0, 0, 0, SLOTS, *[-1] * 4, BYTES], [0, 0, NONE, NONE, 0, 0, 0, 0, -1]], np.int32)
         keys = moves.copy()
         keys[1, 2] = SEALED
         n_slot = PAGE * (D + E) * HEADS
-        n_row = SLOTS * n_slot
-        table = [0, 1, SEALED, NONE, 1, SLOTS if "stage" in self.SOURCES[kind] else 0]
+        n_row = SLOTS * n_slot + IN_BYTES * HEADS * (PAGE * (D + E) + 4 * (D + PAGE)) // 2
+        table = [0, BYTES, SEALED, NONE, 1, SLOTS if "stage" in self.SOURCES[kind] else 0]
         row = (STREAMS * SLOTS + (STAGED if kind == "staged" else 0)) * PAGE - 1
         made: dict[str, Tensor | None] = {
             "rows": Tensor(F16, [n_row, STREAMS], numbers(n_row, STREAMS).astype(np.float16)),
@@ -177,7 +178,7 @@ class Node:
         self.params = ffi.new("node_params *")
         p = self.params
         p.k, p.v, p.source = k, v, (own[1] if layer == "mapped" else side(0, 0))
-        p.d, p.e, p.n_head_kv, p.n_pages, p.scale = D, E, HEADS, PAGES, 0.1
+        p.d, p.e, p.n_head_kv, p.n_pages, p.n_bytes, p.scale = D, E, HEADS, PAGES, IN_BYTES, 0.1
         p.other_codes = p.other_param = 0xFFFF
         if layer != "own":
             p.other_heads = HEADS if layer == "borrows" else SOURCE_HEADS

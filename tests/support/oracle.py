@@ -9,8 +9,10 @@ The rule of the cache, for one sequence whose tokens lie in cells 0, 1, 2, ... a
     then the keys (after RoPE) and values of the micro-batch are written as F16 rows
     then its queries attend: F16 rows of open pages, dequantized values of sealed pages, causal within the micro-batch
 
-Pages are sealed from their F16 rows by the reference codec, which is the specification of the codes (arXiv 2510.11236,
-section 3).
+With open_bits 8 there is one slot of F16 rows, and other open pages lie in bytes (moves_to_bytes).
+
+Pages are sealed from their F16 rows, or bytes, by the reference codec, which is the specification of the codes (arXiv
+2510.11236, section 3).
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ class Side:
         self.read = np.zeros((n_head_kv, n_ctx, width))
         self.codes: dict[tuple[int, int], bytes] = {}  # (KV head, page) -> codes of a sealed page
         self.parameters: dict[tuple[int, int], bytes] = {}
+        self.bytes: dict[tuple[int, int], NDArray[np.float32]] = {}  # (KV head, page) -> what the bytes say
 
     def write(self, first: int, x: Array) -> None:
         """Stores x [n][head][width] as the rows of cells first, first + 1, ..."""
@@ -66,8 +69,10 @@ class Side:
         self.rows[:, first:end] = rows
         self.read[:, first:end] = rows
 
-    def page(self, head: int, page: int) -> NDArray[np.float16]:
-        """The F16 rows [PAGE][width] of a page."""
+    def page(self, head: int, page: int) -> NDArray[np.floating]:
+        """The rows [PAGE][width] of a page: F16, or what its bytes say."""
+        if (head, page) in self.bytes:
+            return self.bytes[head, page]
         return self.rows[head, page * PAGE : (page + 1) * PAGE]
 
     def replace(self, head: int, page: int, values: NDArray[np.float32]) -> None:
@@ -79,11 +84,18 @@ class Oracle:
     """One sequence of a tiny model; decode() takes tokens in order and returns the logits of each.
 
     layers: what each layer stores, None: always F16 rows; window: newest tokens that stay F16, negative: never seal;
-    pinned: first pages that stay F16; n_ubatch: most tokens of a micro-batch.
+    pinned: first pages that stay F16; n_ubatch: most tokens of a micro-batch; open_bits: as a plan has it.
     """
 
     def __init__(
-        self, shape: Shape, weights: Weights, layers: Sequence[Layer | None], window: int, pinned: int, n_ubatch: int
+        self,
+        shape: Shape,
+        weights: Weights,
+        layers: Sequence[Layer | None],
+        window: int,
+        pinned: int,
+        n_ubatch: int,
+        open_bits: int = 16,
     ) -> None:
         if len(layers) != shape.n_layer:
             raise ValueError(f"layers must have {shape.n_layer} entries, not {len(layers)}")
@@ -93,6 +105,8 @@ class Oracle:
         self.window = window
         self.pinned = pinned
         self.n_ubatch = n_ubatch
+        self.open_bits = open_bits
+        self.in_rows: int | None = None  # the page in the slot, with open_bits 8
         self.maps: dict[int, tuple[Sequence[int], NDArray[np.float32]]] = {}
         self.n_stored = 0
         self.sealed: set[int] = set()
@@ -111,6 +125,51 @@ class Oracle:
             for page in range(self.pinned, (self.n_stored - self.window) // PAGE):
                 if page not in self.sealed:
                     yield page
+
+    def leaves(self, page: int, end: int) -> bool:
+        """Whether a page has left the window when `end` tokens are stored; the one that is written next never has."""
+        newest = PAGE * (page + 1)
+        return page >= self.pinned and newest <= end and 0 <= self.window <= end - newest
+
+    def moves_to_bytes(self, n: int, sealed: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Pages that become bytes before and after a micro-batch of n tokens, before which some pages are sealed.
+
+        A page that the micro-batch begins, and that stays open, gets the slot if it is free or holds a full page that
+        stays open, which becomes bytes.  All others lie in the stage; afterwards one page that stays open gets the
+        slot, if possible one that is not full, or else not a pinned one, and the others become bytes.
+        """
+        begin, end = self.n_stored, self.n_stored + n
+        slot = None if self.in_rows in sealed else self.in_rows
+        before: list[int] = []
+        staged: list[int] = []
+        for page in range(-(-begin // PAGE), -(-end // PAGE)):
+            if n > 1 and self.leaves(page, end):
+                staged.append(page)
+                continue
+            # what is not full is being written
+            if slot is not None and slot < begin // PAGE and (n == 1 or not self.leaves(slot, end)):
+                before.append(slot)
+                slot = None
+            if slot is None:
+                slot = page
+            else:
+                staged.append(page)
+        stay = [page for page in (*staged, slot) if page is not None and not self.leaves(page, end)]
+        if staged and slot is not None:
+            slot = max(stay, key=lambda p: (PAGE * (p + 1) > end, p >= self.pinned, p), default=None)
+        self.in_rows = slot
+        return before, [page for page in stay if staged and page != slot]
+
+    def shrink(self, il: int, page: int) -> None:
+        """Replaces the F16 rows of a page in layer il by bytes, keys and values."""
+        if self.layers[il] is None:
+            return
+        for stores, is_k in ((self.keys, True), (self.values, False)):
+            store = stores[il]
+            for head in range(self.shape.n_head_kv):
+                codes, parameters, _ = reference.shrink(store.page(head, page), np.ones(PAGE, dtype=bool), is_k)
+                store.bytes[head, page] = reference.widen(codes, parameters, is_k)
+                store.replace(head, page, store.bytes[head, page])
 
     def seal(self, il: int, page: int) -> None:
         """Replaces the F16 rows of a page in layer il by codes, keys and values."""
@@ -170,17 +229,22 @@ class Oracle:
         shape, weights = self.shape, self.weights
         positions = np.arange(self.n_stored, self.n_stored + len(tokens))
         pages = list(self.pages_to_seal())
+        before, after = self.moves_to_bytes(len(tokens), pages) if self.open_bits == 8 else ([], [])
         x = weights["token_embd.weight"][list(tokens)]
         for il in range(shape.n_layer):
             block = f"blk.{il}."
             for page in pages:
                 self.seal(il, page)
+            for page in before:
+                self.shrink(il, page)
             h = rms_norm(x, weights[block + "attn_norm.weight"], shape.rms_eps)
             q = rope(self.project(il, "q", h, shape.n_head), positions, shape.freq_base, shape.rope_halves)
             k = rope(self.project(il, "k", h, shape.n_head_kv), positions, shape.freq_base, shape.rope_halves)
             self.keys[il].write(self.n_stored, k)
             self.values[il].write(self.n_stored, self.project(il, "v", h, shape.n_head_kv))
             x = x + self.attention(il, q) @ weights[block + "attn_output.weight"].T
+            for page in after:
+                self.shrink(il, page)
             h = rms_norm(x, weights[block + "ffn_norm.weight"], shape.rms_eps)
             gate = h @ weights[block + "ffn_gate.weight"].T
             up = h @ weights[block + "ffn_up.weight"].T

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from xquant_gguf import native
 
 PAGE = 128
-SEALED, NONE = -1, -2
+SEALED, NONE, BYTES = -1, -2, -3
 
 
 @lru_cache(maxsize=1)
@@ -27,18 +27,19 @@ def load() -> tuple[FFI, Any]:
 
 @dataclass(frozen=True)
 class Move:
-    """A page that goes into codes or comes into a slot."""
+    """A page that goes from a slot to where `small` says, or comes into the slot."""
 
     stream: int
     page: int
     slot: int
     valid: int
     refill: int = NONE
+    small: int = SEALED
 
     @classmethod
     def of(cls, words: NDArray[np.int32]) -> Move:
         valid = sum(int(np.uint32(word)) << 32 * i for i, word in enumerate(words[4:8]))
-        return cls(int(words[0]), int(words[1]), int(words[2]), valid, int(words[3]))
+        return cls(int(words[0]), int(words[1]), int(words[2]), valid, int(words[3]), int(words[8]))
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,11 @@ class Plan:
     fits: bool
     released: tuple[Move, ...]
     seals: tuple[Move, ...]
+    shrinks: tuple[Move, ...]
     unseals: tuple[Move, ...]
     opens: tuple[Move, ...]
-    after: tuple[Move, ...]
+    to_codes: tuple[Move, ...]
+    to_bytes: tuple[Move, ...]
     n_staged: int
 
 
@@ -58,10 +61,18 @@ class Table:
     """A page table and the cells that it looks at."""
 
     def __init__(
-        self, n_streams: int, n_cells: int, n_slots: int, reserved: int, window: int, pinned: int, staged: int = 4
+        self,
+        n_streams: int,
+        n_cells: int,
+        n_slots: int,
+        reserved: int,
+        window: int,
+        pinned: int,
+        staged: int = 4,
+        n_bytes: int = 0,
     ) -> None:
         self.ffi, self.lib = load()
-        table = self.lib.xq_pages_new(n_streams, n_cells, n_slots, reserved, window, pinned, staged)
+        table = self.lib.xq_pages_new(n_streams, n_cells, n_slots, n_bytes, reserved, window, pinned, staged)
         assert table != self.ffi.NULL
         self.table = self.ffi.gc(table, self.lib.xq_pages_free)
         self.n_pages = -(-n_cells // PAGE)
@@ -91,19 +102,24 @@ class Table:
         return [int(cell) for cell in out[:n]]
 
     def plan(self, stream: int, written: list[int]) -> Plan:
-        moves = np.zeros((5 * self.n_pages + 4, 9), np.int32)
+        moves = np.zeros((7 * self.n_pages + 4, 9), np.int32)
         counts = self.lib.xq_pages_plan(
             self.table, self._cells(), stream, len(written), written, self.ffi.from_buffer("int32_t[]", moves)
         )
         lists, at = [], 0
-        for n in (counts.n_released, counts.n_seals, counts.n_unseals, counts.n_opens, counts.n_after):
+        names = ("released", "seals", "shrinks", "unseals", "opens", "after_codes", "after_bytes")
+        for n in (getattr(counts, f"n_{name}") for name in names):
             lists.append(tuple(Move.of(words) for words in moves[at : at + n]))
             at += n
-        released, seals, unseals, opens, after = lists
-        return Plan(bool(counts.fits), released, seals, unseals, opens, after, int(counts.n_staged))
+        released, seals, shrinks, unseals, opens, to_codes, to_bytes = lists
+        n_staged = int(counts.n_staged)
+        return Plan(bool(counts.fits), released, seals, shrinks, unseals, opens, to_codes, to_bytes, n_staged)
 
     def commit_seals(self) -> None:
         self.lib.xq_pages_commit_seals(self.table)
+
+    def commit_shrinks(self) -> None:
+        self.lib.xq_pages_commit_shrinks(self.table)
 
     def commit_opens(self) -> None:
         self.lib.xq_pages_commit_opens(self.table)
@@ -111,14 +127,19 @@ class Table:
     def commit_after(self) -> None:
         self.lib.xq_pages_commit_after(self.table)
 
-    def commit_undone(self, some_done: bool) -> None:
-        self.lib.xq_pages_commit_undone(self.table, some_done)
+    def commit_lost(self) -> None:
+        self.lib.xq_pages_commit_lost(self.table)
+
+    def commit_left(self, step: int) -> list[Move]:
+        moves = np.zeros((self.n_pages, 9), np.int32)
+        n = self.lib.xq_pages_commit_left(self.table, step, self.ffi.from_buffer("int32_t[]", moves))
+        return [Move.of(words) for words in moves[:n]]
 
     def wrote(self) -> None:
         self.lib.xq_pages_wrote(self.table, self._cells())
 
-    def grow(self, n_slots: int, reserved: int, staged: int) -> None:
-        self.lib.xq_pages_grow(self.table, n_slots, reserved, staged)
+    def grow(self, n_slots: int, n_bytes: int, reserved: int, staged: int) -> None:
+        self.lib.xq_pages_grow(self.table, n_slots, n_bytes, reserved, staged)
 
     def clear(self) -> None:
         self.lib.xq_pages_clear(self.table)

@@ -49,7 +49,7 @@ def plans(draw: st.DrawFn) -> Plan:
         layers.append(Layer(k, v))
     window, pinned = draw(st.integers(-1, 4096)), draw(st.integers(0, 64))
     kld = draw(st.none() | st.floats(0, 9, width=32).map(shortest))
-    return Plan("calibrated", tuple(layers), window, pinned, maps, kld)
+    return Plan("calibrated", tuple(layers), window, pinned, maps, kld, draw(st.sampled_from((8, 16))))
 
 
 def keys_of(plan: Plan, n_layers: int = SHAPE.n_layer, made_by: Provenance | None = None) -> dict[str, Key]:
@@ -92,6 +92,8 @@ BAD = [
     ("version", Key(I32, 1), "xquant.version is "),
     ("window", None, "xquant.window is missing"),
     ("window", Key(I32, -7), "window is -7, must be -1"),
+    ("open_bits", Key(I32, 4), "open_bits is 4, must be 8 or 16"),
+    ("open_bits", Key(GGUFValueType.UINT32, 8), "xquant.open_bits is "),
     ("k.bits", array([4] * 4), "must be "),
     ("k.bits", array([4, 4, 9, 4, 0]), "bits is 9, must be 0 to 4"),
     ("v.bits", array([4] * 5, GGUFValueType.INT64), "xquant.v.bits is an array of "),

@@ -43,12 +43,23 @@ def test_the_papers_schedule() -> None:
 
 
 def test_cache_bytes_at_32k() -> None:
-    """Qwen2.5-Coder-0.5B: a quarter of F16, windows counted."""
+    """Qwen2.5-Coder-0.5B: less than a quarter of F16, windows counted."""
     shapes = [Shape(64, 64, 2)] * 24
     plan = Plan.from_preset("xquant", 24)
-    assert plan.slots(32768) == 3
+    assert (plan.open_bits, plan.slots(32768), plan.byte_slots(32768)) == (8, 1, 2)
     f16 = 2 * 32768 * 24 * 2 * 128
-    assert f16 / plan.cache_bytes(shapes, 32768) > 4.6
+    assert f16 / plan.cache_bytes(shapes, 32768) > 4.7
+    wide = replace(plan, open_bits=16)
+    assert (wide.slots(32768), wide.byte_slots(32768)) == (3, 0)
+    assert f16 / wide.cache_bytes(shapes, 32768) > 4.6
+
+
+@pytest.mark.parametrize(("n_ctx", "less"), [(1024, 2.1), (2048, 2.9), (4096, 3.7), (8192, 4.2), (32768, 4.7)])
+def test_short_contexts_are_small_too(n_ctx: int, less: float) -> None:
+    """How much less than F16 the default preset takes."""
+    shape = Shape(64, 64, 3)
+    f16 = 2 * n_ctx * 30 * 3 * 128
+    assert f16 / Plan.from_preset("xquant", 30).cache_bytes([shape] * 30, n_ctx) > less
 
 
 def test_a_latent_layer_stores_keys_alone() -> None:
@@ -61,7 +72,10 @@ def test_a_latent_layer_stores_keys_alone() -> None:
         assert plan.equivalent_bits(shapes) == bits
         n_block = 576 * 128 * bits // 8 + 2 * 576 * 2
         assert block_bytes(plan.layers[0], shapes[0]) == n_block
-        assert plan.cache_bytes(shapes, 128 * 100) == 3 * (100 * n_block + 3 * 128 * 576 * 2)
+        n_bytes = 128 * 576 + 2 * 576 * 2
+        assert plan.cache_bytes(shapes, 128 * 100) == 3 * (100 * n_block + 128 * 576 * 2 + 2 * n_bytes)
+        wide = replace(plan, open_bits=16)
+        assert wide.cache_bytes(shapes, 128 * 100) == 3 * (100 * n_block + 3 * 128 * 576 * 2)
     owner = replace(plan, layers=(plan.layers[0], replace(plan.layers[1], v=Side(1, 0, "lsq", rotate=True, owner=0))))
     owner.check(shapes[:2])  # nothing is stored of V: what its plan says is not looked at
     with pytest.raises(ValueError, match="layer 1, V: owner 0 must be a layer of the cache with the same head width"):
@@ -78,7 +92,7 @@ def test_names_are_those_of_the_enumerations() -> None:
 
 def test_slots_of_many_sequences_leave_most_pages_to_codes() -> None:
     """Each wants its window and its pinned pages; those beyond the first get a sixth of all pages at most."""
-    plan = replace(Plan.from_preset("xquant", 2), window=200, pinned=2)
+    plan = replace(Plan.from_preset("xquant", 2), window=200, pinned=2, open_bits=16)
     assert plan.slots(128 * 1000) == 2 + 2 + 1
     assert plan.slots(128 * 1000, n_seq=3) == 3 * (2 + 2 + 1)
     assert plan.slots(128 * 80, n_seq=8) == 2 + 2 + 1 + 80 // 6
@@ -89,8 +103,29 @@ def test_slots_of_many_sequences_leave_most_pages_to_codes() -> None:
     rows = 2 * 128 * (2 * (64 + 96) + 256)
     assert plan.cache_bytes(shapes, 128 * 1000) == 1000 * blocks + 5 * rows
     assert plan.cache_bytes(shapes, 128 * 5) == 5 * rows  # every page has a slot: there are no blocks
-    with pytest.raises(ValueError, match="0 pages, 1 sequences: must be above 0"):
-        plan.slots(0)
+    for count in (plan.slots, plan.byte_slots):
+        with pytest.raises(ValueError, match="0 pages, 1 sequences: must be above 0"):
+            count(0)
+
+
+def test_slots_of_many_sequences_with_open_pages_in_bytes() -> None:
+    """Each has one page in rows, and window and pinned pages in bytes: a sixth of all pages at most of each kind."""
+    plan = replace(Plan.from_preset("xquant", 2), window=200, pinned=2)
+
+    def slots(n_pages: int, n_seq: int = 1) -> tuple[int, int]:
+        return plan.slots(128 * n_pages, n_seq), plan.byte_slots(128 * n_pages, n_seq)
+
+    assert slots(1000) == (1, 4)
+    assert slots(1000, 3) == (3, 12)
+    assert slots(80, 8) == (8, 4 + 80 // 6)
+    assert slots(80, 64) == (1 + 80 // 6, 4 + 80 // 6)
+    assert slots(6) == (1, 4)
+    assert slots(5) == slots(5, 4) == (5, 0)  # all are rows
+    for n_pages in range(1, 40):  # what has grown for some sequences only grows for more
+        sizes = [slots(n_pages, n) for n in range(1, 20)]
+        assert all(
+            a <= b for i in (0, 1) for a, b in zip([s[i] for s in sizes], [s[i] for s in sizes[1:]], strict=False)
+        )
 
 
 def test_dictionary_round_trip(tmp_path: Path) -> None:
@@ -106,10 +141,11 @@ def test_dictionary_round_trip(tmp_path: Path) -> None:
     ("source", "message"),
     [
         ({"preset": "none"}, 'preset "none" is unknown; there are xquant'),
-        ({"layer": {}}, "unknown key 'layer'; there are expected_kld, layers, maps, pinned, preset, window"),
+        ({"layer": {}}, "unknown key 'layer'; there are expected_kld, layers, maps, open_bits, pinned, preset, window"),
         ({"window": "big"}, "window is 'big', must be an integer"),
         ({"window": -2}, "window is -2, must be -1"),
         ({"pinned": 5000}, "pinned is 5000, must be 0 to 1024"),
+        ({"open_bits": 4}, "open_bits is 4, must be 8 or 16"),
         ({"layers": {"3-1": {}}}, "layers '3-1' must lie within 0 to 3"),
         ({"layers": {"x": {}}}, "must be a number or a range"),
         ({"layers": {"1": {"q": {}}}}, "unknown key 'q'"),

@@ -23,6 +23,15 @@ def test_round_trip(tmp_path: Path, plan: Plan, tokens: int) -> None:
     assert Plan.load(plan.to_dict(), N_HELD) == plan
 
 
+def test_files_from_before_open_bits_keep_open_pages_in_f16(tmp_path: Path) -> None:
+    path = tmp_path / "old.gguf"
+    path.write_bytes(plan_block(changed(keys_of(MAPPED), "open_bits", None)))
+    found = read_plan(path)
+    assert found is not None
+    assert (MAPPED.open_bits, found[0].open_bits) == (8, 16)
+    assert Plan.load({"window": 64}, 2).open_bits == 8  # what a dictionary leaves out is the preset's
+
+
 @pytest.mark.parametrize(("name", "key", "message"), BAD)
 def test_bad_keys_are_named(tmp_path: Path, name: str, key: Key | None, message: str) -> None:
     path = tmp_path / "bad.gguf"
