@@ -21,9 +21,9 @@
  */
 #pragma once
 
-#include "alibi.h"
 #include "page_list.cuh"
 #include "wide_join.cuh"
+#include "wide_rows.cuh"
 
 namespace xq {
 
@@ -36,49 +36,6 @@ struct part_list {
     int *pages, *slots;
     uint8_t *seen;
 };
-
-/* ---- query rows ---- */
-
-/* Row r of a tile to shared memory, by a warp: scaled by a power of two to below 1, rounded, in the order of the codes
- * (wide_codes.cuh); and what is known of the row.  Rows past the last are as the last. */
-template <int NT>
-__device__ void load_wide_row(uint8_t *queries, wide_tile<NT> &tile, int r, const xq_store &store,
-                              const xq_attend_args &args, const wide_call &call, const block_task &task, int lane) {
-    constexpr int most = (XQ_MAX_HEAD_DIM / 4 + 31) / 32; // quads of channels of a lane
-    const int row = min(task.first_row + r, call.rows_of_head - 1), token = call.token_of(row);
-    const int head = task.head * call.n_rep + call.rest_of(row), width = store.k.width, bits = store.k.plan.bits;
-    const float *q = query_at(args, task.nth_stream, token, head);
-    float4 x[most];
-    float top = 0.0f;
-#pragma unroll
-    for (int k = 0; k < most; ++k) {
-        const int i = 4 * (lane + 32 * k);
-        x[k] = i < width ? *(const float4 *)(q + i) : float4{};
-        top = fmaxf(fmaxf(top, fmaxf(fabsf(x[k].x), fabsf(x[k].y))), fmaxf(fabsf(x[k].z), fabsf(x[k].w)));
-    }
-    const int exponent = min(max((int)(warp_max(__float_as_uint(top)) >> 23) - 126, -100), 100); // top < 2^exponent
-    if (lane == 0) {
-        tile.factor[r] = power_of_two(exponent) * args.scale * log2e;
-        tile.slope[r] = slope_of(args.max_bias, head, args.n_head) * log2e;
-        tile.mask[r] = (const __half *)mask_at(args, task.nth_stream, token);
-    }
-    const auto store_part = [&](const code_part &part, uint8_t *to, float weight) {
-#pragma unroll
-        for (int k = 0; k < most; ++k) {
-            const int quad = lane + 32 * k; // beyond the width: 0, for products take whole steps
-            if (quad < 4 * part.products()) {
-                const float by = weight * power_of_two(-exponent) * weight_of_quad(part, quad);
-                *(uint2 *)(to + place_of_quad<NT>(part.planes, quad, r)) =
-                    make_uint2(halves(x[k].x * by, x[k].z * by), halves(x[k].y * by, x[k].w * by));
-            }
-        }
-    };
-    const code_part low = low_part(bits, width);
-    store_part(low, queries, 1.0f);
-    if (bits == 3) {
-        store_part(high_part(width), queries + low.products() * product_bytes<NT>, 4.0f);
-    }
-}
 
 /* ---- pages ---- */
 
@@ -178,6 +135,15 @@ __device__ inline void prefetch_open(const part_list &list, const side_view &sid
     }
 }
 
+/* States of teams in shared memory, `step` bytes apart. */
+template <int NT> struct team_states {
+    uint8_t *first;
+    int step, width;
+
+    __device__ float2 head(int i, int row) const { return ((const float2 *)(first + i * step))[row]; }
+    __device__ const float *values(int i, int row) const { return state_values<NT>(first + i * step, row, width); }
+};
+
 /* ---- a block ---- */
 
 /* grid (part, KV head, tile of rows and stream) */
@@ -211,7 +177,9 @@ __global__ void __launch_bounds__(32 * wide_warps<W, T, NT>, 1)
     part_list list = {n_listed[0], n_listed[1],          call.n_pages,
                       pages,       pages + call.n_pages, (uint8_t *)(pages + 2 * call.n_pages)};
     for (int r = warp - 1; r >= 0 && r < wide_rows<NT>; r += n_warps - 1) { // while the first warp waits for the table
-        load_wide_row<NT>(shared + call.queries, tile, r, store, args, call, task, place.lane);
+        query_row<(XQ_MAX_HEAD_DIM / 4 + 31) / 32> row;
+        row.load(r, store.k.width, args, call, task, place.lane);
+        row.store(shared + call.queries, tile, r, store.k.plan.bits, store.k.width, args, task, place.lane);
     }
     // of the part: one less for the last ones
     const int n_pages = call.n_pages - ((call.n_pages - 1) * args.n_parts + task.part >= args.n_kv_pages);
@@ -249,7 +217,11 @@ __global__ void __launch_bounds__(32 * wide_warps<W, T, NT>, 1)
         add_wide_open(state, team, list, k, v, nth_open);
         store_open_state(own_ring + call.state, state, team);
     }
-    join_wide_rows<NT>(shared, min(call.n_teams, list.n_open), store, args, call, task);
+    __syncthreads();
+    const int n_open = min(call.n_teams, list.n_open); // the last teams took them
+    const team_states<NT> open = {shared + (call.n_teams - n_open) * call.ring + call.state, call.ring, call.width};
+    const block_states<team_states<NT>> states = {shared, call.ring, call.n_teams, n_open, open};
+    join_wide_rows<NT, max_wide_width / 32>(states, store, args, call, task);
 }
 
 /* ---- launch ---- */

@@ -27,6 +27,16 @@ __global__ void __launch_bounds__(32 * merge_warps)
     launch_next();
     const float2 *heads = (const float2 *)(args.partial + n * n_all * width) + row;
     const float sink = args.sinks ? args.sinks[row % args.n_head] * log2e : -INFINITY;
+    constexpr int first_parts = 8; // of a warp: on their way while the weights are worked out
+    float2 first[first_parts] = {};
+    const auto values_of = [&](int i) { return *(const float2 *)(args.partial + (i * n_all + row) * width + channel); };
+#pragma unroll
+    for (int k = 0; k < first_parts; ++k) {
+        const int i = warp + merge_warps * k;
+        if (i < n && channel < width) {
+            first[k] = values_of(i);
+        }
+    }
     float max = sink, sum = 0.0f;
 #pragma unroll 8
     for (int i = lane; i < n; i += 32) {
@@ -46,13 +56,21 @@ __global__ void __launch_bounds__(32 * merge_warps)
     }
     sum += exp2f(sink - safe);
     float2 x = {};
+    const auto add = [&](int i, float2 y) {
+        const float weight = exp2f(heads[i * n_all].x - safe);
+        x.x += weight * y.x;
+        x.y += weight * y.y;
+    };
+#pragma unroll
+    for (int k = 0; k < first_parts; ++k) {
+        if (warp + merge_warps * k < n) {
+            add(warp + merge_warps * k, first[k]);
+        }
+    }
     if (channel < width) {
 #pragma unroll 8
-        for (int i = warp; i < n; i += merge_warps) {
-            const float weight = exp2f(heads[i * n_all].x - safe);
-            const float2 y = *(const float2 *)(args.partial + (i * n_all + row) * width + channel);
-            x.x += weight * y.x;
-            x.y += weight * y.y;
+        for (int i = warp + merge_warps * first_parts; i < n; i += merge_warps) {
+            add(i, values_of(i));
         }
     }
     shares[warp][lane] = x;

@@ -138,115 +138,123 @@ __device__ void store_open_state(uint8_t *to, wide_state<T, NT> &state, const wi
         [&](int c) { return 32 * (place.member + W * c) + 4 * place.g; }, [](int, int) { return 0.0f; });
 }
 
-/* How a block's threads take its rows: 64 each, several rows at a time. */
-struct row_threads {
-    static constexpr int of_row = 64;
-    int first, step, lane; /* rows first, first + step, ...; lane: among the threads of a row */
+/* Rows of a part, and where row r of a block is among those of all parts. */
+__device__ inline int64_t rows_of_part(const xq_attend_args &args) {
+    return (int64_t)args.n_streams * args.n_tokens * args.n_head;
+}
+__device__ inline int64_t row_of_part(const xq_attend_args &args, const wide_call &call, const block_task &task,
+                                      int r) {
+    const int row = task.first_row + r;
+    return task.part * rows_of_part(args) +
+           attend_row(args, task.nth_stream, call.token_of(row), task.head * call.n_rep + call.rest_of(row));
+}
 
-    static __device__ row_threads here() {
-        return {(int)threadIdx.x / of_row, (int)blockDim.x / of_row, (int)threadIdx.x % of_row};
-    }
-};
-
-/* The states of a block, in shared memory, as a row's joined sums need them. */
-template <int NT> struct wide_states {
-    uint8_t *sealed, *open; /* of the first team, and of the first that took open pages */
-    int ring, width, n_teams, n_open;
-
-    __device__ float2 &head(bool is_open, int i, int r) const {
-        return ((float2 *)((is_open ? open : sealed) + i * ring))[r];
-    }
-    __device__ float *values(bool is_open, int i, int r) const {
-        return state_values<NT>((is_open ? open : sealed) + i * ring, r, width);
-    }
-    /* Sum of the states' i-th numbers, times the weights that lie in place of their maxima. */
-    __device__ float joined(bool is_open, int n, int r, int i) const {
-        float x = 0.0f;
+/* A warp's row x, channel 32 k + lane in x [k], times the Hadamard matrix of blocks of `block` channels, which is a
+ * power of two; without the norm. */
+template <int K> __device__ void transform_row(float (&x)[K], int block, int lane) {
 #pragma unroll
-        for (int k = 0; k < max_teams; ++k) {
-            if (k < n) {
-                x += head(is_open, k, r).x * values(is_open, k, r)[i];
+    for (int step = 1; step < 32; step *= 2) {
+        if (step < block) {
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+                const float other = __shfl_xor_sync(~0u, x[k], step);
+                x[k] = (lane & step) == 0 ? x[k] + other : other - x[k];
             }
         }
-        return x;
     }
+#pragma unroll
+    for (int step = 1; step < K; step *= 2) {
+        if (32 * step < block) {
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+                if ((k & step) == 0 && k + step < K) {
+                    const float a = x[k], b = x[k + step];
+                    x[k] = a + b;
+                    x[k + step] = a - b;
+                }
+            }
+        }
+    }
+}
+
+/* The states of a block that its rows are put together of: n_sealed in shared memory, `step` bytes apart, and n_open
+ * over open pages, max_states at most in all.  OPEN: head(i, row) and values(i, row) of the i-th of these. */
+constexpr int max_states = 16;
+template <typename OPEN> struct block_states {
+    uint8_t *sealed;
+    int step, n_sealed, n_open;
+    OPEN open;
 };
 
-/* Maximum and sum of row r over all states; their maxima become weights. */
-template <int NT> __device__ float2 weigh(const wide_states<NT> &states, int r) {
-    float top = -INFINITY, sum = 0.0f;
-    for (int kind = 0; kind < 2; ++kind) {
-        for (int k = 0; k < (kind ? states.n_open : states.n_teams); ++k) {
-            top = fmaxf(top, states.head(kind, k, r).x);
-        }
-    }
-    for (int kind = 0; kind < 2; ++kind) {
-        for (int k = 0; k < (kind ? states.n_open : states.n_teams); ++k) {
-            float2 &head = states.head(kind, k, r);
-            head.x = quick_exp2(head.x - (top == -INFINITY ? 0.0f : top));
-            sum += head.x * head.y;
-        }
-    }
-    return make_float2(top, sum);
-}
-
-/* n rows of the first sealed state become the joined ones *= normalised Hadamard matrix, but for the norm.  By all
- * threads. */
-template <int NT> __device__ void transform_rows(const wide_states<NT> &states, int n) {
-    const auto mine = row_threads::here();
-    const int width = states.width, block = hadamard_block(width);
-    for (int r = mine.first; r < n; r += mine.step) {
-        for (int i = mine.lane; i < width; i += mine.of_row) {
-            states.values(false, 0, r)[i] = states.joined(false, states.n_teams, r, i);
-        }
-    }
-    for (int log = 0; 1 << log < block; ++log) {
-        __syncthreads();
-        for (int r = mine.first; r < n; r += mine.step) {
-            float *x = states.values(false, 0, r);
-#pragma unroll 2
-            for (int k = mine.lane; k < width / 2; k += mine.of_row) {
-                const int i = (k >> log << (log + 1)) + (k & ((1 << log) - 1));
-                const float a = x[i], b = x[i + (1 << log)];
-                x[i] = a + b;
-                x[i + (1 << log)] = a - b;
-            }
-        }
-    }
-    __syncthreads();
-}
-
-/* The rows of a block to memory, by all threads: the states of its teams, the last n_open of which took open pages.
- * shared: the first team's ring. */
-template <int NT>
-__device__ void join_wide_rows(uint8_t *shared, int n_open, const xq_store &store, const xq_attend_args &args,
+/* The rows of a block to memory: each by a warp.  K: channels of a lane, at most.  By all threads, which have met. */
+template <int NT, int K, typename OPEN>
+__device__ void join_wide_rows(const block_states<OPEN> &states, const xq_store &store, const xq_attend_args &args,
                                const wide_call &call, const block_task &task) {
     const int width = call.width, n = min(wide_rows<NT>, call.rows_of_head - task.first_row);
-    const wide_states<NT> states = {
-        shared, shared + (call.n_teams - n_open) * call.ring + call.state, call.ring, width, call.n_teams, n_open};
-    const int64_t n_all = (int64_t)args.n_streams * args.n_tokens * args.n_head; // rows of a part
-    const auto place_of = [&](int r) {
-        const int row = task.first_row + r;
-        return task.part * n_all +
-               attend_row(args, task.nth_stream, call.token_of(row), task.head * call.n_rep + call.rest_of(row));
-    };
-    __syncthreads();
-    if ((int)threadIdx.x < n) {
-        ((float2 *)(args.partial + args.n_parts * n_all * width))[place_of(threadIdx.x)] = weigh(states, threadIdx.x);
-    }
-    __syncthreads();
-    const bool rotate = call.rotate;
-    if (rotate) {
-        transform_rows(states, n);
-    }
-    const float norm = rsqrtf((float)hadamard_block(width));
-    const auto mine = row_threads::here();
-    for (int r = mine.first; r < n; r += mine.step) {
-        float *out = args.partial + place_of(r) * width;
-#pragma unroll 2
-        for (int i = mine.lane; i < width; i += mine.of_row) {
-            const float x = rotate ? states.values(false, 0, r)[i] * norm : states.joined(false, states.n_teams, r, i);
-            out[i] = x + states.joined(true, n_open, r, i);
+    const int lane = threadIdx.x % 32, block = hadamard_block(width);
+    const float norm = call.rotate ? rsqrtf((float)block) : 1.0f;
+    float2 *heads = (float2 *)(args.partial + args.n_parts * rows_of_part(args) * width);
+#pragma unroll 1
+    for (int r = threadIdx.x / 32; r < n; r += blockDim.x / 32) {
+        float first[K] = {}; // values of the first open state: they may come from afar
+        if (states.n_open > 0) {
+            const float *values = states.open.values(0, r);
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+                first[k] = 32 * k + lane < width ? values[32 * k + lane] : 0.0f;
+            }
+        }
+        float2 head = make_float2(-INFINITY, 0.0f); // lane i: of state i
+        if (lane < states.n_sealed) {
+            head = ((const float2 *)(states.sealed + lane * states.step))[r];
+        } else if (lane < states.n_sealed + states.n_open) {
+            head = states.open.head(lane - states.n_sealed, r);
+        }
+        float top = head.x;
+        for (int step = 1; step < max_states; step *= 2) {
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+        }
+        const float weight = quick_exp2(head.x - (top == -INFINITY ? 0.0f : top));
+        float sum = weight * head.y;
+        for (int step = 1; step < max_states; step *= 2) {
+            sum += __shfl_xor_sync(~0u, sum, step);
+        }
+        const auto add = [&](float (&x)[K], const float *values, int state) {
+            const float by = __shfl_sync(~0u, weight, state);
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+                if (32 * k + lane < width) {
+                    x[k] += by * values[32 * k + lane];
+                }
+            }
+        };
+        float x[K] = {};
+#pragma unroll 1
+        for (int i = 0; i < states.n_sealed; ++i) {
+            add(x, state_values<NT>(states.sealed + i * states.step, r, width), i);
+        }
+        if (call.rotate) {
+            transform_row(x, block, lane);
+        }
+        const float by = __shfl_sync(~0u, weight, states.n_sealed); // 0 if there are no open ones
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            x[k] = x[k] * norm + by * first[k];
+        }
+#pragma unroll 1
+        for (int i = 1; i < states.n_open; ++i) {
+            add(x, states.open.values(i, r), states.n_sealed + i);
+        }
+        const int64_t place = row_of_part(args, call, task, r);
+        float *out = args.partial + place * width;
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            if (32 * k + lane < width) {
+                out[32 * k + lane] = x[k];
+            }
+        }
+        if (lane == 0) {
+            heads[place] = make_float2(top, sum);
         }
     }
 }

@@ -17,7 +17,6 @@
 namespace xq {
 
 constexpr int max_wide_width = 512; /* of values */
-constexpr int max_teams = 4;        /* of a block */
 
 /* Warps of a block, at most: sums of many rows and channels need registers. */
 template <int W, int T, int NT> constexpr int wide_warps = W == 4 && T == 4 && NT == 2 ? 12 : 16;
