@@ -1,5 +1,6 @@
 /* attend_wide.cu: which layers the wide kernel covers, and which instance of it they take. */
 #include "attend_wide.cuh"
+#include "solo_shape.h"
 
 #include <algorithm>
 
@@ -38,8 +39,7 @@ static int logarithm(int n) {
     return log;
 }
 
-/* What depends on the layer alone. */
-static wide_call call_of(const xq_store &store, bool latent) {
+wide_call wide_call_of(const xq_store &store, bool latent) {
     const xq_side &k = store.k.plan, &v = store.v.plan;
     const int width = store.k.width, length = group_length(v, store.v.width);
     wide_call call = {};
@@ -74,14 +74,10 @@ static int tiles_of(int shares) {
     return shares <= 4 ? 2 : 4;
 }
 
-static int aligned(int bytes) {
-    return (bytes + 127) / 128 * 128;
-}
-
 /* n_pages: of a part.  n_teams = 0: nothing fits. */
 template <int NT> static wide_call shape_of(const xq_store &store, bool latent, int n_pages) {
     const xq_side &k = store.k.plan, &v = store.v.plan;
-    wide_call call = call_of(store, latent);
+    wide_call call = wide_call_of(store, latent);
     const int W = team_size(call.n_shares), rows = wide_rows<NT>;
     const int warps = tiles_of(call.n_shares) == 2 ? wide_warps<4, 2, NT>
                       : W == 4                     ? wide_warps<4, 4, NT>
@@ -132,6 +128,9 @@ static int launch_rows(const xq_store &store, const xq_attend_args &args, wide_c
 
 /* Sixteen query rows a block, if there are more than eight and if that fits. */
 template <bool LATENT> static int launch_kind(const xq_store &store, const xq_attend_args &args, cudaStream_t stream) {
+    if (!LATENT && solo_covers(store, args)) {
+        return launch_solo(store, args, stream);
+    }
     const int n_pages = (args.n_kv_pages + args.n_parts - 1) / args.n_parts;
     if (args.n_tokens * (args.n_head / store.n_head_kv) > wide_rows<1>) {
         wide_call call = shape_of<2>(store, LATENT, n_pages);

@@ -48,6 +48,13 @@ __device__ inline void multiply(float c[4], uint32_t a0, uint32_t a1, uint32_t a
 #endif
 }
 
+/* The first half of it, eight rows i: m16n8k8. */
+__device__ inline void multiply_half(float c[4], uint32_t a0, uint32_t a1, uint32_t b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+}
+
 /* The same for bytes, four of a row in a register: m16n8k32. */
 __device__ inline void multiply_bytes(int c[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                       uint32_t b1) {

@@ -64,6 +64,7 @@ template <typename PLACE> class page_ring {
     /* In shared memory: an mbarrier for each buffer, which says that a page is there, and where pages come from. */
     struct marks {
         uint64_t arrived[max_buffers];
+        uint32_t left[max_buffers]; /* warps that have left a page before the others of the team */
         const uint8_t *from[4];
         int64_t stride[4]; /* bytes from page to page */
     };
@@ -81,19 +82,43 @@ template <typename PLACE> class page_ring {
           parts(parts), warp(warp) {}
 
     /* By a whole team, before a barrier of the block. */
-    __device__ void begin() {
-#if __CUDA_ARCH__ >= 900
-        if (warp.member == 0 && warp.lane < depth) {
-            asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_of(of.arrived + first + warp.lane)));
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
-        buffer = phase = 0;
-    }
+    __device__ void begin() { prepare_marks(warp.member == 0 ? depth : 0); }
     /* Starts to copy a page, by the whole team; -1: there is none.  Into the n-th buffer at first, then into that of
      * the page before the current one. */
     __device__ void fill_first(int page, int n) { fill(page, n); }
     __device__ void refill(int page) { fill(page, buffer == 0 ? depth - 1 : buffer - 1); }
+
+    /* ---- where a team's warps do not meet, on GPUs that have bulk copies ---- */
+
+    /* Instead of begin() and fill_first(), for all teams by the first warp: page(n) is the nth, -1: there is none, and
+     * team n % n_teams takes it.  Only the first n_pages of them. */
+    template <typename PAGE> __device__ void begin_all(int n_teams, int n_pages, const PAGE &page) {
+        prepare_marks(n_teams * depth);
+        __syncwarp();
+        const int number = warp.lane < n_pages ? page(warp.lane) : -1;
+        if (number >= 0) {
+            copy(number, warp.lane % n_teams * depth + warp.lane / n_teams);
+        }
+    }
+    /* By a warp that has done with the current page: the next one is current.  The last one of the team to leave a page
+     * starts to copy `page` in its place; -1: there is none. */
+    __device__ void leave(int page) {
+#if __CUDA_ARCH__ >= 900
+        __syncwarp();
+        if (warp.lane == 0) {
+            uint32_t others;
+            asm volatile("atom.acq_rel.cta.shared.inc.u32 %0, [%1], %2;"
+                         : "=r"(others)
+                         : "r"(shared_of(of.left + first + buffer)), "r"(warp.size - 1)
+                         : "memory");
+            if (others == warp.size - 1 && page >= 0) {
+                copy(page, buffer);
+            }
+        }
+#endif
+        next();
+    }
+
     /* The team's current page; it stays until the team has met over the next one. */
     __device__ uint8_t *wait() {
 #if __CUDA_ARCH__ >= 900
@@ -123,29 +148,36 @@ template <typename PLACE> class page_ring {
     }
 
   private:
+    /* By a whole team. */
     __device__ void fill(int page, int to_buffer) {
-        if (page < 0) {
-            commit();
-            return;
+#if __CUDA_ARCH__ >= 900
+        if (page >= 0 && warp.member == 0 && warp.lane == 0) {
+            copy(page, to_buffer);
         }
+#else
+        if (page >= 0) {
+            copy(page, to_buffer);
+        }
+        commit();
+#endif
+    }
+    /* By one lane where copies are bulk copies, else by a whole team. */
+    __device__ void copy(int page, int to_buffer) {
         uint8_t *to = buffers + to_buffer * parts.bytes;
         const int start[] = {0, parts.k_param, parts.v_codes, parts.v_param};
         const int size[] = {parts.k_param, parts.v_codes - parts.k_param, parts.v_param - parts.v_codes,
                             parts.bytes - parts.v_param};
 #if __CUDA_ARCH__ >= 900
-        if (warp.member == 0 && warp.lane == 0) {
-            const uint32_t barrier = shared_of(of.arrived + first + to_buffer);
-            asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(parts.bytes)
-                         : "memory");
+        const uint32_t barrier = shared_of(of.arrived + first + to_buffer);
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(parts.bytes) : "memory");
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                if ((i == 0 || !parts.whole) && (!PLACE::may_lack_values || size[i] > 0)) {
-                    const int bytes = parts.whole ? parts.bytes : size[i];
-                    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::"
-                                 "bytes [%0], [%1], %2, [%3];" ::"r"(shared_of(to + start[i])),
-                                 "l"(of.from[i] + page * of.stride[i]), "r"(bytes), "r"(barrier)
-                                 : "memory");
-                }
+        for (int i = 0; i < 4; ++i) {
+            if ((i == 0 || !parts.whole) && (!PLACE::may_lack_values || size[i] > 0)) {
+                const int bytes = parts.whole ? parts.bytes : size[i];
+                asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::"
+                             "bytes [%0], [%1], %2, [%3];" ::"r"(shared_of(to + start[i])),
+                             "l"(of.from[i] + page * of.stride[i]), "r"(bytes), "r"(barrier)
+                             : "memory");
             }
         }
 #else
@@ -155,7 +187,17 @@ template <typename PLACE> class page_ring {
                 copy16(to + start[i] + b, of.from[i] + page * of.stride[i] + b);
             }
         }
-        commit();
+#endif
+    }
+
+    /* Of the first n buffers from the team's first on. */
+    __device__ void prepare_marks(int n) const {
+#if __CUDA_ARCH__ >= 900
+        if (warp.lane < n) {
+            asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_of(of.arrived + first + warp.lane)));
+            of.left[first + warp.lane] = 0;
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
     }
 

@@ -67,4 +67,11 @@ struct wide_call : row_numbers {
     int n_shares; /* of the warps: chunks of 32 channels of values, or planes of eight units of latent codes */
 };
 
+/* What depends on the layer alone. */
+wide_call wide_call_of(const xq_store &store, bool latent);
+
+inline int aligned(int bytes) {
+    return (bytes + 127) / 128 * 128;
+}
+
 } // namespace xq

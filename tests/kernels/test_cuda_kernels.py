@@ -45,9 +45,11 @@ def check_attention(
 # ---- many pages ----
 
 
-@pytest.mark.parametrize("n_tokens", [1, 2])
+SHAPES = [((4, 2), 64, 64), ((2, 1), 64, 64), ((1, 4), 96, 96), ((3, 2), 256, 256), ((4, 2), 320, 0)]
+
+
 @pytest.mark.parametrize(
-    ("bits", "d", "e"), [((4, 2), 64, 64), ((2, 1), 64, 64), ((1, 4), 96, 96), ((3, 2), 256, 256), ((4, 2), 320, 0)]
+    ("bits", "d", "e", "n_tokens"), [*((*shape, n) for shape in SHAPES for n in (1, 2)), ((4, 2), 512, 512, 1)]
 )
 def test_many_pages(on: Cuda, bits: tuple[int, int], d: int, e: int, n_tokens: int) -> None:
     """More than a block has room for: buffers are filled again and again.  Some masks are neither 0 nor -inf.  No width
@@ -146,13 +148,16 @@ class Step:
         self.on.enqueue("attend", self.storage.c, self.attend, stream)
 
 
-@pytest.mark.parametrize("kernel", ["decode", "wide", "general"])
-def test_attention_that_overtakes_an_update_reads_what_it_wrote(on: Cuda, kernel: str) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "v", "d"),
+    [("decode", V, 128), ("wide", replace(V, bits=4), 128), ("wide", V, 256), ("general", Side(0, 0), 128)],
+)
+def test_attention_that_overtakes_an_update_reads_what_it_wrote(on: Cuda, kernel: str, v: Side, d: int) -> None:
     """Forty layers' updates and attentions in one graph, many times, against the same one after the other: each has the
     bits that it has when everybody waits.  Outputs are overwritten between, so that no earlier one can pass."""
     rng, table = np.random.default_rng(21), [SEALED] * 6 + [0, 1]
-    layer = Layer(Side(4, 128), {"decode": V, "wide": replace(V, bits=4), "general": Side(0, 0)}[kernel])
-    storages = [Storage(on, layer, random_rows(rng, 1, HEADS, 2, 128), 8) for _ in range(40)]
+    layer = Layer(Side(4, 128), v)
+    storages = [Storage(on, layer, random_rows(rng, 1, HEADS, 2, d), 8) for _ in range(40)]
     assert on.attend_kernel(storages[0].c) == kernel
     for storage in storages:
         storage.update([Move(page, page % 2) for page in range(6)])
@@ -162,13 +167,13 @@ def test_attention_that_overtakes_an_update_reads_what_it_wrote(on: Cuda, kernel
         step.attend.after_update = 0
         on.verb("update", step.storage.c, step.update)
         on.verb("attend", step.storage.c, step.attend)
-        right.append(step.out.get(np.float32, (HEADS * N_REP, 128)))
+        right.append(step.out.get(np.float32, (HEADS * N_REP, d)))
         step.attend.after_update = 1
-    before = [random_rows(np.random.default_rng(i), 1, HEADS, 2, 128) for i in range(len(steps))]
+    before = [random_rows(np.random.default_rng(i), 1, HEADS, 2, d) for i in range(len(steps))]
     for i, step in enumerate(steps):  # rows as they were, but for the one that is written
         for x, written in zip(before[i], step.storage.rows(), strict=True):
             x[:] = written
-            x.reshape(1, HEADS, -1, 128)[:, :, step.row] = np.float16(7.0)
+            x.reshape(1, HEADS, -1, d)[:, :, step.row] = np.float16(7.0)
 
     def all_layers(stream: int) -> None:
         for step in steps:
@@ -178,7 +183,7 @@ def test_attention_that_overtakes_an_update_reads_what_it_wrote(on: Cuda, kernel
     for _ in range(20):
         for i, step in enumerate(steps):
             step.storage.set_rows(before[i])
-            step.out.set(np.full((HEADS * N_REP, 128), np.nan, np.float32))
+            step.out.set(np.full((HEADS * N_REP, d), np.nan, np.float32))
         on.synchronize()
         graph.milliseconds()
         for step, want in zip(steps, right, strict=True):

@@ -90,6 +90,22 @@ CASES = {
             (2, 2, 128, 400, 20),
         )
     },
+    **{
+        f"one token, k{k} v{v} d{d} rows {n_rep}": Case(
+            Side(k, 128),
+            replace(V, bits=v),
+            d,
+            heads=1,
+            n_rep=n_rep,
+            n_streams=2,
+            table=(0, *[-1] * 9, -2, 1),
+            cuda="wide",
+        )
+        for k, v in [(4, 2), (3, 2), (2, 1), (4, 4)]
+        for d, n_rep in [(256, 6), (256, 16), (512, 8)]
+    },
+    "head 256, three tiles of rows": Case(d=256, heads=2, n_rep=35, sinks=True, cuda="wide"),
+    "head 256, open only": Case(d=256, n_rep=12, n_streams=2, table=(0, 2, 1), cuda="wide"),
     "head 256, groups of values": Case(v=Side(4, 32, "paper"), d=256, n_rep=16, heads=1, n_tokens=2, cuda="wide"),
     "head 512, groups of values": Case(v=Side(3, 64, "paper", "log8"), d=512, n_rep=8, heads=1, cuda="wide"),
     "head 128, groups of values": Case(v=replace(V, bits=1, group=32), d=128, n_rep=16, heads=1, cuda="wide"),
