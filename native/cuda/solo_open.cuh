@@ -39,7 +39,7 @@ __device__ inline void find_open_pages(uint32_t *bits, const xq_store &store, co
 #pragma unroll 4
     for (int word = first; 32 * word < n_pages; word += step) {
         const int page = 32 * word + lane;
-        const bool open = page < n_pages && safe_slot(store, table[page]) >= 0;
+        const bool open = page < n_pages && is_open(safe_slot(store, table[page]));
         const uint32_t all = __ballot_sync(~0u, open);
         if (lane == 0) {
             bits[word] = all;
@@ -73,12 +73,19 @@ __device__ inline int nth_open_page(const uint32_t *bits, int n_pages, int n, in
     return -1;
 }
 
-/* The rows of a piece: [16][E]. */
+/* A piece: [16][E] of F16, or of bytes with scales of channels and of tokens, and centres behind all scales of a page.
+ */
 struct piece_rows {
-    const __half *k, *v;
+    const void *k, *v;
+    const __half *k_scale, *v_scale; /* null: F16 */
 };
 template <int E> __device__ piece_rows rows_of_piece(const side_view &k, const side_view &v, int slot, int nth) {
-    return {open_rows(k, slot) + nth * piece_tokens * E, open_rows(v, slot) + nth * piece_tokens * E};
+    const int first = nth * piece_tokens;
+    if (is_bytes(slot)) {
+        const byte_page a = bytes_at(k, true, slot), b = bytes_at(v, false, slot);
+        return {a.codes + first * E, b.codes + first * E, (const __half *)a.scale, (const __half *)b.scale + first};
+    }
+    return {open_rows(k, slot) + first * E, open_rows(v, slot) + first * E, nullptr, nullptr};
 }
 
 /* What a warp needs of a piece, in registers. */
@@ -88,31 +95,75 @@ template <int KB, int E> struct open_piece {
     uint4 k[products / 2][2]; // of tokens 2 g and 2 g + 1: eight channels of two planes
     uint2 v[chunks][4];       // of tokens 4 t ..: channels 4 g .. + 3
     uint32_t masks[1];
+    const __half *k_scale, *v_scale; // not null: k and v begin with bytes
 
+    static __device__ int channel(int h, int warp, int t) { // the first of eight
+        const int n = products * warp + 2 * h;
+        return 4 * (planes * (4 * (n / planes) + t) + n % planes);
+    }
     /* mask: of the first token, or null. */
     __device__ void load(const piece_rows &rows, const __half *mask, int warp, const lane_place &place) {
 #pragma unroll
         for (int h = 0; h < products / 2; ++h) {
-            const int n = products * warp + 2 * h, i = 4 * (planes * (4 * (n / planes) + place.t) + n % planes);
             for (int w = 0; w < 2; ++w) {
-                k[h][w] = *(const uint4 *)(rows.k + (2 * place.g + w) * E + i);
+                const int at = (2 * place.g + w) * E + channel(h, warp, place.t);
+                if (rows.k_scale) {
+                    const uint2 x = *(const uint2 *)((const int8_t *)rows.k + at);
+                    k[h][w] = {x.x, x.y, 0, 0};
+                } else {
+                    k[h][w] = *(const uint4 *)((const __half *)rows.k + at);
+                }
             }
         }
 #pragma unroll
         for (int c = 0; c < chunks; ++c) {
             for (int w = 0; w < 4; ++w) {
-                v[c][w] = *(const uint2 *)(rows.v + (4 * place.t + w) * E + 32 * (warp + solo_warps * c) + 4 * place.g);
+                const int at = (4 * place.t + w) * E + 32 * (warp + solo_warps * c) + 4 * place.g;
+                if (rows.k_scale) {
+                    v[c][w] = {*(const uint32_t *)((const int8_t *)rows.v + at), 0};
+                } else {
+                    v[c][w] = *(const uint2 *)((const __half *)rows.v + at);
+                }
             }
         }
+        k_scale = rows.k_scale;
+        v_scale = rows.v_scale;
         masks[0] = mask ? *(const uint32_t *)(mask + 2 * place.g) : 0;
+    }
+
+    /* Bytes become halves, when they are wanted: whoever loads a piece does not wait for it. */
+    __device__ void widen(int warp, const lane_place &place) {
+        if (!k_scale) {
+            return;
+        }
+#pragma unroll
+        for (int h = 0; h < products / 2; ++h) {
+            const __half *at = k_scale + channel(h, warp, place.t);
+            const uint4 scale = *(const uint4 *)at, centre = *(const uint4 *)(at + E);
+            for (uint4 &x : k[h]) {
+                const uint2 low = widen_four(x.x, {scale.x, scale.y}, {centre.x, centre.y});
+                const uint2 high = widen_four(x.y, {scale.z, scale.w}, {centre.z, centre.w});
+                x = {low.x, low.y, high.x, high.y};
+            }
+        }
+        const auto *at = (const uint2 *)(v_scale + 4 * place.t),
+                   *behind = (const uint2 *)(v_scale + 4 * place.t + XQ_PAGE);
+        const uint2 scale = *at, centre = *behind;
+#pragma unroll
+        for (int c = 0; c < chunks; ++c) {
+            for (int w = 0; w < 4; ++w) {
+                v[c][w] = widen_four(v[c][w].x, four_times(scale, w), four_times(centre, w));
+            }
+        }
     }
 };
 
 /* Adds a piece, by all warps, which meet in here.  shares: [warp][tile][lane] scores, which the block has done with. */
 template <int KB, int E, int NT>
-__device__ void add_open_piece(open_sums<E, NT> &sums, const open_piece<KB, E> &piece, const uint8_t *queries,
+__device__ void add_open_piece(open_sums<E, NT> &sums, open_piece<KB, E> &piece, const uint8_t *queries,
                                const wide_tile<NT> &tile, float4 *shares, int warp, const lane_place &place) {
     constexpr int bits = piece.bits, planes = piece.planes, products = piece.products, chunks = piece.chunks;
+    piece.widen(warp, place);
     float s[NT][4] = {};
 #pragma unroll
     for (int n = 0; n < products; ++n) {
