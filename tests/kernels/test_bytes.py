@@ -288,13 +288,14 @@ def test_keys_are_read_and_written_again_for_a_shift(coder: Device, d: int) -> N
 # ---- attend ----
 
 
-@pytest.mark.parametrize("name", ["decode", "wide", "general", "latent"])
+@pytest.mark.parametrize("name", ["decode", "wide", "solo", "general", "latent"])
 @pytest.mark.parametrize("n_rep", [1, 4, 9])
 def test_bytes_are_read_as_exactly_as_rows(on: Device, name: str, n_rep: int) -> None:
     """Of bytes that stand for F16 numbers, nothing is rounded: the rows give the same bits."""
     layer, d, e, latent = {
         "decode": (PLAIN, 128, 128, 0),
         "wide": (Layer(Side(3, 64), Side(3, 0)), 96, 80, 0),
+        "solo": (PLAIN, 256, 256, 0),
         "general": (Layer(Side(0, 64), Side(0, 0)), 64, 80, 0),
         "latent": (PLAIN, 80, 16, 64),
     }[name]
@@ -314,8 +315,9 @@ def test_bytes_are_read_as_exactly_as_rows(on: Device, name: str, n_rep: int) ->
         np.testing.assert_array_equal(
             rows[0, 0, 2], reference.widen(*storage.byte_part(blocks[0, 0, 2], part), part == "k")
         )
-    mask = np.where(rng.random((1, 3, 3 * PAGE)) < 0.3, -np.inf, 0).astype(np.float16)
-    q = rng.standard_normal((1, 3, HEADS * n_rep, d), np.float32)
+    n_tokens = 1 if name == "solo" else 3
+    mask = np.where(rng.random((1, n_tokens, 3 * PAGE)) < 0.3, -np.inf, 0).astype(np.float16)
+    q = rng.standard_normal((1, n_tokens, HEADS * n_rep, d), np.float32)
     outs = [
         storage.attend(q, table, mask, scale=d**-0.5, n_parts=2)
         for table in ([[0, 1, 2]], [[BYTES, BYTES - 1, BYTES - 2]], [[BYTES, 1, BYTES - 2]])

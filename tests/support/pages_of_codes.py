@@ -185,6 +185,14 @@ CASES |= {
         ),
         **dict.fromkeys(("open only", "open only, odd rows", "a group of rows and some"), (BYTES, 0, BYTES - 1)),
         **dict.fromkeys(("open only, one row", "head 512, open only"), (BYTES, BYTES - 1)),
+        **dict.fromkeys(
+            tuple(
+                f"one token, k{k} v{v} d{d} rows {n_rep}"
+                for k, v in [(4, 2), (3, 2), (2, 1), (4, 4)] for d, n_rep in [(256, 6), (256, 16), (512, 8)]
+            ),
+            (BYTES, *[-1] * 6, -2, BYTES - 1, 0),
+        ),
+        "head 256, open only": (BYTES, 0, BYTES - 1),
     }.items()
 }  # fmt: skip
 
