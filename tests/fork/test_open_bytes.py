@@ -95,8 +95,8 @@ def test_an_abort_between_any_two_nodes_loses_nothing(paths: dict[str, Path], fi
                 "".join("b" if page.in_bytes else "r" if page.is_open else "c" for page in context.pages().values())
             )
             worst = max(worst, float(np.abs(context.decode(TOKENS[first:last], first) - want).mean() / want.std()))
-    # measured: 5.6e-3, for pages that became bytes or codes although the tokens that wanted their slots are gone; without
-    # what end() does of the second step 3.3e-2
+    # measured: 5.6e-3, for pages that became bytes or codes although the tokens that wanted their slots are gone;
+    # without what end() does of the second step 3.3e-2
     assert worst < 1e-2
     assert len(seen) > 1  # aborts before the steps, and behind them
 

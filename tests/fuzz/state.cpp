@@ -61,8 +61,8 @@ std::vector<std::unique_ptr<live>> make_kinds() {
     kinds.push_back(std::make_unique<live>(fuzz::load_model("mixed"), fuzz::shape{1024, n_seq, true}));
     kinds.push_back(
         std::make_unique<live>(fuzz::load_model("plain", {{"xquant.window", "-1"}}), fuzz::shape{1024, n_seq, true}));
-    kinds.push_back(std::make_unique<live>(fuzz::load_model("plain", {{"xquant.pinned", "2"}}),
-                                           fuzz::shape{1024, n_seq, true}));
+    kinds.push_back(
+        std::make_unique<live>(fuzz::load_model("plain", {{"xquant.pinned", "2"}}), fuzz::shape{1024, n_seq, true}));
     return kinds;
 }
 
