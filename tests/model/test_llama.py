@@ -122,7 +122,7 @@ def test_kv_cache_info(llm: Llama) -> None:
     told = plan.cache_bytes([Shape(64, 64, 3)] * 30, 2048)
     # page tables and 330 bytes a layer apart: counters that nodes keep
     assert info["bytes_allocated"] - 1024 - 30 * 330 < told < info["bytes_allocated"]
-    assert plan.slots(2048) == 3
+    assert (plan.slots(2048), plan.byte_slots(2048)) == (1, 2)
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
@@ -237,6 +237,8 @@ def test_bad_metadata_is_refused_by_the_fork(smollm2: str) -> None:
         ({"xquant.window": 2**31 - 1}, "window is 2147483647, must be -1 (never seal) to 1048576 tokens"),
         ({"xquant.pinned": -1}, 'xquant.pinned = "-1" must be an integer from 0'),
         ({"xquant.pinned": 2**20}, "pinned is 1048576, must be 0 to 1024 pages"),
+        ({"xquant.open_bits": 4}, 'xquant.open_bits = "4" must be an integer from 8 to 16'),
+        ({"xquant.open_bits": 9}, "open_bits is 9, must be 8 or 16"),
         (
             {"xquant.layer.1": "k=4"},
             "xquant.layer.1 is unknown; there are xquant.preset, xquant.window, xquant.pinned and xquant.open_bits",

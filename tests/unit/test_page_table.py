@@ -90,7 +90,7 @@ class Cache(RuleBasedStateMachine):
                     move.stream, move.page, move.small, layer
                 )
         self.table.commit_opens()
-        return stop > 0
+        return True
 
     def run_after(self, plan: Plan, done: tuple[int, int]) -> bool:
         """Clears the stage; done: steps that each of the layers did before the graph stopped."""
