@@ -249,12 +249,10 @@ typedef struct xq_side_store {
     uint8_t *bytes;                               /* null if there are no byte slots */
     int64_t bytes_slot, bytes_head, bytes_stream; /* bytes */
 } xq_side_store;
-
 /* One layer.  On a GPU every pointer to data is a device pointer. */
 typedef struct xq_store {
     int32_t n_head_kv, n_pages, n_slots, n_streams;
-    int32_t n_staged; /* slots of the stage */
-    int32_t n_bytes;  /* byte slots */
+    int32_t n_staged, n_bytes; /* slots of the stage; byte slots */
     xq_side_store k, v;
     int32_t latent;           /* so many of the values' channels, the first, are the first of the keys; v: the others */
     int32_t mapped;           /* 1: V is what a map of `source` leaves over */

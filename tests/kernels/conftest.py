@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from support import remote
-from support.devices import Device, device
+from support.devices import Cpu, Device, device
 from xquant_gguf import codec
 
 
@@ -31,6 +31,20 @@ def on(request: pytest.FixtureRequest) -> Device:
 def coder(request: pytest.FixtureRequest) -> Device:
     """As `on`, for what the sets for ARM have in common: all but attention."""
     return device(request.param)
+
+
+@pytest.fixture(params=["cpu-scalar", pytest.param("cuda", marks=pytest.mark.cuda)])
+def any_one(request: pytest.FixtureRequest) -> Device:
+    """A device of each backend: what is refused does not depend on kernel sets."""
+    return device(request.param)
+
+
+@pytest.fixture
+def here() -> Cpu:
+    """One whose memory tests can look into."""
+    on = device("cpu-scalar")
+    assert isinstance(on, Cpu)
+    return on
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

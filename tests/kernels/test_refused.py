@@ -1,4 +1,4 @@
-"""What the store functions and the verbs refuse: a message that names it, and nothing is changed."""
+"""What the verbs refuse: a message that names it, and nothing is changed."""
 
 from __future__ import annotations
 
@@ -9,75 +9,12 @@ import numpy as np
 import pytest
 
 from support import remote
-from support.devices import Buffer, Cpu, Device, Refused, device
+from support.calls import PLAIN, VERBS, Call, made, refused
+from support.devices import Buffer, Cpu, Device, Refused
 from support.pages_of_codes import V, random_rows
-from support.storage import BYTES, NONE, SEALED, Move, Storage, c_layer
+from support.storage import BYTES, NONE, SEALED, Move, Storage
 from xquant_gguf import native
-from xquant_gguf.plan import Layer, Side
-
-PLAIN = Layer(Side(4, 128), V)
-
-
-@pytest.fixture(params=["cpu-scalar", pytest.param("cuda", marks=pytest.mark.cuda)])
-def any_one(request: pytest.FixtureRequest) -> Device:
-    """A device of each backend: what is refused does not depend on kernel sets."""
-    return device(request.param)
-
-
-def made(on: Device, layer: Layer = PLAIN, *, streams: int = 2, seals: bool = True, **reads: Any) -> Storage:
-    """Two KV heads, three slots, four pages; no byte slots unless n_bytes says so."""
-    n_slots = 3 + reads.get("staged", 0)
-    return Storage(on, layer, random_rows(np.random.default_rng(0), streams, 2, n_slots, 64), 4, seals=seals, **reads)
-
-
-class Call:
-    """A good call of a verb with all of its memory; fields of its arguments and of its store can be changed."""
-
-    def __init__(self, on: Device, verb: str, storage: Storage | None = None) -> None:
-        ffi, _ = native.load()
-        self.on, self.verb = on, verb
-        self.storage = storage or made(on)
-        self.data = Buffer(on, np.zeros(1 << 18, np.float32))
-        self.words = Buffer(on, np.array([[0, 1, 2, NONE, *[-1] * 5], [1, 0, 0, NONE, *[-1] * 5]], np.int32))
-        self.count = Buffer(on, np.zeros(64, np.uint64))
-        self.table = Buffer(on, np.array([[0, 1, 2, -2], [-2, 1, 2, 0]], np.int32))
-        keys = verb in ("read_keys", "write_keys")
-        self.a = a = ffi.new(f"xq_{'keys' if keys else 'update' if verb == 'rows' else verb}_args *")
-        number, words = self.data.pointer("float"), self.words.pointer("int32_t")
-        if verb == "update":
-            a.seals, a.n_seals, a.n_nonfinite = words, 2, self.count.pointer("uint64_t")
-        elif verb == "rows":
-            a.rows, a.n_tokens, a.n_nonfinite = words + 3, 0, self.count.pointer("uint64_t")
-            self.rows = Buffer(on, np.array([0, 5 * 128 + 127], np.int32))
-            a.rows, a.n_tokens, a.k_cur, a.v_cur = self.rows.pointer("int32_t"), 2, number, number
-            a.k_head_stride = a.v_head_stride = 256
-            a.k_token_stride = a.v_token_stride = 512
-        elif verb == "attend":
-            a.q, a.out, a.partial = number, number + (1 << 16), number + (1 << 17)
-            a.q_head_stride, a.q_token_stride, a.table = 256, 1024, self.table.pointer("int32_t")
-            a.n_head, a.n_tokens, a.n_streams, a.n_kv_pages, a.n_parts, a.scale = 4, 1, 2, 4, 2, 0.1
-            a.arrivals = self.count.pointer("uint32_t")
-        elif verb == "unpack":
-            a.table, a.rows = self.table.pointer("int32_t"), self.data.pointer("uint16_t")
-            a.n_streams, a.n_kv_pages, a.is_k, a.n_heads = 2, 4, 1, 2
-        else:
-            a.pages, a.n_pages, a.keys, a.head_stride, a.token_stride = words, 2, number, 256, 512
-
-    def __call__(self) -> None:
-        self.on.verb("update" if self.verb == "rows" else self.verb, self.storage.c, self.a)
-
-    def memory(self) -> list[bytes]:
-        return [self.on.read(buffer.at, buffer.bytes) for buffer in list(self.on.buffers)]
-
-
-def refused(call: Call, message: str) -> None:
-    before = call.memory()
-    with pytest.raises(Refused, match=message):
-        call()
-    assert call.memory() == before
-
-
-VERBS = ("update", "rows", "attend", "unpack", "read_keys", "write_keys")
+from xquant_gguf.plan import Layer
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -216,13 +153,6 @@ def test_a_layer_that_never_seals_is_used_without_blocks(any_one: Device) -> Non
 # ---- what lies behind pointers: a CPU can look ----
 
 
-@pytest.fixture
-def here() -> Cpu:
-    on = device("cpu-scalar")
-    assert isinstance(on, Cpu)
-    return on
-
-
 @pytest.mark.parametrize("verb", ["update", "read_keys", "write_keys"])
 @pytest.mark.parametrize(("word", "value"), [(0, 2), (0, -1), (1, 4), (1, -1), (2, 3), (2, -3), (2, -(1 << 31))])
 def test_moves_of_pages_that_there_are_not(here: Cpu, verb: str, word: int, value: int) -> None:
@@ -311,77 +241,6 @@ def test_threads_that_there_are_not(here: Cpu) -> None:
     ):
         assert here.backend.attend(call.storage.c, call.a, exec_) < 0
         assert message in native.error()
-
-
-# ---- stores ----
-
-
-def test_stores_that_cannot_be_made(here: Cpu) -> None:
-    ffi, lib = native.load()
-    store, rows = ffi.new("xq_store *"), ffi.cast("uint16_t *", 4096)
-
-    def init(layer: Layer = PLAIN, streams: tuple[int, int] = (0, 0), **change: int) -> int:
-        shape = {"d": 64, "e": 64, "n_head_kv": 2, "n_pages": 4, "n_slots": 3, "n_streams": 1} | change
-        area = ffi.new("xq_shape *", shape)
-        return int(
-            lib.xq_store_init(store, c_layer(layer), area, ffi.cast("uint8_t *", 64), streams[0], rows, streams[1])
-        )
-
-    assert init() == 0
-    bad: list[tuple[dict[str, Any], str]] = [
-        ({"n_pages": 0}, "shape: n_pages is 0"),
-        ({"n_head_kv": 40000}, "shape: n_head_kv is 40000"),
-        ({"n_bytes": -1}, "shape: n_bytes is -1"),
-        ({"d": 60}, "head widths are 60 and 64"),
-        ({"layer": Layer(replace(PLAIN.k, bits=9), V)}, "bits is 9, must be 0 to 4"),
-        ({"n_streams": 2}, "streams are 0 bytes of blocks and 0 bytes of rows apart"),
-        ({"n_streams": 2, "streams": (1 << 20, (1 << 20) + 1)}, "rows are 2 bytes"),
-    ]
-    for change, message in bad:
-        assert init(**change) < 0
-        assert message in native.error()
-    assert lib.xq_store_init(store, c_layer(PLAIN), ffi.NULL, ffi.NULL, 0, rows, 0) < 0
-    assert "shape must not be null" in native.error()
-    assert lib.xq_attend_states(store, ffi.new("xq_attend_args *", {"n_parts": 1, "n_streams": 1})) < 0
-    assert "n_tokens is 0" in native.error()
-
-
-@pytest.mark.parametrize(
-    ("side", "owner", "message"),
-    [
-        (Side(4, 128, "lsq", owner=0), Side(3, 128), "codes of 3 bits"),
-        (Side(4, 128, "lsq", owner=0), Side(4, 128, "lsq", owner=0), "the owner's codes must be its own"),
-        (Side(4, 128), Side(4, 128), "the layer's plan says owner -1"),
-    ],
-)
-def test_codes_that_cannot_be_borrowed(here: Cpu, side: Side, owner: Side, message: str) -> None:
-    ffi, lib = native.load()
-    layer, other = ffi.new("xq_store *"), ffi.new("xq_store *")
-    shape, at = ffi.new("xq_shape *", (64, 64, 2, 4, 3, 1)), (ffi.cast("uint8_t *", 64), ffi.cast("uint16_t *", 64))
-    for store, k in ((layer, side), (other, owner)):
-        assert lib.xq_store_init(store, c_layer(Layer(k, V)), shape, at[0], 0, at[1], 0) == 0
-    assert lib.xq_store_borrow(layer, 1, other) < 0
-    assert message in native.error()
-    other.n_pages = 5
-    assert lib.xq_store_borrow(layer, 1, other) < 0
-    assert "the owner has 2 KV heads, 5 pages and 1 streams" in native.error()
-
-
-def test_maps_that_cannot_be_read(here: Cpu) -> None:
-    ffi, lib = native.load()
-    source, heads, weight = made(here), ffi.new("int32_t[2]"), ffi.new("float[1]")
-    reader = made(
-        here,
-        Layer(PLAIN.k, replace(V, source=0)),
-        source=source,
-        map_=(np.zeros(2, np.int32), np.zeros((2, 64, 64), np.float32)),
-    )
-    assert lib.xq_store_map(made(here).c, source.c, heads, weight) < 0
-    assert "width 64 and source -1" in native.error()
-    assert lib.xq_store_map(reader.c, reader.c, heads, weight) < 0
-    assert "source 0; the layer's" in native.error()
-    assert lib.xq_store_map(reader.c, source.c, ffi.NULL, weight) < 0
-    assert "heads must not be null" in native.error()
 
 
 def latent(on: Device, own: int = 0) -> Storage:
