@@ -98,11 +98,11 @@ CASES = {
             heads=1,
             n_rep=n_rep,
             n_streams=2,
-            table=(0, *[-1] * 9, -2, 1),
+            table=(0, *[-1] * n_sealed, -2, 1),
             cuda="wide",
         )
         for k, v in [(4, 2), (3, 2), (2, 1), (4, 4)]
-        for d, n_rep in [(256, 6), (256, 16), (512, 8)]
+        for d, n_rep, n_sealed in [(256, 6, 5), (256, 16, 9), (512, 8, 9)]
     },
     "head 256, three tiles of rows": Case(d=256, heads=2, n_rep=35, sinks=True, cuda="wide"),
     "head 256, open only": Case(d=256, n_rep=12, n_streams=2, table=(0, 2, 1), cuda="wide"),
