@@ -57,7 +57,7 @@ inline bool multiples(const char *verb, std::initializer_list<named_stride> stri
 
 /* One side of a store.  seals: whether the layer ever seals. */
 inline bool accepts_side(const char *name, const xq_side_store &side, bool is_k, bool seals) {
-    if (side.width < 16 || side.width > XQ_MAX_HEAD_DIM || side.width % 16 != 0) {
+    if (!is_width(side.width)) {
         return !fail(XQ_ERR_ARGUMENT, "store: %s.width is %d, must be a multiple of 16 from 16 to %d", name, side.width,
                      XQ_MAX_HEAD_DIM);
     }

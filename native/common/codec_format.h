@@ -50,6 +50,10 @@ XQ_BOTH int64_t page_param_bytes(const xq_side &side, bool is_k, int width) {
     const int n_i = is_k ? width : XQ_PAGE, n_j = is_k ? XQ_PAGE : width;
     return (int64_t)(n_j / group_length(side, n_j)) * parameter_bytes(side, n_i);
 }
+/* Whether a head may be so wide. */
+XQ_BOTH bool is_width(int width) {
+    return width >= 16 && width <= XQ_MAX_HEAD_DIM && width % 16 == 0;
+}
 /* Bytes of one side of a page in bytes: i8 [XQ_PAGE][width], then scales and centres. */
 XQ_BOTH int page_in_bytes(bool is_k, int width) {
     return width > 0 ? XQ_PAGE * width + 4 * (is_k ? width : XQ_PAGE) : 0;

@@ -24,36 +24,25 @@ inline __m256 sums(const __m256 v[8]) {
     return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
-inline void to_float(const uint16_t *half, int n /* multiple of 8 */, float *out) {
-    for (int i = 0; i < n; i += 8) {
-        _mm256_store_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(half + i))));
-    }
-}
+/* ---- numbers of open pages, for attention_x86_open.h: n_floats at a time ---- */
 
-inline __m256 bytes_to_float(const int8_t *p /* [8] */) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
-}
-inline __m256 half_to_vector(const uint16_t *p /* [8] */) {
+using floats = __m256;
+constexpr int n_floats = 8;
+
+inline floats half_to_floats(const uint16_t *p /* [8] */) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 }
-
-/* The first n channels of open_tokens tokens of a page in bytes, whose parameters are channels', to out [token][n]. */
-inline void channels_to_float(const byte_page &page, int t0, int n /* multiple of 8 */, float *out) {
-    for (int i = 0; i < n; i += 8) {
-        const __m256 scale = half_to_vector(page.scale + i), centre = half_to_vector(page.scale + page.n + i);
-        for (int t = 0; t < open_tokens; ++t) {
-            const __m256 x = bytes_to_float(page.codes + (t0 + t) * page.width + i);
-            _mm256_store_ps(out + t * n + i, _mm256_fmadd_ps(scale, x, centre));
-        }
-    }
+inline floats bytes_to_floats(const int8_t *p /* [8] */) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
-/* Of one token; parameters are tokens'. */
-inline void token_to_float(const byte_page &page, int t, int n, float *out) {
-    const __m256 scale = _mm256_set1_ps(half_to_float(page.scale[t]));
-    const __m256 centre = _mm256_set1_ps(half_to_float(page.scale[page.n + t]));
-    for (int i = 0; i < n; i += 8) {
-        _mm256_store_ps(out + i, _mm256_fmadd_ps(scale, bytes_to_float(page.codes + t * page.width + i), centre));
-    }
+inline floats splat(float x) {
+    return _mm256_set1_ps(x);
+}
+inline floats multiply_add(floats a, floats b, floats c) {
+    return _mm256_fmadd_ps(a, b, c);
+}
+inline void store(float *p, floats x) {
+    _mm256_store_ps(p, x);
 }
 
 /* scores[row][t0 .. t0 + n_k - 1] of R rows against n_k keys, a multiple of 8 / R rounded up to pairs. */

@@ -30,33 +30,25 @@ XQ_INLINE __m512 sums(const __m512 v[16]) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(two[0], two[1], 0x88), _mm512_shuffle_f32x4(two[0], two[1], 0xdd));
 }
 
-inline void to_float(const uint16_t *half, int n /* multiple of 16 */, float *out) {
-    for (int i = 0; i < n; i += 16) {
-        _mm512_store_ps(out + i, load_half(half + i));
-    }
-}
+/* ---- numbers of open pages, for attention_x86_open.h: n_floats at a time ---- */
 
-XQ_INLINE __m512 bytes_to_float(const int8_t *p /* [16] */) {
+using floats = __m512;
+constexpr int n_floats = 16;
+
+XQ_INLINE floats half_to_floats(const uint16_t *p /* [16] */) {
+    return load_half(p);
+}
+XQ_INLINE floats bytes_to_floats(const int8_t *p /* [16] */) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
-
-/* The first n channels of open_tokens tokens of a page in bytes, whose parameters are channels', to out [token][n]. */
-inline void channels_to_float(const byte_page &page, int t0, int n /* multiple of 16 */, float *out) {
-    for (int i = 0; i < n; i += 16) {
-        const __m512 scale = load_half(page.scale + i), centre = load_half(page.scale + page.n + i);
-        for (int t = 0; t < open_tokens; ++t) {
-            const __m512 x = bytes_to_float(page.codes + (t0 + t) * page.width + i);
-            _mm512_store_ps(out + t * n + i, _mm512_fmadd_ps(scale, x, centre));
-        }
-    }
+XQ_INLINE floats splat(float x) {
+    return _mm512_set1_ps(x);
 }
-/* Of one token; parameters are tokens'. */
-inline void token_to_float(const byte_page &page, int t, int n, float *out) {
-    const __m512 scale = _mm512_set1_ps(half_to_float(page.scale[t]));
-    const __m512 centre = _mm512_set1_ps(half_to_float(page.scale[page.n + t]));
-    for (int i = 0; i < n; i += 16) {
-        _mm512_store_ps(out + i, _mm512_fmadd_ps(scale, bytes_to_float(page.codes + t * page.width + i), centre));
-    }
+XQ_INLINE floats multiply_add(floats a, floats b, floats c) {
+    return _mm512_fmadd_ps(a, b, c);
+}
+XQ_INLINE void store(float *p, floats x) {
+    _mm512_store_ps(p, x);
 }
 
 /* scores[row][t0 .. t0 + n_k - 1] of R rows against n_k keys, a multiple of 16. */

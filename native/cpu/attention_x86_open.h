@@ -1,7 +1,31 @@
 /* attention_x86_open.h: attention over open pages, exact in single precision: a few tokens at a time are converted to
- * F32 on the stack, for all rows.  Included once by each x86 set, in its namespace: `to_float`, `channels_to_float`,
- * `token_to_float`, `dot_rows`, `add_rows` and `seen_tokens` are the set's own.
+ * F32 on the stack, for all rows.  Included once by each x86 set, in its namespace: `floats` and what is done with
+ * them, `dot_rows`, `add_rows` and `seen_tokens` are the set's own.
  */
+
+inline void to_float(const uint16_t *half, int n /* multiple of n_floats */, float *out) {
+    for (int i = 0; i < n; i += n_floats) {
+        store(out + i, half_to_floats(half + i));
+    }
+}
+/* The first n channels of open_tokens tokens of a page in bytes, whose parameters are channels', to out [token][n]. */
+inline void channels_to_float(const byte_page &page, int t0, int n /* multiple of n_floats */, float *out) {
+    for (int i = 0; i < n; i += n_floats) {
+        const floats scale = half_to_floats(page.scale + i), centre = half_to_floats(page.scale + page.n + i);
+        for (int t = 0; t < open_tokens; ++t) {
+            const floats x = bytes_to_floats(page.codes + (t0 + t) * page.width + i);
+            store(out + t * n + i, multiply_add(scale, x, centre));
+        }
+    }
+}
+/* Of one token; parameters are tokens'. */
+inline void token_to_float(const byte_page &page, int t, int n, float *out) {
+    const floats scale = splat(half_to_float(page.scale[t])), centre = splat(half_to_float(page.scale[page.n + t]));
+    for (int i = 0; i < n; i += n_floats) {
+        store(out + i, multiply_add(scale, bytes_to_floats(page.codes + t * page.width + i), centre));
+    }
+}
+
 struct open_pages {
     static void open_scores(const open_side &k, int n, const float *const *q, float *const *scores) {
         alignas(64) float keys[open_tokens * XQ_MAX_HEAD_DIM];

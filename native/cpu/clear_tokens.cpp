@@ -113,7 +113,6 @@ int xq_clear_tokens(const xq_layer *layer, int32_t d, int32_t e, const uint32_t 
 namespace xq {
 
 static int check_byte_widths(const char *function, int32_t d, int32_t e, const void *block) {
-    const auto is_width = [](int32_t w) { return w >= 16 && w <= XQ_MAX_HEAD_DIM && w % 16 == 0; };
     return block && is_width(d) && (e == 0 || is_width(e))
                ? XQ_OK
                : fail(XQ_ERR_ARGUMENT, "%s: widths %d and %d, must be multiples of 16 to %d, of values perhaps 0",

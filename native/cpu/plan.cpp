@@ -110,10 +110,6 @@ static int bad(int32_t layer, char side, const char *field, double value, const 
     return fail(XQ_ERR_PLAN, "layer %d, %c: %s is %g, must be %s", layer, side, field, value, allowed);
 }
 
-static bool is_width(int32_t width) {
-    return width >= 16 && width <= XQ_MAX_HEAD_DIM && width % 16 == 0;
-}
-
 /* width: of this side's head, or 0 if unknown. */
 static int check_fields(const xq_side &side, int32_t l, bool is_k, int32_t width) {
     const char name = is_k ? 'K' : 'V';

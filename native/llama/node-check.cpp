@@ -32,6 +32,7 @@ bool in_range(const char *name, int64_t value, int64_t least, int64_t most) {
 
 constexpr int64_t any = -1; /* elements along an axis: at least 1 */
 constexpr int64_t most_elements = (int64_t)1 << 40, most_bytes = (int64_t)1 << 47;
+constexpr int64_t most_slots = 1 << 22; /* and streams, as the verbs have it */
 
 /* What a tensor must be. */
 struct wanted {
@@ -128,11 +129,10 @@ bool is_stage(const ggml_tensor *node, int64_t slot /* elements */, bool on_host
     if (!stage) {
         return true;
     }
-    constexpr int64_t most = 1 << 22; // as the verbs have it
     return is_tensor(stage, on_host, {"stage", GGML_TYPE_F16, {any, 1, 1, 1}, true}) &&
            (stage->ne[0] % slot == 0 ||
             refuse("stage has %lld elements, must be slots of %lld", (long long)stage->ne[0], (long long)slot)) &&
-           in_range("slots of the stage", stage->ne[0] / slot, 1, most);
+           in_range("slots of the stage", stage->ne[0] / slot, 1, most_slots);
 }
 
 /* ---- a layer ---- */
@@ -225,15 +225,14 @@ bool accepts_layer(const ggml_tensor *node, bool on_host, layer_shape &l) {
     if (block_bytes < 0 || in_rows.slot < 0) {
         return refuse("%s", xq_error());
     }
-    constexpr int64_t most = 1 << 22; // as the verbs have it
     if (!is_tensor(rows, on_host, {"rows", GGML_TYPE_F16, {any, any, 1, 1}, true}) ||
-        !in_range("streams of rows", rows->ne[1], 1, most)) {
+        !in_range("streams of rows", rows->ne[1], 1, most_slots)) {
         return false;
     }
     const int64_t of_slots = rows->ne[0] - in_rows.bytes, n_slots = of_slots / in_rows.slot;
-    if (of_slots % in_rows.slot != 0 || n_slots < 1 || n_slots > most) {
+    if (of_slots % in_rows.slot != 0 || n_slots < 1 || n_slots > most_slots) {
         return refuse("rows have %lld elements a stream, must be %lld of %d byte slots and up to %lld slots of %lld",
-                      (long long)rows->ne[0], (long long)in_rows.bytes, p.n_bytes, (long long)most,
+                      (long long)rows->ne[0], (long long)in_rows.bytes, p.n_bytes, (long long)most_slots,
                       (long long)in_rows.slot);
     }
     if (!is_stage(node, in_rows.slot, on_host)) {

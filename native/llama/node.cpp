@@ -85,7 +85,7 @@ open_tensors new_update(ggml_context *ctx, const layer_tensors &l, ggml_tensor *
                         ggml_tensor *v_cur, int32_t n_staged) {
     node_params params = l.params;
     params.flags = n_staged > 0 ? flag_stages : 0;
-    const int64_t n = (int64_t)n_staged * XQ_PAGE * (l.params.d + l.params.e) * l.params.n_head_kv;
+    const int64_t n = n_staged * count_rows(l.params).slot;
     ggml_tensor *result = n_staged > 0 ? ggml_new_tensor_1d(ctx, GGML_TYPE_F16, n) : ggml_view_tensor(ctx, l.rows);
     finish(result, GGML_OP_XQUANT_UPDATE, params,
            {l.rows, input, nullptr, k_cur, v_cur, l.blocks, l.k_other, l.v_other, l.aux});

@@ -186,15 +186,18 @@ bool kv_cache::move_pages(const std::vector<xq::page_move> &moves, bool smaller,
 }
 
 bool kv_cache::settle(const xq::page_plan &plan) {
-    if (!move_pages(plan.seals, true, all_layers())) {
+    const auto moved = [this](const std::vector<xq::page_move> &moves, bool smaller) {
+        return moves.empty() || move_pages(moves, smaller, all_layers()); // mostly there are none
+    };
+    if (!moved(plan.seals, true)) {
         return false;
     }
     table_->commit_seals(plan);
-    if (!move_pages(plan.shrinks, true, all_layers())) { // into byte slots that are free only now
+    if (!moved(plan.shrinks, true)) { // into byte slots that are free only now
         return false;
     }
-    table_->commit_shrinks(plan);
-    if (!move_pages(plan.unseals, false, all_layers())) { // and into slots
+    table_->commit_moves(plan.shrinks);
+    if (!moved(plan.unseals, false)) { // and into slots
         return false;
     }
     table_->commit_opens(plan);

@@ -31,7 +31,9 @@ inline size_t byte_offset(const layer &l, int32_t stream, int32_t head, int32_t 
 
 /* Bytes of a page of all KV heads: as rows, and as bytes. */
 inline int64_t page_rows(const layer &l) {
-    return (int64_t)l.shape.n_head_kv * XQ_PAGE * (l.shape.d + l.shape.e) * (int64_t)sizeof(uint16_t);
+    xq_shape one = l.shape;
+    one.n_slots = 1, one.n_bytes = 0;
+    return xq_store_row_bytes(&one);
 }
 inline int64_t page_bytes(const layer &l) {
     return l.shape.n_head_kv * xq_byte_block_bytes(l.shape.d, l.shape.e);

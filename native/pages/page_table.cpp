@@ -54,10 +54,6 @@ void page_table::commit_seals(const page_plan &plan) {
     commit_moves(plan.seals);
 }
 
-void page_table::commit_shrinks(const page_plan &plan) {
-    commit_moves(plan.shrinks);
-}
-
 void page_table::commit_opens(const page_plan &plan) {
     for (const auto *moves : {&plan.unseals, &plan.opens}) {
         for (const page_move &move : *moves) {

@@ -116,7 +116,6 @@ class XQ_API page_table {
 
     /* The parts of a plan, each once its data has moved, in this order. */
     void commit_seals(const page_plan &plan);
-    void commit_shrinks(const page_plan &plan);
     void commit_opens(const page_plan &plan);
     void commit_after(const page_plan &plan);
     /* Instead of commit_after(): what lay in the stage is gone. */

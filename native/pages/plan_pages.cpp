@@ -197,7 +197,7 @@ class page_table::planner {
 
     /* Pages without other cells: slots that are free for those that stay open, the stage for the rest. */
     bool open_fresh(const std::vector<int32_t> &fresh) {
-        if (!in_graph || write.cells.size() == 1) { // nothing would be gained by waiting
+        if (fresh.empty() || !in_graph || write.cells.size() == 1) { // nothing would be gained by waiting
             const bool fits = std::all_of(fresh.begin(), fresh.end(), [this](int32_t p) { return open_at_once(p); });
             shrink_chosen();
             return fits;

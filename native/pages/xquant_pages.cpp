@@ -102,7 +102,7 @@ void xq_pages_commit_seals(xq_pages *pages) {
 }
 
 void xq_pages_commit_shrinks(xq_pages *pages) {
-    pages->table.commit_shrinks(pages->plan);
+    pages->table.commit_moves(pages->plan.shrinks);
 }
 
 void xq_pages_commit_opens(xq_pages *pages) {
