@@ -175,8 +175,7 @@ __global__ void __launch_bounds__(32 * max_warps(R, KB + VB), 1)
     if (threadIdx.x == 0) {
         page_ring<warp_place<E>>::prepare(marks, k, v);
     }
-    // of the part: one less for the last ones
-    const int n_pages = call.n_pages - ((call.n_pages - 1) * args.n_parts + task.part >= args.n_kv_pages);
+    const int n_pages = call.pages_of(args, task.part);
     const int first_token = call.token_of(task.first_row);
     const int last_token = call.token_of(min(task.first_row + n_rows<R>, call.rows_of_head) - 1);
     list_pages(list, store, args, table_of(store, args.table, stream), mask_at(args, task.nth_stream, first_token),

@@ -135,10 +135,7 @@ __device__ void store_solo_state(uint8_t *to, const solo_state<E, NT> &state, co
 #pragma unroll
     for (int r = 0; r < 2 * NT; ++r) {
         const int row = row_of(r, place.t), nt = r / 2, odd = r % 2;
-        float sum = state.sum[r];
-        for (int step = 4; step < 32; step *= 2) {
-            sum += __shfl_xor_sync(~0u, sum, step);
-        }
+        const float sum = sum_over_tokens(state.sum[r]);
         const float zero = state.zero[nt][0] + state.zero[nt][3]; // of row g + 8 nt
         const float more = __shfl_sync(~0u, zero, 8 * place.t + 4 * odd) * unit;
         if (place.g == 0) {
@@ -184,8 +181,7 @@ __global__ void __launch_bounds__(32 * solo_warps, 1)
     const int n_words = (args.n_kv_pages + 31) / 32;
     const solo_list list = {n_listed, pages, (uint32_t *)(pages + call.n_pages),
                             (uint8_t *)(pages + call.n_pages + n_words)};
-    // of the part: one less for the last ones
-    const int n_pages = call.n_pages - ((call.n_pages - 1) * args.n_parts + task.part >= args.n_kv_pages);
+    const int n_pages = call.pages_of(args, task.part);
     const int32_t *table = table_of(store, args.table, stream);
     if (warp == 0) {
         list_solo_pages(list, store, table, task.part, args.n_parts, n_pages, place.lane);

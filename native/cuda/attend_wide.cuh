@@ -181,8 +181,7 @@ __global__ void __launch_bounds__(32 * wide_warps<W, T, NT>, 1)
         row.load(r, store.k.width, args, call, task, place.lane);
         row.store(shared + call.queries, tile, r, store.k.plan.bits, store.k.width, args, task, place.lane);
     }
-    // of the part: one less for the last ones
-    const int n_pages = call.n_pages - ((call.n_pages - 1) * args.n_parts + task.part >= args.n_kv_pages);
+    const int n_pages = call.pages_of(args, task.part);
     const int first_token = call.token_of(task.first_row);
     const int last_token = call.token_of(min(task.first_row + wide_rows<NT>, call.rows_of_head) - 1);
     list_pages(list, store, args, table_of(store, args.table, stream), mask_at(args, task.nth_stream, first_token),

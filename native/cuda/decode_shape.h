@@ -31,6 +31,10 @@ struct row_numbers {
      * large by less than 1, which adds less than r / 2^31, and so less than 1 / n_rep, to the quotient. */
     __device__ int token_of(int r) const { return (int)__umulhi(2 * (unsigned)r, inverse); }
     __device__ int rest_of(int r) const { return r - token_of(r) * n_rep; }
+    /* Pages of a part: one less for the last ones. */
+    __device__ int pages_of(const xq_attend_args &args, int part) const {
+        return n_pages - ((n_pages - 1) * args.n_parts + part >= args.n_kv_pages);
+    }
 };
 
 /* What a block does: a tile of the query rows of one KV head, from first_row on, over a part of a stream's pages: every

@@ -107,6 +107,14 @@ __device__ inline float over_tokens(float x) {
     return x;
 }
 
+/* Likewise their sum. */
+__device__ inline float sum_over_tokens(float x) {
+    for (int step = 4; step < 32; step *= 2) {
+        x += __shfl_xor_sync(~0u, x, step);
+    }
+    return x;
+}
+
 /* Maximum of N scores of each row, over the warp. */
 template <int R, int N> __device__ inline void score_max(float (&max)[R], const float (&s)[R][N]) {
 #pragma unroll

@@ -251,10 +251,7 @@ struct open_in_memory {
 #pragma unroll
         for (int r = 0; r < 2 * NT; ++r) {
             const int row = row_of(r, place.t), nt = r / 2, odd = r % 2;
-            float sum = sums.sum[r];
-            for (int step = 4; step < 32; step *= 2) {
-                sum += __shfl_xor_sync(~0u, sum, step);
-            }
+            const float sum = sum_over_tokens(sums.sum[r]);
             if (row >= n) {
                 continue;
             }
