@@ -56,8 +56,6 @@ SHAPES = {
 GGML_TYPES = {"f16": (F16, 1, 2), "q8_0": (Q8_0, 32, 34), "q4_0": (Q4_0, 32, 18)}  # type, values and bytes of a block
 CACHE = 48 << 20  # bytes of copies that outgrow the caches
 MAX_COPIES = 28  # as many layers as a model has
-PIECES_PER_THREAD = 4  # as the fork splits them
-GROUP_ROWS = 64  # XQ_CPU_GROUP_ROWS
 
 
 @dataclass(frozen=True)
@@ -137,12 +135,6 @@ def aligned(graph: Graph, data: NDArray[Any]) -> Any:
     return graph.pointer("uint8_t[]", raw) + offset
 
 
-def parts_of(n_threads: int, n_kv: int, n_rows: int, n_pages: int) -> int:
-    """As many as give each thread some pieces of work."""
-    n_groups = n_kv * -(-n_rows // GROUP_ROWS)
-    return min(max(-(-PIECES_PER_THREAD * n_threads // n_groups), 1), n_pages)
-
-
 def xquant_layer(layer: str, shape: Shape, n_tokens: int, n_queries: int, n_threads: int) -> tuple[Graph, int]:
     """One layer of sealed pages and its attention; the bytes of the pages."""
     n_head, n_kv, width, e = shape.heads, shape.kv_heads, shape.d, 0 if shape.latent else shape.e
@@ -167,9 +159,10 @@ def xquant_layer(layer: str, shape: Shape, n_tokens: int, n_queries: int, n_thre
     a.mask = graph.pointer("uint16_t[]", np.zeros(n_tokens, np.uint16))
     a.table = graph.pointer("int32_t[]", np.full(n_pages, -1, np.int32))
     a.n_head, a.n_tokens, a.n_streams, a.n_kv_pages = n_head, n_queries, 1, n_pages
-    a.scale, a.n_parts = width**-0.5, parts_of(n_threads, n_kv, n_queries * n_head // n_kv, n_pages)
+    n_groups = n_kv * -(-n_queries * (n_head // n_kv) // int(lib.XQ_CPU_GROUP_ROWS))
+    a.scale, a.n_parts = width**-0.5, lib.xq_cpu_parts(n_groups, n_pages, n_threads)
     a.partial = graph.pointer("float[]", np.empty(lib.xq_attend_states(store, a), np.float32))
-    a.arrivals = graph.pointer("uint32_t[]", np.zeros(n_kv * (-(-n_queries * n_head // n_kv // GROUP_ROWS)), np.uint32))
+    a.arrivals = graph.pointer("uint32_t[]", np.zeros(n_groups, np.uint32))
     a.out = graph.pointer("float[]", np.empty(n_head * n_queries * shape.e, np.float32))
     job = graph.new("attend_job *", {"backend": lib.xq_cpu(), "store": store, "args": a})
     graph.finish(graph.node("attend_node", job))

@@ -125,6 +125,12 @@ bool is_last(const xq_attend_args &args, int64_t group) {
     return true;
 }
 
+/* Merging a part takes as long as so many pages: what another thread wrote comes from its cache.  Measured on 8 and 16
+ * threads (benchmarks/attention_op.py). */
+constexpr double pages_to_merge = 0.6;
+/* More of them for each thread gain nothing. */
+constexpr int64_t most_parts_a_thread = 4;
+
 } // namespace
 
 int cpu_attend(const xq_store *store, const xq_attend_args *args, const xq_exec *exec) {
@@ -154,3 +160,20 @@ int cpu_attend(const xq_store *store, const xq_attend_args *args, const xq_exec 
 }
 
 } // namespace xq
+
+/* Threads take tasks in turn (each_task): the one with most of them is waited for, then for the merging. */
+int32_t xq_cpu_parts(int64_t n_groups, int64_t n_pages, int32_t n_threads) {
+    using namespace xq;
+    const int64_t wanted = (most_parts_a_thread * n_threads + n_groups - 1) / n_groups;
+    int64_t best = 1;
+    double least = INFINITY;
+    for (int64_t n_parts = 1; n_parts <= std::min(wanted, n_pages); ++n_parts) {
+        const int64_t tasks = (n_groups * n_parts + n_threads - 1) / n_threads;
+        const double pages = (double)(tasks * n_pages) / (double)n_parts + pages_to_merge * (double)n_parts;
+        if (pages < least) {
+            least = pages;
+            best = n_parts;
+        }
+    }
+    return (int32_t)best;
+}

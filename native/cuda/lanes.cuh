@@ -116,6 +116,50 @@ __device__ inline matrix matrix_of(const side_view &side, bool is_k) {
 
 #include "codec_fit.h"
 
+/* The steps of the transform within N neighbours, N elements at a time, in registers: the same operations on the same
+ * operands as in transform(). */
+template <int N> __device__ inline void transform_parts(column x, int n) {
+    for (int first = 0; first < n; first += N) {
+        float part[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            part[i] = x[first + i];
+        }
+#pragma unroll
+        for (int h = 1; h < N; h *= 2) {
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                if ((i & h) == 0) {
+                    const float a = part[i], b = part[i + h];
+                    part[i] = a + b;
+                    part[i + h] = a - b;
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            x[first + i] = part[i];
+        }
+    }
+}
+
+/* transform() of a lane's column, whose values lie in shared memory, where each step would wait for the last. */
+__device__ inline void transform_column(column x, int n) {
+    const int block = hadamard_block(n);
+    if (block == 64) {
+        transform_parts<64>(x, n);
+    } else if (block == 128) {
+        transform_parts<128>(x, n);
+    } else {
+        transform(x, n);
+        return;
+    }
+    const float norm = (float)(1.0 / sqrt((double)block));
+    for (int i = 0; i < n; ++i) {
+        x[i] = x[i] * norm;
+    }
+}
+
 /* Row i of the code matrix of one page, in the space it is stored in. */
 __device__ inline void unseal_lane(const matrix &m, column x, int i, const uint8_t *codes, const uint8_t *param) {
     for (int j0 = 0; j0 < m.n_j; j0 += m.group, param += parameter_bytes(m.side, m.n_i)) {
@@ -162,7 +206,7 @@ __device__ inline void unseal_slab(const xq_store &store, const slab_place &at, 
             add_predicted(store, at, i, x, {shared + m.n_j * slab, lane}, 1.0f);
         }
         if (m.side.rotate) {
-            transform(x, m.n_j);
+            transform_column(x, m.n_j);
         }
     }
     __syncwarp();

@@ -20,28 +20,55 @@ __device__ void count_bad(uint64_t *n_nonfinite, int bad) {
     }
 }
 
-/* The values of a slab of an open page to x, as finite ones; tokens that do not count have those of the first that
- * does.  Returns how many were not finite. */
-__device__ int load_slab(const slab_place &at, const matrix &m, const page_move &move, const open_page &page,
-                         float *shared) {
+/* For n tokens, a multiple of N, whose loads are on their way together: a warp is alone in its block, and would mostly
+ * wait for memory. */
+template <int N, typename LOAD, typename STORE>
+__device__ void each_token(int n, const LOAD &load, const STORE &store) {
+    for (int first = 0; first < n; first += N) {
+        __half some[N];
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            some[k] = load(first + k);
+        }
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            store(first + k, some[k]);
+        }
+    }
+}
+
+/* The values of a slab of an open page to x, as finite ones; value(t, j): channel j of token t.  Returns how many were
+ * not finite. */
+template <int N, typename VALUE>
+__device__ int load_values(const slab_place &at, const matrix &m, float *shared, const VALUE &value) {
     const int lane = threadIdx.x % slab;
     const column x = {shared, lane};
     int bad = 0;
     if (at.is_k) {
-        const bool active = at.first + lane < m.n_i;
-        for (int t = 0; t < XQ_PAGE; ++t) {
-            const int from = source_of(move.valid, t);
-            x[t] = active ? finite(__half2float(half_of(page, from, at.first + lane)), bad) : 0.0f;
-        }
-    } else {
-        for (int t = 0; t < slab; ++t) {
-            const int from = source_of(move.valid, at.first + t);
-            for (int j = lane; j < m.n_j; j += slab) {
-                shared[j * slab + (t ^ (j & 31))] = finite(__half2float(half_of(page, from, j)), bad);
-            }
-        }
+        const int i = min(at.first + lane, m.n_i - 1); // lanes beyond the channels: the last one's, which counts once
+        each_token<N>(
+            XQ_PAGE, [&](int t) { return value(t, i); },
+            [&](int t, __half of) { x[t] = finite(__half2float(of), bad); });
+        return at.first + lane < m.n_i ? bad : 0;
+    }
+    for (int j = lane; j < m.n_j; j += slab) {
+        each_token<N>(
+            slab, [&](int t) { return value(at.first + t, j); },
+            [&](int t, __half of) { shared[j * slab + (t ^ (j & 31))] = finite(__half2float(of), bad); });
     }
     return bad;
+}
+
+/* The same of a page; tokens that do not count have the values of the first that does. */
+__device__ int load_slab(const slab_place &at, const matrix &m, const page_move &move, const open_page &page,
+                         float *shared) {
+    if ((move.valid[0] & move.valid[1] & move.valid[2] & move.valid[3]) != ~0u) {
+        return load_values<4>(at, m, shared, [&](int t, int j) { return half_of(page, source_of(move.valid, t), j); });
+    }
+    if (page.rows) {
+        return load_values<slab>(at, m, shared, [&](int t, int j) { return page.rows[t * page.width + j]; });
+    }
+    return load_values<slab>(at, m, shared, [&](int t, int j) { return to_half(page.at(t, j)); });
 }
 
 /* The side and KV head of a block, by its number of those of a page: a latent layer has keys alone. */
@@ -76,7 +103,7 @@ __global__ void __launch_bounds__(slab)
     uint8_t *codes = page_codes(side, at.page);
     if (i < m.n_i) {
         if (m.side.rotate) {
-            transform(x, m.n_j);
+            transform_column(x, m.n_j);
         }
         if (!at.is_k && store.mapped) {
             add_predicted(store, at, i, x, {shared + m.n_j * slab, lane}, -1.0f);

@@ -388,6 +388,9 @@ typedef struct xq_backend {
 
 /* The CPU backend of libxquant; the scalar kernel set is its reference. */
 XQ_API const xq_backend *xq_cpu(void);
+/* The n_parts with which its attend is done first, if it has n_groups groups of query rows, of all KV heads and
+ * streams, over n_pages pages, and n_threads threads, all at least 1. */
+XQ_API int32_t xq_cpu_parts(int64_t n_groups, int64_t n_pages, int32_t n_threads);
 /* The CUDA backend of libxquant_cuda; the general kernel is its reference. */
 XQ_API const xq_backend *xq_cuda(void);
 

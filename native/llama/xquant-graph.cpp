@@ -15,8 +15,6 @@
 
 namespace xquant {
 
-/* Pieces of work per thread, so that threads end together. */
-static constexpr int64_t pieces_per_thread = 4;
 /* Blocks of threads that fill a large GPU. */
 static constexpr int64_t device_blocks = 132;
 /* Rows of KV heads that are unpacked at a time: bounds the F16 copy, 1 GiB for keys and values of width 128.  Pieces
@@ -128,8 +126,7 @@ static int32_t parts_of(const layer &l, int64_t n_rows, int64_t n_heads, int64_t
         return 1; // no counters for their arrivals
     }
     if (l.cpu_kernels) {
-        const int64_t n = groups_of(XQ_CPU_GROUP_ROWS) * n_heads;
-        return (int32_t)std::clamp<int64_t>((pieces_per_thread * n_threads + n - 1) / n, 1, n_pages);
+        return xq_cpu_parts(groups_of(XQ_CPU_GROUP_ROWS) * n_heads, n_pages, (int32_t)n_threads);
     }
     const bool narrow = l.latent == 0 && !l.map && xq::is_narrow(l.plan.k, l.plan.v, l.shape.d, l.shape.e);
     const int64_t n = groups_of(narrow ? XQ_CUDA_GROUP_ROWS : XQ_CUDA_WIDE_ROWS) * n_heads;

@@ -163,3 +163,17 @@ def test_hadamard_and_forcing_name_what_is_wrong() -> None:
     assert lib.xq_kernels_force(ffi.NULL) < 0
     assert "null" in native.error()
     assert lib.xq_kernels_calls(b"mmx") == 0
+
+
+def test_parts_of_attention() -> None:
+    """Threads have work, merging does not grow beyond its gain, and more pages never want fewer parts: memory for the
+    most pages is enough for all."""
+    parts = native.load()[1].xq_cpu_parts
+    for n_groups in (1, 2, 3, 8, 32, 200):
+        for n_threads in (1, 2, 6, 8, 12, 16, 64):
+            found = [parts(n_groups, n_pages, n_threads) for n_pages in range(1, 600)]
+            assert found == sorted(found)
+            assert all(1 <= n <= n_pages for n_pages, n in enumerate(found, 1))
+            assert found[-1] * n_groups >= min(n_threads, 16)  # beyond, one thread would merge for too long
+            assert n_threads > 1 or set(found) == {1}
+    assert parts(2, 32, 16) == 8  # one part for each thread, measured on 16 threads
