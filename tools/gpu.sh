@@ -43,6 +43,7 @@ step kernels python3 -m pytest -q -m cuda tests/kernels
 step fork python3 -m pytest -q -m cuda tests/fork/test_cuda.py
 step attention python3 benchmarks/attention_cuda.py
 step unpack python3 benchmarks/unpack_cuda.py
+step update python3 benchmarks/update_cuda.py
 step memory python3 benchmarks/gpu_memory.py
 step bench python3 -m xquant_gguf bench --shape llama-8b --layers 8 --depths 0,32768,131072 \
   --kv-types f16,q4_0,xquant,xquant-tiny --n-prompt 512 --n-decode 64 --n-gpu-layers -1

@@ -1,4 +1,5 @@
-/* fit.cuh: what one lane stores: parameters, and codes in place of its values; and how a slab's codes are packed. */
+/* fit.cuh: what one lane stores: parameters, and codes in place of its values; and how a block of threads, of one warp
+ * or more, packs a slab's codes or bytes. */
 #pragma once
 
 #include "lanes.cuh"
@@ -49,7 +50,7 @@ __device__ inline void seal_lane(const matrix &m, column x, int i, const uint8_t
 __device__ inline void pack_part(const matrix &m, const float *x, int i0, int bits, int shift, uint8_t *codes,
                                  int offset) {
     const int rows = 32 / bits, n_units = units_of(bits, min(slab, m.n_i - i0));
-    for (int k = threadIdx.x % slab; k < m.n_j * n_units; k += slab) {
+    for (int k = threadIdx.x; k < m.n_j * n_units; k += blockDim.x) {
         const int j = k % m.n_j, unit = k / m.n_j;
         uint32_t word = 0;
         for (int r = 0; r < rows; ++r) {
@@ -72,38 +73,45 @@ __device__ inline void pack_codes(const matrix &m, const float *x, int i0, uint8
     }
 }
 
-/* Lane i of a page in bytes, codec_bytes.h has the equations: its parameters, and whole numbers in place of the n
- * values in x. */
-__device__ inline void shrink_lane(const byte_page &page, column x, int i, int n) {
-    float least = x[0], most = x[0];
-    for (int j = 1; j < n; ++j) {
-        least = low(least, x[j]);
-        most = high(most, x[j]);
-    }
-    const __half middle = to_half((least + most) * 0.5f);
-    const float centre = __half2float(middle), reach = high(most - centre, centre - least);
-    const __half step = to_half(reach * (1.0f / 127.0f) * (1.0f + 0x1p-11f) + 0x1p-25f);
-    const float inv = inverse(__half2float(step));
-    ((__half *)page.scale)[i] = step;
-    ((__half *)page.scale)[page.n + i] = middle;
-    for (int j = 0; j < n; ++j) {
-        x[j] = nearest(low(high((x[j] - centre) * inv, -127.0f), 127.0f));
-    }
-}
-
-/* The slab from lane `first` on, [n_j][slab] in x, to a page in bytes.  By the whole warp, which has written it. */
-__device__ inline void shrink_slab(const byte_page &page, float *x, int first) {
-    const int lane = threadIdx.x % slab, n_j = page.by_channel ? XQ_PAGE : page.width;
-    if (first + lane < page.n) {
-        shrink_lane(page, {x, lane}, first + lane, n_j);
-    }
-    __syncwarp();
-    for (int k = lane; k < n_j * slab; k += slab) {
-        const int r = page.by_channel ? k % slab : k / n_j, j = page.by_channel ? k / slab : k % n_j;
-        if (first + r < page.n) {
-            page.codes[page.by_channel ? j * page.width + first + r : (first + r) * page.width + j] =
-                (int8_t)x[j * slab + (r ^ (j & 31))];
+/* The slab from row `first` on, [n_j][slab] in x, to a page in bytes (codec_bytes.h has the equations).  By the whole
+ * block, after a barrier. */
+__device__ inline void shrink_slab(const byte_page &page, const float *x, int first) {
+    __shared__ float centres[slab], inverses[slab];
+    const int n_j = page.by_channel ? XQ_PAGE : page.width, i = first + (int)threadIdx.x;
+    if (threadIdx.x < slab && i < page.n) {
+        const column row = {(float *)x, (int)threadIdx.x};
+        float least = row[0], most = row[0];
+#pragma unroll 8
+        for (int j = 1; j < n_j; ++j) {
+            least = low(least, row[j]);
+            most = high(most, row[j]);
         }
+        const __half middle = to_half((least + most) * 0.5f);
+        const float centre = __half2float(middle), reach = high(most - centre, centre - least);
+        const __half step = to_half(reach * (1.0f / 127.0f) * (1.0f + 0x1p-11f) + 0x1p-25f);
+        ((__half *)page.scale)[i] = step;
+        ((__half *)page.scale)[page.n + i] = middle;
+        centres[threadIdx.x] = centre;
+        inverses[threadIdx.x] = inverse(__half2float(step));
+    }
+    __syncthreads();
+    // four bytes at a time: widths are multiples of 16
+    const int n_words = page.by_channel ? slab / 4 : n_j / 4; // of a token
+    for (int k = threadIdx.x; k < (page.by_channel ? n_j : slab) * n_words; k += blockDim.x) {
+        const int t = k / n_words, c = k % n_words * 4; // token and channel, counted from the slab's first
+        if (page.by_channel && first + c >= page.n) {
+            continue;
+        }
+        uint32_t word = 0;
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+            const int r = page.by_channel ? c + n : t, j = page.by_channel ? t : c + n;
+            const float byte =
+                nearest(low(high((x[j * slab + (r ^ (j & 31))] - centres[r]) * inverses[r], -127.0f), 127.0f));
+            word |= ((uint32_t)(int)byte & 0xffu) << 8 * n;
+        }
+        *(uint32_t *)(page.codes + (page.by_channel ? t * page.width + first + c : (first + t) * page.width + c)) =
+            word;
     }
 }
 

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(slab)
         x[t] = active ? __half2float(rotated(source_of(page.valid, t))) : 0.0f;
     }
     if (is_bytes(page.slot)) {
-        __syncwarp();
+        __syncthreads(); // of one warp
         shrink_slab(bytes_at(side, true, page.slot), shared, first);
         return;
     }
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(slab)
     if (active) {
         seal_lane(m, x, i, own ? nullptr : codes, page_param(side, page.page));
     }
-    __syncwarp();
+    __syncthreads();
     if (own) {
         pack_codes(m, shared, first, codes);
     }

@@ -116,19 +116,25 @@ __device__ inline matrix matrix_of(const side_view &side, bool is_k) {
 
 #include "codec_fit.h"
 
-/* The steps of the transform within N neighbours, N elements at a time, in registers: the same operations on the same
- * operands as in transform(). */
-template <int N> __device__ inline void transform_parts(column x, int n) {
-    for (int first = 0; first < n; first += N) {
-        float part[N];
+/* transform() of a lane's column: the steps within 64 neighbours in registers, where they do not wait for shared
+ * memory. The same operations on the same operands. */
+__device__ inline void transform_column(column x, int n) {
+    constexpr int near = 64;
+    const int block = hadamard_block(n);
+    if (block < near) {
+        transform(x, n);
+        return;
+    }
+    for (int first = 0; first < n; first += near) {
+        float part[near];
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
+        for (int i = 0; i < near; ++i) {
             part[i] = x[first + i];
         }
 #pragma unroll
-        for (int h = 1; h < N; h *= 2) {
+        for (int h = 1; h < near; h *= 2) {
 #pragma unroll
-            for (int i = 0; i < N; ++i) {
+            for (int i = 0; i < near; ++i) {
                 if ((i & h) == 0) {
                     const float a = part[i], b = part[i + h];
                     part[i] = a + b;
@@ -137,24 +143,21 @@ template <int N> __device__ inline void transform_parts(column x, int n) {
             }
         }
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
+        for (int i = 0; i < near; ++i) {
             x[first + i] = part[i];
         }
     }
-}
-
-/* transform() of a lane's column, whose values lie in shared memory, where each step would wait for the last. */
-__device__ inline void transform_column(column x, int n) {
-    const int block = hadamard_block(n);
-    if (block == 64) {
-        transform_parts<64>(x, n);
-    } else if (block == 128) {
-        transform_parts<128>(x, n);
-    } else {
-        transform(x, n);
-        return;
+    for (int h = near; h < block; h *= 2) {
+#pragma unroll 8
+        for (int k = 0; k < n / 2; ++k) {
+            const int i = 2 * k - (k & (h - 1)); // the k-th whose bit h is 0
+            const float a = x[i], b = x[i + h];
+            x[i] = a + b;
+            x[i + h] = a - b;
+        }
     }
     const float norm = (float)(1.0 / sqrt((double)block));
+#pragma unroll 8
     for (int i = 0; i < n; ++i) {
         x[i] = x[i] * norm;
     }

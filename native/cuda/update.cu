@@ -20,11 +20,13 @@ __device__ void count_bad(uint64_t *n_nonfinite, int bad) {
     }
 }
 
-/* For n tokens, a multiple of N, whose loads are on their way together: a warp is alone in its block, and would mostly
- * wait for memory. */
+constexpr int seal_warps = 4; /* of a block: all load and pack, the first one fits */
+
+/* For tokens first .. first + slab - 1, N of them at a time, whose loads are on their way together: few warps run, and
+ * they would mostly wait for memory. */
 template <int N, typename LOAD, typename STORE>
-__device__ void each_token(int n, const LOAD &load, const STORE &store) {
-    for (int first = 0; first < n; first += N) {
+__device__ void each_token(int first, const LOAD &load, const STORE &store) {
+    for (const int end = first + slab; first < end; first += N) {
         __half some[N];
 #pragma unroll
         for (int k = 0; k < N; ++k) {
@@ -41,20 +43,21 @@ __device__ void each_token(int n, const LOAD &load, const STORE &store) {
  * not finite. */
 template <int N, typename VALUE>
 __device__ int load_values(const slab_place &at, const matrix &m, float *shared, const VALUE &value) {
-    const int lane = threadIdx.x % slab;
+    static_assert(seal_warps * slab == XQ_PAGE, "each warp takes a slab of tokens");
+    const int lane = threadIdx.x % slab, warp = threadIdx.x / slab;
     const column x = {shared, lane};
     int bad = 0;
     if (at.is_k) {
         const int i = min(at.first + lane, m.n_i - 1); // lanes beyond the channels: the last one's, which counts once
         each_token<N>(
-            XQ_PAGE, [&](int t) { return value(t, i); },
+            warp * slab, [&](int t) { return value(t, i); },
             [&](int t, __half of) { x[t] = finite(__half2float(of), bad); });
         return at.first + lane < m.n_i ? bad : 0;
     }
-    for (int j = lane; j < m.n_j; j += slab) {
+    for (int j = (int)threadIdx.x; j < m.n_j; j += seal_warps * slab) {
         each_token<N>(
-            slab, [&](int t) { return value(at.first + t, j); },
-            [&](int t, __half of) { shared[j * slab + (t ^ (j & 31))] = finite(__half2float(of), bad); });
+            at.first, [&](int t) { return value(t, j); },
+            [&](int t, __half of) { shared[j * slab + ((t - at.first) ^ (j & 31))] = finite(__half2float(of), bad); });
     }
     return bad;
 }
@@ -79,8 +82,8 @@ __device__ int head_of(const xq_store &store, unsigned number) {
     return (int)number / n_sides(store);
 }
 
-/* grid (slab, side of a KV head, move), one warp each: an open page becomes bytes or codes. */
-__global__ void __launch_bounds__(slab)
+/* grid (slab, side of a KV head, move): an open page becomes bytes or codes. */
+__global__ void __launch_bounds__(seal_warps *slab, 3)
     seal_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_update_args args) {
     extern __shared__ float shared[];
     const page_move &move = move_at(args.seals, blockIdx.z);
@@ -91,17 +94,17 @@ __global__ void __launch_bounds__(slab)
     if (at.first >= m.n_i || !can_seal(store, move)) {
         return;
     }
-    const int lane = threadIdx.x, i = at.first + lane;
+    const int lane = threadIdx.x % slab, i = at.first + lane;
     const column x = {shared, lane};
     count_bad(args.n_nonfinite, load_slab(at, m, move, open_page_of(side, at.is_k, move.slot), shared));
-    __syncwarp();
+    __syncthreads();
     if (is_bytes(move.small)) {
         shrink_slab(bytes_at(side, at.is_k, move.small), shared, at.first);
         return;
     }
     const bool own = own_codes(side);
     uint8_t *codes = page_codes(side, at.page);
-    if (i < m.n_i) {
+    if (threadIdx.x < slab && i < m.n_i) {
         if (m.side.rotate) {
             transform_column(x, m.n_j);
         }
@@ -110,7 +113,7 @@ __global__ void __launch_bounds__(slab)
         }
         seal_lane(m, x, i, own ? nullptr : codes, page_param(side, at.page));
     }
-    __syncwarp();
+    __syncthreads();
     if (own) {
         pack_codes(m, shared, at.first, codes);
     }
@@ -151,7 +154,7 @@ __global__ void __launch_bounds__(slab)
     }
 }
 
-constexpr int refill_threads = 128;
+constexpr int refill_threads = 256, refill_at_once = 8; /* loads that are on their way */
 
 /* grid (side of a KV head, move): rows of the stage to a slot whose page is sealed by now. */
 __global__ void __launch_bounds__(refill_threads)
@@ -162,8 +165,19 @@ __global__ void __launch_bounds__(refill_threads)
             side_at(side_of(store, is_key(store, blockIdx.x)), move.stream, head_of(store, blockIdx.x));
         const auto *from = (const uint4 *)open_rows(side, move.refill);
         auto *to = (uint4 *)open_rows(side, move.slot);
-        for (int i = threadIdx.x; i < XQ_PAGE * side.width / 8; i += refill_threads) {
-            to[i] = from[i];
+        const int n = XQ_PAGE * side.width / 8;
+        for (int first = threadIdx.x; first < n; first += refill_threads * refill_at_once) {
+            uint4 some[refill_at_once];
+#pragma unroll
+            for (int k = 0; k < refill_at_once; ++k) {
+                some[k] = first + k * refill_threads < n ? from[first + k * refill_threads] : uint4{};
+            }
+#pragma unroll
+            for (int k = 0; k < refill_at_once; ++k) {
+                if (first + k * refill_threads < n) {
+                    to[first + k * refill_threads] = some[k];
+                }
+            }
         }
     }
     if (args.serial && threadIdx.x == 0 && blockIdx.x == 0 && blockIdx.y == 0) {
@@ -203,7 +217,7 @@ int launch_update(const xq_store &store, const xq_update_args &args, cudaStream_
     const size_t shared = slab_bytes(store);
     const unsigned n_slabs = slabs_of(store), sides = n_sides(store) * (unsigned)store.n_head_kv;
     if (args.n_seals > 0 && allow_shared(seal_kernel, shared)) {
-        seal_kernel<<<dim3(n_slabs, sides, args.n_seals), slab, shared, stream>>>(store, args);
+        seal_kernel<<<dim3(n_slabs, sides, args.n_seals), seal_warps * slab, shared, stream>>>(store, args);
     }
     if (args.n_seals > 0 && (store.n_staged > 0 || args.serial)) {
         refill_kernel<<<dim3(sides, args.n_seals), refill_threads, 0, stream>>>(store, args);

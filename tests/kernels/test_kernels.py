@@ -176,4 +176,4 @@ def test_parts_of_attention() -> None:
             assert all(1 <= n <= n_pages for n_pages, n in enumerate(found, 1))
             assert found[-1] * n_groups >= min(n_threads, 16)  # beyond, one thread would merge for too long
             assert n_threads > 1 or set(found) == {1}
-    assert parts(2, 32, 16) == 8  # one part for each thread, measured on 16 threads
+    assert parts(2, 32, 16) < 9 and parts(2, 128, 8) < 9  # measured: more are slower
