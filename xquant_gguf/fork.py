@@ -141,6 +141,11 @@ def shapes(ctx: Any) -> tuple[list[Shape], int]:
     return [Shape(d[i], e[i], heads[i]) for i in range(max(n, 0))], int(size[0])
 
 
+def compute_bytes(ctx: Any) -> int:
+    """Bytes of the buffers in which a context computes, the largest micro-batch's, whatever its cache."""
+    return int(load()[1].xquant_llama_get_compute_bytes(_context(ctx)))
+
+
 @contextmanager
 def plan_provider(give: Callable[[list[Shape]], bytes]) -> Iterator[None]:
     """While it is open, XQuant caches made on this thread follow the plans that `give` returns, as GGUF blocks.

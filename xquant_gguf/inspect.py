@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import llama_cpp
@@ -103,6 +104,21 @@ def _of_llama_cpp(ctx: Any, asked: str, types: tuple[int, int]) -> dict[str, Any
     }
 
 
+@dataclass(frozen=True)
+class Inspected:
+    """An XQuant cache that a model would have, beside others.
+
+    info: what CacheInfo says of it.  sizes: bytes of the whole cache by type (f16, q8_0, q4_0, then the preset; None
+    where llama.cpp refuses the type).  compute: bytes of the buffers in which prompts are processed, with flash
+    attention, likewise; with the cache and the weights they are what a context takes.  n_ctx: the one in force.
+    """
+
+    info: dict[str, Any]
+    sizes: dict[str, int | None]
+    compute: dict[str, int | None]
+    n_ctx: int
+
+
 def inspect_cache(
     model_path: str,
     preset: str,
@@ -112,26 +128,28 @@ def inspect_cache(
     n_ubatch: int = 512,
     n_seq: int = 1,
     swa_full: bool | None = None,
-) -> tuple[dict[str, Any], dict[str, int | None], int]:
+) -> Inspected:
     """The XQuant cache of a model at n_ctx tokens, which n_seq sequences share, without loading weights.
 
-    Returns what CacheInfo says of it, the bytes of the whole cache by type (f16, q8_0, q4_0, then the preset; None
-    where llama.cpp refuses the type), and the n_ctx in force.  Raises ValueError if the model cannot have the cache.
+    n_ubatch: tokens of a micro-batch.  Raises ValueError if the model cannot have the cache.
     """
     sizes: dict[str, int | None] = {}
-    size: dict[str, Any] = {"n_ctx": n_ctx, "n_ubatch": n_ubatch, "swa_full": swa_full}
+    compute: dict[str, int | None] = {}
+    size: dict[str, Any] = {"n_ctx": n_ctx, "n_ubatch": n_ubatch, "swa_full": swa_full, "flash_attn": True}
     with Model(model_path, weights=False) as model:
         for kv_type in COMPARED:
             try:
                 with model.session(kv_type, **size) as session:
                     sizes[kv_type] = fork.shapes(session.ctx)[1]
+                    compute[kv_type] = fork.compute_bytes(session.ctx)
             except ValueError:  # a block of the type does not divide the head
-                sizes[kv_type] = None
+                sizes[kv_type] = compute[kv_type] = None
         with model.session(preset, plan=kv_plan, **size) as session:
             info, n_ctx = CacheInfo(session.ctx, preset, (fork.GGML_TYPE_XQUANT,) * 2).now(), session.n_ctx
+            compute[preset] = fork.compute_bytes(session.ctx)
             if found := fork.plan(session.ctx, preset):  # a cache takes memory for more sequences when they come
                 plan, shapes, _ = found
                 one, all_of_them = (plan.cache_bytes(shapes, n_ctx, n) for n in (1, n_seq))
                 info["bytes_allocated"] += all_of_them - one
     sizes[preset] = info["bytes_allocated"]
-    return info, sizes, n_ctx
+    return Inspected(info, sizes, compute, n_ctx)

@@ -3,6 +3,7 @@
 
 #include "llama-arch.h"
 #include "llama-context.h"
+#include "llama-ext.h"
 #include "llama-hparams.h"
 #include "llama-model.h"
 
@@ -53,6 +54,17 @@ int xquant_llama_get_shapes(const llama_context *ctx, int32_t *d, int32_t *e, in
     }
     *bytes = ctx->get_memory() ? bytes_of(*ctx->get_memory()) : 0;
     return (int)hparams.n_layer_all;
+}
+
+int64_t xquant_llama_get_compute_bytes(const llama_context *ctx) {
+    if (!ctx) {
+        return -1;
+    }
+    int64_t bytes = 0;
+    for (const auto &[type, size] : ctx->memory_breakdown()) {
+        bytes += (int64_t)size.compute;
+    }
+    return bytes;
 }
 
 int32_t xquant_llama_get_pages(const llama_context *ctx, int32_t stream, int32_t n, xquant_llama_page *pages) {

@@ -48,6 +48,8 @@ XQ_API int xquant_llama_get_plan(const struct llama_context *ctx, xq_plan *plan,
  * and the bytes of the context's cache, of any type.  The number of model layers, or -1. */
 XQ_API int xquant_llama_get_shapes(const struct llama_context *ctx, int32_t *d, int32_t *e, int32_t *n_head_kv,
                                    int64_t *bytes);
+/* Bytes of the buffers in which a context computes, the largest micro-batch's, whatever its cache; -1: no context. */
+XQ_API int64_t xquant_llama_get_compute_bytes(const struct llama_context *ctx);
 /* F16 rows [n_cells][width] of the keys or values of a model layer's KV head: the first n_cells cells, which must all
  * be rows (a cache that never seals).  0, or -1 if there is no such head or a page is not in rows. */
 XQ_API int xquant_llama_read_rows(struct llama_context *ctx, int32_t layer, int32_t is_value, int32_t head,

@@ -9,7 +9,7 @@ import pytest
 
 from support import tiny_gguf
 from support.contexts import Context
-from xquant_gguf import Llama
+from xquant_gguf import Llama, fork
 from xquant_gguf.inspect import inspect_cache
 from xquant_gguf.session import Model
 
@@ -34,20 +34,22 @@ def allocated(path: str, kv_type: str, **options: Any) -> int:
 @pytest.mark.parametrize("swa_full", [None, False])
 @pytest.mark.parametrize(("n_ctx", "n_ubatch"), [(4096, 512), (4096, 128), (512, 512)])
 def test_sizes_are_those_of_real_caches(sliding: str, n_ctx: int, n_ubatch: int, swa_full: bool | None) -> None:
-    info, sizes, in_force = inspect_cache(
-        sliding, "xquant-small", None, n_ctx=n_ctx, n_ubatch=n_ubatch, swa_full=swa_full
-    )
-    options = {"n_ctx": n_ctx, "n_ubatch": n_ubatch, "n_batch": n_ubatch, "swa_full": swa_full}
-    assert list(sizes) == ["f16", "q8_0", "q4_0", "xquant-small"]
-    assert sizes == {kv_type: allocated(sliding, kv_type, **options) for kv_type in sizes}
-    assert info["bytes_other"] > 0
-    assert info["layers"] == [0, 1]
-    assert in_force == n_ctx
+    found = inspect_cache(sliding, "xquant-small", None, n_ctx=n_ctx, n_ubatch=n_ubatch, swa_full=swa_full)
+    options: dict[str, Any] = {"n_ctx": n_ctx, "n_ubatch": n_ubatch, "n_batch": n_ubatch, "swa_full": swa_full}
+    assert list(found.sizes) == list(found.compute) == ["f16", "q8_0", "q4_0", "xquant-small"]
+    for kv_type, size in found.sizes.items():
+        llm = Llama(sliding, kv_type=kv_type, flash_attn=True, verbose=False, **options)
+        assert size == llm.kv_cache_info()["bytes_allocated"]
+        assert found.compute[kv_type] == fork.compute_bytes(llm.ctx) > 0
+        llm.close()
+    assert found.info["bytes_other"] > 0
+    assert found.info["layers"] == [0, 1]
+    assert found.n_ctx == n_ctx
 
 
 @pytest.mark.parametrize("n_seq", [1, 2, 4])
 def test_sizes_of_several_sequences_are_those_of_caches_that_have_them(sliding: str, n_seq: int) -> None:
-    _, sizes, _ = inspect_cache(sliding, "xquant", None, n_ctx=8192, n_ubatch=128, n_seq=n_seq)
+    sizes = inspect_cache(sliding, "xquant", None, n_ctx=8192, n_ubatch=128, n_seq=n_seq).sizes
     with Context(Path(sliding), "xquant", n_ctx=8192, n_ubatch=128, n_seq=8) as context:
         other = context.info()["bytes_other"]  # sliding layers, which have room for all from the start
         for sequence in range(n_seq):
@@ -62,19 +64,19 @@ def test_sizes_of_several_sequences_are_those_of_caches_that_have_them(sliding: 
 
 def test_a_type_that_does_not_fit_the_heads_has_no_size(tmp_path: Path) -> None:
     path = write(tmp_path / "model.gguf", tiny_gguf.Shape(key_length=48, value_length=48))
-    _, sizes, _ = inspect_cache(path, "xquant", None, n_ctx=4096)
+    sizes = inspect_cache(path, "xquant", None, n_ctx=4096).sizes
     assert sizes["q8_0"] is None
     assert sizes["f16"] == 2 * 4096 * 4 * 2 * 96
     assert sizes["xquant"] == allocated(path, "xquant", n_ctx=4096)
 
 
 def test_no_tokens_means_those_of_the_training(sliding: str) -> None:
-    assert inspect_cache(sliding, "xquant", None, n_ctx=0)[2] == tiny_gguf.Shape().n_ctx
+    assert inspect_cache(sliding, "xquant", None, n_ctx=0).n_ctx == tiny_gguf.Shape().n_ctx
 
 
 def test_a_plan_is_told_by_model_layers(sliding: str) -> None:
     plan = {"window": 256, "layers": {"1": {"k": {"bits": 2}}}}
-    info, _, _ = inspect_cache(sliding, "xquant", plan, n_ctx=4096)
+    info = inspect_cache(sliding, "xquant", plan, n_ctx=4096).info
     assert (info["k_bits"], info["window"]) == ([4, 2], 256)
 
 

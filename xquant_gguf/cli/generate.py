@@ -52,11 +52,11 @@ def run(args: argparse.Namespace) -> int:
     print(f"decode {n} tokens, {n / max(decode_time, 1e-9):.1f} tokens/s\n")
     preset, n_ubatch = kv_type if llm.is_xquant else "xquant", llm.context_params.n_ubatch
     try:
-        _, sizes, n_ctx = inspect_cache(args.model, preset, args.kv_plan, n_ctx=llm.n_ctx(), n_ubatch=n_ubatch)
+        found = inspect_cache(args.model, preset, args.kv_plan, n_ctx=llm.n_ctx(), n_ubatch=n_ubatch)
     except ValueError as error:  # a model with another kind of state, run with a cache type of llama.cpp
         print(f"no table of KV bytes: {error}", file=sys.stderr)
     else:
-        print(bytes_table(sizes, n_ctx))
+        print(bytes_table(found))
     return 0
 
 

@@ -20,20 +20,20 @@ def run(args: argparse.Namespace) -> int:
     preset = kv_type_of(args)
     if preset in LLAMA_TYPES:
         raise ValueError(f"kv_type is {preset!r}, must be one of {', '.join(preset_names())} to inspect its plan")
-    info, sizes, n_ctx = inspect_cache(
-        args.model, preset, args.kv_plan, n_ctx=args.n_ctx, n_ubatch=args.n_ubatch, n_seq=args.n_seq
-    )
+    found = inspect_cache(args.model, preset, args.kv_plan, n_ctx=args.n_ctx, n_ubatch=args.n_ubatch, n_seq=args.n_seq)
+    info = found.info
     if text := warning_of(info):
         print(text, file=sys.stderr)
     carried = carried_keys(args.model)
     if args.json:
         keys = ("preset", "layers", "k_bits", "v_bits", "equivalent_bits", "true_bits", "window", "kernels")
-        settings = {"n_ctx": n_ctx, "n_ubatch": args.n_ubatch, "n_seq": args.n_seq}
-        print(json.dumps({**{k: info[k] for k in keys}, **settings, "kv_bytes": sizes, "file": carried}, indent=2))
+        settings = {"n_ctx": found.n_ctx, "n_ubatch": args.n_ubatch, "n_seq": args.n_seq}
+        n_bytes = {"kv_bytes": found.sizes, "compute_bytes": found.compute}
+        print(json.dumps({**{k: info[k] for k in keys}, **settings, **n_bytes, "file": carried}, indent=2))
         return 0
     if info["layers"]:
         print_plan(info)
-    print(bytes_table(sizes, n_ctx))
+    print(bytes_table(found))
     if carried:
         print("\nin the file:")
     for name, value in carried.items():

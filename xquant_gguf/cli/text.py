@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xquant_gguf.metadata import written_beside
+
+if TYPE_CHECKING:
+    from xquant_gguf.inspect import Inspected
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -20,12 +23,17 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def bytes_table(sizes: Mapping[str, int | None], n_ctx: int) -> str:
-    """KV bytes at n_ctx by cache type, against F16; a type that the model cannot have shows "-"."""
-    f16 = sizes["f16"]
-    rows = [["KV cache", f"MiB at {n_ctx}", "F16 / this"]]
-    for name, size in sizes.items():
-        rows.append([name, f"{size / 2**20:.1f}" if size else "-", f"{f16 / size:.2f}" if size and f16 else "-"])
+def _mib(n_bytes: int | None) -> str:
+    return f"{n_bytes / 2**20:.1f}" if n_bytes else "-"
+
+
+def bytes_table(found: Inspected) -> str:
+    """KV bytes by cache type, against F16, and those of its computing; a type that the model cannot have shows "-"."""
+    f16 = found.sizes["f16"]
+    rows = [["KV cache", f"MiB at {found.n_ctx}", "F16 / this", "to compute"]]
+    for name, size in found.sizes.items():
+        ratio = f"{f16 / size:.2f}" if size and f16 else "-"
+        rows.append([name, _mib(size), ratio, _mib(found.compute[name])])
     return table(rows)
 
 
