@@ -34,6 +34,7 @@ LOG8_ZERO = 161
 STEPS = np.array([2 ** (j / 8) for j in range(8)]).astype(F32)
 # mantissa bits of 2^((j + 1/2) / 8): where one step of the logarithmic scale rounds to the next
 THRESHOLDS = np.array([2 ** ((j + 0.5) / 8) for j in range(8)]).astype(F32).view(np.uint32) & 0x7FFFFF
+LONGER_LLOYD, LONGER_CLIP = F32(1.25), F32(0.6)
 CLIP_ONE_BIT = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
 CLIP_MORE_BITS = (0.0, 0.04, 0.08, 0.12, 0.16, 0.2)
 
@@ -160,20 +161,34 @@ def encode(x: Floats, p: Parameters, bits: int) -> Floats:
     return np.rint(np.clip((x - p.base) * inverse + p.middle, F32(0), F32(2**bits - 1)))
 
 
-def _least_squares(x: Floats, codes: Floats, flat: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
-    """Scale and zero that fit given codes best; lanes whose codes are all the same get `flat`."""
+def _least_squares(x: Floats, codes: Floats, flat: tuple[Floats, Floats]) -> tuple[Floats, Floats, Floats]:
+    """Scale and zero that fit given codes best, and the share of the variance that is left over; lanes whose codes are
+    all the same get `flat`."""
     low, high = _range(x)
     shift = (low + high) * F32(0.5)
-    sum_c = sum_cc = sum_x = sum_xc = np.zeros_like(x[0])
+    sum_c = sum_cc = sum_x = sum_xc = sum_xx = np.zeros_like(x[0])
     for row, c in zip(x, codes, strict=True):
         y = row - shift
         sum_c, sum_cc, sum_x, sum_xc = sum_c + c, sum_cc + c * c, sum_x + y, sum_xc + y * c
-    mean_c = sum_c / F32(len(x))
-    variance = sum_cc - sum_c * mean_c
-    usable = variance > F32(0.25)
-    scale = (sum_xc - sum_x * mean_c) / np.where(usable, variance, F32(1))
-    zero = shift + sum_x / F32(len(x)) - scale * mean_c
-    return np.where(usable, scale, flat[0]), np.where(usable, zero, flat[1])
+        sum_xx = sum_xx + y * y
+    mean_c, mean_x = sum_c / F32(len(x)), sum_x / F32(len(x))
+    variance, both, whole = sum_cc - sum_c * mean_c, sum_xc - sum_x * mean_c, sum_xx - sum_x * mean_x
+    usable, varies = variance > F32(0.25), whole > F32(0)
+    scale = both / np.where(usable, variance, F32(1))
+    rest = F32(1) - scale * both / np.where(varies, whole, F32(1))
+    rest = np.where(varies, np.clip(rest, F32(0), F32(1)), F32(0))
+    zero = shift + mean_x - scale * mean_c
+    return np.where(usable, scale, flat[0]), np.where(usable, zero, flat[1]), rest
+
+
+def _lengthened(scale: Floats, zero: Floats, rest: Floats, much: np.float32, bits: int) -> tuple[Floats, Floats]:
+    """Scale and zero of a fit of least error, which is short: values nearer to their centre than they were.
+
+    Errors of that kind do not cancel in sums over tokens, as others do, so the scale grows again, by `much` times the
+    share of the variance that is left over; codes that are sealed again stay as they are.
+    """
+    longer = scale * (rest * much + F32(1))
+    return longer, zero + (scale - longer) * (F32(2**bits - 1) * F32(0.5))
 
 
 def _mean(x: Floats) -> Floats:
@@ -186,24 +201,24 @@ def _mean(x: Floats) -> Floats:
 
 
 def _fit_clip(x: Floats, bits: int, param: str) -> Parameters:
-    """The shrink ratio of least squared error, per lane; the first of equals."""
-    best: Parameters | None = None
+    """The shrink ratio of least squared error, per lane; the first of equals; lengthened."""
+    best = Parameters(np.zeros_like(x[0]), np.zeros_like(x[0]))
+    raw = best.scale, best.base
     best_error = np.full_like(x[0], np.inf)
     for eta in CLIP_ONE_BIT if bits == 1 else CLIP_MORE_BITS:
-        p = round_parameters(*_relaxed(x, bits, eta), bits, param)
+        fit = _relaxed(x, bits, eta)
+        p = round_parameters(*fit, bits, param)
         error = np.zeros_like(x[0])
         for row, c in zip(x, encode(x, p, bits), strict=True):
             off = p.base + p.scale * (c - p.middle) - row
             error = error + off * off
         better = error < best_error
         best_error = np.where(better, error, best_error)
-        if best is not None:
-            p.scale, p.base = np.where(better, p.scale, best.scale), np.where(better, p.base, best.base)
-            if p.e is not None and p.q is not None and best.e is not None and best.q is not None:
-                p.e, p.q = np.where(better, p.e, best.e), np.where(better, p.q, best.q)
-        best = p
-    assert best is not None
-    return best
+        scale, base = np.where(better, p.scale, best.scale), np.where(better, p.base, best.base)
+        best = Parameters(scale, base, p.middle)
+        raw = np.where(better, fit[0], raw[0]), np.where(better, fit[1], raw[1])
+    rest = _least_squares(x, encode(x, best, bits), raw)[2]
+    return round_parameters(*_lengthened(*raw, rest, LONGER_CLIP, bits), bits, param)
 
 
 def quantize(x: Floats, side: Side, owner_codes: Codes | None = None) -> tuple[Codes, Parameters]:
@@ -214,14 +229,14 @@ def quantize(x: Floats, side: Side, owner_codes: Codes | None = None) -> tuple[C
     if side.fit == "lsq":
         assert owner_codes is not None
         flat = (np.zeros_like(x[0]), _mean(x))
-        return owner_codes, round_parameters(*_least_squares(x, owner_codes.astype(F32), flat), bits, param)
+        return owner_codes, round_parameters(*_least_squares(x, owner_codes.astype(F32), flat)[:2], bits, param)
     if side.fit == "clip":
         p = _fit_clip(x, bits, param)
     elif side.fit == "lloyd":
-        fit = _relaxed(x, bits, side.eta)
+        fit, rest = _relaxed(x, bits, side.eta), np.zeros_like(x[0])
         for _ in range(3):
-            fit = _least_squares(x, encode(x, Parameters(*fit), bits), fit)
-        p = round_parameters(*fit, bits, param)
+            *fit, rest = _least_squares(x, encode(x, Parameters(*fit), bits), fit)
+        p = round_parameters(*_lengthened(*fit, rest, LONGER_LLOYD, bits), bits, param)
     else:
         p = round_parameters(*_relaxed(x, bits, side.eta), bits, param)
     if owner_codes is not None:

@@ -40,10 +40,48 @@ template <typename X> XQ_LANE parameters relaxed(const group<X> &g, float eta) {
     return p;
 }
 
+/* Fits of least error are short: what is read back lies nearer to the centre than what was stored, for every token
+ * alike.  Sums over tokens keep that, where other errors cancel, so scales grow again, by `much` times the share of the
+ * variance that codes leave unexplained; what is codes already does not grow. */
+XQ_LANE parameters lengthened(const parameters &p, lanes rest, float much, int top) {
+    parameters longer = p;
+    longer.scale = p.scale * (rest * much + splat(1.0f));
+    longer.base = p.base + (p.scale - longer.scale) * ((float)top * 0.5f);
+    return longer;
+}
+
+/* Least-squares scale and zero for given codes; lanes whose codes are all the same get `flat`.  rest: the share of the
+ * variance that is left over. */
+template <typename X, typename F>
+XQ_LANE parameters least_squares(const group<X> &g, const parameters &flat, const F &code, lanes &rest) {
+    const lanes shift = (g.min + g.max) * 0.5f; // keeps the sums small where the group lies far from zero
+    lanes sum_c = splat(0.0f), sum_cc = splat(0.0f), sum_x = splat(0.0f), sum_xc = splat(0.0f), sum_xx = splat(0.0f);
+    for (int j = 0; j < g.n_j; ++j) {
+        const lanes c = code(j), x = g.x[j] - shift;
+        sum_c = sum_c + c;
+        sum_cc = sum_cc + c * c;
+        sum_x = sum_x + x;
+        sum_xc = sum_xc + x * c;
+        sum_xx = sum_xx + x * x;
+    }
+    const lanes mean_c = sum_c / (float)g.n_j, mean_x = sum_x / (float)g.n_j;
+    const lanes variance = sum_cc - sum_c * mean_c, both = sum_xc - sum_x * mean_c, all = sum_xx - sum_x * mean_x;
+    // codes that differ at all give a variance near 1 or more; less is rounding
+    const auto usable = variance > 0.25f;
+    const lanes scale = both / (usable ? variance : splat(1.0f));
+    const auto varies = all > 0.0f;
+    const lanes unexplained = splat(1.0f) - scale * both / (varies ? all : splat(1.0f));
+    rest = varies ? low(high(unexplained, splat(0.0f)), splat(1.0f)) : splat(0.0f);
+    parameters p = {};
+    p.scale = usable ? scale : flat.scale;
+    p.base = usable ? shift + mean_x - scale * mean_c : flat.base;
+    return p;
+}
+
 template <typename X> XQ_LANE parameters fit_clip(const group<X> &g) {
     const float *etas = g.side.bits == 1 ? clip_one_bit : clip_more_bits;
     const int n = g.side.bits == 1 ? 8 : 6;
-    parameters best = {};
+    parameters best = {}, best_raw = {};
     lanes best_error = splat(INFINITY);
     for (int k = 0; k < n; ++k) {
         const parameters raw = relaxed(g, etas[k]);
@@ -58,34 +96,15 @@ template <typename X> XQ_LANE parameters fit_clip(const group<X> &g) {
         best_error = better ? error : best_error;
         best.scale = better ? p.scale : best.scale;
         best.base = better ? p.base : best.base;
-        best.e = better ? p.e : best.e;
-        best.q = better ? p.q : best.q;
+        best_raw.scale = better ? raw.scale : best_raw.scale;
+        best_raw.base = better ? raw.base : best_raw.base;
         best.middle = p.middle;
     }
-    return best;
-}
-
-/* Least-squares scale and zero for given codes; lanes whose codes are all the same get `flat`. */
-template <typename X, typename F>
-XQ_LANE parameters least_squares(const group<X> &g, const parameters &flat, const F &code) {
-    const lanes shift = (g.min + g.max) * 0.5f; // keeps the sums small where the group lies far from zero
-    lanes sum_c = splat(0.0f), sum_cc = splat(0.0f), sum_x = splat(0.0f), sum_xc = splat(0.0f);
-    for (int j = 0; j < g.n_j; ++j) {
-        const lanes c = code(j), x = g.x[j] - shift;
-        sum_c = sum_c + c;
-        sum_cc = sum_cc + c * c;
-        sum_x = sum_x + x;
-        sum_xc = sum_xc + x * c;
-    }
-    const lanes mean_c = sum_c / (float)g.n_j;
-    const lanes variance = sum_cc - sum_c * mean_c;
-    // codes that differ at all give a variance near 1 or more; less is rounding
-    const auto usable = variance > 0.25f;
-    const lanes scale = (sum_xc - sum_x * mean_c) / (usable ? variance : splat(1.0f));
-    parameters p = {};
-    p.scale = usable ? scale : flat.scale;
-    p.base = usable ? shift + sum_x / (float)g.n_j - scale * mean_c : flat.base;
-    return p;
+    const lanes inv = inverse(best.scale);
+    lanes rest;
+    least_squares(g, best_raw, [&](int j) { return encode(g.x[j], best, inv, g.top); }, rest);
+    const parameters p = lengthened(best_raw, rest, longer_clip, g.top);
+    return round_parameters(g.side, p.scale, p.base);
 }
 
 template <typename X> XQ_LANE lanes mean(const group<X> &g) {
@@ -100,10 +119,12 @@ template <typename X> XQ_LANE lanes mean(const group<X> &g) {
 /* Three steps of assignment and least squares from the relaxed range. */
 template <typename X> XQ_LANE parameters fit_lloyd(const group<X> &g) {
     parameters p = relaxed(g, g.side.eta);
+    lanes rest;
     for (int step = 0; step < 3; ++step) {
         const lanes inv = inverse(p.scale);
-        p = least_squares(g, p, [&](int j) { return encode(g.x[j], p, inv, g.top); });
+        p = least_squares(g, p, [&](int j) { return encode(g.x[j], p, inv, g.top); }, rest);
     }
+    p = lengthened(p, rest, longer_lloyd, g.top);
     return round_parameters(g.side, p.scale, p.base);
 }
 
@@ -122,7 +143,8 @@ template <typename X, typename F> XQ_LANE parameters fit(const group<X> &g, cons
     case XQ_FIT_LSQ: {
         parameters flat = {};
         flat.base = mean(g);
-        p = least_squares(g, flat, owner_code);
+        lanes rest;
+        p = least_squares(g, flat, owner_code, rest);
         break;
     }
     default:

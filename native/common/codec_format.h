@@ -78,4 +78,8 @@ XQ_TABLE uint32_t log8_thresholds[8] = {0x05aac3, 0x11c3d3, 0x1ef532, 0x2d583f, 
 XQ_TABLE float clip_one_bit[8] = {0.0f, 0.05f, 0.1f, 0.15f, 0.2f, 0.25f, 0.3f, 0.35f};
 XQ_TABLE float clip_more_bits[6] = {0.0f, 0.04f, 0.08f, 0.12f, 0.16f, 0.2f};
 
+/* How much fits are lengthened (codec_fit.h): values, whose error sums over tokens keep, and keys, with scores in
+ * between.  Measured on models (docs/quality.md); 1 would about undo the shrinking. */
+constexpr float longer_lloyd = 1.25f, longer_clip = 0.6f;
+
 } // namespace xq

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -53,7 +54,8 @@ def test_minmax_is_within_half_a_step(bits: int, n: int, seed: int, shift: float
 @given(st.integers(1, 4), st.sampled_from(("f16", "log8")), st.integers(0, 10**6))
 def test_clip_is_the_best_of_its_ratios(bits: int, param: str, seed: int) -> None:
     x = normal(64, 8, seed)
-    best = squared_error(x, *reference.quantize(x, Side(bits, 64, "clip", param)))
+    with mock.patch.object(reference, "LONGER_CLIP", np.float32(0)):
+        best = squared_error(x, *reference.quantize(x, Side(bits, 64, "clip", param)))
     for eta in reference.CLIP_ONE_BIT if bits == 1 else reference.CLIP_MORE_BITS:
         other = squared_error(x, *reference.quantize(x, Side(bits, 64, "minmax", param, eta=eta)))
         assert (best <= other * (1 + 1e-4)).all()
@@ -65,9 +67,45 @@ def test_lloyd_improves_on_its_start(bits: int, eta: float, seed: int, shift: fl
     """A step of assignment and least squares cannot raise the error, but for F16's rounding of zero."""
     x = normal(128, 8, seed, shift)
     start = squared_error(x, *reference.quantize(x, Side(bits, 128, "minmax", eta=eta)))
-    end = squared_error(x, *reference.quantize(x, Side(bits, 128, "lloyd", eta=eta)))
+    with mock.patch.object(reference, "LONGER_LLOYD", np.float32(0)):
+        end = squared_error(x, *reference.quantize(x, Side(bits, 128, "lloyd", eta=eta)))
     slack = 128 * (np.abs(x).max() * 2**-11) ** 2
     assert (end <= 1.02 * start + 2 * slack).all()
+
+
+def read_back(x: NDArray[np.float32], side: Side) -> NDArray[np.float32]:
+    codes, p = reference.quantize(x, side)
+    return p.base + p.scale * (codes.astype(np.float32) - p.middle)
+
+
+@pytest.mark.parametrize("param", ["f16", "log8"])
+@pytest.mark.parametrize(
+    ("fit", "bits", "eta", "before"), [("lloyd", 1, 0.3, 0.65), ("lloyd", 2, 0.09, 0.91), ("clip", 2, 0.0, 0.91)]
+)
+def test_what_is_read_back_is_nearly_as_long_as_what_was_stored(
+    fit: str, bits: int, eta: float, before: float, param: str
+) -> None:
+    """Sums over tokens keep a factor that all have in common; before: what least error alone gives."""
+    x = normal(128, 256, 1)
+
+    def length() -> float:
+        return float((read_back(x, Side(bits, 128, fit, param, eta=eta)) * x).sum() / (x * x).sum())
+
+    assert length() <= 1
+    assert 1 - length() < 0.85 * (1 - before)
+    with mock.patch.multiple(reference, LONGER_LLOYD=np.float32(0), LONGER_CLIP=np.float32(0)):
+        assert length() <= before
+
+
+@pytest.mark.parametrize("fit", ["lloyd", "clip"])
+@pytest.mark.parametrize(("bits", "eta"), [(1, 0.3), (2, 0.09), (3, 0.02), (4, 0.01)])
+def test_sealing_again_does_not_lengthen_again(fit: str, bits: int, eta: float) -> None:
+    side = Side(bits, 128, fit, "f16", eta=eta)
+    once = read_back(normal(128, 64, 2), side)
+    again = once
+    for _ in range(5):
+        again = read_back(again, side)
+    assert 0.98 <= (again * once).sum() / (once * once).sum() <= 1.001
 
 
 @settings(max_examples=30, deadline=None)
