@@ -235,7 +235,8 @@ def quantize(x: Floats, side: Side, owner_codes: Codes | None = None) -> tuple[C
     elif side.fit == "lloyd":
         fit, rest = _relaxed(x, bits, side.eta), np.zeros_like(x[0])
         for _ in range(3):
-            *fit, rest = _least_squares(x, encode(x, Parameters(*fit), bits), fit)
+            scale, zero, rest = _least_squares(x, encode(x, Parameters(*fit), bits), fit)
+            fit = scale, zero
         p = round_parameters(*_lengthened(*fit, rest, LONGER_LLOYD, bits), bits, param)
     else:
         p = round_parameters(*_relaxed(x, bits, side.eta), bits, param)
