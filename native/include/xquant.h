@@ -78,8 +78,8 @@ enum xq_status {
 enum xq_fit {
     XQ_FIT_PAPER = 0,  /* codes from min and max; scale and zero then relaxed by eta (paper, section 3.2) */
     XQ_FIT_MINMAX = 1, /* range shrunk by eta, parameters rounded, then codes */
-    XQ_FIT_CLIP = 2,   /* the best of several shrink ratios by squared error, then as MINMAX */
-    XQ_FIT_LLOYD = 3,  /* MINMAX, then three steps of assignment and least squares */
+    XQ_FIT_CLIP = 2,   /* the best of several shrink ratios by squared error, made longer, then as MINMAX */
+    XQ_FIT_LLOYD = 3,  /* MINMAX, then three steps of assignment and least squares, made longer (codec_fit.h) */
     XQ_FIT_LSQ = 4,    /* borrowed codes only: least-squares scale and zero for the owner's codes */
 };
 
