@@ -92,7 +92,7 @@ def test_evaluate(smollm2: str, tmp_path: Path, prose: str, capfd: pytest.Captur
     assert (results["f16"]["kld"], results["f16"]["top1"]) == (pytest.approx(0, abs=1e-9), 1)
     # as measured with AVX2 kernels; other kernels round otherwise
     for name, kld, top1, ppl in (
-        ("q4_0", 0.037, 0.89, 37.1), ("xquant", 0.0067, 0.94, 36.2), ("xquant-tiny", 0.030, 0.91, 36.6),
+        ("q4_0", 0.037, 0.89, 37.1), ("xquant", 0.0053, 0.94, 36.2), ("xquant-tiny", 0.0146, 0.91, 36.1),
     ):  # fmt: skip
         told = results[name]
         assert told["kld"] == pytest.approx(kld, rel=0.5)
