@@ -68,23 +68,11 @@ def build(source: Path, folder: Path) -> Path:
 def time_peer(program: Path, model: Path, cache: str, depths: list[int], threads: int, prompt_threads: int) -> Speeds:
     """Runs it once; its table has a line for each depth: | PP | TG | B | N_KV | T_PP | S_PP | T_TG | S_TG | ..."""
     k, _, v = cache.partition("/")
-    command = [
-        str(program),
-        "-m",
-        str(model),
-        "-t",
-        str(threads),
-        "-tb",
-        str(prompt_threads),
-        "-fa",
-        "on",
-        "-ctk",
-        k,
-        "-ctv",
-        v or k,
-    ]
-    command += ["-c", str(max(depths) + N_DECODE), "-ub", str(UBATCH), "-npp", ",".join(map(str, depths))]
-    command += ["-ntg", str(N_DECODE), "-npl", "1"]
+    options = {
+        "-m": model, "-t": threads, "-tb": prompt_threads, "-fa": "on", "-ctk": k, "-ctv": v or k,
+        "-c": max(depths) + N_DECODE, "-ub": UBATCH, "-npp": ",".join(map(str, depths)), "-ntg": N_DECODE, "-npl": 1,
+    }  # fmt: skip
+    command = [str(program), *(str(part) for option in options.items() for part in option)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     speeds: Speeds = {}
     for line in (run.stdout + run.stderr).splitlines():

@@ -47,15 +47,14 @@ __device__ inline void seal_lane(const matrix &m, column x, int i, const uint8_t
 }
 
 /* The words of one part (1, 2 or 4 bits) of the slab's units, from the codes in x; shift: of the part in a code. */
-__device__ inline void pack_part(const matrix &m, const float *x, int i0, int bits, int shift, uint8_t *codes,
-                                 int offset) {
+__device__ inline void pack_part(const matrix &m, float *x, int i0, int bits, int shift, uint8_t *codes, int offset) {
     const int rows = 32 / bits, n_units = units_of(bits, min(slab, m.n_i - i0));
     for (int k = threadIdx.x; k < m.n_j * n_units; k += blockDim.x) {
         const int j = k % m.n_j, unit = k / m.n_j;
         uint32_t word = 0;
         for (int r = 0; r < rows; ++r) {
             const int i = unit * rows + r; // of the slab
-            const uint32_t code = i0 + i < m.n_i ? (uint32_t)x[j * slab + (i ^ (j & 31))] >> shift : 0;
+            const uint32_t code = i0 + i < m.n_i ? (uint32_t)column{x, i}[j] >> shift : 0;
             word |= (code & ((1u << bits) - 1)) << (8 * (r % 4) + bits * (r / 4));
         }
         uint8_t *at = codes + (int64_t)(j / 16) * column_bytes(m.side.bits, m.n_i) + offset;
@@ -64,7 +63,7 @@ __device__ inline void pack_part(const matrix &m, const float *x, int i0, int bi
 }
 
 /* The slab's codes, [n_j][slab] in x, as the block stores them. */
-__device__ inline void pack_codes(const matrix &m, const float *x, int i0, uint8_t *codes) {
+__device__ inline void pack_codes(const matrix &m, float *x, int i0, uint8_t *codes) {
     if (m.side.bits == 3) {
         pack_part(m, x, i0, 2, 0, codes, 0);
         pack_part(m, x, i0, 1, 2, codes, 64 * units_of(2, m.n_i));
@@ -75,11 +74,11 @@ __device__ inline void pack_codes(const matrix &m, const float *x, int i0, uint8
 
 /* The slab from row `first` on, [n_j][slab] in x, to a page in bytes (codec_bytes.h has the equations).  By the whole
  * block, after a barrier. */
-__device__ inline void shrink_slab(const byte_page &page, const float *x, int first) {
+__device__ inline void shrink_slab(const byte_page &page, float *x, int first) {
     __shared__ float centres[slab], inverses[slab];
     const int n_j = page.by_channel ? XQ_PAGE : page.width, i = first + (int)threadIdx.x;
     if (threadIdx.x < slab && i < page.n) {
-        const column row = {(float *)x, (int)threadIdx.x};
+        const column row = {x, (int)threadIdx.x};
         float least = row[0], most = row[0];
 #pragma unroll 8
         for (int j = 1; j < n_j; ++j) {
@@ -106,8 +105,7 @@ __device__ inline void shrink_slab(const byte_page &page, const float *x, int fi
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
             const int r = page.by_channel ? c + n : t, j = page.by_channel ? t : c + n;
-            const float byte =
-                nearest(low(high((x[j * slab + (r ^ (j & 31))] - centres[r]) * inverses[r], -127.0f), 127.0f));
+            const float byte = nearest(low(high((column{x, r}[j] - centres[r]) * inverses[r], -127.0f), 127.0f));
             word |= ((uint32_t)(int)byte & 0xffu) << 8 * n;
         }
         *(uint32_t *)(page.codes + (page.by_channel ? t * page.width + first + c : (first + t) * page.width + c)) =

@@ -216,8 +216,7 @@ __device__ inline void unseal_slab(const xq_store &store, const slab_place &at, 
     for (int k = lane; k < m.n_j * slab; k += slab) {
         const int r = at.is_k ? k % slab : k / m.n_j, j = at.is_k ? k / slab : k % m.n_j;
         if (at.first + r < m.n_i) {
-            rows[at.is_k ? j * stride + at.first + r : (at.first + r) * stride + j] =
-                to_half(shared[j * slab + (r ^ (j & 31))]);
+            rows[at.is_k ? j * stride + at.first + r : (at.first + r) * stride + j] = to_half(column{shared, r}[j]);
         }
     }
     __syncwarp();

@@ -57,7 +57,7 @@ __device__ int load_values(const slab_place &at, const matrix &m, float *shared,
     for (int j = (int)threadIdx.x; j < m.n_j; j += seal_warps * slab) {
         each_token<N>(
             at.first, [&](int t) { return value(t, j); },
-            [&](int t, __half of) { shared[j * slab + ((t - at.first) ^ (j & 31))] = finite(__half2float(of), bad); });
+            [&](int t, __half of) { column{shared, t - at.first}[j] = finite(__half2float(of), bad); });
     }
     return bad;
 }

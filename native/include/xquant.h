@@ -249,6 +249,7 @@ typedef struct xq_side_store {
     uint8_t *bytes;                               /* null if there are no byte slots */
     int64_t bytes_slot, bytes_head, bytes_stream; /* bytes */
 } xq_side_store;
+
 /* One layer.  On a GPU every pointer to data is a device pointer. */
 typedef struct xq_store {
     int32_t n_head_kv, n_pages, n_slots, n_streams;
@@ -389,7 +390,7 @@ typedef struct xq_backend {
 /* The CPU backend of libxquant; the scalar kernel set is its reference. */
 XQ_API const xq_backend *xq_cpu(void);
 /* The n_parts with which its attend is done first, if it has n_groups groups of query rows, of all KV heads and
- * streams, over n_pages pages, and n_threads threads, all at least 1. */
+ * streams, over n_pages pages, both at least 1, and n_threads threads; below 1, llama.cpp's default number: 1. */
 XQ_API int32_t xq_cpu_parts(int64_t n_groups, int64_t n_pages, int32_t n_threads);
 /* The CUDA backend of libxquant_cuda; the general kernel is its reference. */
 XQ_API const xq_backend *xq_cuda(void);

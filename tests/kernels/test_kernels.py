@@ -176,5 +176,6 @@ def test_parts_of_attention() -> None:
             assert all(1 <= n <= n_pages for n_pages, n in enumerate(found, 1))
             assert found[-1] * n_groups >= min(n_threads, 16)  # beyond, one thread would merge for too long
             assert n_threads > 1 or set(found) == {1}
+    assert parts(3, 100, 0) == 1  # llama.cpp takes its default then
     for n_pages, n_threads in ((32, 16), (128, 8)):  # measured: more are slower
         assert parts(2, n_pages, n_threads) < 9
