@@ -16,10 +16,10 @@ from unittest import mock
 import numpy as np
 
 from xquant_gguf import reference
-from xquant_gguf.calibrate import key_side, value_side
 from xquant_gguf.cli.text import table
 from xquant_gguf.plan import PAGE, Side
 from xquant_gguf.probe import Probe, Rows
+from xquant_gguf.sides import key_side, value_side
 
 N_READ, EVERY, PASSAGE = 2048, 128, 32
 

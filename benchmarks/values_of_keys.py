@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from xquant_gguf.calibrate import _read_back, key_side, value_side
 from xquant_gguf.cli.text import table
 from xquant_gguf.plan import PAGE, Side
 from xquant_gguf.probe import Probe, Reading
+from xquant_gguf.sides import key_side, read_back, value_side
 
 EVERY, PASSAGE = 2 * PAGE, 32
 
@@ -25,7 +25,7 @@ EVERY, PASSAGE = 2 * PAGE, 32
 def harm(reading: Reading, k: Side, v: Side, v_as: str) -> list[str]:
     """Mean and 99th percentile if all layers stored keys as k and values as v, which is a side of v_as."""
     changed = {
-        (i, name): _read_back(k if name == "k" else v, rows, "k" if name == "k" else v_as)
+        (i, name): read_back(k if name == "k" else v, rows, "k" if name == "k" else v_as)
         for (i, name), rows in reading.rows.items()
     }
     kld = reading.kld(changed)
@@ -45,9 +45,12 @@ def main() -> None:
         lines = [["keys and values", "KLD", "99 %"]]
         starts = range(EVERY, len(tokens) - PASSAGE + 1, EVERY)
         with probe.reading(tokens, n_read, starts, PASSAGE) as reading:
-            lines.append(["xquant: 4 bits, 2 bits rotated", *harm(reading, key_side(4), value_side(2), "v")])
+            lines.append(
+                ["xquant: 4 bits, 2 bits rotated", *harm(reading, key_side(4, rotate=False), value_side(2), "v")]
+            )
             for bits in map(int, args.bits.split(",")):
-                lines.append([f"both per channel, {bits} bits", *harm(reading, key_side(bits), key_side(bits), "k")])
+                side = key_side(bits, rotate=False)
+                lines.append([f"both per channel, {bits} bits", *harm(reading, side, side, "k")])
     print(table(lines))
 
 

@@ -1,76 +1,55 @@
 """Calibration: the plan of least harm for a model under a budget, from a short text.
 
 For each layer and side, one run measures the KL divergence from F16 that coarse codes of that side alone cause, at
-passages from all over the text.  The codec's own squared error on the model's keys and values then says what every
-other choice would cause.  Values may be predicted from those of the layer before, or the one before that, by a linear
-map that is fitted to them.
+passages from all over the text, a window before each kept exact.  The codec's own squared error on the model's keys and
+values then says what every other choice would cause, and one run for each width, in all layers at once, by how much
+that is wrong.  Values may be predicted from those of the layer before, or the one before that, by a linear map that is
+fitted to them; its error is that on pages which it was not fitted to.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from xquant_gguf import codec
 from xquant_gguf.allocate import Choice, allocate, spread
 from xquant_gguf.inspect import model_layers
 from xquant_gguf.metadata import Key, Provenance, plan_keys
-from xquant_gguf.plan import PAGE, Layer, Plan, Shape, Side, ValueMap, block_bytes, shortest
-from xquant_gguf.probe import Probe, Reading, Rows, check_layers
+from xquant_gguf.plan import PAGE, Layer, Plan, Shape, Side, block_bytes, shortest
+from xquant_gguf.probe import Probe, Reading, Rows, Where, check_layers
+from xquant_gguf.sides import MapFit, fit_map, key_side, read_back, squared_error, stored_values, turned, value_side
 
 TEXT = Path(__file__).parent / "data" / "calibration.txt"
-FIT_TOKENS = 2048
+FIT_TOKENS = 3072
 """Tokens whose keys and values are looked at."""
-EVERY, PASSAGE = 2 * PAGE, 32
-"""A passage that is scored when one side is measured begins at each how many-th token, and its tokens."""
+PASSAGES, PASSAGE, FIRST = 8, 32, 4 * PAGE
+"""Most passages that are scored when one side is measured, spread over the text, their tokens, the first's place."""
 CHECK_TOKENS, CHECK_SKIP = 5 * PAGE, 2 * PAGE
 """Tokens, the text's last, on which the plan is measured, and the first of them that are not scored."""
-RIDGE = 0.01
-"""Of the mean eigenvalue, added when a map is fitted."""
 SHRINK = 0.25
 """How far one measurement is moved to the mean of all: most layers do less harm than the noise of one run."""
-ERROR_PAGES = 6
-"""Pages on which the codec's error is measured."""
-
-VALUE_ETA = {3: 0.04, 4: 0.01}
-"""Where the fit of values begins that no preset has: the least squared error over Gaussian groups of 64 and 128."""
-
+LEAST_OF_SAID = 0.25
+"""The smallest share of what errors say that codes of a width may be measured to do: the rest would be noise."""
 PROBE_BITS = 1
-"""Bits of the codes whose harm is measured; that of all others follows from the codec's errors."""
-
-
-@lru_cache(maxsize=1)
-def _preset_sides() -> tuple[dict[int, Side], dict[int, Side]]:
-    """Keys and values of the presets, by bits."""
-    layers = [Plan.from_preset(name, 1).layers[0] for name in ("xquant", "xquant-small", "xquant-tiny")]
-    return {layer.k.bits: layer.k for layer in layers}, {layer.v.bits: layer.v for layer in layers}
-
-
-def key_side(bits: int, group: int = PAGE, param: str = "f16") -> Side:
-    """Keys as the presets store them; 1 bit as 2."""
-    return replace(_preset_sides()[0][max(bits, 2)], bits=bits, group=group, param=param)
-
-
-def value_side(bits: int, source: int = -1) -> Side:
-    """Values as the presets store them, more than 2 bits as 2, but for eta; source: the layer that predicts them."""
-    if bits == 0:
-        return Side(0, 0, "minmax", "f16", True, source=source)
-    preset = _preset_sides()[1][min(bits, 2)]
-    return replace(preset, bits=bits, source=source, eta=VALUE_ETA.get(bits, preset.eta))
+"""Bits of the codes whose harm is measured by layer; that of all others follows from the codec's errors."""
+ROTATION_BITS = 3
+"""Bits of the keys that show whether to rotate them."""
+GUESS_BITS = 2
+"""Bits of the values from which others are predicted when that is measured."""
+WIDTHS = (1, 2, 3, 4)
+"""Bits of the codes whose harm is measured in all layers at once."""
 
 
 NOTHING: Rows = np.empty((0, 0, 0), np.float16)
 """V of a latent layer."""
-PROBES: dict[str, Callable[[int], Side]] = {"k": key_side, "v": value_side}
 
 
 @dataclass(frozen=True)
@@ -122,76 +101,6 @@ class Calibration:
         return {**bits, **made, "plan": self.plan.to_dict()}
 
 
-def _error(side: Side, rows: NDArray[np.float16], name: str, predicted: Sequence[Any] | None = None) -> float:
-    """Squared error of a side on some pages of one head, rows [token][width]."""
-    total = 0.0
-    for i, first in enumerate(_pages(len(rows))):
-        page = rows[first : first + PAGE]
-        if name == "k":
-            back = codec.unseal_k(side, page.shape[1], *codec.seal_k(side, page))
-        else:
-            guess = None if predicted is None else predicted[i]
-            own = replace(side, source=-1)
-            back = codec.unseal_v(own, page.shape[1], *codec.seal_v(own, page, predicted=guess), guess)
-        total += float(((back.astype(np.float32) - page.astype(np.float32)) ** 2).sum())
-    return total
-
-
-def _read_back(side: Side, rows: Rows, name: str) -> Rows:
-    """Rows as sealed pages would give them back, all but those of the first page."""
-    seal, unseal = (codec.seal_k, codec.unseal_k) if name == "k" else (codec.seal_v, codec.unseal_v)
-    out = rows.copy()
-    for head in out:
-        for first in range(PAGE, len(head), PAGE):
-            page = head[first : first + PAGE]
-            page[:] = unseal(side, head.shape[1], *seal(side, page))
-    return out
-
-
-def _pages(n_tokens: int) -> list[int]:
-    """First tokens of the pages that errors are measured on, spread evenly; the first page stays F16 in use."""
-    pages = np.linspace(1, n_tokens // PAGE - 1, ERROR_PAGES).astype(int)
-    return [int(p) * PAGE for p in pages]
-
-
-def _stored(rows: Rows, bits: int) -> NDArray[np.float32]:
-    """What a layer with own codes stores of its values, [head][token][e], in the rotated space."""
-    side = value_side(bits)
-    eye = np.eye(rows.shape[2], dtype=np.float32)
-
-    def page(x: NDArray[np.float16]) -> NDArray[np.float32]:
-        return codec.predict_v(side, x.shape[1], *codec.seal_v(side, x), eye).T
-
-    return np.stack([np.concatenate([page(h[i : i + PAGE]) for i in range(0, len(h), PAGE)]) for h in rows])
-
-
-@dataclass(frozen=True)
-class _Fit:
-    value_map: ValueMap
-    predicted: list[list[NDArray[np.float32]]]  # [head][page of _pages] -> [e][PAGE]
-
-
-def fit_map(stored: NDArray[np.float32], rows: Rows) -> _Fit:
-    """The map that predicts a layer's values, rows [head][token][e], from what its source stores of its own.
-
-    Each head takes the one source head that leaves least over.
-    """
-    heads, weights, predicted = [], [], []
-    grams = [u.T @ u for u in stored]
-    for x in rows:
-        y = codec.hadamard(x.astype(np.float32))
-        fits = []
-        for h, (u, gram) in enumerate(zip(stored, grams, strict=True)):
-            w = np.linalg.solve(gram + RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)), u.T @ y)
-            fits.append((float(((y - u @ w) ** 2).sum()), h, w.astype(np.float16)))
-        _, head, weight = min(fits, key=lambda fit: fit[0])
-        heads.append(head)
-        weights.append(weight.astype("<f2").tobytes())
-        guess = stored[head] @ weight.astype(np.float32)
-        predicted.append([np.ascontiguousarray(guess[i : i + PAGE].T) for i in _pages(len(guess))])
-    return _Fit(ValueMap(tuple(heads), b"".join(weights)), predicted)
-
-
 def calibrate(
     model_path: str,
     budget: Budget,
@@ -212,20 +121,25 @@ def calibrate(
         if len(tokens) < 2 * CHECK_TOKENS:
             raise ValueError(f"the text has {len(tokens)} tokens, must have at least {2 * CHECK_TOKENS}")
         n_fit = min(FIT_TOKENS, len(tokens)) // PAGE * PAGE
-        starts = range(EVERY, min(n_fit, len(tokens) - PASSAGE) + 1, EVERY)
-        with tqdm(total=2 * len(probe.layers) + 2, unit="run", disable=None if progress else True) as bar:
+        last = min(n_fit, (len(tokens) - PASSAGE) // PAGE * PAGE)
+        starts = range(FIRST, last + 1, max(-(-(last - FIRST) // (PASSAGES - 1) // PAGE), 1) * PAGE)
+        n_runs = 2 * (1 + len(probe.layers) + len(WIDTHS))
+        with tqdm(total=n_runs + 3, unit="run", disable=None if progress else True) as bar:
             bar.set_description("reading keys and values")
-            with probe.reading(tokens, n_fit, starts, PASSAGE) as reading:
+            with probe.reading(tokens, n_fit, starts, PASSAGE, PAGE) as reading:
                 bar.update()
                 bar.set_description("measuring layers")
-                sensitivity = {name: _sensitivity(reading, name, bar) for name in "kv"}
+                rotates = _rotates(reading, probe.rotates, bar)
+                measured = {name: _Measured.of(reading, name, rotates, bar) for name in "kv"}
+                guessed = _guessed(reading, probe.shapes) if maps else None
+                bar.update()
             bar.set_description("choosing")
-            rows = {name: [reading.rows.get((i, name), NOTHING) for i in range(len(probe.layers))] for name in "kv"}
-            plan = _Choices(budget, probe.shapes, rows, sensitivity, maps).plan()
+            plan = _Choices(budget, probe.shapes, reading.rows, rotates, measured, guessed).plan()
             kld = float(probe.kld(replace(plan, window=0), tokens[-CHECK_TOKENS:], CHECK_SKIP).mean())
             bar.update()
         plan = replace(plan, expected_kld=shortest(kld))
         made_by = Provenance(_tool(), hashlib.sha256(text.encode()).hexdigest(), len(tokens))
+        sensitivity = {name: found.by_layer for name, found in measured.items()}
         return Calibration(plan, probe.layers, probe.n_layers, probe.shapes, made_by, sensitivity)
 
 
@@ -241,45 +155,148 @@ def _tool() -> str:
     return f"xquant-gguf {version('xquant-gguf')}"
 
 
-def _sensitivity(reading: Reading, name: str, bar: Any) -> list[float]:
-    """KL divergence that coarse codes of one side of each layer alone cause."""
-    side, out = PROBES[name](PROBE_BITS), []
-    for i in range(reading.n_layers):
-        rows = reading.rows.get((i, name))
-        out.append(0.0 if rows is None else float(reading.kld({(i, name): _read_back(side, rows, name)}).mean()))
-        bar.update()
-    return out
+def _side(name: str, bits: int, rotates: bool) -> Side:
+    return key_side(bits, rotate=rotates) if name == "k" else value_side(bits)
+
+
+def _kld(reading: Reading, name: str, sides: Mapping[int, Side], bar: Any) -> float:
+    """KL divergence that codes of one side of some layers cause."""
+    changed = {(i, name): read_back(side, reading.rows[i, name], name) for i, side in sides.items()}
+    bar.update()
+    return float(reading.kld(changed).mean())
+
+
+def _rotates(reading: Reading, allowed: Sequence[bool], bar: Any) -> list[bool]:
+    """Which layers' keys are rotated: all that may be, or none, whichever does less harm."""
+    if not any(allowed):
+        bar.update(2)
+        return list(allowed)
+    found = []
+    for choice in (list(allowed), [False] * len(allowed)):
+        sides = {i: key_side(ROTATION_BITS, rotate=turns) for i, turns in enumerate(choice)}
+        found.append((_kld(reading, "k", sides, bar), choice))
+    return min(found, key=lambda one: one[0])[1]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """KL divergences that codes of one side cause: of PROBE_BITS in each layer alone, and of WIDTHS in all at once."""
+
+    by_layer: list[float]
+    by_width: list[float]
+
+    @classmethod
+    def of(cls, reading: Reading, name: str, rotates: Sequence[bool], bar: Any) -> _Measured:
+        held = [i for i in range(reading.n_layers) if (i, name) in reading.rows]
+
+        def kld(bits: int, layers: Sequence[int]) -> float:
+            return _kld(reading, name, {i: _side(name, bits, rotates[i]) for i in layers}, bar)
+
+        by_layer = [kld(PROBE_BITS, [i]) if i in held else 0.0 for i in range(reading.n_layers)]
+        return cls(by_layer, [kld(bits, held) if held else 0.0 for bits in WIDTHS])
+
+
+@dataclass(frozen=True)
+class _Guessed:
+    """What values that are nothing but what maps predict do, in some layers at once, and their errors, by layer."""
+
+    kld: float
+    errors: dict[int, float]
+
+
+def _guessed(reading: Reading, shapes: Sequence[Shape]) -> _Guessed | None:
+    """In every second layer.
+
+    What is predicted is shorter than what is, which does more harm than codes of the same error do.
+    """
+    changed, errors = {}, {}
+    for i in range(1, len(shapes), 2):
+        if shapes[i].e == 0 or shapes[i] != shapes[i - 1]:
+            continue
+        rows = reading.rows[i, "v"]
+        fit, side = fit_map(stored_values(reading.rows[i - 1, "v"], GUESS_BITS), rows), value_side(0, i - 1)
+        changed[i, "v"] = read_back(side, rows, "v", fit.guesses)
+        pairs = zip(rows, fit.guesses, strict=True)
+        errors[i] = sum(squared_error(side, head, "v", guess) for head, guess in pairs)
+    return _Guessed(float(reading.kld(changed).mean()), errors) if changed else None
 
 
 class _Choices:
     """All choices of all layers with their costs and harms."""
 
     def __init__(
-        self, budget: Budget, shapes: Sequence[Shape], rows: Any, sensitivity: dict[str, list[float]], maps: bool
+        self,
+        budget: Budget,
+        shapes: Sequence[Shape],
+        rows: Mapping[Where, Rows],
+        rotates: Sequence[bool],
+        measured: dict[str, _Measured],
+        guessed: _Guessed | None,
     ) -> None:
-        self.budget, self.shapes, self.rows = budget, shapes, rows
-        self.fits: dict[tuple[int, int, int], _Fit] = {}
-        # harm of a squared error of 1, by layer
-        self.harm = {name: self._harm(name, probe(PROBE_BITS), sensitivity[name]) for name, probe in PROBES.items()}
+        """guessed: None: values are not predicted."""
+        self.budget, self.shapes, self.rotates = budget, shapes, rotates
+        # as they are stored
+        self.rows = {name: [rows.get((i, name), NOTHING) for i in range(len(shapes))] for name in "kv"}
+        self.rows["k"] = [turned(x) if turns else x for x, turns in zip(self.rows["k"], rotates, strict=True)]
+        self.fits: dict[tuple[int, int, int], MapFit] = {}
+        # harm of a squared error of 1, by layer, and what it is to be multiplied by, by bits
+        self.harm = {name: self._harm(name, found.by_layer) for name, found in measured.items()}
+        self.factor = self._factors(measured, guessed)
         stores = ((PAGE, "f16"), (64, "f16"), (PAGE, "log8"))
-        keys = [key_side(bits, *store) for store in stores for bits in (1, 2, 3, 4)]
-        self.keys = [list(self._own(i, "k", keys)) for i in range(len(shapes))]
-        own = [value_side(bits) for bits in (0, 1, 2, 3, 4)]
+        keys = [key_side(bits, *store) for store in stores for bits in WIDTHS]
+        self.keys = [
+            list(self._own(i, "k", [replace(side, rotate=turns) for side in keys])) for i, turns in enumerate(rotates)
+        ]
+        own = [value_side(bits) for bits in (0, *WIDTHS)]
         self.values = [list(self._own(i, "v", own)) for i in range(len(shapes))]
         self.mapped: list[list[Choice]] = [[] for _ in shapes]
-        if maps:
+        if guessed:
             for i in range(len(shapes)):
                 self._map_from(i)
 
-    def _harm(self, name: str, probe: Side, measured: Sequence[float]) -> list[float]:
-        errors = [sum(_error(probe, head, name) for head in heads) or 1.0 for heads in self.rows[name]]
-        return [weight / error for weight, error in zip(_shrunk(measured), errors, strict=True)]
+    def _errors(self, name: str, bits: int) -> list[float]:
+        """Squared error of codes in each layer."""
+        sides = [_side(name, bits, turns) for turns in self.rotates]
+        return [
+            sum(squared_error(side, head, name) for head in heads)
+            for side, heads in zip(sides, self.rows[name], strict=True)
+        ]
+
+    def _harm(self, name: str, measured: Sequence[float]) -> list[float]:
+        errors = self._errors(name, PROBE_BITS)
+        return [weight / (error or 1.0) for weight, error in zip(_shrunk(measured), errors, strict=True)]
+
+    def _factors(self, measured: dict[str, _Measured], guessed: _Guessed | None) -> dict[str, dict[int, float]]:
+        """What codes of a width did in many layers at once over what their errors say.
+
+        The finest codes of values do next to nothing by themselves: what is measured of them beyond their errors, any
+        change causes.
+        """
+
+        def factor(whole: float, parts: float) -> float:
+            return max(whole - noise, LEAST_OF_SAID * parts) / (parts or 1.0)
+
+        said = {
+            name: [sum(map(operator.mul, self.harm[name], self._errors(name, bits))) for bits in WIDTHS]
+            for name in measured
+        }
+        noise = max(measured["v"].by_width[-1] - said["v"][-1], 0.0)
+        out = {}
+        for name, found in measured.items():
+            factors = map(factor, found.by_width, said[name])
+            out[name] = dict(zip(WIDTHS, factors, strict=True))
+            out[name][0] = out[name][WIDTHS[0]]
+        if guessed:
+            out["v"][0] = factor(guessed.kld, sum(self.harm["v"][i] * error for i, error in guessed.errors.items()))
+        return out
+
+    def _choice(self, i: int, name: str, side: Side, error: float, source_bits: int = 0) -> Choice:
+        cost = self.budget.cost(side, self.shapes[i], name == "k")
+        return Choice(side, cost, self.factor[name][side.bits] * self.harm[name][i] * error, source_bits)
 
     def _own(self, i: int, name: str, sides: Sequence[Side]) -> Iterator[Choice]:
         for side in sides:
-            error = sum(_error(side, head, name) for head in self.rows[name][i])
-            cost = self.budget.cost(side, self.shapes[i], name == "k")
-            yield Choice(side, cost, self.harm[name][i] * error)
+            yield self._choice(i, name, side, sum(squared_error(side, head, name) for head in self.rows[name][i]))
 
     def _map_from(self, source: int) -> None:
         """Adds the choices of the next layers whose values layer `source` predicts."""
@@ -287,16 +304,16 @@ class _Choices:
         if not shape.e:
             return
         for bits in (1, 2, 3):
-            stored = _stored(values[source], bits)
+            stored = stored_values(values[source], bits)
             for i in range(source + 1, min(source + 3, len(self.shapes))):
                 if (self.shapes[i].e, shape.heads) != (shape.e, self.shapes[i].heads):
                     continue
                 fit = fit_map(stored, values[i])
                 self.fits[i, source, bits] = fit
                 for side in (value_side(b, source) for b in (0, 1, 2, 3)):
-                    error = sum(_error(side, head, "v", fit.predicted[h]) for h, head in enumerate(values[i]))
-                    cost = self.budget.cost(side, self.shapes[i], False)
-                    self.mapped[i].append(Choice(side, cost, self.harm["v"][i] * error, bits))
+                    pairs = zip(values[i], fit.guesses, strict=True)
+                    error = sum(squared_error(side, head, "v", guess) for head, guess in pairs)
+                    self.mapped[i].append(self._choice(i, "v", side, error, bits))
 
     def plan(self) -> Plan:
         sides = allocate(self.keys, self.values, self.mapped, self.budget.total(self.shapes))

@@ -23,9 +23,11 @@ from xquant_gguf.plan import Layer, Plan, Side, ValueMap, renumbered, shortest
 
 VERSION = 1
 PREFIX = "xquant."
-I32, F32, STRING = GGUFValueType.INT32, GGUFValueType.FLOAT32, GGUFValueType.STRING
+I32, F32, BOOL, STRING = GGUFValueType.INT32, GGUFValueType.FLOAT32, GGUFValueType.BOOL, GGUFValueType.STRING
 _BOTH = {"bits": I32, "group": I32, "owner": I32, "eta": F32, "fit": STRING, "scale": STRING}
-ARRAYS = {"k": _BOTH, "v": {**_BOTH, "rotate": GGUFValueType.BOOL, "source": I32}}
+ARRAYS = {"k": {**_BOTH, "rotate": BOOL}, "v": {**_BOTH, "rotate": BOOL, "source": I32}}
+SINCE = {"k.rotate": False}
+"""What arrays say that files lack which came before them."""
 ABSENT = Side(0, 0)
 """What the arrays say of a layer that the cache does not hold."""
 _FIELDS = {"scale": "param"}  # keys whose name is not that of the field of Side
@@ -156,7 +158,12 @@ def read_plan(path: str | Path) -> tuple[Plan, list[int], int, Provenance] | Non
     n_layers = len(keys.array("k.bits", I32))
     sides = []
     for side, kinds in ARRAYS.items():
-        columns = {_FIELDS.get(name, name): keys.array(f"{side}.{name}", t, n_layers) for name, t in kinds.items()}
+        columns: dict[str, list[Any]] = {
+            _FIELDS.get(name, name): [SINCE[key]] * n_layers
+            if (key := f"{side}.{name}") in SINCE and key not in keys
+            else keys.array(key, t, n_layers)
+            for name, t in kinds.items()
+        }
         columns["eta"] = [shortest(x) for x in columns["eta"]]
         sides.append([Side(**{name: column[i] for name, column in columns.items()}) for i in range(n_layers)])
     held = [i for i in range(n_layers) if sides[0][i].group != 0]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from xquant_gguf import fork
 from xquant_gguf.divergence import Expected, Logits
 from xquant_gguf.plan import PAGE, Plan
-from xquant_gguf.session import Model, Session
+from xquant_gguf.session import Model, Row, Session
 
 Rows = NDArray[np.float16]  # [KV head][token][width]
 Where = tuple[int, str]  # layer of the cache, "k" or "v"
@@ -36,7 +36,14 @@ class Probe:
         self._n_threads = n_threads
         self.shapes, self.layers, self.n_layers = self._model.cache_layers
         check_layers(model_path, self.layers)
-        self._f16 = replace(Plan.from_preset("xquant", len(self.layers)), window=-1)
+        with self._model.session("xquant", n_ctx=2 * PAGE, plan={}) as session:
+            found = fork.plan(session.ctx, "xquant")
+        assert found is not None
+        plan, _, _ = found
+        self.rotates = [layer.k.rotate for layer in plan.layers]
+        """Whether keys are stored rotated, by layer, where a plan asks for it."""
+        plain = tuple(replace(layer, k=replace(layer.k, rotate=False)) for layer in plan.layers)
+        self._f16 = replace(plan, layers=plain, window=-1)
 
     def __enter__(self) -> Probe:
         return self
@@ -50,14 +57,18 @@ class Probe:
 
     @contextmanager
     def reading(
-        self, tokens: Sequence[int], n_read: int, starts: Sequence[int] = (), length: int = 0
+        self, tokens: Sequence[int], n_read: int, starts: Sequence[int] = (), length: int = 0, window: int = 0
     ) -> Iterator[Reading]:
-        """The first n_read tokens of a text in an F16 cache, and passages of `length` tokens that begin at starts."""
-        passages = [list(enumerate(tokens[first : first + length], first)) for first in starts]
+        """The first n_read tokens of a text in an F16 cache, and passages of `length` tokens that begin at starts.
+
+        window: how many tokens before a passage stay as they were when keys and values are changed.
+        """
+        numbered = list(enumerate(tokens))
+        passages = [numbered[first - window : first + length] for first in starts]
         n_scored = len(passages) * length
-        size = n_read + n_scored, max(n_scored, 2 * PAGE), len(passages) + 1
+        size = n_read + n_scored + len(passages) * window, max(n_scored, 2 * PAGE), len(passages) + 1
         with self._session(self._f16, *size) as session:
-            yield Reading(self, session, tokens[:n_read], passages)
+            yield Reading(self, session, tokens[:n_read], passages, window)
 
     def kld(self, plan: Plan, tokens: Sequence[int], skip: int) -> NDArray[np.float64]:
         """KL divergences from the F16 cache under a plan, in micro-batches of a page; skip: first ones not scored."""
@@ -87,13 +98,17 @@ class Reading:
     """A text in an F16 cache.  rows: its keys and values, as the cache stores them; latent layers have no values."""
 
     def __init__(
-        self, probe: Probe, session: Session, tokens: Sequence[int], passages: Sequence[Sequence[tuple[int, int]]]
+        self,
+        probe: Probe,
+        session: Session,
+        tokens: Sequence[int],
+        passages: Sequence[Sequence[tuple[int, int]]],
+        window: int,
     ) -> None:
-        """passages: (position, token) of those to be scored; each is a sequence of its own behind its first cells."""
+        """passages: (position, token); each is a sequence of its own, that has cells of its own for them, and the
+        text's for all before.  Those behind the first `window` are scored."""
         self._probe, self._session, self.n_layers = probe, session, len(probe.layers)
-        for first in range(0, len(tokens), session.n_ubatch):
-            some = enumerate(tokens[first : first + session.n_ubatch], first)
-            session.decode([(token, position, (0,)) for position, token in some], "none")
+        self._read([(token, position, (0,)) for position, token in enumerate(tokens)])
         numbered = list(zip(probe.layers, probe.shapes, strict=True))
         self.rows: dict[Where, Rows] = {
             (i, name): np.stack(
@@ -103,11 +118,17 @@ class Reading:
             for name, width in (("k", shape.d), ("v", shape.e))
             if width > 0
         }
-        self._starts = {s: passage[0][0] for s, passage in enumerate(passages, 1)}
-        self._scored = [(token, at, (s,)) for s, passage in enumerate(passages, 1) for at, token in passage]
+        self._starts = {s: passage[window][0] for s, passage in enumerate(passages, 1)}
+        self._scored = [(token, at, (s,)) for s, passage in enumerate(passages, 1) for at, token in passage[window:]]
         for sequence, first in self._starts.items():
-            session.copy(0, sequence, 0, first)
+            session.copy(0, sequence, 0, first - window)
+        self._read([(token, at, (s,)) for s, passage in enumerate(passages, 1) for at, token in passage[:window]])
         self._expected = Expected(self._answer()) if passages else None
+
+    def _read(self, rows: Sequence[Row]) -> None:
+        """Puts (token, position, sequences) into the cache."""
+        for first in range(0, len(rows), self._session.n_ubatch):
+            self._session.decode(rows[first : first + self._session.n_ubatch], "none")
 
     def kld(self, changed: Mapping[Where, Rows]) -> NDArray[np.float64]:
         """KL divergences at all tokens of the passages, if the first tokens' keys and values were these."""

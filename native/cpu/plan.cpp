@@ -13,10 +13,10 @@ static const char *const param_names[] = {"f16", "log8"};
 
 /* ---- presets ---- */
 
-/* Keys: the more bits, the less there is to gain from a search for the best range. */
+/* Keys: with 4 bits there is nothing to gain from a search for the best fit. */
 static xq_side key_side(int bits) {
-    const int fit = bits >= 3 ? XQ_FIT_MINMAX : XQ_FIT_CLIP;
-    return {bits, XQ_PAGE, fit, XQ_PARAM_F16, 0, -1, -1, bits == 3 ? 0.02f : 0.0f};
+    const int fit = bits == 4 ? XQ_FIT_MINMAX : bits == 3 ? XQ_FIT_LLOYD : XQ_FIT_CLIP;
+    return {bits, XQ_PAGE, fit, XQ_PARAM_F16, 1, -1, -1, bits == 3 ? 0.06f : 0.0f};
 }
 
 static xq_side value_side(int bits) {
@@ -129,8 +129,8 @@ static int check_fields(const xq_side &side, int32_t l, bool is_k, int32_t width
     if (!(side.eta >= 0.0f && side.eta < 0.5f)) {
         return bad(l, name, "eta", side.eta, "in [0, 0.5)");
     }
-    if (side.rotate != 0 && (is_k || side.rotate != 1)) {
-        return bad(l, name, "rotate", side.rotate, is_k ? "0" : "0 or 1");
+    if (side.rotate != 0 && side.rotate != 1) {
+        return bad(l, name, "rotate", side.rotate, "0 or 1");
     }
     if (width != 0 && !is_width(width)) {
         return fail(XQ_ERR_PLAN, "layer %d, %c: head width is %d, must be a multiple of 16 from 16 to %d", l, name,

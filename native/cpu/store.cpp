@@ -122,6 +122,7 @@ int xq_store_init(xq_store *store, const xq_layer *layer, const xq_shape *shape,
     uint16_t *v_rows = rows + half_bytes(*shape, shape->d) / (int64_t)sizeof(uint16_t);
     store->k = side_store(layer->k, shape->d, *shape, blocks, blocks_stream, layout, layout.k_codes, layout.k_param,
                           rows, rows_stream);
+    store->k.plan.rotate = 0; // the caller has done it
     store->v = side_store(layer->v, shape->e, *shape, blocks, blocks_stream, layout, layout.v_codes, layout.v_param,
                           v_rows, rows_stream);
     put_bytes(store->k, *shape, rows, rows_stream, 0);

@@ -94,7 +94,8 @@ typedef struct xq_side {
     int32_t group;  /* K: tokens, 32, 64 or 128.  V: channels, 32, 64, 128 or 0 for the whole head */
     int32_t fit;    /* enum xq_fit */
     int32_t param;  /* enum xq_param */
-    int32_t rotate; /* V only: 1 multiplies by a normalised Hadamard matrix before quantization */
+    int32_t rotate; /* V: 1 multiplies by a normalised Hadamard matrix before quantization.  K: 1 says that the caller
+                       has done so with keys and queries; nothing here depends on it */
     int32_t owner;  /* layer whose codes are read, or -1 for own codes */
     int32_t source; /* V only: layer from whose stored values these are predicted, or -1; the map is given apart */
     float eta;      /* [0, 0.5) */

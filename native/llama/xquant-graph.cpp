@@ -223,6 +223,15 @@ ggml_tensor *kv_cache::build_attention(const llm_graph_context &graph, ggml_tens
         k_cur = to_stored_order(ctx, k_cur, l.turned);
         v_cur = turned_channels(ctx, v_cur, l.turned);
     }
+    const auto rotated = [&](ggml_tensor *x) {
+        ggml_tensor *out = llama_mul_mat_hadamard(ctx, x, l.rotation);
+        keep_on_host(graph, l, out->src[0]);
+        return out;
+    };
+    if (l.rotation) {
+        q = rotated(q);
+        k_cur = k_cur ? rotated(k_cur) : nullptr;
+    }
     if (k_cur) {
         const auto f32 = [&](ggml_tensor *x) {
             return x->type == GGML_TYPE_F32 ? x : ggml_cast(ctx, x, GGML_TYPE_F32);

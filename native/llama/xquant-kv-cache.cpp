@@ -9,6 +9,8 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <bitset>
+#include <cmath>
 #include <cstring>
 
 namespace xquant {
@@ -129,6 +131,7 @@ void kv_cache::add_layer(int32_t il, bool offload, contexts &fixed) {
                "; use a smaller n_ctx, or more sequences with streams of their own");
     }
     const int64_t map_bytes = l->map ? (int64_t)(l->map->weight.size() * sizeof(float)) : 0;
+    l->rotation = l->plan.k.rotate ? rotation_for(*l, fixed) : nullptr;
     nodes.blocks = ggml_new_tensor_2d(ctx, GGML_TYPE_I8, block_bytes, n_stream);
     nodes.aux = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, aux_map(l->shape.n_head_kv, n_stream) + map_bytes);
     ggml_format_name(nodes.blocks, "cache_xq_blocks_l%d", il);
@@ -140,8 +143,30 @@ void kv_cache::add_layer(int32_t il, bool offload, contexts &fixed) {
     layers_.push_back(std::move(l));
 }
 
-/* What layers' nodes read of maps. */
+ggml_tensor *kv_cache::rotation_for(const layer &l, contexts &fixed) {
+    const int64_t n = l.shape.d & -l.shape.d; // the largest power of two that divides it
+    ggml_tensor *&rotation = rotations_[{l.buft, n}];
+    if (!rotation) {
+        rotation = ggml_new_tensor_2d(context_of(fixed, l.buft), GGML_TYPE_F32, n, n);
+        ggml_format_name(rotation, "cache_xq_rotation_%d", (int)n);
+    }
+    return rotation;
+}
+
+/* What layers' nodes read of maps, and rotations. */
 void kv_cache::fill_aux() const {
+    for (const auto &[where, rotation] : rotations_) {
+        const int64_t n = where.second;
+        std::vector<float> matrix((size_t)(n * n));
+        for (int64_t i = 0; i < n * n;
+             ++i) { // Sylvester's: the sign is the parity of the bits that row and column share
+            matrix[(size_t)i] =
+                (std::bitset<32>((uint64_t)(i / n & i % n)).count() % 2 ? -1.0f : 1.0f) / std::sqrt((float)n);
+        }
+        if (!hparams.no_alloc) {
+            ggml_backend_tensor_set(rotation, matrix.data(), 0, ggml_nbytes(rotation));
+        }
+    }
     for (const auto &l : layers_) {
         if (l->map && !hparams.no_alloc) {
             const auto &[heads, weight] = *l->map;

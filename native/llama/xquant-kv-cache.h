@@ -61,6 +61,8 @@ struct layer {
     int32_t turned; /* see xquant-shared.h; -1: the layer has values of its own */
     const layer *k_owner, *v_owner, *v_source; /* whose codes are read, and whose values a map reads; itself: its own */
     const value_map *map;                      /* null: not mapped */
+    ggml_tensor *rotation; /* F32 [n][n], a normalised Hadamard matrix, which keys are stored and queries read by, n
+                              channels at a time; null: they are as they came */
     ggml_backend_buffer_type_t buft;
     bool on_host;
     bool cpu_kernels; /* run its nodes, perhaps another process's */
@@ -150,6 +152,7 @@ class kv_cache final : public llama_kv_cache {
 
     const layer *find(int32_t il) const;
     void add_layer(int32_t il, bool offload, contexts &fixed);
+    ggml_tensor *rotation_for(const layer &l, contexts &fixed);
     ggml_context *context_of(contexts &of, ggml_backend_buffer_type_t buft) const;
     rows_of_layer new_rows(const layer &l, contexts &open) const;
     buffers allocate(contexts &of, const char *what) const;
@@ -212,6 +215,8 @@ class kv_cache final : public llama_kv_cache {
     std::vector<std::unique_ptr<layer>> layers_;
     std::vector<const layer *> by_model_layer_; /* [model layer]; null: not in this cache */
     uint32_t n_ubatch_;
+    /* layer::rotation, one for all layers of a kind of memory and a number of channels */
+    std::map<std::pair<ggml_backend_buffer_type_t, int64_t>, ggml_tensor *> rotations_;
     buffers fixed_, open_;    /* blocks and what nodes keep; rows */
     uint64_t generation_ = 0; /* of the rows: how often they were moved into others */
     std::unique_ptr<xq::page_table> table_;

@@ -107,7 +107,9 @@ void read_sides(const reader &file, const std::string &name, size_t n, std::vect
     const auto fit = file.choices(prefix + "fit", n, xq_fit_names());
     const auto scale = file.choices(prefix + "scale", n, xq_param_names());
     const auto source = is_v ? file.numbers<int32_t>(prefix + "source", n) : std::vector<int32_t>(n, -1);
-    const auto rotate = is_v ? file.numbers<int8_t>(prefix + "rotate", n) : std::vector<int8_t>(n, 0);
+    // files that came before keys could be rotated do not say it of them
+    const bool known = is_v || gguf_find_key(file.file, (prefix + "rotate").c_str()) >= 0;
+    const auto rotate = known ? file.numbers<int8_t>(prefix + "rotate", n) : std::vector<int8_t>(n, 0);
     for (size_t i = 0; i < n; ++i) {
         layers[i].*side = {bits[i], group[i], fit[i], scale[i], rotate[i] != 0, owner[i], source[i], eta[i]};
     }

@@ -6,6 +6,7 @@
  *     xquant.open_bits  i32, 8 or 16; without it 16, as all files were written for that came before the key
  *     xquant.{k,v}.bits, .group, .owner  i32[]     .eta  f32[]     .fit, .scale  string[]
  *     xquant.v.rotate  bool[]              xquant.v.source  i32[], the layer that a map reads, or -1
+ *     xquant.k.rotate  bool[], may be missing: none; true counts where keys have neither a bias nor a norm
  *     xquant.map.N.heads   i32[KV head of layer N], the KV head of the source that each is predicted from
  *     xquant.map.N.weight  u16[KV head][e of the source][e], bits of F16 numbers
  *

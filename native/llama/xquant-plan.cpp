@@ -174,6 +174,15 @@ static void check_maps(const metadata &file, const int32_t *e, const int32_t *n_
     }
 }
 
+/* A bias or the weights of a norm make some channels of keys large, a bias at every position otherwise since RoPE turns
+ * it: spread over all channels that would take the range of their codes.  Latent rows and those that hold values are
+ * read channel by channel. */
+static bool may_rotate_keys(const llama_model &model, int32_t il, int32_t e) {
+    const auto &layer = model.layers.at((size_t)il);
+    return !layer.wk_b && !layer.wqkv_b && !layer.attn_k_norm &&
+           e == (int32_t)model.hparams.n_embd_head_v((uint32_t)il);
+}
+
 /* The plan that a provider gives; null: there is no provider, or it leaves the choice to us. */
 static std::shared_ptr<const metadata> provided(int32_t n_layers, const int32_t *d, const int32_t *e,
                                                 const int32_t *n_head_kv) {
@@ -206,6 +215,7 @@ std::shared_ptr<const metadata> resolve_plan(const llama_model &model, const int
             plan.layers[il].v = {};
             plan.layers[il].v.owner = plan.layers[il].v.source = -1;
         }
+        plan.layers[il].k.rotate = plan.layers[il].k.rotate && d[il] > 0 && may_rotate_keys(model, il, e[il]);
     }
     lay_overrides(file.given, plan);
     if (xq_plan_check(&plan, d, e) != XQ_OK) {

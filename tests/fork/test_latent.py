@@ -31,6 +31,7 @@ def test_nothing_is_stored_for_values(model: Path) -> None:
         assert found
         plan, shapes, _ = found
         assert shapes == [Shape(96, 0, 1)] * 3
+        assert not any(layer.k.rotate for layer in plan.layers)
         assert fork.shapes(f16.ctx)[0] == shapes
         assert fork.shapes(f16.ctx)[1] == 3 * 4096 * 96 * 2
         before = ours.info()

@@ -63,6 +63,20 @@ def test_files_from_before_open_bits_keep_open_pages_in_f16(model: Path, tmp_pat
     llm.close()
 
 
+def test_keys_are_rotated_where_they_may_be(model: Path, tmp_path: Path) -> None:
+    """Not in files from before they could be, nor where they have a bias."""
+    keys = keys_of(MAPPED)
+    for these, rotated in ((keys, True), (changed(keys, "k.rotate", None), False)):
+        found = fork_reads(model, plan_block(these))
+        assert [layer.k.rotate for layer in found.layers] == [rotated] * 4
+    shape = tiny_gguf.Shape(arch="qwen2", n_layer=2, n_embd=SHAPE.n_head * SHAPE.key_length)
+    biased = tiny_gguf.write(tmp_path / "biased.gguf", shape, tiny_gguf.random_weights(shape))
+    with Model(biased, weights=False) as dry, dry.session("xquant", n_ctx=1024) as session:
+        plan = fork.plan(session.ctx, "xquant")
+    assert plan is not None
+    assert [layer.k.rotate for layer in plan[0].layers] == [False] * 2
+
+
 @pytest.mark.parametrize(("name", "key", "message"), BAD)
 def test_bad_keys_are_named(model: Path, name: str, key: Key | None, message: str) -> None:
     """As Python names them."""

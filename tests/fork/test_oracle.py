@@ -193,6 +193,7 @@ WRONG_PLANS = [
     ("mha-xquant", "v", None, {"eta": 0.0}),
     ("mha-xquant", "v", None, {"param": "f16"}),
     ("mha-xquant", "v", 3, {"rotate": False}),
+    ("mha-xquant", "k", None, {"rotate": False}),
     ("mqa-small", "k", None, {"eta": 0.0}),
     ("mqa-small", "k", None, {"group": 64}),
     ("gqa-tiny", "k", None, {"fit": "minmax"}),

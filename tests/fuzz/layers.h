@@ -35,7 +35,7 @@ inline xq_side side(input &in, bool is_k) {
     s.group = number(in, {32, 64, 128, is_k ? 32 : 0});
     s.fit = number(in, {0, 1, 2, 3, 4});
     s.param = number(in, {0, 1});
-    s.rotate = number(in, {0, is_k ? 0 : 1});
+    s.rotate = number(in, {0, 1});
     s.owner = number(in, {-1, -1, -1, 0});
     s.source = number(in, {-1, -1, -1, is_k ? -1 : 0});
     s.eta = real(in, {0.0f, 0.09f, 0.3f});

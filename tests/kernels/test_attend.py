@@ -40,7 +40,8 @@ def test_the_number_of_threads_changes_no_bit(on: Device, name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "default", "k4 v4", "f16 values, not rotated", "head 80", "head 256", "open only", "open only, odd rows",
+        "default", "k4 v4", "f16 values, not rotated", "keys that come rotated", "head 80", "head 256",
+        "open only", "open only, odd rows",
         "head 512, open only", "three groups of rows", "two widths", "latent and own", "mapped", "means",
     ],
 )  # fmt: skip

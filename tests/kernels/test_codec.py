@@ -31,7 +31,7 @@ def sides(draw: st.DrawFn, is_k: bool) -> tuple[Side, int]:
     fit = draw(st.sampled_from(("paper", "minmax", "lsq") if borrows else ("paper", "minmax", "clip", "lloyd")))
     param = "f16" if borrows else draw(st.sampled_from(("f16", "log8")))
     eta = draw(st.sampled_from((0.0, 0.02, 0.045, 0.09, 1 / 6, 0.3)))
-    rotate = not is_k and draw(st.booleans())
+    rotate = draw(st.booleans())
     return Side(bits, draw(st.sampled_from(groups)), fit, param, rotate, 0 if borrows else -1, eta), width
 
 
@@ -193,7 +193,6 @@ def test_hadamard_is_its_own_inverse(n: int) -> None:
         (Side(4, 128, eta=0.5), 64, "eta is 0.5, must be in"),
         (Side(4, 128, eta=float("nan")), 64, "eta is -?nan, must be in"),
         (Side(4, 128, "lsq"), 64, "fit lsq is for borrowed codes"),
-        (Side(4, 128, rotate=True), 64, "rotate is 1, must be 0"),
         (Side(4, 128), 72, "head width is 72, must be a multiple of 16"),
         (Side(4, 128), 592, "head width is 592, must be a multiple of 16"),
     ],

@@ -10,11 +10,12 @@ import pytest
 
 from support import tiny_gguf
 from xquant_gguf import codec
-from xquant_gguf.calibrate import Budget, calibrate, fit_map
+from xquant_gguf.calibrate import Budget, calibrate
 from xquant_gguf.cli import main
 from xquant_gguf.gguf_file import GGUFFile
 from xquant_gguf.metadata import read_plan
 from xquant_gguf.plan import PAGE
+from xquant_gguf.sides import RIDGE, fit_map
 
 SHAPE = tiny_gguf.Shape(n_ctx=4096)
 DEAF = 2  # this layer's attention reaches nobody
@@ -55,7 +56,8 @@ def test_maps_find_the_head_and_the_matrix() -> None:
     assert fit.value_map.heads == (1,)
     hadamard = codec.hadamard(np.eye(64, dtype=np.float32))
     weight = np.frombuffer(fit.value_map.weight, "<f2").reshape(64, 64)
-    np.testing.assert_allclose(weight, hadamard @ matrix @ hadamard, atol=0.03)
+    # columns of the source do not correlate: what ridge regression takes off is alike for all
+    np.testing.assert_allclose(weight, hadamard @ matrix @ hadamard / (1 + RIDGE), atol=0.02)
 
 
 def test_a_text_that_is_too_short(model: str) -> None:

@@ -51,6 +51,21 @@ def rope(x: Array, positions: NDArray[np.int64], freq_base: float, halves: bool)
     return np.concatenate(turned, axis=-1) if halves else np.stack(turned, axis=-1).reshape(x.shape)
 
 
+def turned(x: Array) -> Array:
+    """x [n][head][d] times Sylvester's normalised Hadamard matrix, in blocks of the largest power of two dividing d.
+
+    In single precision and llama.cpp's order: keys that the cache rounds to F16 shall seldom round to another number.
+    """
+    block = x.shape[-1] & -x.shape[-1]
+    y = x.reshape(-1, block).astype(np.float32) * np.float32(1 / np.sqrt(np.float32(block)))
+    half = 1
+    while half < block:
+        pair = y.reshape(-1, block // (2 * half), 2, half)
+        y = np.stack([pair[:, :, 0] + pair[:, :, 1], pair[:, :, 0] - pair[:, :, 1]], axis=2).reshape(-1, block)
+        half *= 2
+    return y.astype(np.float64).reshape(x.shape)
+
+
 class Side:
     """Keys or values of one layer: F16 rows, codes of sealed pages, and what attention reads."""
 
@@ -218,6 +233,11 @@ class Oracle:
             out[:, head] = p @ values[head_kv] / (p.sum(axis=1, keepdims=True) + np.exp(sink - top))
         return out.reshape(n, -1)
 
+    def rotates(self, il: int) -> bool:
+        """Whether keys are stored, and queries read them, times a Hadamard matrix."""
+        layer = self.layers[il]
+        return layer is not None and layer.k.rotate and f"blk.{il}.attn_k.bias" not in self.weights
+
     def project(self, il: int, name: str, x: Array, n_head: int) -> Array:
         """Query, key or value heads [n][head][width] of x [n][n_embd]."""
         y = x @ self.weights[f"blk.{il}.attn_{name}.weight"].T
@@ -240,6 +260,8 @@ class Oracle:
             h = rms_norm(x, weights[block + "attn_norm.weight"], shape.rms_eps)
             q = rope(self.project(il, "q", h, shape.n_head), positions, shape.freq_base, shape.rope_halves)
             k = rope(self.project(il, "k", h, shape.n_head_kv), positions, shape.freq_base, shape.rope_halves)
+            if self.rotates(il):
+                q, k = turned(q), turned(k)
             self.keys[il].write(self.n_stored, k)
             self.values[il].write(self.n_stored, self.project(il, "v", h, shape.n_head_kv))
             x = x + self.attention(il, q) @ weights[block + "attn_output.weight"].T

@@ -53,8 +53,9 @@ OPEN = Bounds(median=2e-5, worst=5e-4)
 # llama.cpp's own F16 cache rounds queries, and sums of values, to F16 as well.  Measured: 9e-5, 4e-4.
 OPEN_F16 = Bounds(median=5e-4, worst=2e-3)
 SEALED = {
-    # Float throughout; flipped codes and scales are all that is left.  Measured: 8e-5, 1e-3.
-    "scalar": Bounds(median=3e-4, worst=4e-3),
+    # Float throughout; flipped codes and scales are all that is left.  Measured: 8e-5, 5.4e-3 (a flipped code of a key
+    # that is stored rotated moves all its channels).
+    "scalar": Bounds(median=3e-4, worst=8e-3),
     # Rounds queries times scales, and probabilities times scales, to int8 a page.  Measured: 4e-3, 1.3e-2.
     "avx2": Bounds(median=5e-3, worst=3e-2),
     "avx512": Bounds(median=5e-3, worst=3e-2),
@@ -150,7 +151,11 @@ CASES = {
     ),
     "mapped": Case(
         "gqa",
-        layers=((1, Layer(OWN, replace(VALUES, bits=1, source=0))), (3, Layer(OWN, replace(MEAN, source=2)))),
+        layers=(
+            *((il, Layer(Side(4, 128), VALUES)) for il in (0, 2)),
+            (1, Layer(OWN, replace(VALUES, bits=1, source=0))),
+            (3, Layer(OWN, replace(MEAN, source=2))),
+        ),
     ),
     "mapped-from-one-layer": Case(
         "mha",

@@ -53,6 +53,7 @@ CASES = {
     "k1 v3": Case(Side(1, 128), replace(V, bits=3), cuda="wide"),
     "k4 v4": Case(v=replace(V, bits=4), cuda="wide"),
     "groups of keys": Case(Side(4, 32), d=128, cuda="decode"),
+    "keys that come rotated": Case(Side(3, 128, "lloyd", rotate=True, eta=0.06), d=128, cuda="decode"),
     "log8 keys": Case(Side(4, 64, "minmax", "log8"), cuda="decode"),
     "f16 values, not rotated": Case(Side(2, 128, "clip"), Side(2, 0), d=128, cuda="decode"),
     "paper": Case(Side(2, 32, "paper"), Side(2, 32, "paper"), cuda="wide"),

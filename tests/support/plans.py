@@ -21,7 +21,7 @@ I32 = GGUFValueType.INT32
 etas = st.integers(0, 499).map(lambda n: n / 1000)
 own_keys = st.builds(
     Side, st.integers(0, 4), st.sampled_from((32, 64, 128)), st.sampled_from(("paper", "minmax", "clip", "lloyd")),
-    st.sampled_from(("f16", "log8")), eta=etas,
+    st.sampled_from(("f16", "log8")), st.booleans(), eta=etas,
 )  # fmt: skip
 own_values = st.builds(
     Side, st.integers(0, 4), st.sampled_from((0, 32, 64)), st.sampled_from(("paper", "minmax", "clip", "lloyd")),
@@ -39,7 +39,7 @@ def plans(draw: st.DrawFn) -> Plan:
         owners = [j for j, layer in enumerate(layers) if layer.k.owner < 0 and layer.k.bits > 0]
         if len(owners) > 0 and draw(st.booleans()):
             owner = draw(st.sampled_from(owners))
-            k = Side(layers[owner].k.bits, k.group, "lsq", "f16", False, owner, k.eta)
+            k = replace(layers[owner].k, group=k.group, fit="lsq", param="f16", owner=owner, eta=k.eta)
         sources = [j for j, layer in enumerate(layers) if layer.v.owner < 0 and layer.v.source < 0]
         if len(sources) > 0 and draw(st.booleans()):
             v = replace(v, source=draw(st.sampled_from(sources)))

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xquant_gguf.allocate import Choice, allocate, spread
-from xquant_gguf.calibrate import Budget, data_free, value_side
+from xquant_gguf.calibrate import Budget, data_free
 from xquant_gguf.plan import Shape, Side
+from xquant_gguf.sides import value_side
 
 SHAPES = [Shape(64, 64, 3)] * 7
 

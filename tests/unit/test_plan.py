@@ -153,7 +153,6 @@ def test_dictionary_round_trip(tmp_path: Path) -> None:
         ({"layers": {"1": {"k": {"bits": 5}}}}, "layer 1, K: bits is 5, must be 0 to 4"),
         ({"layers": {"1": {"k": {"group": 16}}}}, "group is 16, must be 32, 64 or 128 tokens"),
         ({"layers": {"1": {"k": {"fit": "best"}}}}, "fit is 'best', must be one of paper"),
-        ({"layers": {"1": {"k": {"rotate": True}}}}, "rotate is 1, must be 0"),
         ({"layers": {"1": {"v": {"eta": 0.5}}}}, "eta is 0.5, must be in"),
         ({"layers": {"1": {"v": {"owner": 3}}}}, "borrowed codes need fit paper"),
         (

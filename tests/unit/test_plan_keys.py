@@ -32,6 +32,15 @@ def test_files_from_before_open_bits_keep_open_pages_in_f16(tmp_path: Path) -> N
     assert Plan.load({"window": 64}, 2).open_bits == 8  # what a dictionary leaves out is the preset's
 
 
+def test_keys_of_files_from_before_they_could_be_rotated_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "old.gguf"
+    path.write_bytes(plan_block(changed(keys_of(MAPPED), "k.rotate", None)))
+    found = read_plan(path)
+    assert found is not None
+    assert [layer.k.rotate for layer in MAPPED.layers] == [True] * 4
+    assert [layer.k.rotate for layer in found[0].layers] == [False] * 4
+
+
 @pytest.mark.parametrize(("name", "key", "message"), BAD)
 def test_bad_keys_are_named(tmp_path: Path, name: str, key: Key | None, message: str) -> None:
     path = tmp_path / "bad.gguf"
