@@ -33,12 +33,13 @@ class Tally:
         self.scored += len(targets)
 
     def result(self) -> dict[str, float]:
-        """ppl, kld (mean), kld_p99, kld_max and top1 (share)."""
+        """ppl, kld (mean), its quantiles kld_p99 and kld_p999, kld_max, and top1 (share)."""
         kld = np.concatenate(self.kld)
         return {
             "ppl": float(np.exp(np.concatenate(self.nll).mean())),
             "kld": float(kld.mean()),
             "kld_p99": float(np.quantile(kld, 0.99)),
+            "kld_p999": float(np.quantile(kld, 0.999)),
             "kld_max": float(kld.max()),
             "top1": self.agree / self.scored,
         }

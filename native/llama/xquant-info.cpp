@@ -40,6 +40,9 @@ void kv_cache::info(xquant_llama_info &out) const {
         rows += page_rows(*l);
         in_bytes += page_bytes(*l);
     }
+    for (const auto &[where, rotation] : rotations_) {
+        out.bytes_allocated += (int64_t)ggml_nbytes(rotation);
+    }
     const xq::page_shape &shape = table_->shape();
     const cells_view view(*this);
     out.bytes_allocated += (int64_t)table_->bytes();

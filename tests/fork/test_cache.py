@@ -58,8 +58,8 @@ def test_pages_and_bytes(xquant: Context) -> None:
     info = xquant.info()
     assert (info["n_slots"], info["n_bytes"], info["open_bits"]) == (plan.slots(2048), plan.byte_slots(2048), 8)
     assert (info["pages_free"], info["pages_open"], info["pages_sealed"]) == (16, 0, 0)
-    # of each layer counters, heads of a map and arrivals; 24 bytes a page and 4 a slot
-    small = SHAPE.n_layer * 3 * 64 + 16 * 24 + 3 * 4
+    # of each layer counters, heads of a map and arrivals; 24 bytes a page and 4 a slot; what keys are rotated by
+    small = SHAPE.n_layer * 3 * 64 + 16 * 24 + 3 * 4 + 4 * (SHAPE.key_length & -SHAPE.key_length) ** 2
     assert info["bytes_allocated"] == plan.cache_bytes(shapes, 2048) + small
     xquant.decode(TOKENS[:1000], 0)
     info = xquant.info()

@@ -120,8 +120,8 @@ def test_kv_cache_info(llm: Llama) -> None:
     assert info["pages_open"] + info["pages_sealed"] + info["pages_free"] == 16
     assert 0 <= info["bytes_used"] <= info["bytes_allocated"]
     told = plan.cache_bytes([Shape(64, 64, 3)] * 30, 2048)
-    # page tables and 330 bytes a layer apart: counters that nodes keep
-    assert info["bytes_allocated"] - 1024 - 30 * 330 < told < info["bytes_allocated"]
+    # page tables, 330 bytes a layer (counters that nodes keep) and what keys are rotated by apart
+    assert info["bytes_allocated"] - 1024 - 30 * 330 - 4 * 64**2 < told < info["bytes_allocated"]
     assert (plan.slots(2048), plan.byte_slots(2048)) == (1, 2)
 
 

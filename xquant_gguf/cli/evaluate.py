@@ -26,10 +26,11 @@ def run(args: argparse.Namespace) -> int:
         args.model, text, kv_types, n_tokens=args.tokens, n_ctx=args.n_ctx, skip=args.skip, n_ubatch=args.n_ubatch,
         n_threads=args.threads, n_gpu_layers=args.n_gpu_layers,
     )  # fmt: skip
-    rows = [["KV cache", "true bits", "equivalent", "MiB", "PPL", "KLD", "KLD 99%", "top-1 %"]]
+    rows = [["KV cache", "true bits", "equivalent", "MiB", "PPL", "KLD", "99%", "99.9%", "largest", "top-1 %"]]
     for r in out["results"]:
         numbers = [f"{r['true_bits']:.2f}", f"{r['equivalent_bits']:.2f}", f"{r['kv_bytes'] / 2**20:.1f}"]
-        numbers += [f"{r['ppl']:.3f}", f"{r['kld']:.4f}", f"{r['kld_p99']:.3f}", f"{100 * r['top1']:.1f}"]
+        tail = [f"{r[name]:.3f}" for name in ("kld_p99", "kld_p999", "kld_max")]
+        numbers += [f"{r['ppl']:.3f}", f"{r['kld']:.4f}", *tail, f"{100 * r['top1']:.1f}"]
         rows.append([r["kv_type"], *numbers])
     print(table(rows))
     if args.json:
