@@ -153,18 +153,21 @@ ggml_tensor *kv_cache::rotation_for(const layer &l, contexts &fixed) {
     return rotation;
 }
 
+/* Sylvester's Hadamard matrix [n][n], normalised: the sign is the parity of the bits that row and column share. */
+static std::vector<float> hadamard_matrix(int64_t n) {
+    std::vector<float> matrix((size_t)(n * n));
+    for (int64_t i = 0; i < n * n; ++i) {
+        const bool is_minus = std::bitset<32>((uint32_t)(i / n & i % n)).count() % 2 == 1;
+        matrix[(size_t)i] = (is_minus ? -1.0f : 1.0f) / std::sqrt((float)n);
+    }
+    return matrix;
+}
+
 /* What layers' nodes read of maps, and rotations. */
 void kv_cache::fill_aux() const {
     for (const auto &[where, rotation] : rotations_) {
-        const int64_t n = where.second;
-        std::vector<float> matrix((size_t)(n * n));
-        for (int64_t i = 0; i < n * n;
-             ++i) { // Sylvester's: the sign is the parity of the bits that row and column share
-            matrix[(size_t)i] =
-                (std::bitset<32>((uint64_t)(i / n & i % n)).count() % 2 ? -1.0f : 1.0f) / std::sqrt((float)n);
-        }
         if (!hparams.no_alloc) {
-            ggml_backend_tensor_set(rotation, matrix.data(), 0, ggml_nbytes(rotation));
+            ggml_backend_tensor_set(rotation, hadamard_matrix(where.second).data(), 0, ggml_nbytes(rotation));
         }
     }
     for (const auto &l : layers_) {
