@@ -49,7 +49,7 @@ def print_plan(info: Mapping[str, Any]) -> None:
     print(
         f"{info['preset']}: {info['true_bits']:.3f} true bits, {info['equivalent_bits']:.3f} equivalent bits a value;"
     )
-    print(f"the newest {info['window']} tokens in F16; kernels {info['kernels']}\n\n{table(rows)}\n")
+    print(f"the newest {info['window']} tokens stay open; kernels {info['kernels']}\n\n{table(rows)}\n")
 
 
 def add(commands: Commands) -> None:
