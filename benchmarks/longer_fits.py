@@ -15,13 +15,14 @@ from unittest import mock
 
 import numpy as np
 
+from passages import N_READ, PASSAGE, mean, tokens_of
 from xquant_gguf import reference
 from xquant_gguf.cli.text import table
 from xquant_gguf.plan import PAGE, Side
 from xquant_gguf.probe import Probe, Rows
 from xquant_gguf.sides import key_side, value_side
 
-N_READ, EVERY, PASSAGE = 2048, 128, 32
+EVERY = 128
 
 
 def read_back(rows: Rows, side: Side, is_k: bool) -> Rows:
@@ -49,10 +50,9 @@ def main() -> None:
     parser.add_argument("--much", default="0,0.6,1,1.25,1.5")
     args = parser.parse_args()
     muches = [float(text) for text in args.much.split(",")]
-    text = args.text.read_text(errors="replace")[args.skip :]
     lines = [["much", *(f"{much:g}" for much in muches)]]
     with Probe(args.model) as probe:
-        tokens = probe.tokenize(text[: 8 * N_READ])[: N_READ + PASSAGE]
+        tokens = tokens_of(args.text, args.skip, probe)
         with probe.reading(tokens, N_READ, range(2 * PAGE, N_READ + 1, EVERY), PASSAGE) as reading:
             for name, bits_of, side_of in (("v", args.values, value_side), ("k", args.keys, key_side)):
                 for bits in (int(text) for text in bits_of.split(",") if text):
@@ -66,7 +66,7 @@ def main() -> None:
                                 if at[1] == name
                             }
                         kld = reading.kld(changed)
-                        line.append(f"{kld.mean():.4f} ({kld.std() / len(kld) ** 0.5:.4f})")
+                        line.append(mean(kld))
                     lines.append(line)
     print(table(lines))
 

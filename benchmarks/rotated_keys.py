@@ -13,12 +13,13 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from passages import N_READ, PASSAGE, mean, tokens_of
 from xquant_gguf.cli.text import table
 from xquant_gguf.plan import PAGE
 from xquant_gguf.probe import Probe
 from xquant_gguf.sides import key_side, read_back
 
-N_READ, FIRST, EVERY, PASSAGE = 2048, 512, 96, 32
+FIRST, EVERY = 512, 96
 ETA = {("minmax", 3): 0.02, ("lloyd", 4): 0.01, ("lloyd", 3): 0.06, ("lloyd", 2): 0.12}
 """Where fits begin that is not 0."""
 
@@ -32,10 +33,9 @@ def main() -> None:
     parser.add_argument("--fits", default="minmax,lloyd,clip")
     parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args()
-    text = args.text.read_text(errors="replace")[args.skip :]
     lines = [["keys", "fit", "not rotated", "rotated"]]
     with Probe(args.model, args.threads) as probe:
-        tokens = probe.tokenize(text[: 8 * N_READ])[: N_READ + PASSAGE]
+        tokens = tokens_of(args.text, args.skip, probe)
         with probe.reading(tokens, N_READ, range(FIRST, N_READ + 1, EVERY), PASSAGE, PAGE) as reading:
             keys = {at: rows for at, rows in reading.rows.items() if at[1] == "k"}
             for bits in map(int, args.bits.split(",")):
@@ -44,7 +44,7 @@ def main() -> None:
                     for rotate in (False, True):
                         side = replace(key_side(bits, rotate=rotate), fit=fit, eta=ETA.get((fit, bits), 0.0))
                         kld = reading.kld({at: read_back(side, rows, "k") for at, rows in keys.items()})
-                        line.append(f"{kld.mean():.4f} ({kld.std() / len(kld) ** 0.5:.4f})")
+                        line.append(mean(kld))
                     lines.append(line)
     print(table(lines))
 

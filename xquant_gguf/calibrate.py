@@ -216,8 +216,7 @@ def _guessed(reading: Reading, shapes: Sequence[Shape]) -> _Guessed | None:
         rows = reading.rows[i, "v"]
         fit, side = fit_map(stored_values(reading.rows[i - 1, "v"], GUESS_BITS), rows), value_side(0, i - 1)
         changed[i, "v"] = read_back(side, rows, "v", fit.guesses)
-        pairs = zip(rows, fit.guesses, strict=True)
-        errors[i] = sum(squared_error(side, head, "v", guess) for head, guess in pairs)
+        errors[i] = squared_error(side, rows, "v", fit.guesses)
     return _Guessed(float(reading.kld(changed).mean()), errors) if changed else None
 
 
@@ -239,6 +238,7 @@ class _Choices:
         self.rows = {name: [rows.get((i, name), NOTHING) for i in range(len(shapes))] for name in "kv"}
         self.rows["k"] = [turned(x) if turns else x for x, turns in zip(self.rows["k"], rotates, strict=True)]
         self.fits: dict[tuple[int, int, int], MapFit] = {}
+        self.errors: dict[tuple[int, str, Side], float] = {}
         # harm of a squared error of 1, by layer, and what it is to be multiplied by, by bits
         self.harm = {name: self._harm(name, found.by_layer) for name, found in measured.items()}
         self.factor = self._factors(measured, guessed)
@@ -256,11 +256,13 @@ class _Choices:
 
     def _errors(self, name: str, bits: int) -> list[float]:
         """Squared error of codes in each layer."""
-        sides = [_side(name, bits, turns) for turns in self.rotates]
-        return [
-            sum(squared_error(side, head, name) for head in heads)
-            for side, heads in zip(sides, self.rows[name], strict=True)
-        ]
+        return [self._error(i, name, _side(name, bits, turns)) for i, turns in enumerate(self.rotates)]
+
+    def _error(self, i: int, name: str, side: Side) -> float:
+        """Squared error of a layer's own codes; looked at once, though several ask."""
+        if (i, name, side) not in self.errors:
+            self.errors[i, name, side] = squared_error(side, self.rows[name][i], name)
+        return self.errors[i, name, side]
 
     def _harm(self, name: str, measured: Sequence[float]) -> list[float]:
         errors = self._errors(name, PROBE_BITS)
@@ -296,7 +298,7 @@ class _Choices:
 
     def _own(self, i: int, name: str, sides: Sequence[Side]) -> Iterator[Choice]:
         for side in sides:
-            yield self._choice(i, name, side, sum(squared_error(side, head, name) for head in self.rows[name][i]))
+            yield self._choice(i, name, side, self._error(i, name, side))
 
     def _map_from(self, source: int) -> None:
         """Adds the choices of the next layers whose values layer `source` predicts."""
@@ -311,8 +313,7 @@ class _Choices:
                 fit = fit_map(stored, values[i])
                 self.fits[i, source, bits] = fit
                 for side in (value_side(b, source) for b in (0, 1, 2, 3)):
-                    pairs = zip(values[i], fit.guesses, strict=True)
-                    error = sum(squared_error(side, head, "v", guess) for head, guess in pairs)
+                    error = squared_error(side, values[i], "v", fit.guesses)
                     self.mapped[i].append(self._choice(i, "v", side, error, bits))
 
     def plan(self) -> Plan:

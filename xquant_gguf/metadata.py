@@ -134,6 +134,8 @@ class _Keys:
         return self.file.value(PREFIX + key)
 
     def array(self, key: str, sub: GGUFValueType, length: int | None = None) -> list[Any]:
+        if key in SINCE and key not in self:
+            return [SINCE[key]] * (length or 0)
         found = self.get(key, GGUFValueType.ARRAY, sub)
         if length is not None and len(found) != length:
             raise self.bad(key, f"{len(found)} entries long", length)
@@ -158,12 +160,7 @@ def read_plan(path: str | Path) -> tuple[Plan, list[int], int, Provenance] | Non
     n_layers = len(keys.array("k.bits", I32))
     sides = []
     for side, kinds in ARRAYS.items():
-        columns: dict[str, list[Any]] = {
-            _FIELDS.get(name, name): [SINCE[key]] * n_layers
-            if (key := f"{side}.{name}") in SINCE and key not in keys
-            else keys.array(key, t, n_layers)
-            for name, t in kinds.items()
-        }
+        columns = {_FIELDS.get(name, name): keys.array(f"{side}.{name}", t, n_layers) for name, t in kinds.items()}
         columns["eta"] = [shortest(x) for x in columns["eta"]]
         sides.append([Side(**{name: column[i] for name, column in columns.items()}) for i in range(n_layers)])
     held = [i for i in range(n_layers) if sides[0][i].group != 0]

@@ -36,10 +36,7 @@ class Probe:
         self._n_threads = n_threads
         self.shapes, self.layers, self.n_layers = self._model.cache_layers
         check_layers(model_path, self.layers)
-        with self._model.session("xquant", n_ctx=2 * PAGE, plan={}) as session:
-            found = fork.plan(session.ctx, "xquant")
-        assert found is not None
-        plan, _, _ = found
+        plan = self._model.cache_plan
         self.rotates = [layer.k.rotate for layer in plan.layers]
         """Whether keys are stored rotated, by layer, where a plan asks for it."""
         plain = tuple(replace(layer, k=replace(layer.k, rotate=False)) for layer in plan.layers)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from xquant_gguf import fork, handover, workers
 from xquant_gguf.kv_types import needs_flash_attention, number_of
 from xquant_gguf.log import errors, quiet, refusal
-from xquant_gguf.plan import PlanSource, Shape
+from xquant_gguf.plan import Plan, PlanSource, Shape
 
 Logits = NDArray[np.float32]  # [row][vocabulary]
 Row = tuple[int, int, Sequence[int]]
@@ -130,11 +130,22 @@ class Model:
             n = -n
         raise ValueError(f"{self.path}: its vocabulary cannot tokenize the text")
 
-    @cached_property
+    @property
+    def cache_plan(self) -> Plan:
+        """What an XQuant cache makes of the preset xquant for this model."""
+        return self._cache[0]
+
+    @property
     def cache_layers(self) -> tuple[list[Shape], list[int], int]:
         """Shapes and model numbers of the layers in an XQuant cache, and the number of layers of the model."""
+        return self._cache[1]
+
+    @cached_property
+    def _cache(self) -> tuple[Plan, tuple[list[Shape], list[int], int]]:
         with self.session("xquant", n_ctx=256, plan={}) as session:  # the plan in the file may not fit
-            return fork.layers(session.ctx)
+            found = fork.plan(session.ctx, "xquant")
+            assert found is not None
+            return found[0], fork.layers(session.ctx)
 
     def session(
         self,

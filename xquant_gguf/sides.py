@@ -55,13 +55,14 @@ def _page_back(side: Side, page: NDArray[np.float16], name: str, guess: Guess) -
     return codec.unseal_v(own, page.shape[1], *codec.seal_v(own, page, predicted=predicted), predicted)
 
 
-def squared_error(side: Side, rows: NDArray[np.float16], name: str, guess: Guess = None) -> float:
-    """Squared error of a side on some pages of one head, rows [token][width], which stay as they are stored."""
+def squared_error(side: Side, rows: Rows, name: str, guesses: Sequence[Guess] | None = None) -> float:
+    """Squared error of a side on some pages of rows as they are stored; guesses: of each head."""
     total = 0.0
-    for first in _pages(len(rows)):
-        page = rows[first : first + PAGE]
-        back = _page_back(side, page, name, None if guess is None else guess[first : first + PAGE])
-        total += float(((back.astype(np.float32) - page.astype(np.float32)) ** 2).sum())
+    for head, guess in zip(rows, guesses or [None] * len(rows), strict=True):
+        for first in _pages(len(head)):
+            page = head[first : first + PAGE]
+            back = _page_back(side, page, name, None if guess is None else guess[first : first + PAGE])
+            total += float(((back.astype(np.float32) - page.astype(np.float32)) ** 2).sum())
     return total
 
 
