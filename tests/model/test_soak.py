@@ -58,23 +58,20 @@ def test_memory_and_quality_stay_flat(model: str, prose: str, monkeypatch: pytes
 
 
 def test_shifts_are_compared(model: str, prose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shift codes the keys once more, which adds about as much noise as the first coding did.
+    """A shift codes the keys of sealed pages once more, and does nothing else to what is stored.
 
-    With fine values, keys do all of the harm that there is.  Measured on five models, in units of it: 0 to 0.6 for one
-    shift; 10.5 to 15.3 for eight, since noise widens the range by a twentieth each time (the codec alone: 11).  As many
-    tokens are scored as the window holds: with fewer, the first score would find pages open that the next finds sealed.
-    """
+    Measured on one model: eight shifts add 0.4 times what fine codes do, most of which is the values' share."""
     text, fine, out = tmp_path / "text", tmp_path / "fine.json", tmp_path / "out.json"
     text.write_text(prose)
     values = {"bits": 4, "group": 32, "fit": "minmax", "param": "f16", "eta": 0.0}
     fine.write_text(json.dumps({"layers": {"0-3": {"v": values}}}))
-    options = ["--tokens", "700", "--scored", "128", "--kv-types", f"xquant,{fine}", "--threads", "1"]
+    options = ["--tokens", "1280", "--scored", "64", "--kv-types", f"q8_0,xquant,{fine}", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", ["shift.py", model, "--text", str(text), *options, "--json", str(out)])
     assert shift.main() == 0
     kld = {(row["kv_type"], row["shifts"]): row["kld"] for row in json.loads(out.read_text())}
-    keys = kld[str(fine), 0]
 
-    assert 0 < keys < 0.25 * kld["xquant", 0]
-    assert abs(kld["f16", 8]) < 1e-2 * keys
-    assert kld["xquant", 1] - kld["xquant", 0] < keys
-    assert keys < kld["xquant", 8] - kld["xquant", 0] < 20 * keys
+    before, once, often = (kld[str(fine), n] for n in (0, 1, 8))
+    assert 0 < before < 0.25 * kld["xquant", 0]
+    assert kld["q8_0", 8] < 0.1 * before
+    assert abs(once - before) < 0.3 * before
+    assert 1.1 * before < often < 3 * before
