@@ -118,6 +118,23 @@ def test_keys_are_read_and_written_again_for_a_shift(coder: Device, k: Side, d: 
     np.testing.assert_array_equal(after[0, :, 2], before[0, :, 2])
 
 
+@pytest.mark.parametrize(
+    ("k", "least", "most"),
+    [(Side(2, 128, "clip"), 0.7, 1.1), (Side(3, 64, "lloyd", "log8", eta=0.06), 0.95, 1.15), (Side(4, 128), 1.0, 1.15)],
+    ids=str,
+)
+def test_many_shifts_neither_shorten_keys_nor_lengthen_them(coder: Device, k: Side, least: float, most: float) -> None:
+    """Squared length of what is read after eight shifts: least error alone would leave 0.5 of it with 2 bits."""
+    rng, page = np.random.default_rng(6), [Move(0, SEALED)]
+    storage = Storage(coder, Layer(k, V), random_rows(rng, 1, 2, 1, 64), 1)
+    storage.update([Move(0, 0)])
+    turn = np.linalg.qr(rng.standard_normal((64, 64)))[0].astype(np.float32)
+    once = storage.read_keys(page)
+    for _ in range(8):
+        storage.write_keys(page, storage.read_keys(page) @ turn)
+    assert least < float((storage.read_keys(page) ** 2).sum() / (once**2).sum()) < most
+
+
 def test_keys_with_borrowed_codes_keep_them(coder: Device) -> None:
     """Parameters are fitted to the owner's codes again, which nobody changes."""
     rng, k = np.random.default_rng(5), Side(2, 64, "lsq", owner=0)

@@ -108,6 +108,31 @@ def test_sealing_again_does_not_lengthen_again(fit: str, bits: int, eta: float) 
     assert 0.98 <= (again * once).sum() / (once * once).sum() <= 1.001
 
 
+@pytest.mark.parametrize("param", ["f16", "log8"])
+@pytest.mark.parametrize(
+    ("fit", "bits", "eta", "least", "most", "before"),
+    [("clip", 2, 0.0, 0.7, 1.1, 0.55), ("lloyd", 3, 0.06, 0.95, 1.15, 0.88)],
+)
+def test_what_is_turned_between_two_seals_stays_as_long_as_it_was(
+    fit: str, bits: int, eta: float, least: float, most: float, before: float, param: str
+) -> None:
+    """Keys of a context shift are codes, but turned they lie between codes like new ones: each seal would shorten them.
+
+    Squared lengths after eight turns; before: what least error alone leaves."""
+    turn = np.linalg.qr(normal(64, 64, 3))[0]
+    side = Side(bits, 128, fit, param, eta=eta)
+
+    def length() -> float:
+        once = x = read_back(normal(128, 64, 4), side)
+        for _ in range(8):
+            x = read_back(x @ turn, side)
+        return float((x * x).sum() / (once * once).sum())
+
+    assert least < length() < most
+    with mock.patch.multiple(reference, LONGER_LLOYD=np.float32(0), LONGER_CLIP=np.float32(0)):
+        assert length() < before
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 4), st.integers(0, 10**6))
 def test_least_squares_for_borrowed_codes(bits: int, seed: int) -> None:
