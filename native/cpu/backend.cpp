@@ -66,6 +66,7 @@ const xq_backend *xq_cpu(void) {
     static const xq_backend backend = {
         "cpu",          xq_error,          xq::cpu_update,     xq::cpu_attend,
         xq::cpu_unpack, xq::cpu_read_keys, xq::cpu_write_keys, xq::attend_kernel,
+        nullptr,        nullptr,
     };
     return &backend;
 }

@@ -1,4 +1,4 @@
-/* api.cu: the five verbs of xq_cuda(): checks arguments, chooses kernels.
+/* api.cu: the verbs of xq_cuda(): checks arguments, chooses kernels.
  *
  * check.h says what every backend refuses; here stands what a GPU cannot do besides: read 16 bytes at an address that
  * is not a multiple of 16, and have more than 65,535 blocks along y or z.
@@ -49,9 +49,22 @@ int shared_limit() {
     return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, limits);
 }
 
-bool can_launch_early() {
+static int capability() {
     static std::atomic<int> majors[max_devices];
-    return attribute(cudaDevAttrComputeCapabilityMajor, majors) >= 9;
+    return attribute(cudaDevAttrComputeCapabilityMajor, majors);
+}
+
+bool can_launch_early() {
+    return capability() >= 9;
+}
+
+bool has_wgmma() {
+    return capability() == 9;
+}
+
+int processors() {
+    static std::atomic<int> numbers[max_devices];
+    return attribute(cudaDevAttrMultiProcessorCount, numbers);
 }
 
 /* ---- what a GPU cannot do ---- */
@@ -170,6 +183,27 @@ static int write_keys(const xq_store *store, const xq_keys_args *args, const xq_
                                                              : XQ_ERR_ARGUMENT;
 }
 
+static int64_t rows_scratch(const xq_rows_args *args) {
+    return args && prompt_covers(*args) ? prompt_scratch(*args) : -1;
+}
+
+static int attend_rows(const xq_rows_args *args, const xq_exec *exec) {
+    const char *verb = "attend_rows";
+    if (!runs(verb, exec) || !none_null(verb, {{"args", args}}) ||
+        !none_null(verb, {{"q", args->q},
+                          {"k", args->k},
+                          {"v", args->v},
+                          {"mask", args->mask},
+                          {"scratch", args->scratch},
+                          {"out", args->out}}) ||
+        !multiples(verb, {{"address of scratch", address(args->scratch), 16}})) {
+        return XQ_ERR_ARGUMENT;
+    }
+    return prompt_covers(*args)
+               ? launch_prompt(*args, cuda_stream(exec))
+               : fail(XQ_ERR_ARGUMENT, "attend_rows: this device has no kernel for these rows; see rows_scratch");
+}
+
 static const char *attend_kernel(const xq_store *store) {
     return !accepts_store(store)   ? nullptr
            : decode_covers(*store) ? "decode"
@@ -180,7 +214,8 @@ static const char *attend_kernel(const xq_store *store) {
 } // namespace xq
 
 const xq_backend *xq_cuda(void) {
-    static const xq_backend backend = {"cuda",     xq::error,     xq::update,     xq::attend,
-                                       xq::unpack, xq::read_keys, xq::write_keys, xq::attend_kernel};
+    static const xq_backend backend = {"cuda",           xq::error,      xq::update,     xq::attend,
+                                       xq::unpack,       xq::read_keys,  xq::write_keys, xq::attend_kernel,
+                                       xq::rows_scratch, xq::attend_rows};
     return &backend;
 }

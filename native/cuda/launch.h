@@ -16,6 +16,10 @@ bool can_launch_early();
 /* Shared memory that a block of this device may have. */
 int shared_limit();
 
+/* Whether this device has the instructions of prompt_wgmma.cuh, which no later one has; its multiprocessors. */
+bool has_wgmma();
+int processors();
+
 /* Lets a kernel have more dynamic shared memory than the usual; false: CUDA refuses, and launched() will say so. */
 template <typename K> bool allow_shared(K kernel, size_t bytes) {
     return bytes <= 48 * 1024 ||
@@ -71,6 +75,15 @@ int launch_general(const xq_store &store, const xq_attend_args &args, cudaStream
 int launch_merge(const xq_store &store, const xq_attend_args &args, cudaStream_t stream);
 
 int launch_unpack(const xq_store &store, const xq_unpack_args &args, cudaStream_t stream);
+
+/* Attention over F16 rows: whether there is a kernel for it, on this device; what of scratch memory it needs. */
+bool prompt_covers(const xq_rows_args &args);
+int64_t prompt_scratch(const xq_rows_args &args);
+int launch_prompt(const xq_rows_args &args, cudaStream_t stream);
+/* Of it, the kernel: views are in scratch memory, and states come there. */
+struct prompt_shape;
+int launch_prompt_attend(const xq_rows_args &args, const prompt_shape &shape, cudaStream_t stream);
+
 int launch_read_keys(const xq_store &store, const xq_keys_args &args, cudaStream_t stream);
 int launch_write_keys(const xq_store &store, const xq_keys_args &args, cudaStream_t stream);
 

@@ -364,6 +364,21 @@ typedef struct xq_unpack_args {
     uint16_t *rows;                    /* F16 [stream][n_kv_pages * XQ_PAGE][n_heads][d or e]; pages without cells: 0 */
 } xq_unpack_args;
 
+/* Attention over pages that were unpacked, for prompts on GPUs that have a kernel for it: 9.0. */
+typedef struct xq_rows_args {
+    const float *q;                                         /* [stream][token][head][width] */
+    int64_t q_head_stride, q_token_stride, q_stream_stride; /* bytes */
+    const uint16_t *k, *v;                                  /* F16 [stream][n_kv_pages * XQ_PAGE][KV head][width] */
+    const uint16_t *mask;                                   /* F16 [stream][token][n_kv_pages * XQ_PAGE] */
+    int64_t mask_token_stride, mask_stream_stride;          /* bytes */
+    int32_t width, n_head, n_head_kv, n_tokens, n_streams;  /* width: of keys and of values; n_tokens: of a stream */
+    int32_t n_kv_pages;
+    float scale;        /* of q . k */
+    const float *sinks; /* [head] scores that take part in the sum; null: none */
+    void *scratch;      /* rows_scratch() bytes */
+    float *out;         /* [stream][token][head][width]; 0 where nothing is visible */
+} xq_rows_args;
+
 /* Keys of a few pages as F32 and back, for a context shift between the two.  What is stored is finite; nobody counts
  * what was not. */
 typedef struct xq_keys_args {
@@ -386,6 +401,10 @@ typedef struct xq_backend {
     /* Which kernel attend takes for a store: the kernel set; on a GPU "decode" or "wide" (tensor cores; heads of 64 and
      * 128, and of any width) or "general"; null: it is refused. */
     const char *(*attend_kernel)(const xq_store *store);
+    /* Scratch memory that attend_rows needs, in bytes; -1: this device has no kernel for such rows.  What scratch is
+     * need not be known yet.  On a CPU both are null. */
+    int64_t (*rows_scratch)(const xq_rows_args *args);
+    int (*attend_rows)(const xq_rows_args *args, const xq_exec *exec);
 } xq_backend;
 
 /* The CPU backend of libxquant; the scalar kernel set is its reference. */

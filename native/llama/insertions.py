@@ -59,6 +59,14 @@ INSERTIONS: list[dict[str, str]] = [
     xquant_refused = !xquant_compute_cuda(xq_cuda(), dst, ctx.stream()) || xquant_refused;
     return true;
 """},
+    {"name": "CUDA: attention of prompts", "file": "ggml/src/ggml-cuda/ggml-cuda.cu",
+     "in": "ggml_cuda_compute_forward", "before": "ggml_cuda_flash_attn_ext(ctx, dst);", "text": """
+        if (const int64_t n = xquant_prompt_scratch(xq_cuda(), dst); n >= 0) {
+            ggml_cuda_pool_alloc<char> scratch(ctx.pool(), (size_t) n);
+            xquant_refused = !xquant_prompt(xq_cuda(), dst, scratch.get(), ctx.stream()) || xquant_refused;
+            break;
+        }
+     """},
     {"name": "CUDA: graphs with a refused node", "file": "ggml/src/ggml-cuda/ggml-cuda.cu",
      "in": "ggml_backend_cuda_graph_compute", "before": "return GGML_STATUS_SUCCESS;", "text": """
         if (std::exchange(xquant_refused, false)) {

@@ -19,6 +19,14 @@ __attribute__((visibility("default"))) bool xquant_compute_cpu(const struct ggml
 __attribute__((visibility("default"))) bool xquant_compute_cuda(const struct xq_backend *cuda,
                                                                 const struct ggml_tensor *node, void *cuda_stream);
 
+/* llama.cpp's own attention over pages that a node of ours unpacked: scratch memory, in bytes, with which a kernel of
+ * ours does it; -1: llama.cpp's is to do it. */
+__attribute__((visibility("default"))) int64_t xquant_prompt_scratch(const struct xq_backend *cuda,
+                                                                     const struct ggml_tensor *node);
+/* As xquant_compute_cuda. */
+__attribute__((visibility("default"))) bool xquant_prompt(const struct xq_backend *cuda, const struct ggml_tensor *node,
+                                                          void *scratch, void *cuda_stream);
+
 /* What a worker of llama.cpp's RPC says of itself in its first answer: 0, or the version of the nodes that all of its
  * devices run, with a flag if all of these are CPUs.  The version grows with every change of node.h, and of what
  * xquant.h says of storage: then the two sides must be of the same build again. */

@@ -45,6 +45,14 @@ def count() -> int:
     return n.value
 
 
+def capability() -> tuple[int, int]:
+    """Compute capability of the first GPU."""
+    out = [ctypes.c_int(), ctypes.c_int()]
+    for value, name in zip(out, (75, 76), strict=True):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        check(driver().cuDeviceGetAttribute(ctypes.byref(value), name, 0))
+    return out[0].value, out[1].value
+
+
 class Cuda(Device):
     """The first GPU; a verb runs on the default stream, and is waited for."""
 
