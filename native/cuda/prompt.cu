@@ -28,6 +28,7 @@ __device__ bool are_hidden(const uint4 &x) {
 /* grid (page, tile, stream) */
 __global__ void __launch_bounds__(view_threads)
     find_views(const __grid_constant__ xq_rows_args a, const __grid_constant__ prompt_shape s) {
+    launch_next(); // it waits where it reads views
     const int page = blockIdx.x, tile = blockIdx.y, stream = blockIdx.z;
     const int last = min((tile + 1) * prompt_rows, a.n_tokens * s.n_rep) - 1;
     const int first_token = tile * prompt_rows / s.n_rep, n_tokens = last / s.n_rep - first_token + 1;

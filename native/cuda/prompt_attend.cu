@@ -221,6 +221,7 @@ __global__ void __launch_bounds__(block_threads, 1)
     if (group == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x == 0) {
+            wait_for_previous(); // for views: all else was there before they were made
             bring_pages<WIDTH>(m, k, v, work,
                                (const uint8_t *)a.scratch +
                                    ((int64_t)work.stream * s.n_tiles + work.tile) * a.n_kv_pages);
@@ -270,7 +271,7 @@ template <int WIDTH> int launch(const xq_rows_args &a, const prompt_shape &s, cu
     const size_t bytes = sizeof(prompt_memory<WIDTH>) + 1024; // to start on a multiple
     if (allow_shared(attend_prompt<WIDTH>, bytes)) {
         const dim3 grid(s.n_tiles * s.n_parts, a.n_head_kv * a.n_streams);
-        attend_prompt<WIDTH><<<grid, block_threads, bytes, stream>>>(k, v, a, s);
+        launch_early(attend_prompt<WIDTH>, grid, block_threads, bytes, stream, k, v, a, s);
     }
     return launched("attend_rows");
 }

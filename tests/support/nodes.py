@@ -28,6 +28,8 @@ typedef struct {
     float scale, softcap, max_bias;
 } node_params;
 bool xquant_compute_cpu(const struct ggml_tensor * node, int ith, int nth);
+int64_t xquant_prompt_scratch(const void * cuda, const struct ggml_tensor * node);
+bool xquant_prompt(const void * cuda, const struct ggml_tensor * node, void * scratch, void * cuda_stream);
 const char * ggml_op_name(int32_t op);
 """
 F32, F16, I8, I32 = 0, 1, 24, 26
