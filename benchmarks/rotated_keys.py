@@ -17,7 +17,7 @@ from passages import N_READ, PASSAGE, mean, tokens_of
 from xquant_gguf.cli.text import table
 from xquant_gguf.plan import PAGE
 from xquant_gguf.probe import Probe
-from xquant_gguf.sides import key_side, read_back
+from xquant_gguf.sides import KeyForm, key_side, read_back_keys
 
 FIRST, EVERY = 512, 96
 ETA = {("minmax", 3): 0.02, ("lloyd", 4): 0.01, ("lloyd", 3): 0.06, ("lloyd", 2): 0.12}
@@ -43,7 +43,8 @@ def main() -> None:
                     line = [f"{bits} bits", fit]
                     for rotate in (False, True):
                         side = replace(key_side(bits, rotate=rotate), fit=fit, eta=ETA.get((fit, bits), 0.0))
-                        kld = reading.kld({at: read_back(side, rows, "k") for at, rows in keys.items()})
+                        form = KeyForm(rotate)
+                        kld = reading.kld({at: read_back_keys(side, rows, form) for at, rows in keys.items()})
                         line.append(mean(kld))
                     lines.append(line)
     print(table(lines))

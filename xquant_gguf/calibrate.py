@@ -25,7 +25,18 @@ from xquant_gguf.inspect import model_layers
 from xquant_gguf.metadata import Key, Provenance, plan_keys
 from xquant_gguf.plan import PAGE, Layer, Plan, Shape, Side, block_bytes, shortest
 from xquant_gguf.probe import Probe, Reading, Rows, Where, check_layers
-from xquant_gguf.sides import MapFit, fit_map, key_side, read_back, squared_error, stored_values, turned, value_side
+from xquant_gguf.sides import (
+    KeyForm,
+    MapFit,
+    fit_map,
+    key_side,
+    read_back,
+    read_back_keys,
+    squared_error,
+    stored_values,
+    value_side,
+)
+from xquant_gguf.transforms import Matrices, balanced, page_covariance
 
 TEXT = Path(__file__).parent / "data" / "calibration.txt"
 FIT_TOKENS = 3072
@@ -40,8 +51,8 @@ LEAST_OF_SAID = 0.25
 """The smallest share of what errors say that codes of a width may be measured to do: the rest would be noise."""
 PROBE_BITS = 1
 """Bits of the codes whose harm is measured by layer; that of all others follows from the codec's errors."""
-ROTATION_BITS = 3
-"""Bits of the keys that show whether to rotate them."""
+FORM_BITS = 3
+"""Bits of the keys that show in which coordinates to store them."""
 GUESS_BITS = 2
 """Bits of the values from which others are predicted when that is measured."""
 WIDTHS = (1, 2, 3, 4)
@@ -123,18 +134,18 @@ def calibrate(
         n_fit = min(FIT_TOKENS, len(tokens)) // PAGE * PAGE
         last = min(n_fit, (len(tokens) - PASSAGE) // PAGE * PAGE)
         starts = range(FIRST, last + 1, max(-(-(last - FIRST) // (PASSAGES - 1) // PAGE), 1) * PAGE)
-        n_runs = 2 * (1 + len(probe.layers) + len(WIDTHS))
-        with tqdm(total=n_runs + 3, unit="run", disable=None if progress else True) as bar:
+        n_runs = 2 * (len(probe.layers) + len(WIDTHS))
+        with tqdm(total=n_runs + 6, unit="run", disable=None if progress else True) as bar:
             bar.set_description("reading keys and values")
             with probe.reading(tokens, n_fit, starts, PASSAGE, PAGE) as reading:
                 bar.update()
                 bar.set_description("measuring layers")
-                rotates = _rotates(reading, probe.rotates, bar)
-                measured = {name: _Measured.of(reading, name, rotates, bar) for name in "kv"}
+                forms = _forms(reading, probe.rotates, probe.shapes, bar)
+                measured = {name: _Measured.of(reading, name, forms, bar) for name in "kv"}
                 guessed = _guessed(reading, probe.shapes) if maps else None
                 bar.update()
             bar.set_description("choosing")
-            plan = _Choices(budget, probe.shapes, reading.rows, rotates, measured, guessed).plan()
+            plan = _Choices(budget, probe.shapes, reading.rows, forms, measured, guessed).plan()
             kld = float(probe.kld(replace(plan, window=0), tokens[-CHECK_TOKENS:], CHECK_SKIP).mean())
             bar.update()
         plan = replace(plan, expected_kld=shortest(kld))
@@ -155,27 +166,39 @@ def _tool() -> str:
     return f"xquant-gguf {version('xquant-gguf')}"
 
 
-def _side(name: str, bits: int, rotates: bool) -> Side:
-    return key_side(bits, rotate=rotates) if name == "k" else value_side(bits)
+def _side(name: str, bits: int, form: KeyForm) -> Side:
+    return form.side(bits) if name == "k" else value_side(bits)
 
 
-def _kld(reading: Reading, name: str, sides: Mapping[int, Side], bar: Any) -> float:
-    """KL divergence that codes of one side of some layers cause."""
-    changed = {(i, name): read_back(side, reading.rows[i, name], name) for i, side in sides.items()}
+def _kld(reading: Reading, name: str, bits: Mapping[int, int], forms: Sequence[KeyForm], bar: Any) -> float:
+    """KL divergence that codes of one side of some layers cause; bits: of each."""
+    changed = {}
+    for i, n in bits.items():
+        rows, side = reading.rows[i, name], _side(name, n, forms[i])
+        changed[i, name] = read_back_keys(side, rows, forms[i]) if name == "k" else read_back(side, rows, name)
     bar.update()
     return float(reading.kld(changed).mean())
 
 
-def _rotates(reading: Reading, allowed: Sequence[bool], bar: Any) -> list[bool]:
-    """Which layers' keys are rotated: all that may be, or none, whichever does less harm."""
-    if not any(allowed):
-        bar.update(2)
-        return list(allowed)
-    found = []
-    for choice in (list(allowed), [False] * len(allowed)):
-        sides = {i: key_side(ROTATION_BITS, rotate=turns) for i, turns in enumerate(choice)}
-        found.append((_kld(reading, "k", sides, bar), choice))
-    return min(found, key=lambda one: one[0])[1]
+def _forms(reading: Reading, rotates: Sequence[bool], shapes: Sequence[Shape], bar: Any) -> list[KeyForm]:
+    """In which coordinates each layer's keys are stored: of three choices for all layers the one of least harm.
+
+    rotates: where a Hadamard matrix may be.  Layers whose keys hold values stay as they are.
+    """
+    choices = [[KeyForm(turns) for turns in rotates], [KeyForm() for _ in shapes]]
+    choices.append(
+        [
+            KeyForm(turns) if shape.e < shape.d else KeyForm(matrices=_matrices(reading, i))
+            for i, (shape, turns) in enumerate(zip(shapes, rotates, strict=True))
+        ]
+    )
+    bits = dict.fromkeys(range(len(shapes)), FORM_BITS)
+    return min(choices, key=lambda forms: _kld(reading, "k", bits, forms, bar))
+
+
+def _matrices(reading: Reading, i: int) -> Matrices:
+    keys = map(page_covariance, reading.rows[i, "k"])
+    return np.stack([balanced(k, q) for k, q in zip(keys, reading.queries[i], strict=True)])
 
 
 @dataclass(frozen=True)
@@ -186,11 +209,11 @@ class _Measured:
     by_width: list[float]
 
     @classmethod
-    def of(cls, reading: Reading, name: str, rotates: Sequence[bool], bar: Any) -> _Measured:
+    def of(cls, reading: Reading, name: str, forms: Sequence[KeyForm], bar: Any) -> _Measured:
         held = [i for i in range(reading.n_layers) if (i, name) in reading.rows]
 
         def kld(bits: int, layers: Sequence[int]) -> float:
-            return _kld(reading, name, {i: _side(name, bits, rotates[i]) for i in layers}, bar)
+            return _kld(reading, name, dict.fromkeys(layers, bits), forms, bar)
 
         by_layer = [kld(PROBE_BITS, [i]) if i in held else 0.0 for i in range(reading.n_layers)]
         return cls(by_layer, [kld(bits, held) if held else 0.0 for bits in WIDTHS])
@@ -228,24 +251,24 @@ class _Choices:
         budget: Budget,
         shapes: Sequence[Shape],
         rows: Mapping[Where, Rows],
-        rotates: Sequence[bool],
+        forms: Sequence[KeyForm],
         measured: dict[str, _Measured],
         guessed: _Guessed | None,
     ) -> None:
         """guessed: None: values are not predicted."""
-        self.budget, self.shapes, self.rotates = budget, shapes, rotates
+        self.budget, self.shapes, self.forms = budget, shapes, forms
         # as they are stored
         self.rows = {name: [rows.get((i, name), NOTHING) for i in range(len(shapes))] for name in "kv"}
-        self.rows["k"] = [turned(x) if turns else x for x, turns in zip(self.rows["k"], rotates, strict=True)]
+        self.rows["k"] = [form.stored(x) for x, form in zip(self.rows["k"], forms, strict=True)]
         self.fits: dict[tuple[int, int, int], MapFit] = {}
         self.errors: dict[tuple[int, str, Side], float] = {}
         # harm of a squared error of 1, by layer, and what it is to be multiplied by, by bits
         self.harm = {name: self._harm(name, found.by_layer) for name, found in measured.items()}
         self.factor = self._factors(measured, guessed)
         stores = ((PAGE, "f16"), (64, "f16"), (PAGE, "log8"))
-        keys = [key_side(bits, *store) for store in stores for bits in WIDTHS]
         self.keys = [
-            list(self._own(i, "k", [replace(side, rotate=turns) for side in keys])) for i, turns in enumerate(rotates)
+            list(self._own(i, "k", [form.side(bits, *store) for store in stores for bits in WIDTHS]))
+            for i, form in enumerate(forms)
         ]
         own = [value_side(bits) for bits in (0, *WIDTHS)]
         self.values = [list(self._own(i, "v", own)) for i in range(len(shapes))]
@@ -256,7 +279,7 @@ class _Choices:
 
     def _errors(self, name: str, bits: int) -> list[float]:
         """Squared error of codes in each layer."""
-        return [self._error(i, name, _side(name, bits, turns)) for i, turns in enumerate(self.rotates)]
+        return [self._error(i, name, _side(name, bits, form)) for i, form in enumerate(self.forms)]
 
     def _error(self, i: int, name: str, side: Side) -> float:
         """Squared error of a layer's own codes; looked at once, though several ask."""
@@ -324,7 +347,9 @@ class _Choices:
             for i, (_, v) in enumerate(sides)
             if v.source >= 0
         }
-        plan = replace(base, preset="calibrated", layers=tuple(Layer(k, v) for k, v in sides), maps=maps)
+        layers = tuple(Layer(k, v) for k, v in sides)
+        transforms = {i: form.matrices.tobytes() for i, form in enumerate(self.forms) if form.matrices is not None}
+        plan = replace(base, preset="calibrated", layers=layers, maps=maps, transforms=transforms)
         plan.check(self.shapes)
         return plan
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -121,6 +121,32 @@ def _context(ctx: Any) -> Any:
     ffi, _ = load()
     address = ctx if isinstance(ctx, int) else ctypes.cast(ctx, ctypes.c_void_p).value
     return ffi.cast("struct llama_context *", address)
+
+
+class QueryMoments:
+    """Second moments of the queries of a context's layers, summed over tokens and the query heads of a KV head.
+
+    sums: [KV head][d][d], by model layer.  Layers of an XQuant cache on the CPU alone.
+    """
+
+    def __init__(self, shapes: Mapping[int, Shape]) -> None:
+        """shapes: of the layers that are looked at, by their number in the model."""
+        ffi, _ = load()
+        self.sums = {i: np.zeros((shape.heads, shape.d, shape.d)) for i, shape in shapes.items()}
+        self._moments = ffi.new("xquant_llama_moments *")
+        for i, sums in self.sums.items():
+            self._moments.sums[i] = ffi.cast("double *", sums.ctypes.data)
+
+    def watch(self, params: Any) -> None:
+        """Makes a context with these parameters, which must not outlive this, add up its queries."""
+        ffi, lib = load()
+        params.cb_eval = type(params.cb_eval)(int(ffi.cast("uintptr_t", lib.xquant_llama_add_moments)))
+        params.cb_eval_user_data = int(ffi.cast("uintptr_t", self._moments))
+
+    def stop(self) -> None:
+        """What is decoded from now on is not added."""
+        for i in self.sums:
+            self._moments.sums[i] = load()[0].NULL
 
 
 def info(ctx: Any) -> dict[str, Any] | None:

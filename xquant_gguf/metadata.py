@@ -71,9 +71,10 @@ def plan_keys(
             values = [getattr(getattr(layer, side), _FIELDS.get(name, name)) for layer in layers]
             keys[f"{side}.{name}"] = Key(GGUFValueType.ARRAY, values, kind)
     for i, value_map in sorted(plan.maps.items()):
-        numbers = np.frombuffer(value_map.weight, "<u2").tolist()
         keys[f"map.{model_layers[i]}.heads"] = Key(GGUFValueType.ARRAY, list(value_map.heads), I32)
-        keys[f"map.{model_layers[i]}.weight"] = Key(GGUFValueType.ARRAY, numbers, GGUFValueType.UINT16)
+        keys[f"map.{model_layers[i]}.weight"] = _halves_key(value_map.weight)
+    for i, weight in sorted(plan.transforms.items()):
+        keys[f"transform.{model_layers[i]}.weight"] = _halves_key(weight)
     if plan.expected_kld is not None:
         keys["calibration.expected_kld"] = Key(F32, plan.expected_kld)
     if made_by is not None:
@@ -81,6 +82,11 @@ def plan_keys(
         keys["calibration.text_sha256"] = Key(STRING, made_by.text_sha256)
         keys["calibration.tokens"] = Key(GGUFValueType.UINT32, made_by.tokens)
     return {PREFIX + name: key for name, key in keys.items()}
+
+
+def _halves_key(weight: bytes) -> Key:
+    """F16 numbers as GGUF arrays can hold them: their bits."""
+    return Key(GGUFValueType.ARRAY, np.frombuffer(weight, "<u2").tolist(), GGUFValueType.UINT16)
 
 
 def _string(text: str) -> bytes:
@@ -141,6 +147,13 @@ class _Keys:
             raise self.bad(key, f"{len(found)} entries long", length)
         return found if isinstance(found, list) else list(found.tolist())
 
+    def halves(self, key: str) -> bytes:
+        """The F16 numbers whose bits an array holds."""
+        found = self.get(key, GGUFValueType.ARRAY, GGUFValueType.UINT16)
+        if not np.isfinite(found.view("<f2")).all():
+            raise self.bad(key, "not finite", "finite numbers")
+        return bytes(found.tobytes())
+
 
 def _type_name(kind: GGUFValueType, sub: GGUFValueType | None) -> str:
     return kind.name.lower() if sub is None else f"an array of {sub.name.lower()}"
@@ -178,17 +191,18 @@ def read_plan(path: str | Path) -> tuple[Plan, list[int], int, Provenance] | Non
     maps = {}
     for i, layer in enumerate(layers):
         if layer.v.source >= 0:
-            weight = keys.get(f"map.{held[i]}.weight", GGUFValueType.ARRAY, GGUFValueType.UINT16)
-            if not np.isfinite(weight.view("<f2")).all():
-                raise keys.bad(f"map.{held[i]}.weight", "not finite", "finite numbers")
-            maps[i] = ValueMap(tuple(keys.array(f"map.{held[i]}.heads", I32)), weight.tobytes())
+            weight = keys.halves(f"map.{held[i]}.weight")
+            maps[i] = ValueMap(tuple(keys.array(f"map.{held[i]}.heads", I32)), weight)
+    names = {i: f"transform.{layer}.weight" for i, layer in enumerate(held)}
+    transforms = {i: keys.halves(name) for i, name in names.items() if name in keys}
     kld = None
     if "calibration.expected_kld" in keys:
         kld = shortest(keys.get("calibration.expected_kld", F32))
         if not 0 <= kld < float("inf"):
             raise keys.bad("calibration.expected_kld", kld, "a number of at least 0")
     open_bits = keys.get("open_bits", I32) if "open_bits" in keys else 16  # as files that came before the key
-    plan = Plan("calibrated", layers, keys.get("window", I32), keys.get("pinned", I32), maps, kld, open_bits)
+    window, pinned = keys.get("window", I32), keys.get("pinned", I32)
+    plan = Plan("calibrated", layers, window, pinned, maps, kld, open_bits, transforms)
     try:
         plan.check()
     except ValueError as error:

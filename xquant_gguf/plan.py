@@ -152,7 +152,8 @@ class Plan:
     window: newest tokens that stay open; negative: nothing is ever sealed. pinned: first pages of a sequence that
     stay open. open_bits: 8 or 16, of open pages that are not being written. preset: the preset that the plan started
     from.  maps: one for each layer whose values have a source. expected_kld: KL divergence from F16 that calibration
-    measured.
+    measured.  transforms: of layers whose keys are stored in coordinates of their own, the matrices that keys are
+    multiplied by, queries by their inverses: F16 numbers, little-endian, [KV head][d][d].
     """
 
     preset: str
@@ -162,6 +163,7 @@ class Plan:
     maps: Mapping[int, ValueMap] = field(default_factory=dict)
     expected_kld: float | None = None
     open_bits: int = 8
+    transforms: Mapping[int, bytes] = field(default_factory=dict)
 
     @classmethod
     def from_preset(cls, name: str, n_layers: int) -> Plan:
@@ -240,6 +242,8 @@ class Plan:
         if self.maps:
             maps = {i: {"heads": list(m.heads), "weight": b64encode(m.weight).decode()} for i, m in self.maps.items()}
             out["maps"] = {str(i): value for i, value in maps.items()}
+        if self.transforms:
+            out["transforms"] = {str(i): b64encode(weight).decode() for i, weight in self.transforms.items()}
         return out
 
     @classmethod
@@ -248,7 +252,8 @@ class Plan:
 
         {"preset": "xquant", "window": 128, "pinned": 1, "open_bits": 8, "layers": {"0-3": {"k": {"bits": 4}}, "18":
         {...}}}: all keys may be left out, and are then the preset's; layers are those of the cache, counted from 0.
-        "maps": {"1": {"heads": [...], "weight": base64 of F16 numbers}} for layers whose values have a source.
+        "maps": {"1": {"heads": [...], "weight": base64 of F16 numbers}} for layers whose values have a source,
+        "transforms": {"1": base64 of F16 numbers} for layers whose keys are stored in other coordinates.
         ValueError names an unknown key or a bad value.
         """
         if isinstance(source, Plan):
@@ -256,7 +261,7 @@ class Plan:
                 raise ValueError(f"kv_plan has {len(source.layers)} layers, the model's cache has {n_layers}")
             return source
         source, where = _read(source)
-        _known(source, {"preset", *_NUMBERS, "layers", "maps", "expected_kld"}, where)
+        _known(source, {"preset", *_NUMBERS, "layers", "maps", "transforms", "expected_kld"}, where)
         name = str(source.get("preset", preset))
         plan = replace(cls.from_preset("xquant" if name in MADE else name, n_layers), preset=name)
         layers = list(plan.layers)
@@ -265,10 +270,13 @@ class Plan:
                 layers[i] = _changed(layers[i], _mapping(change, f"{where}: layer {key}"), f"{where}: layer {key}")
         numbers = {k: _integer(source.get(k, getattr(plan, k)), f"{where}: {k}") for k in _NUMBERS}
         maps = dict(_maps(source.get("maps", {}), n_layers, where))
+        transforms = dict(_transforms(source.get("transforms", {}), n_layers, where))
         kld = source.get("expected_kld")
         if kld is not None and not (isinstance(kld, float) and 0 <= kld < float("inf")):
             raise ValueError(f"{where}: expected_kld is {kld!r}, must be a number of at least 0")
-        plan = cls(name, tuple(layers), numbers["window"], numbers["pinned"], maps, kld, numbers["open_bits"])
+        plan = cls(
+            name, tuple(layers), numbers["window"], numbers["pinned"], maps, kld, numbers["open_bits"], transforms
+        )
         plan.check()
         for i, layer in enumerate(layers):
             if layer.v.source >= 0 and i not in maps:
@@ -309,13 +317,27 @@ def _maps(value: Any, n_layers: int, where: str) -> Iterator[tuple[int, ValueMap
         heads, weight = entry.get("heads"), entry.get("weight")
         if not isinstance(heads, list) or not isinstance(weight, str):
             raise ValueError(f"{where}: map {key} must have heads, a list, and weight, a string")
-        try:
-            raw = b64decode(weight, validate=True)
-        except ValueError as error:
-            raise ValueError(f"{where}: map {key}: weight is not base64: {error}") from error
-        if len(raw) % 2 or not np.isfinite(np.frombuffer(raw, "<f2")).all():
-            raise ValueError(f"{where}: map {key}: weight must be finite F16 numbers")
+        raw = _halves(weight, f"{where}: map {key}: weight")
         yield i, ValueMap(tuple(_integer(h, f"{where}: map {key}: head") for h in heads), raw)
+
+
+def _transforms(value: Any, n_layers: int, where: str) -> Iterator[tuple[int, bytes]]:
+    for key, weight in _mapping(value, f"{where}: transforms").items():
+        (i,) = _layer_range(str(key), n_layers, where)
+        if not isinstance(weight, str):
+            raise ValueError(f"{where}: transform {key} is {weight!r}, must be a string")
+        yield i, _halves(weight, f"{where}: transform {key}")
+
+
+def _halves(text: str, where: str) -> bytes:
+    """F16 numbers that stand in a text as base64."""
+    try:
+        raw = b64decode(text, validate=True)
+    except ValueError as error:
+        raise ValueError(f"{where} is not base64: {error}") from error
+    if len(raw) % 2 or not np.isfinite(np.frombuffer(raw, "<f2")).all():
+        raise ValueError(f"{where} must be finite F16 numbers")
+    return raw
 
 
 def _integer(value: Any, where: str) -> int:

@@ -64,8 +64,9 @@ class Probe:
         passages = [numbered[first - window : first + length] for first in starts]
         n_scored = len(passages) * length
         size = n_read + n_scored + len(passages) * window, max(n_scored, 2 * PAGE), len(passages) + 1
-        with self._session(self._f16, *size) as session:
-            yield Reading(self, session, tokens[:n_read], passages, window)
+        moments = fork.QueryMoments(dict(zip(self.layers, self.shapes, strict=True)))
+        with self._session(self._f16, *size, moments=moments) as session:
+            yield Reading(self, session, tokens[:n_read], passages, window, moments)
 
     def kld(self, plan: Plan, tokens: Sequence[int], skip: int) -> NDArray[np.float64]:
         """KL divergences from the F16 cache under a plan, in micro-batches of a page; skip: first ones not scored."""
@@ -84,15 +85,28 @@ class Probe:
                 if first in scored:
                     yield session.logits(len(rows))
 
-    def _session(self, plan: Plan, n_ctx: int, n_ubatch: int, n_seq: int = 1) -> Session:
+    def _session(
+        self, plan: Plan, n_ctx: int, n_ubatch: int, n_seq: int = 1, moments: fork.QueryMoments | None = None
+    ) -> Session:
         """A context that follows a plan; its sequences share their cells."""
         return self._model.session(
-            "xquant", n_ctx=n_ctx, n_ubatch=n_ubatch, n_seq=n_seq, n_threads=self._n_threads, swa_full=True, plan=plan
+            "xquant",
+            n_ctx=n_ctx,
+            n_ubatch=n_ubatch,
+            n_seq=n_seq,
+            n_threads=self._n_threads,
+            swa_full=True,
+            plan=plan,
+            moments=moments,
         )
 
 
 class Reading:
-    """A text in an F16 cache.  rows: its keys and values, as the cache stores them; latent layers have no values."""
+    """A text in an F16 cache.
+
+    rows: its keys and values, as the cache stores them; latent layers have no values.  queries: second moments
+    [KV head][d][d] of those that read them, a query head's for each token added up, by layer.
+    """
 
     def __init__(
         self,
@@ -101,11 +115,14 @@ class Reading:
         tokens: Sequence[int],
         passages: Sequence[Sequence[tuple[int, int]]],
         window: int,
+        moments: fork.QueryMoments,
     ) -> None:
         """passages: (position, token); each is a sequence of its own, that has cells of its own for them, and the
         text's for all before.  Those behind the first `window` are scored."""
         self._probe, self._session, self.n_layers = probe, session, len(probe.layers)
         self._read([(token, position, (0,)) for position, token in enumerate(tokens)])
+        moments.stop()
+        self.queries = {i: moments.sums[layer] / len(tokens) for i, layer in enumerate(probe.layers)}
         numbered = list(zip(probe.layers, probe.shapes, strict=True))
         self.rows: dict[Where, Rows] = {
             (i, name): np.stack(

@@ -160,13 +160,14 @@ class Model:
         flash_attn: bool | None = None,
         swa_full: bool | None = None,
         plan: PlanSource | None = None,
+        moments: fork.QueryMoments | None = None,
     ) -> Session:
         """A new context, to be closed before the model.
 
         kv_type: as Llama's, and so is plan.  n_ctx:
         tokens; 0: as many as the model was trained with.  n_batch: None: a micro-batch's tokens.  unified: whether
-        sequences share their cells.  flash_attn: None: where the type needs it.  Raises ValueError with llama.cpp's
-        reason if it refuses.
+        sequences share their cells.  flash_attn: None: where the type needs it.  moments: what its queries are added
+        up in.  Raises ValueError with llama.cpp's reason if it refuses.
         """
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = n_ctx or llama_cpp.llama_model_n_ctx_train(self.handle)
@@ -181,6 +182,8 @@ class Model:
             params.n_threads = params.n_threads_batch = n_threads
         if swa_full is not None:
             params.swa_full = swa_full
+        if moments is not None:
+            moments.watch(params)
         with handover.following(kv_type, plan):
             return Session.make(self.handle, params, f"{self.path} with kv_type {kv_type!r}: ")
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from xquant_gguf import codec
 from xquant_gguf.plan import PAGE, Plan, Side, ValueMap
 from xquant_gguf.probe import Rows
+from xquant_gguf.transforms import Matrices, times
 
 RIDGE = 0.1
 """Of the mean eigenvalue, added when a map is fitted."""
@@ -66,22 +67,53 @@ def squared_error(side: Side, rows: Rows, name: str, guesses: Sequence[Guess] | 
     return total
 
 
-def turned(rows: Rows) -> Rows:
-    """Rows times the Hadamard matrix, and back: as the cache keeps keys that are rotated."""
+@dataclass(frozen=True, eq=False)
+class KeyForm:
+    """In which coordinates the keys of a layer are stored.
+
+    rotate: a Hadamard matrix's.  matrices: their own (transforms.py).  Else those in which they come.
+    """
+
+    rotate: bool = False
+    matrices: Matrices | None = None
+
+    def side(self, bits: int, group: int = PAGE, param: str = "f16") -> Side:
+        """Keys of so many bits; those with matrices, being like Gaussian ones, are fitted like values."""
+        side = key_side(bits, group, param, self.rotate)
+        return side if self.matrices is None or bits > 2 else replace(side, fit="lloyd", eta=value_side(bits).eta)
+
+    def stored(self, rows: Rows) -> Rows:
+        """Keys in these coordinates."""
+        if self.matrices is not None:
+            return times(self.matrices.astype(np.float32), rows)
+        return _turned(rows) if self.rotate else rows.copy()
+
+    def plain(self, rows: Rows) -> Rows:
+        """The way back."""
+        if self.matrices is not None:
+            return times(np.linalg.inv(self.matrices.astype(np.float64)).astype(np.float32), rows)
+        return _turned(rows) if self.rotate else rows
+
+
+def _turned(rows: Rows) -> Rows:
+    """Rows times the Hadamard matrix, which is its own inverse."""
     return codec.hadamard(rows.reshape(-1, rows.shape[2])).astype(np.float16).reshape(rows.shape)
 
 
+def read_back_keys(side: Side, rows: Rows, form: KeyForm) -> Rows:
+    """Keys as sealed pages would give them back, all but those of the first page."""
+    out = form.plain(read_back(side, form.stored(rows), "k"))
+    out[:, :PAGE] = rows[:, :PAGE]
+    return out
+
+
 def read_back(side: Side, rows: Rows, name: str, guesses: Sequence[Guess] | None = None) -> Rows:
-    """Rows as sealed pages would give them back, all but those of the first page; guesses: of each head."""
-    turns = name == "k" and side.rotate
-    out = turned(rows) if turns else rows.copy()
+    """Rows as sealed pages would give back what they store, all but those of the first page; guesses: of each head."""
+    out = rows.copy()
     for head, guess in zip(out, guesses or [None] * len(rows), strict=True):
         for first in range(PAGE, len(head), PAGE):
             page = head[first : first + PAGE]
             page[:] = _page_back(side, page, name, None if guess is None else guess[first : first + PAGE])
-    if turns:
-        out = turned(out)
-        out[:, :PAGE] = rows[:, :PAGE]
     return out
 
 

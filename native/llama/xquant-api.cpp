@@ -1,11 +1,15 @@
 /* xquant-api.cpp: what libllama exports beside llama.h; see xquant_llama.h. */
 #include "xquant-kv-cache.h"
 
+#include "ggml-backend.h"
 #include "llama-arch.h"
 #include "llama-context.h"
 #include "llama-ext.h"
 #include "llama-hparams.h"
 #include "llama-model.h"
+
+#include <cstdio>
+#include <cstring>
 
 using namespace xquant;
 
@@ -90,4 +94,32 @@ int xquant_llama_write_rows(llama_context *ctx, int32_t layer, int32_t is_value,
     }
     ctx->synchronize();
     return cache->write_rows(layer, is_value != 0, head, n_cells, rows) ? 0 : -1;
+}
+
+bool xquant_llama_add_moments(ggml_tensor *node, bool ask, void *moments) {
+    int il = -1;
+    if (node->op != GGML_OP_XQUANT_ATTEND || sscanf(node->name, "xquant_attend-%d", &il) != 1 || il < 0 ||
+        il >= XQ_MAX_LAYERS) {
+        return !ask; // go on
+    }
+    double *sums = ((const xquant_llama_moments *)moments)->sums[il];
+    const ggml_tensor *q = node->src[attend_q]; // F32 [d, head, token]
+    if (ask || !sums || !ggml_backend_buffer_is_host(q->buffer)) {
+        return !ask || sums;
+    }
+    node_params params;
+    memcpy(&params, node->op_params, sizeof(params));
+    const int64_t d = q->ne[0], n_rep = q->ne[1] / params.n_head_kv;
+    for (int64_t t = 0; t < q->ne[2]; ++t) {
+        for (int64_t h = 0; h < q->ne[1]; ++h) {
+            const auto *row = (const float *)((const char *)q->data + h * q->nb[1] + t * q->nb[2]);
+            double *sum = sums + h / n_rep * d * d;
+            for (int64_t i = 0; i < d; ++i) {
+                for (int64_t j = 0; j < d; ++j) {
+                    sum[i * d + j] += row[i] * row[j];
+                }
+            }
+        }
+    }
+    return true;
 }

@@ -232,6 +232,15 @@ ggml_tensor *kv_cache::build_attention(const llm_graph_context &graph, ggml_tens
         q = rotated(q);
         k_cur = k_cur ? rotated(k_cur) : nullptr;
     }
+    if (l.transform.keys) {
+        const auto times = [&](ggml_tensor *matrix, ggml_tensor *x) {
+            ggml_tensor *out = times_matrix(ctx, matrix, x);
+            keep_on_host(graph, l, out->src[0]);
+            return out;
+        };
+        q = times(l.transform.queries, q);
+        k_cur = k_cur ? times(l.transform.keys, k_cur) : nullptr;
+    }
     if (k_cur) {
         const auto f32 = [&](ggml_tensor *x) {
             return x->type == GGML_TYPE_F32 ? x : ggml_cast(ctx, x, GGML_TYPE_F32);

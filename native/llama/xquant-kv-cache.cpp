@@ -132,6 +132,13 @@ void kv_cache::add_layer(int32_t il, bool offload, contexts &fixed) {
     }
     const int64_t map_bytes = l->map ? (int64_t)(l->map->weight.size() * sizeof(float)) : 0;
     l->rotation = l->plan.k.rotate ? rotation_for(*l, fixed) : nullptr;
+    if (origin_->transforms.count(il) > 0) {
+        const auto new_matrix = [&](const char *format) {
+            ggml_tensor *matrix = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, l->shape.d, l->shape.d, l->shape.n_head_kv);
+            return ggml_format_name(matrix, format, il);
+        };
+        l->transform = {new_matrix("cache_xq_transform_k_l%d"), new_matrix("cache_xq_transform_q_l%d")};
+    }
     nodes.blocks = ggml_new_tensor_2d(ctx, GGML_TYPE_I8, block_bytes, n_stream);
     nodes.aux = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, aux_map(l->shape.n_head_kv, n_stream) + map_bytes);
     ggml_format_name(nodes.blocks, "cache_xq_blocks_l%d", il);
@@ -163,7 +170,13 @@ static std::vector<float> hadamard_matrix(int64_t n) {
     return matrix;
 }
 
-/* What layers' nodes read of maps, and rotations. */
+static void set_halves(ggml_tensor *tensor, const std::vector<float> &values) {
+    std::vector<ggml_fp16_t> halves(values.size());
+    ggml_fp32_to_fp16_row(values.data(), halves.data(), (int64_t)values.size());
+    ggml_backend_tensor_set(tensor, halves.data(), 0, ggml_nbytes(tensor));
+}
+
+/* What layers' nodes read of maps, rotations and transforms. */
 void kv_cache::fill_aux() const {
     for (const auto &[where, rotation] : rotations_) {
         if (!hparams.no_alloc) {
@@ -171,6 +184,15 @@ void kv_cache::fill_aux() const {
         }
     }
     for (const auto &l : layers_) {
+        if (l->transform.keys && !hparams.no_alloc) {
+            const std::vector<float> &weight = origin_->transforms.at(l->il);
+            std::vector<float> inverse;
+            if (!inverse_transposed(weight, l->shape.n_head_kv, l->shape.d, inverse)) {
+                refuse("xquant.transform." + std::to_string(l->il) + ".weight must be matrices with an inverse");
+            }
+            set_halves(l->transform.keys, weight);
+            set_halves(l->transform.queries, inverse);
+        }
         if (l->map && !hparams.no_alloc) {
             const auto &[heads, weight] = *l->map;
             ggml_backend_tensor_set(l->nodes.aux, heads.data(), aux_heads, heads.size() * sizeof(heads[0]));

@@ -24,6 +24,7 @@
 #include "page_table.h"
 #include "xquant-metadata.h"
 #include "xquant-runner.h"
+#include "xquant-transform.h"
 #include "xquant_llama.h"
 
 #include <memory>
@@ -61,8 +62,9 @@ struct layer {
     int32_t turned; /* see xquant-shared.h; -1: the layer has values of its own */
     const layer *k_owner, *v_owner, *v_source; /* whose codes are read, and whose values a map reads; itself: its own */
     const value_map *map;                      /* null: not mapped */
-    ggml_tensor *rotation; /* F32 [n][n], a normalised Hadamard matrix, which keys are stored and queries read by, n
-                              channels at a time; null: they are as they came */
+    ggml_tensor *rotation;   /* F32 [n][n], a normalised Hadamard matrix, which keys are stored and queries read by, n
+                                channels at a time; null: they are as they came */
+    key_transform transform; /* instead of it */
     ggml_backend_buffer_type_t buft;
     bool on_host;
     bool cpu_kernels; /* run its nodes, perhaps another process's */

@@ -115,23 +115,23 @@ void read_sides(const reader &file, const std::string &name, size_t n, std::vect
     }
 }
 
-void read_map(const reader &file, int32_t layer, value_map &map) {
-    const std::string prefix = "xquant.map." + std::to_string(layer) + ".";
-    const int64_t heads = gguf_find_key(file.file, (prefix + "heads").c_str());
-    const int64_t weight = gguf_find_key(file.file, (prefix + "weight").c_str());
-    const auto length = [&](int64_t id) {
-        return id >= 0 && gguf_get_kv_type(file.file, id) == GGUF_TYPE_ARRAY ? gguf_get_arr_n(file.file, id) : 0;
-    };
-    // lengths are compared with the model's shapes when a cache is made; here only the types
-    map.heads = file.numbers<int32_t>(prefix + "heads", length(heads));
-    const auto halves = file.numbers<uint16_t>(prefix + "weight", length(weight));
-    map.weight.resize(halves.size());
+/* Maps and transforms: lengths are compared with the model's shapes when a cache is made; here only the types. */
+template <typename T> std::vector<T> numbers_of_any_length(const reader &file, const std::string &key) {
+    const int64_t id = gguf_find_key(file.file, key.c_str());
+    const bool is_array = id >= 0 && gguf_get_kv_type(file.file, id) == GGUF_TYPE_ARRAY;
+    return file.numbers<T>(key, is_array ? gguf_get_arr_n(file.file, id) : 0);
+}
+
+std::vector<float> read_halves(const reader &file, const std::string &key) {
+    const auto halves = numbers_of_any_length<uint16_t>(file, key);
+    std::vector<float> out(halves.size());
     for (size_t i = 0; i < halves.size(); ++i) {
-        map.weight[i] = ggml_fp16_to_fp32(halves[i]);
-        if (!std::isfinite(map.weight[i])) {
-            bad(prefix + "weight[" + std::to_string(i) + "]", "not finite", "a finite number");
+        out[i] = ggml_fp16_to_fp32(halves[i]);
+        if (!std::isfinite(out[i])) {
+            bad(key + "[" + std::to_string(i) + "]", "not finite", "a finite number");
         }
     }
+    return out;
 }
 
 void read_keys(const reader &file, metadata &out) {
@@ -153,8 +153,14 @@ void read_keys(const reader &file, metadata &out) {
     read_sides(file, "k", n, out.layers, &xq_layer::k);
     read_sides(file, "v", n, out.layers, &xq_layer::v);
     for (size_t i = 0; i < n; ++i) {
+        const std::string number = std::to_string(i), transform = "xquant.transform." + number + ".weight";
         if (out.layers[i].v.source >= 0) {
-            read_map(file, (int32_t)i, out.maps[(int32_t)i]);
+            const std::string map = "xquant.map." + number;
+            out.maps[(int32_t)i] = {numbers_of_any_length<int32_t>(file, map + ".heads"),
+                                    read_halves(file, map + ".weight")};
+        }
+        if (gguf_find_key(file.file, transform.c_str()) >= 0) {
+            out.transforms[(int32_t)i] = read_halves(file, transform);
         }
     }
     if (gguf_find_key(file.file, "xquant.calibration.expected_kld") >= 0) {

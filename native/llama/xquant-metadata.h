@@ -9,6 +9,8 @@
  *     xquant.k.rotate  bool[], may be missing: none; true counts where keys have neither a bias nor a norm
  *     xquant.map.N.heads   i32[KV head of layer N], the KV head of the source that each is predicted from
  *     xquant.map.N.weight  u16[KV head][e of the source][e], bits of F16 numbers
+ *     xquant.transform.N.weight  u16[KV head][d][d], bits of F16 numbers, may be missing: what keys of layer N are
+ *                                multiplied by (xquant-transform.h)
  *
  * The file is not trusted: type and length of every key are checked before it is read.
  */
@@ -42,7 +44,8 @@ struct metadata {
     int32_t window = 0, pinned = 0, open_bits = 16;
     std::vector<xq_layer> layers; /* [layer of the model] */
     std::map<int32_t, value_map> maps;
-    double expected_kld = -1.0; /* negative: not measured */
+    std::map<int32_t, std::vector<float>> transforms; /* [KV head][d][d] */
+    double expected_kld = -1.0;                       /* negative: not measured */
 };
 
 /* What a model's file and the kv_overrides of its load say. */

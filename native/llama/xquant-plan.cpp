@@ -12,6 +12,7 @@
 #include "llama-memory-recurrent.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -174,6 +175,30 @@ static void check_maps(const metadata &file, const int32_t *e, const int32_t *n_
     }
 }
 
+/* Every transform must fit the keys of a layer whose codes are its own and nobody else's, and which holds no values. */
+static void check_transforms(const llama_model &model, const metadata &file, const int32_t *d, const int32_t *e,
+                             const int32_t *n_head_kv, const xq_plan &plan) {
+    for (const auto &[il, weight] : file.transforms) {
+        const std::string key = "xquant.transform." + std::to_string(il) + ".weight";
+        const xq_side &side = plan.layers[il].k;
+        if (d[il] == 0 || e[il] != (int32_t)model.hparams.n_embd_head_v((uint32_t)il)) {
+            refuse(key + ": layer " + std::to_string(il) + " must have keys of its own in the cache, without values");
+        }
+        const size_t wanted = (size_t)n_head_kv[il] * (size_t)d[il] * (size_t)d[il];
+        if (weight.size() != wanted) {
+            refuse(key + " is " + std::to_string(weight.size()) + " entries long, must be " + std::to_string(wanted));
+        }
+        if (side.rotate) {
+            refuse(key + ": xquant.k.rotate[" + std::to_string(il) + "] is true, must be false");
+        }
+        const bool borrowed = std::any_of(plan.layers, plan.layers + plan.n_layers,
+                                          [il = il](const xq_layer &other) { return other.k.owner == il; });
+        if (side.owner >= 0 || borrowed) {
+            refuse(key + ": layer " + std::to_string(il) + " must neither borrow codes of keys nor lend them");
+        }
+    }
+}
+
 /* A bias or the weights of a norm make some channels of keys large, a bias at every position otherwise since RoPE turns
  * it: spread over all channels that would take the range of their codes.  Latent rows and those that hold values are
  * read channel by channel. */
@@ -222,6 +247,7 @@ std::shared_ptr<const metadata> resolve_plan(const llama_model &model, const int
         refuse(xq_error());
     }
     check_maps(*out, e, n_head_kv, plan);
+    check_transforms(model, *out, d, e, n_head_kv, plan);
     return out;
 }
 

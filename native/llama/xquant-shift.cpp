@@ -20,8 +20,8 @@ namespace xquant {
 
 /* Pages of one graph: bounds the F32 copy to a few hundred tokens. */
 static constexpr size_t pages_a_graph = 4;
-/* Nodes that a layer takes: keys are read, rotated, and written; six more where a Hadamard matrix turns them twice. */
-static constexpr size_t nodes_a_layer = 14;
+/* Nodes that a layer takes: keys are read, rotated, and written; up to ten more where they lie in other coordinates. */
+static constexpr size_t nodes_a_layer = 18;
 
 bool kv_cache::shift_pages(llama_context *lctx, const std::vector<xq::page_move> &pages,
                            const std::vector<int32_t> &by) {
@@ -32,6 +32,13 @@ bool kv_cache::shift_pages(llama_context *lctx, const std::vector<xq::page_move>
         runner_.place(out->src[0], l.buft);
         return out;
     };
+    const auto times = [&](ggml_context *ctx, ggml_tensor *matrix, ggml_tensor *k, const layer &l) {
+        ggml_tensor *view = times_matrix(ctx, matrix, k), *out = ggml_cont(ctx, view);
+        for (ggml_tensor *node : {view->src[0], out}) {
+            runner_.place(node, l.buft);
+        }
+        return out;
+    };
     const auto rotated = [&](ggml_context *ctx, ggml_cgraph *graph, const layer &l) {
         ggml_tensor *k = new_read_keys(ctx, l.nodes, list);
         runner_.place(k, l.buft);
@@ -39,6 +46,11 @@ bool kv_cache::shift_pages(llama_context *lctx, const std::vector<xq::page_move>
             k = from_stored_order(ctx, k, l.turned);
         }
         k = l.rotation ? by_hadamard(ctx, k, l) : k; // which is its own inverse
+        if (l.transform.keys) {
+            ggml_tensor *inverse = ggml_cont(ctx, ggml_transpose(ctx, l.transform.queries));
+            runner_.place(inverse, l.buft);
+            k = times(ctx, inverse, k, l);
+        }
         // of latent rows the last channels are rotated, and of the keys that are made of them
         const int64_t n_rot = hparams.n_rot((uint32_t)l.il), first = hparams.n_lora_kv > 0 ? k->ne[0] - n_rot : 0;
         ggml_tensor *part = ggml_view_3d(ctx, k, first > 0 ? n_rot : k->ne[0], k->ne[1], k->ne[2], k->nb[1], k->nb[2],
@@ -48,7 +60,10 @@ bool kv_cache::shift_pages(llama_context *lctx, const std::vector<xq::page_move>
                                 (uint32_t)l.il);
         runner_.place(part, l.buft); // in place: elsewhere it would write what lies here
         ggml_build_forward_expand(graph, part);
-        return l.turned >= 0 ? to_stored_order(ctx, k, l.turned) : l.rotation ? by_hadamard(ctx, k, l) : k;
+        return l.turned >= 0      ? to_stored_order(ctx, k, l.turned)
+               : l.rotation       ? by_hadamard(ctx, k, l)
+               : l.transform.keys ? times(ctx, l.transform.keys, k, l)
+                                  : k;
     };
     const auto build = [&](ggml_context *ctx, ggml_cgraph *graph) {
         list = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, XQ_MOVE_WORDS, (int64_t)pages.size());

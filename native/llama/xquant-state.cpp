@@ -42,6 +42,10 @@ uint64_t kv_cache::fingerprint() const {
             hash.add(fields);
             hash.add(side->eta);
         }
+        if (l->transform.keys) {
+            const std::vector<float> &weight = origin_->transforms.at(l->il);
+            hash.add(weight.data(), weight.size() * sizeof(weight[0]));
+        }
         if (l->map) {
             hash.add(l->map->heads.data(), l->map->heads.size() * sizeof(l->map->heads[0]));
             hash.add(l->map->weight.data(), l->map->weight.size() * sizeof(l->map->weight[0]));

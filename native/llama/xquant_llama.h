@@ -14,12 +14,15 @@
 
 #include "xquant.h"
 
+#include <stdbool.h>
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 /* cdef: begin */
 
+struct ggml_tensor;
 struct llama_context;
 struct llama_model;
 
@@ -57,6 +60,14 @@ XQ_API int xquant_llama_read_rows(struct llama_context *ctx, int32_t layer, int3
 /* The way back: replaces them. */
 XQ_API int xquant_llama_write_rows(struct llama_context *ctx, int32_t layer, int32_t is_value, int32_t head,
                                    int32_t n_cells, const uint16_t *rows);
+/* Second moments of queries, summed over tokens and the query heads of a KV head: sums [KV head][d][d] by model layer,
+ * null where nobody asks. */
+typedef struct xquant_llama_moments {
+    double *sums[XQ_MAX_LAYERS];
+} xquant_llama_moments;
+/* The cb_eval of a context whose queries are to be added up, in the coordinates in which attention reads them; moments:
+ * its cb_eval_user_data.  Layers on the CPU alone. */
+XQ_API bool xquant_llama_add_moments(struct ggml_tensor *node, bool ask, void *moments);
 /* A page of a cache: its slot, or an xq_slot; cells in it; tokens written since its newest one. */
 typedef struct xquant_llama_page {
     int32_t state, n_cells;

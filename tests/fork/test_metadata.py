@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 
 import llama_cpp
+import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from hypothesis import given, settings
 
 from support import tiny_gguf
 from support.lying_gguf import LIES
-from support.plans import BAD, HEADS, MAPPED, SHAPE, array, changed, damaged_plans, keys_of, plans
+from support.plans import BAD, HEADS, MAPPED, SHAPE, D, array, changed, damaged_plans, keys_of, matrices, plans
 from xquant_gguf import Llama, fork
 from xquant_gguf.gguf_file import GGUFFile
 from xquant_gguf.metadata import Key, Provenance, copy_with_keys, plan_block, read_plan
@@ -41,7 +42,8 @@ def fork_reads(model: Path, block: bytes) -> Plan:
 @settings(max_examples=40, deadline=None)
 @given(plan=plans())
 def test_the_fork_reads_what_python_writes(model: Path, plan: Plan) -> None:
-    assert replace(fork_reads(model, plan_block(keys_of(plan))), maps=plan.maps, expected_kld=plan.expected_kld) == plan
+    found = fork_reads(model, plan_block(keys_of(plan)))
+    assert replace(found, maps=plan.maps, transforms=plan.transforms, expected_kld=plan.expected_kld) == plan
 
 
 def test_files_from_before_open_bits_keep_open_pages_in_f16(model: Path, tmp_path: Path) -> None:
@@ -97,6 +99,48 @@ def test_maps_that_do_not_fit_the_model(model: Path, name: str, key: Key, messag
     keys = {**keys_of(MAPPED), "xquant." + name: key}
     with pytest.raises(ValueError, match=message):
         fork_reads(model, plan_block(keys))
+
+
+PLAIN_KEYS = [False] * SHAPE.n_layer
+FITTING = [0x3C00] * (HEADS * D * D)
+
+
+@pytest.mark.parametrize(
+    ("layer", "numbers", "rotate", "message"),
+    [
+        (2, [0x3C00] * 7, PLAIN_KEYS, f"7 entries long, must be {HEADS * D * D}"),
+        (2, FITTING, [True] * SHAPE.n_layer, r"xquant.k.rotate\[2\] is true, must be false"),
+        (4, FITTING, PLAIN_KEYS, "layer 4 must have keys of its own in the cache"),
+    ],
+)
+def test_transforms_that_do_not_fit_the_model(
+    model: Path, layer: int, numbers: list[int], rotate: list[bool], message: str
+) -> None:
+    keys = {
+        **changed(keys_of(MAPPED), "k.rotate", array(rotate, GGUFValueType.BOOL)),
+        f"xquant.transform.{layer}.weight": array(numbers, GGUFValueType.UINT16),
+    }
+    with pytest.raises(ValueError, match=message):
+        fork_reads(model, plan_block(keys))
+
+
+@pytest.mark.parametrize("lends", [True, False])
+def test_transforms_of_keys_whose_codes_are_shared(model: Path, lends: bool) -> None:
+    sides = [layer.k for layer in MAPPED.layers]
+    sides = [replace(k, rotate=False) for k in sides]
+    sides[2] = replace(sides[2], fit="lsq", owner=1)
+    layers = tuple(replace(layer, k=k) for layer, k in zip(MAPPED.layers, sides, strict=True))
+    plan = replace(MAPPED, layers=layers, transforms={1 if lends else 2: matrices(0)})
+    with pytest.raises(ValueError, match=f"layer {1 if lends else 2} must neither borrow codes of keys nor lend them"):
+        fork_reads(model, plan_block(keys_of(plan)))
+
+
+def test_transforms_without_an_inverse(model: Path) -> None:
+    layers = [replace(layer, k=replace(layer.k, rotate=False)) for layer in PLAIN]
+    plan = replace(Plan.from_preset("xquant", len(PLAIN)), layers=tuple(layers))
+    for weight in (bytes(2 * HEADS * D * D), np.full(HEADS * D * D, 1e-6, "<f2").tobytes()):
+        with pytest.raises(ValueError, match=r"xquant.transform.1.weight must be matrices with an inverse"):
+            Llama(str(model), n_ctx=512, kv_plan=replace(plan, transforms={1: weight}), verbose=False)
 
 
 def test_layers_that_do_not_fit_the_model(model: Path) -> None:

@@ -9,6 +9,7 @@ away and loaded into a new context now and then.
 from __future__ import annotations
 
 import copy
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,15 @@ N_SEQ = 3
 # Eight pages; a page is sealed as soon as a micro-batch does not write it.  The finest codes, so that errors show.
 FINE = {"bits": 4, "group": 32, "fit": "minmax", "param": "f16", "eta": 0.0}
 SEALING = {"k": FINE, "v": {**FINE, "rotate": True}}
+NOISE = np.random.default_rng(6).standard_normal((SHAPE.n_head_kv, SHAPE.key_length, SHAPE.key_length))
+# Coordinates of their own for the keys that stay F16, so that shifts which do not turn them back and forth show.
+MATRICES = np.eye(SHAPE.key_length) + 0.5 * NOISE / SHAPE.key_length**0.5
 PLANS: dict[str, dict[str, Any]] = {
-    "open": {"window": -1},
+    "open": {
+        "window": -1,
+        "layers": {"0": {"k": {"rotate": False}}},
+        "transforms": {"0": b64encode(MATRICES.astype("<f2").tobytes()).decode()},
+    },
     "sealing": {"window": 0, "pinned": 0, "layers": {"0": SEALING}},
 }
 # Largest error of a logit over the standard deviation of all logits of a batch: F16 rows, rounded again by each shift;

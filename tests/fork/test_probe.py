@@ -49,6 +49,28 @@ def test_rows_are_those_of_the_model(probe: Probe) -> None:
                 np.testing.assert_allclose(reading.rows[i, name].astype(np.float32), expected, rtol=0.02, atol=5e-3)
 
 
+class AddsQueries(oracle.Oracle):
+    """Sums the second moments of queries."""
+
+    sums: dict[int, oracle.Array]
+
+    def attention(self, il: int, q: oracle.Array) -> oracle.Array:
+        by_kv_head = q.reshape(len(q), self.shape.n_head_kv, -1, q.shape[2])
+        self.sums[il] = self.sums.get(il, 0) + np.einsum("nhrd,nhre->hde", by_kv_head, by_kv_head)
+        return super().attention(il, q)
+
+
+def test_moments_are_those_of_the_queries(probe: Probe) -> None:
+    model = AddsQueries(SHAPE, WEIGHTS, [None] * SHAPE.n_layer, 0, 1, PAGE)
+    model.sums = {}
+    model.decode(TOKENS[:N_READ])
+    with probe.reading(TOKENS, N_READ, STARTS, LENGTH) as reading:
+        reading.kld({})  # what passages ask is not added
+        for i in range(SHAPE.n_layer):
+            expected = model.sums[i] / N_READ
+            np.testing.assert_allclose(reading.queries[i], expected, rtol=0.02, atol=2e-3 * np.abs(expected).max())
+
+
 def test_replaced_rows_change_the_answer_and_are_put_back(probe: Probe) -> None:
     with probe.reading(TOKENS, N_READ, STARTS, LENGTH) as reading:
         assert len(reading.kld({})) == len(STARTS) * LENGTH

@@ -123,6 +123,7 @@ class Oracle:
         self.open_bits = open_bits
         self.in_rows: int | None = None  # the page in the slot, with open_bits 8
         self.maps: dict[int, tuple[Sequence[int], NDArray[np.float32]]] = {}
+        self.transforms: dict[int, Array] = {}  # [KV head][d][d], what keys are multiplied by
         self.n_stored = 0
         self.sealed: set[int] = set()
         self.keys = [Side(shape.n_ctx, shape.n_head_kv, shape.key_length) for _ in layers]
@@ -262,6 +263,10 @@ class Oracle:
             k = rope(self.project(il, "k", h, shape.n_head_kv), positions, shape.freq_base, shape.rope_halves)
             if self.rotates(il):
                 q, k = turned(q), turned(k)
+            if il in self.transforms:
+                m, n_rep = self.transforms[il], shape.n_head // shape.n_head_kv
+                k = np.einsum("hij,nhj->nhi", m, k)
+                q = np.einsum("nhj,hji->nhi", q, np.repeat(np.linalg.inv(m), n_rep, axis=0))
             self.keys[il].write(self.n_stored, k)
             self.values[il].write(self.n_stored, self.project(il, "v", h, shape.n_head_kv))
             x = x + self.attention(il, q) @ weights[block + "attn_output.weight"].T

@@ -15,7 +15,7 @@ from xquant_gguf.plan import Layer, Plan, Side, ValueMap, shortest
 
 SHAPE = tiny_gguf.Shape(arch="mimo2", n_layer=5)  # the last layer is a sliding one
 HELD = (0, 1, 2, 3)
-N_HELD, E, HEADS = len(HELD), SHAPE.value_length, SHAPE.n_head_kv
+N_HELD, D, E, HEADS = len(HELD), SHAPE.key_length, SHAPE.value_length, SHAPE.n_head_kv
 I32 = GGUFValueType.INT32
 
 etas = st.integers(0, 499).map(lambda n: n / 1000)
@@ -47,9 +47,21 @@ def plans(draw: st.DrawFn) -> Plan:
             weight = rng.standard_normal((HEADS, E, E)).astype("<f2").tobytes()
             maps[i] = ValueMap(tuple(int(h) for h in rng.integers(0, HEADS, HEADS)), weight)
         layers.append(Layer(k, v))
+    transforms: dict[int, bytes] = {}
+    lent = {layer.k.owner for layer in layers}
+    for i in set(range(N_HELD)) - lent:
+        if layers[i].k.owner < 0 and draw(st.booleans()):
+            layers[i] = replace(layers[i], k=replace(layers[i].k, rotate=False))
+            transforms[i] = matrices(draw(st.integers(0, 9)))
     window, pinned = draw(st.integers(-1, 4096)), draw(st.integers(0, 64))
     kld = draw(st.none() | st.floats(0, 9, width=32).map(shortest))
-    return Plan("calibrated", tuple(layers), window, pinned, maps, kld, draw(st.sampled_from((8, 16))))
+    open_bits = draw(st.sampled_from((8, 16)))
+    return Plan("calibrated", tuple(layers), window, pinned, maps, kld, open_bits, transforms)
+
+
+def matrices(seed: int) -> bytes:
+    """What keys of a layer may be multiplied by."""
+    return np.random.default_rng(seed).standard_normal((HEADS, D, D)).astype("<f2").tobytes()
 
 
 def keys_of(plan: Plan, n_layers: int = SHAPE.n_layer, made_by: Provenance | None = None) -> dict[str, Key]:
@@ -108,4 +120,7 @@ BAD = [
     ("calibration.expected_kld", Key(I32, 1), "xquant.calibration.expected_kld is "),
     ("map.1.weight", None, "xquant.map.1.weight is missing"),
     ("map.1.weight", array([0x7C00] * (HEADS * E * E), GGUFValueType.UINT16), "not finite"),
+    ("transform.2.weight", array([0x7C00] * (HEADS * D * D), GGUFValueType.UINT16), "not finite"),
+    ("transform.2.weight", array([0] * 7), "xquant.transform.2.weight is an array of "),
+    ("transform.2.weight", Key(I32, 0), "xquant.transform.2.weight is "),
 ]
