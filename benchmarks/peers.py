@@ -16,8 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +97,17 @@ def time_ours(model: Path, cache: str, depths: list[int], threads: int, prompt_t
         runner.close()
 
 
+def turns(
+    args: argparse.Namespace, programs: dict[str, Path], model: Path, depths: list[int], *threads: int
+) -> Iterator[tuple[str, str, Speeds]]:
+    """Everybody once, each type of cache."""
+    for kv in args.kv_types.split(","):
+        yield "ours", kv, time_ours(model, kv, depths, *threads)
+    for p in args.peer:
+        for kv in p.types:
+            yield p.name, kv, time_peer(programs[p.name], model, kv, depths, *threads)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
@@ -119,13 +132,8 @@ def main() -> None:
         for threads in (int(text) for text in args.threads.split(",")):
             both = threads, args.prompt_threads or threads
             for _ in range(args.rounds):
-                runs = [("ours", kv, time_ours(model, kv, depths, *both)) for kv in args.kv_types.split(",")]
-                runs += [
-                    (p.name, kv, time_peer(programs[p.name], model, kv, depths, *both))
-                    for p in args.peer
-                    for kv in p.types
-                ]
-                for name, kv, speeds in runs:
+                for name, kv, speeds in turns(args, programs, model, depths, *both):
+                    print(f"{name} {kv}: {speeds}", file=sys.stderr)
                     for depth, found in speeds.items():
                         key = depth, threads, name, kv
                         best[key] = max(best[key][0], found[0]), max(best[key][1], found[1])

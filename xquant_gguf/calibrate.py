@@ -36,7 +36,7 @@ from xquant_gguf.sides import (
     stored_values,
     value_side,
 )
-from xquant_gguf.transforms import Matrices, balanced, page_covariance
+from xquant_gguf.transforms import coordinates
 
 TEXT = Path(__file__).parent / "data" / "calibration.txt"
 FIT_TOKENS = 3072
@@ -51,8 +51,8 @@ LEAST_OF_SAID = 0.25
 """The smallest share of what errors say that codes of a width may be measured to do: the rest would be noise."""
 PROBE_BITS = 1
 """Bits of the codes whose harm is measured by layer; that of all others follows from the codec's errors."""
-FORM_BITS = 3
-"""Bits of the keys that show in which coordinates to store them."""
+FORM_BITS = 2
+"""Bits of the keys that show in which coordinates to store them: of more, noise hides what they do."""
 GUESS_BITS = 2
 """Bits of the values from which others are predicted when that is measured."""
 WIDTHS = (1, 2, 3, 4)
@@ -188,17 +188,14 @@ def _forms(reading: Reading, rotates: Sequence[bool], shapes: Sequence[Shape], b
     choices = [[KeyForm(turns) for turns in rotates], [KeyForm() for _ in shapes]]
     choices.append(
         [
-            KeyForm(turns) if shape.e < shape.d else KeyForm(matrices=_matrices(reading, i))
+            KeyForm(turns)
+            if shape.e < shape.d
+            else KeyForm(matrices=coordinates(reading.rows[i, "k"], reading.queries[i]))
             for i, (shape, turns) in enumerate(zip(shapes, rotates, strict=True))
         ]
     )
     bits = dict.fromkeys(range(len(shapes)), FORM_BITS)
     return min(choices, key=lambda forms: _kld(reading, "k", bits, forms, bar))
-
-
-def _matrices(reading: Reading, i: int) -> Matrices:
-    keys = map(page_covariance, reading.rows[i, "k"])
-    return np.stack([balanced(k, q) for k, q in zip(keys, reading.queries[i], strict=True)])
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,11 @@ def balanced(keys: Moment, queries: Moment) -> NDArray[np.float16]:
     return codec.hadamard(np.ascontiguousarray(rows.T, np.float32)).T.astype(np.float16)
 
 
+def coordinates(rows: Rows, queries: NDArray[np.float64]) -> Matrices:
+    """M of each KV head of a layer, from its keys and the second moments [KV head][d][d] of its queries."""
+    return np.stack([balanced(page_covariance(x), q) for x, q in zip(rows, queries, strict=True)])
+
+
 def _ridged(moment: Moment, ridge: float) -> Moment:
     d = len(moment)
     return moment + ridge * np.trace(moment) / d * np.eye(d)

@@ -45,6 +45,27 @@ def test_calibrate_finds_the_layer_that_does_not_matter(model: str, prose: str) 
     assert 0 < plan.expected_kld < 0.5 * small.expected_kld  # measured: 1.5e-4 and 5.6e-4
 
 
+def test_keys_whose_channels_have_sizes_of_their_own_get_matrices(prose: str, tmp_path: Path) -> None:
+    """Keys made large in some channels, and queries small there: as before to the model, not to codes."""
+    weights = tiny_gguf.random_weights(SHAPE)
+    plain = str(tiny_gguf.write(tmp_path / "plain.gguf", SHAPE, weights))
+    # RoPE turns two channels side by side together
+    sizes = np.repeat(np.exp(1.5 * np.random.default_rng(1).standard_normal(SHAPE.key_length // 2)), 2)
+    for i in range(SHAPE.n_layer):
+        for name, n_head, by in (("q", SHAPE.n_head, 1 / sizes), ("k", SHAPE.n_head_kv, sizes)):
+            weights[f"blk.{i}.attn_{name}.weight"] *= np.tile(by, n_head)[:, None].astype(np.float32)
+    scaled = str(tiny_gguf.write(tmp_path / "scaled.gguf", SHAPE, weights))
+    found = [
+        calibrate(path, Budget(2.5), text=prose, n_threads=1, maps=False, progress=False).plan
+        for path in (plain, scaled)
+    ]
+    assert set(found[1].transforms) == set(range(SHAPE.n_layer))
+    assert not any(layer.k.rotate for layer in found[1].layers)
+    for plan in found:
+        assert plan.expected_kld is not None
+    assert found[1].expected_kld < 1.3 * found[0].expected_kld
+
+
 def test_maps_find_the_head_and_the_matrix() -> None:
     """Values that are a linear map of another layer's second head: predicted but for the source's own error."""
     rng = np.random.default_rng(0)
