@@ -217,6 +217,7 @@ ggml_tensor *kv_cache::build_attention(const llm_graph_context &graph, ggml_tens
     }
     ggml_context *ctx = graph.ctx0;
     page_input &input = input_of(graph);
+    kq_mask = mask_for(graph, kq_mask);
     const bool shared = l.turned >= 0;
     q = shared ? to_stored_order(ctx, q, l.turned) : q;
     if (k_cur && shared) {
@@ -275,43 +276,6 @@ ggml_tensor *kv_cache::build_attention(const llm_graph_context &graph, ggml_tens
         }
     }
     return out;
-}
-
-/* llama.cpp looks at every cell for every token, which takes longer than the attention of a layer on a GPU: here, one
- * token in each stream whose cells it sees all. */
-void kv_cache::set_input_kq_mask(ggml_tensor *mask, const llama_ubatch *ubatch, bool causal) const {
-    const int64_t n_kv = mask->ne[0];
-    const auto cells_of = [&](uint32_t i) -> const llama_kv_cells & {
-        return v_cells[seq_to_stream[ubatch->seq_id[i][0]]];
-    };
-    const auto sees_all = [&](uint32_t i) {
-        const auto &c = cells_of(i);
-        const uint32_t n_used = c.get_used();
-        if (n_used == 0 || n_used > n_kv || c.used_min() != 0 || c.used_max_p1() != n_used) {
-            return false;
-        }
-        for (llama_seq_id id = 0; id < (llama_seq_id)n_seq_max; ++id) {
-            if (c.seq_pos_max(id) > (id == ubatch->seq_id[i][0] ? ubatch->pos[i] : -1)) {
-                return false;
-            }
-        }
-        return true;
-    };
-    bool simple = causal && mask->type == GGML_TYPE_F16 && ubatch->n_tokens == mask->ne[3] && !hparams.use_alibi &&
-                  !ubatch->is_pos_2d();
-    for (uint32_t i = 0; simple && i < ubatch->n_tokens; ++i) {
-        simple = sees_all(i);
-    }
-    if (!simple) {
-        llama_kv_cache::set_input_kq_mask(mask, ubatch, causal);
-        return;
-    }
-    ggml_fp16_t *row = (ggml_fp16_t *)mask->data;
-    for (uint32_t i = 0; i < ubatch->n_tokens; ++i, row += n_kv) {
-        const uint32_t n_used = cells_of(i).get_used();
-        std::fill(row, row + n_used, ggml_fp32_to_fp16(0.0f));
-        std::fill(row + n_used, row + n_kv, ggml_fp32_to_fp16(-INFINITY));
-    }
 }
 
 } // namespace xquant

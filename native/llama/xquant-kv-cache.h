@@ -139,6 +139,7 @@ class kv_cache final : public llama_kv_cache {
   private:
     class cells_view;
     class page_input;
+    class mask_input;
     struct saved_cell;
     struct saved_page;
     struct saved_state;
@@ -185,6 +186,13 @@ class kv_cache final : public llama_kv_cache {
 
     bool has_sequence(llama_seq_id id, const char *caller) const;
     page_input &input_of(const llm_graph_context &graph) const;
+    /* Of a mask: the cells that not all tokens of a micro-batch see alike. */
+    struct mask_patch {
+        int64_t first, n;
+    };
+    ggml_tensor *mask_for(const llm_graph_context &graph, ggml_tensor *kq_mask) const;
+    mask_patch patch_of(const llama_ubatch &ubatch, bool causal, const ggml_tensor *mask) const;
+    void set_mask(ggml_tensor *row, ggml_tensor *patch, int64_t first, const llama_ubatch &ubatch) const;
     int32_t staged_for(const llama_ubatch &ubatch) const;
     ggml_tensor *attend_unpacked(const llm_graph_context &graph, const layer &l, const page_input &input,
                                  const open_tensors &open, ggml_tensor *q, ggml_tensor *mask, ggml_tensor *sinks,

@@ -41,6 +41,10 @@ template <typename F> static bool any_worker(ggml_backend_sched_t sched, const F
     return false;
 }
 
+bool is_worker(ggml_backend_dev_t device) {
+    return function_of<said_fn>(device, "ggml_backend_rpc_xquant") != nullptr;
+}
+
 bool runs_on(ggml_backend_dev_t device) {
     if (const int said = said_by(device); said >= 0) {
         const int version = said & ~XQUANT_WORKER_CPU;

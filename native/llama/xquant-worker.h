@@ -20,6 +20,7 @@ bool runs_on(ggml_backend_dev_t device);
 int64_t most_bytes(ggml_backend_dev_t device);
 /* Whether nodes on a device are run by the CPU's kernels: of this machine, or of a worker. */
 bool has_cpu_kernels(ggml_backend_dev_t device);
+bool is_worker(ggml_backend_dev_t device);
 
 /* The endpoint of the first worker of a scheduler that is lost; null: none is. */
 const char *lost_worker(ggml_backend_sched_t sched);
