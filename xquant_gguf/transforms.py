@@ -23,8 +23,10 @@ from xquant_gguf.probe import Rows
 Moment = NDArray[np.float64]  # [d][d]
 Matrices = NDArray[np.float16]  # [KV head][d][d]
 
-RIDGE_KEYS, RIDGE_QUERIES = 0.01, 0.1
-"""Of the mean eigenvalue, added to both moments: what hardly ever happens is not taken to be free."""
+RIDGE = 0.1
+"""Of every channel's own moment, added to it: correlations of a short text are taken for smaller than they look."""
+LEAST = 1e-6
+"""Moment that a channel has at least, of the mean of all."""
 
 
 def page_covariance(rows: NDArray[np.float16]) -> Moment:
@@ -35,13 +37,16 @@ def page_covariance(rows: NDArray[np.float16]) -> Moment:
 
 
 def balanced(keys: Moment, queries: Moment) -> NDArray[np.float16]:
-    """M [d][d] of a KV head, in F16, from the moments of its keys and queries."""
+    """M [d][d] of a KV head, in F16, from the moments of its keys and queries; a head without keys has its own."""
     d = len(keys)
-    lower = np.linalg.cholesky(_ridged(keys, RIDGE_KEYS))
-    values, vectors = np.linalg.eigh(lower.T @ _ridged(queries, RIDGE_QUERIES) @ lower)
+    if not np.trace(keys) * np.trace(queries) > 0:
+        return np.eye(d, dtype=np.float16)
+    lower = np.linalg.cholesky(_ridged(keys))
+    values, vectors = np.linalg.eigh(lower.T @ _ridged(queries) @ lower)
     # the Hadamard matrix mixes blocks of channels: each gets large ones and small ones
     dealt = np.arange(d).reshape(-1, d // (d & -d)).T.ravel()
     rows = (values[:, None] ** 0.25 * (vectors.T @ np.linalg.inv(lower)))[dealt]
+    rows *= np.sqrt(d) / np.linalg.norm(rows)  # any factor will do: keys stay about as large as they were
     return codec.hadamard(np.ascontiguousarray(rows.T, np.float32)).T.astype(np.float16)
 
 
@@ -50,9 +55,9 @@ def coordinates(rows: Rows, queries: NDArray[np.float64]) -> Matrices:
     return np.stack([balanced(page_covariance(x), q) for x, q in zip(rows, queries, strict=True)])
 
 
-def _ridged(moment: Moment, ridge: float) -> Moment:
-    d = len(moment)
-    return moment + ridge * np.trace(moment) / d * np.eye(d)
+def _ridged(moment: Moment) -> Moment:
+    own = np.diag(moment)
+    return moment + np.diag(RIDGE * own + LEAST * own.mean())
 
 
 def times(matrices: NDArray[np.float32], rows: Rows) -> Rows:

@@ -65,3 +65,20 @@ def test_keys_come_back_from_their_coordinates() -> None:
     assert (fine[:, :PAGE] == rows[:, :PAGE]).all()
     error = ((fine.astype(np.float32) - rows.astype(np.float32))[:, PAGE:] ** 2).mean()
     assert 1e-4 < error < 0.5
+
+
+def test_sizes_of_channels_do_not_matter() -> None:
+    keys, queries = moments(64, 6)
+    sizes = np.exp(2 * np.random.default_rng(7).standard_normal(64))
+    scaled = keys * np.outer(sizes, sizes), queries / np.outer(sizes, sizes)
+    found = harm(balanced(*scaled).astype(np.float64), *scaled)
+    np.testing.assert_allclose(found, harm(balanced(keys, queries).astype(np.float64), keys, queries), rtol=0.02)
+
+
+def test_heads_without_keys_or_queries_stay_as_they_are() -> None:
+    keys, queries = moments(64, 8)
+    for pair in ((np.zeros_like(keys), queries), (keys, np.zeros_like(queries))):
+        assert (balanced(*pair) == np.eye(64)).all()
+    keys[3] = keys[:, 3] = 0  # one channel that is constant
+    assert np.isfinite(balanced(keys, queries)).all()
+    assert np.isfinite(np.linalg.inv(balanced(keys, queries).astype(np.float64))).all()
