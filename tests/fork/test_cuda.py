@@ -219,45 +219,6 @@ def test_positions_are_shifted_on_both_sides(fork: Fork) -> None:
     assert SEALED.hold(off), describe(off)
 
 
-@pytest.mark.parametrize("unified", [True, False])
-def test_prompts_see_the_same_cells_as_on_the_cpu(fork: Fork, unified: bool) -> None:
-    """Prompts of 64 tokens and more, whose masks a GPU makes, in caches with holes and several sequences."""
-
-    def run(n_gpu_layers: int) -> list[Logits]:
-        out: list[Logits] = []
-        rng = np.random.default_rng(4)
-        n_ctx = 4096 if unified else 3 * 4096
-        with Context(
-            fork.path("gqa"), "xquant", n_ctx=n_ctx, n_ubatch=256, n_seq=3, unified=unified, plan={"window": -1},
-            n_gpu_layers=n_gpu_layers,
-        ) as context:  # fmt: skip
-
-            def put(first: int, n: int, *sequences: int) -> None:
-                """n tokens a sequence, one batch."""
-                ids = [int(t) for t in rng.integers(3, tiny_gguf.N_VOCAB, n)]
-                out.append(context.decode_mixed([(t, first + i, [s]) for i, t in enumerate(ids) for s in sequences]))
-
-            put(0, 700, 0)
-            put(0, 300, 1)
-            put(700, 100, 0)
-            llama_cpp.llama_memory_seq_rm(context.memory, 0, 100, 200)
-            put(800, 128, 0)  # where cells are free, before those of earlier positions
-            llama_cpp.llama_memory_seq_add(context.memory, 0, 200, 928, -100)
-            put(828, 256, 0)
-            put(300, 200, 1)
-            llama_cpp.llama_memory_seq_rm(context.memory, 0, 900, -1)
-            put(900, 64, 0)
-            put(964, 64, 0)
-            llama_cpp.llama_memory_seq_cp(context.memory, 0, 2, -1, -1)
-            put(1028, 90, 0, 2)  # two sequences in a micro-batch
-            put(1118, 90, 2)
-        return out
-
-    for nth, (found, want) in enumerate(zip(run(ALL), run(0), strict=True)):
-        off = np.abs(found - want).max(axis=1) / want.std()
-        assert OPEN.hold(off), f"batch {nth}: {describe(off)}"
-
-
 def test_streams_are_copied_after_what_was_asked_before(fork: Fork) -> None:
     """seq_cp right behind a decode that nobody waited for: the copy has its last tokens."""
     path = fork.path("gqa")
