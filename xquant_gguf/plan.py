@@ -227,11 +227,12 @@ class Plan:
         return _checked(native.load()[1].xq_plan_byte_slots(self._c_plan(), -(-n_ctx // PAGE), n_seq))
 
     def cache_bytes(self, shapes: Sequence[Shape], n_ctx: int, n_seq: int = 1) -> int:
-        """Bytes that a cache of n_ctx cells allocates: blocks and open pages (page tables, a few KiB, apart)."""
+        """Bytes that a cache of n_ctx cells allocates: blocks, open pages, matrices (page tables, a few KiB, apart)."""
         ffi, lib = native.load()
         d, e, heads = (ffi.new("int32_t[]", [getattr(s, x) for s in shapes]) for x in ("d", "e", "heads"))
         slots, in_bytes = self.slots(n_ctx, n_seq), self.byte_slots(n_ctx, n_seq)
-        return _checked(lib.xq_cache_bytes(self._c_plan(), d, e, heads, -(-n_ctx // PAGE), slots, in_bytes))
+        pages = _checked(lib.xq_cache_bytes(self._c_plan(), d, e, heads, -(-n_ctx // PAGE), slots, in_bytes))
+        return pages + 2 * sum(map(len, self.transforms.values()))  # for keys, and their inverses for queries
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as a dictionary that Plan.load reads back."""

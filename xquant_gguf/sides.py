@@ -78,9 +78,9 @@ class KeyForm:
     matrices: Matrices | None = None
 
     def side(self, bits: int, group: int = PAGE, param: str = "f16") -> Side:
-        """Keys of so many bits; those with matrices, being like Gaussian ones, are fitted like values."""
+        """Keys of so many bits; of 2 those with matrices, which are like Gaussian ones, are fitted like values."""
         side = key_side(bits, group, param, self.rotate)
-        return side if self.matrices is None or bits > 2 else replace(side, fit="lloyd", eta=value_side(bits).eta)
+        return side if self.matrices is None or bits != 2 else replace(side, fit="lloyd", eta=value_side(2).eta)
 
     def stored(self, rows: Rows) -> Rows:
         """Keys in these coordinates."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,21 @@ def test_pages_and_bytes(xquant: Context) -> None:
     heads, width = SHAPE.n_layer * SHAPE.n_head_kv, SHAPE.key_length + SHAPE.value_length
     in_bytes = heads * (PAGE * width + 4 * (SHAPE.key_length + PAGE))
     assert info["bytes_used"] == 5 * block + 2 * in_bytes + 2 * PAGE * heads * width
+
+
+def test_bytes_of_matrices(path: Path) -> None:
+    """Those that keys are multiplied by, and those for queries."""
+    plan = Plan.from_preset("xquant", SHAPE.n_layer)
+    layers = tuple(replace(layer, k=replace(layer.k, rotate=False)) for layer in plan.layers)
+    matrices = np.stack([np.eye(SHAPE.key_length)] * SHAPE.n_head_kv).astype("<f2").tobytes()
+    both = [replace(plan, layers=layers, transforms=dict.fromkeys(held, matrices)) for held in ((), (0, 2))]
+    shapes = [KvShape(SHAPE.key_length, SHAPE.value_length, SHAPE.n_head_kv)] * SHAPE.n_layer
+    found = []
+    for one in both:
+        with Context(path, "xquant", plan=one) as context:
+            found.append(context.info()["bytes_allocated"])
+    assert found[1] - found[0] == 4 * len(matrices)
+    assert both[1].cache_bytes(shapes, 2048) - both[0].cache_bytes(shapes, 2048) == 4 * len(matrices)
 
 
 def test_a_cache_that_fits_into_its_window_is_f16(path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from xquant_gguf import fork
 from xquant_gguf.kv_types import LLAMA_TYPES
+from xquant_gguf.plan import PlanSource
 from xquant_gguf.session import Logits, Model, RefusedState, Row
 
 __all__ = ["Abort", "Context", "Logits", "difference", "last_logits", "llama_cpp"]
@@ -45,7 +45,7 @@ class Context:
         n_gpu_layers: int = 0,
         rpc_servers: str | Sequence[str] | None = None,
         overrides: Mapping[str, int | str] | None = None,
-        plan: Mapping[str, Any] | None = None,
+        plan: PlanSource | None = None,
     ) -> None:
         layers = n_gpu_layers if rpc_servers is None else None
         self._model = Model(path, n_gpu_layers=layers, overrides=overrides, rpc_servers=rpc_servers)
