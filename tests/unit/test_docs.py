@@ -183,8 +183,10 @@ def test_the_table_of_gguf_keys_is_complete() -> None:
     """Every key that is written is in docs/formats.md, and no other."""
     side = Side(2, 0, source=0)
     maps = {1: ValueMap((0,), bytes(2))}
-    plan = Plan("calibrated", (Layer(Side(2, 128), Side(2, 0)), Layer(Side(2, 128), side)), 128, 1, maps, 0.1)
-    written = {re.sub(r"map\.\d+", "map.N", key) for key in plan_keys(plan, [0, 1], 2, Provenance("tool"))}
+    plan = Plan(
+        "calibrated", (Layer(Side(2, 128), Side(2, 0)), Layer(Side(2, 128), side)), 128, 1, maps, 0.1, 8, {0: b""}
+    )
+    written = {re.sub(r"(map|transform)\.\d+", r"\1.N", key) for key in plan_keys(plan, [0, 1], 2, Provenance("tool"))}
     section = document("docs/formats.md").text.split("## GGUF keys")[1].split("\n## ")[0]
     named: set[str] = set()
     for cell in re.findall(r"^\| (`xquant.*?) \|", section, re.MULTILINE):

@@ -141,7 +141,10 @@ def test_dictionary_round_trip(tmp_path: Path) -> None:
     ("source", "message"),
     [
         ({"preset": "none"}, 'preset "none" is unknown; there are xquant'),
-        ({"layer": {}}, "unknown key 'layer'; there are expected_kld, layers, maps, open_bits, pinned, preset, window"),
+        (
+            {"layer": {}},
+            "unknown key 'layer'; there are expected_kld, layers, maps, open_bits, pinned, preset, transforms, window",
+        ),
         ({"window": "big"}, "window is 'big', must be an integer"),
         ({"window": -2}, "window is -2, must be -1"),
         ({"pinned": 5000}, "pinned is 5000, must be 0 to 1024"),
@@ -168,6 +171,10 @@ def test_dictionary_round_trip(tmp_path: Path) -> None:
         ({"maps": {"1": {"heads": [0], "weight": "AHw="}}}, "weight must be finite F16 numbers"),
         ({"expected_kld": "low"}, "expected_kld is 'low', must be a number of at least 0"),
         ({"maps": {"1": {"heads": [0]}}}, "must have heads, a list, and weight, a string"),
+        ({"transforms": {"1": [0]}}, "transform 1 is \\[0\\], must be a string"),
+        ({"transforms": {"0": "?"}}, "transform 0 is not base64"),
+        ({"transforms": {"0": "AHw="}}, "transform 0 must be finite F16 numbers"),
+        ({"transforms": {"7": "AAA="}}, "layers '7' must lie within 0 to"),
         ([1], "must be an object"),
     ],
 )
