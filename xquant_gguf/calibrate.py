@@ -51,8 +51,10 @@ LEAST_OF_SAID = 0.25
 """The smallest share of what errors say that codes of a width may be measured to do: the rest would be noise."""
 PROBE_BITS = 1
 """Bits of the codes whose harm is measured by layer; that of all others follows from the codec's errors."""
-FORM_BITS = 2
-"""Bits of the keys that show in which coordinates to store them: of more, noise hides what they do."""
+FORM_BITS = 3
+"""Bits of the keys that show in which coordinates to store them."""
+WORTH = 0.8
+"""How much of the harm of other coordinates matrices may do at most: they cost memory and time."""
 GUESS_BITS = 2
 """Bits of the values from which others are predicted when that is measured."""
 WIDTHS = (1, 2, 3, 4)
@@ -181,21 +183,22 @@ def _kld(reading: Reading, name: str, bits: Mapping[int, int], forms: Sequence[K
 
 
 def _forms(reading: Reading, rotates: Sequence[bool], shapes: Sequence[Shape], bar: Any) -> list[KeyForm]:
-    """In which coordinates each layer's keys are stored: of three choices for all layers the one of least harm.
+    """In which coordinates the keys of all layers are stored, by what they do: rotated, as they come, or their own.
 
-    rotates: where a Hadamard matrix may be.  Layers whose keys hold values stay as they are.
+    rotates: where a Hadamard matrix may be.  Layers whose keys hold values have no coordinates of their own.
     """
-    choices = [[KeyForm(turns) for turns in rotates], [KeyForm() for _ in shapes]]
-    choices.append(
-        [
-            KeyForm(turns)
-            if shape.e < shape.d
-            else KeyForm(matrices=coordinates(reading.rows[i, "k"], reading.queries[i]))
-            for i, (shape, turns) in enumerate(zip(shapes, rotates, strict=True))
-        ]
-    )
     bits = dict.fromkeys(range(len(shapes)), FORM_BITS)
-    return min(choices, key=lambda forms: _kld(reading, "k", bits, forms, bar))
+
+    def harm(forms: Sequence[KeyForm]) -> float:
+        return _kld(reading, "k", bits, forms, bar)
+
+    both = [KeyForm(turns) for turns in rotates], [KeyForm() for _ in shapes]
+    least, simple = min(((harm(forms), forms) for forms in both), key=lambda one: one[0])
+    own = [
+        form if shape.e < shape.d else KeyForm(matrices=coordinates(reading.rows[i, "k"], reading.queries[i]))
+        for i, (shape, form) in enumerate(zip(shapes, simple, strict=True))
+    ]
+    return own if harm(own) < WORTH * least else simple
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,11 @@ class Probe:
         check_layers(model_path, self.layers)
         plan = self._model.cache_plan
         self.rotates = [layer.k.rotate for layer in plan.layers]
-        """Whether keys are stored rotated, by layer, where a plan asks for it."""
+        """Whether keys are stored rotated, by layer, where a plan asks for it.
+
+        If they have a bias, a cache does better than the Hadamard matrix alone that calibration has in mind
+        (native/llama/xquant-rotation.h), and coordinates of their own do better still.
+        """
         plain = tuple(replace(layer, k=replace(layer.k, rotate=False)) for layer in plan.layers)
         self._f16 = replace(plan, layers=plain, window=-1)
 

@@ -224,14 +224,18 @@ ggml_tensor *kv_cache::build_attention(const llm_graph_context &graph, ggml_tens
         k_cur = to_stored_order(ctx, k_cur, l.turned);
         v_cur = turned_channels(ctx, v_cur, l.turned);
     }
-    const auto rotated = [&](ggml_tensor *x) {
+    const auto rotated = [&](ggml_tensor *x, ggml_tensor *factors) {
+        if (factors) {
+            x = ggml_mul(ctx, x, factors);
+            keep_on_host(graph, l, x);
+        }
         ggml_tensor *out = llama_mul_mat_hadamard(ctx, x, l.rotation);
         keep_on_host(graph, l, out->src[0]);
         return out;
     };
     if (l.rotation) {
-        q = rotated(q);
-        k_cur = k_cur ? rotated(k_cur) : nullptr;
+        q = rotated(q, l.factors.queries);
+        k_cur = k_cur ? rotated(k_cur, l.factors.keys) : nullptr;
     }
     if (l.transform.keys) {
         const auto times = [&](ggml_tensor *matrix, ggml_tensor *x) {

@@ -33,8 +33,8 @@ void kv_cache::info(xquant_llama_info &out) const {
     out = {};
     int64_t sealed = 0, rows = 0, in_bytes = 0; // bytes of one page of each kind, all layers
     for (const auto &l : layers_) {
-        for (const ggml_tensor *t :
-             {l->nodes.blocks, l->nodes.rows, l->nodes.aux, l->transform.keys, l->transform.queries}) {
+        for (const ggml_tensor *t : {l->nodes.blocks, l->nodes.rows, l->nodes.aux, l->factors.keys, l->factors.queries,
+                                     l->transform.keys, l->transform.queries}) {
             out.bytes_allocated += t ? (int64_t)ggml_nbytes(t) : 0;
         }
         sealed += l->block_bytes * l->shape.n_head_kv;

@@ -9,8 +9,6 @@
 #include "llama-model.h"
 
 #include <algorithm>
-#include <bitset>
-#include <cmath>
 #include <cstring>
 
 namespace xquant {
@@ -132,6 +130,13 @@ void kv_cache::add_layer(int32_t il, bool offload, contexts &fixed) {
     }
     const int64_t map_bytes = l->map ? (int64_t)(l->map->weight.size() * sizeof(float)) : 0;
     l->rotation = l->plan.k.rotate ? rotation_for(*l, fixed) : nullptr;
+    if (l->rotation && has_key_bias(model, il)) {
+        const auto new_factors = [&](const char *format, int64_t n_head) {
+            return ggml_format_name(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, l->shape.d, n_head), format, il);
+        };
+        l->factors = {new_factors("cache_xq_factors_k_l%d", l->shape.n_head_kv),
+                      new_factors("cache_xq_factors_q_l%d", (int64_t)hparams.n_head((uint32_t)il))};
+    }
     if (origin_->transforms.count(il) > 0) {
         const auto new_matrix = [&](const char *format) {
             ggml_tensor *matrix = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, l->shape.d, l->shape.d, l->shape.n_head_kv);
@@ -160,16 +165,6 @@ ggml_tensor *kv_cache::rotation_for(const layer &l, contexts &fixed) {
     return rotation;
 }
 
-/* Sylvester's Hadamard matrix [n][n], normalised: the sign is the parity of the bits that row and column share. */
-static std::vector<float> hadamard_matrix(int64_t n) {
-    std::vector<float> matrix((size_t)(n * n));
-    for (int64_t i = 0; i < n * n; ++i) {
-        const bool is_minus = std::bitset<32>((uint32_t)(i / n & i % n)).count() % 2 == 1;
-        matrix[(size_t)i] = (is_minus ? -1.0f : 1.0f) / std::sqrt((float)n);
-    }
-    return matrix;
-}
-
 static void set_halves(ggml_tensor *tensor, const std::vector<float> &values) {
     std::vector<ggml_fp16_t> halves(values.size());
     ggml_fp32_to_fp16_row(values.data(), halves.data(), (int64_t)values.size());
@@ -184,6 +179,15 @@ void kv_cache::fill_aux() const {
         }
     }
     for (const auto &l : layers_) {
+        if (l->factors.keys && !hparams.no_alloc) {
+            const auto set = [](ggml_tensor *tensor, const std::vector<float> &values) {
+                ggml_backend_tensor_set(tensor, values.data(), 0, ggml_nbytes(tensor));
+            };
+            const std::vector<float> of_keys = factors_of_keys(model, l->il);
+            set(l->factors.keys, of_keys);
+            set(l->factors.queries,
+                factors_of_queries(of_keys, l->factors.queries->ne[1], l->shape.n_head_kv, l->shape.d));
+        }
         if (l->transform.keys && !hparams.no_alloc) {
             const std::vector<float> &weight = origin_->transforms.at(l->il);
             std::vector<float> inverse;

@@ -23,6 +23,7 @@
 #include "node.h"
 #include "page_table.h"
 #include "xquant-metadata.h"
+#include "xquant-rotation.h"
 #include "xquant-runner.h"
 #include "xquant-transform.h"
 #include "xquant_llama.h"
@@ -64,7 +65,8 @@ struct layer {
     const value_map *map;                      /* null: not mapped */
     ggml_tensor *rotation;   /* F32 [n][n], a normalised Hadamard matrix, which keys are stored and queries read by, n
                                 channels at a time; null: they are as they came */
-    key_transform transform; /* instead of it */
+    channel_factors factors; /* that come before it */
+    key_transform transform; /* instead of both */
     ggml_backend_buffer_type_t buft;
     bool on_host;
     bool cpu_kernels; /* run its nodes, perhaps another process's */

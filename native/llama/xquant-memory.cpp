@@ -19,8 +19,8 @@ ggml_context *kv_cache::context_of(contexts &of, ggml_backend_buffer_type_t buft
     auto &ctx = of[buft];
     if (!ctx) {
         ggml_init_params params = {};
-        // of each layer blocks, aux, at most two matrices for keys and queries, and views of streams
-        params.mem_size = hparams.n_layer_all * (4 + (size_t)n_stream) * ggml_tensor_overhead();
+        // of each layer blocks, aux, at most three tensors by which keys and queries are multiplied, views of streams
+        params.mem_size = hparams.n_layer_all * (5 + (size_t)n_stream) * ggml_tensor_overhead();
         params.no_alloc = true;
         ctx.reset(ggml_init(params));
     }

@@ -205,14 +205,20 @@ uint64_t identify(llama_model_loader &loader) {
     return hash.value();
 }
 
-/* The frequency factors of RoPE and the weights of keys' norms, where they may say that keys hold the values. */
+/* Of a vector that is read. */
+constexpr int64_t most_numbers = 1 << 17;
+
+/* Biases of keys and queries; the frequency factors of RoPE and the weights of keys' norms, where they may say that
+ * keys hold the values. */
 std::map<std::string, std::vector<float>> read_vectors(llama_model_loader &loader) {
     std::map<std::string, std::vector<float>> out;
     for (const auto &[name, weight] : loader.weights_map) {
-        const bool wanted = name == "rope_freqs.weight" || name.find(".attn_k_norm.") != std::string::npos;
+        const auto has = [&name = name](const char *part) { return name.find(part) != std::string::npos; };
+        const bool shares = loader.get_arch() == LLM_ARCH_GEMMA4 && (has("rope_freqs.weight") || has(".attn_k_norm.")),
+                   is_bias = has(".attn_k.bias") || has(".attn_q.bias");
         const ggml_tensor *t = weight.tensor;
-        if (wanted && loader.get_arch() == LLM_ARCH_GEMMA4 && t->type == GGML_TYPE_F32 && ggml_n_dims(t) == 1 &&
-            t->ne[0] <= XQ_MAX_HEAD_DIM && weight.idx < loader.files.size()) {
+        if ((shares || is_bias) && t->type == GGML_TYPE_F32 && ggml_n_dims(t) == 1 && t->ne[0] <= most_numbers &&
+            weight.idx < loader.files.size()) {
             std::vector<float> &values = out[name];
             values.resize((size_t)t->ne[0]);
             loader.files[weight.idx]->seek(weight.offs, SEEK_SET);

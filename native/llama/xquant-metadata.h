@@ -6,7 +6,7 @@
  *     xquant.open_bits  i32, 8 or 16; without it 16, as all files were written for that came before the key
  *     xquant.{k,v}.bits, .group, .owner  i32[]     .eta  f32[]     .fit, .scale  string[]
  *     xquant.v.rotate  bool[]              xquant.v.source  i32[], the layer that a map reads, or -1
- *     xquant.k.rotate  bool[], may be missing: none; true counts where keys have neither a bias nor a norm
+ *     xquant.k.rotate  bool[], may be missing: none; true does not count where keys have a norm
  *     xquant.map.N.heads   i32[KV head of layer N], the KV head of the source that each is predicted from
  *     xquant.map.N.weight  u16[KV head][e of the source][e], bits of F16 numbers
  *     xquant.transform.N.weight  u16[KV head][d][d], bits of F16 numbers, may be missing: what keys of layer N are
@@ -50,10 +50,11 @@ struct metadata {
 
 /* What a model's file and the kv_overrides of its load say. */
 struct model_metadata {
-    std::shared_ptr<const metadata> plan;              /* of the file */
-    std::map<std::string, std::string> given;          /* kv_overrides whose key starts with "xquant." */
-    uint64_t weights = 0;                              /* tells weights apart: see read_metadata() */
-    std::map<std::string, std::vector<float>> vectors; /* what xquant-shared.cpp wants to know of the tensors */
+    std::shared_ptr<const metadata> plan;     /* of the file */
+    std::map<std::string, std::string> given; /* kv_overrides whose key starts with "xquant." */
+    uint64_t weights = 0;                     /* tells weights apart: see read_metadata() */
+    std::map<std::string, std::vector<float>>
+        vectors; /* of the tensors: what xquant-shared.cpp and xquant-rotation.cpp want to know */
 };
 
 using overrides = std::unordered_map<std::string, llama_model_kv_override>;

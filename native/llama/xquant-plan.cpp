@@ -199,13 +199,12 @@ static void check_transforms(const llama_model &model, const metadata &file, con
     }
 }
 
-/* A bias or the weights of a norm make some channels of keys large, a bias at every position otherwise since RoPE turns
- * it: spread over all channels that would take the range of their codes.  Latent rows and those that hold values are
- * read channel by channel. */
+/* The weights of a norm make some channels of keys large, and so does a bias: spread over all channels that would take
+ * the range of their codes, unless it is known (xquant-rotation.h).  Latent rows and those that hold values are read
+ * channel by channel. */
 static bool may_rotate_keys(const llama_model &model, int32_t il, int32_t e) {
-    const auto &layer = model.layers.at((size_t)il);
-    return !layer.wk_b && !layer.wqkv_b && !layer.attn_k_norm &&
-           e == (int32_t)model.hparams.n_embd_head_v((uint32_t)il);
+    return !model.layers.at((size_t)il).attn_k_norm && e == (int32_t)model.hparams.n_embd_head_v((uint32_t)il) &&
+           (!has_key_bias(model, il) || !factors_of_keys(model, il).empty());
 }
 
 /* The plan that a provider gives; null: there is no provider, or it leaves the choice to us. */

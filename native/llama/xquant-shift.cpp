@@ -46,6 +46,10 @@ bool kv_cache::shift_pages(llama_context *lctx, const std::vector<xq::page_move>
             k = from_stored_order(ctx, k, l.turned);
         }
         k = l.rotation ? by_hadamard(ctx, k, l) : k; // which is its own inverse
+        if (l.factors.keys) {
+            k = ggml_div(ctx, k, l.factors.keys);
+            runner_.place(k, l.buft);
+        }
         if (l.transform.keys) {
             ggml_tensor *inverse = ggml_cont(ctx, ggml_transpose(ctx, l.transform.queries));
             runner_.place(inverse, l.buft);
@@ -60,6 +64,10 @@ bool kv_cache::shift_pages(llama_context *lctx, const std::vector<xq::page_move>
                                 (uint32_t)l.il);
         runner_.place(part, l.buft); // in place: elsewhere it would write what lies here
         ggml_build_forward_expand(graph, part);
+        if (l.factors.keys) {
+            k = ggml_mul(ctx, k, l.factors.keys);
+            runner_.place(k, l.buft);
+        }
         return l.turned >= 0      ? to_stored_order(ctx, k, l.turned)
                : l.rotation       ? by_hadamard(ctx, k, l)
                : l.transform.keys ? times(ctx, l.transform.keys, k, l)

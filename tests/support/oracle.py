@@ -237,7 +237,23 @@ class Oracle:
     def rotates(self, il: int) -> bool:
         """Whether keys are stored, and queries read them, times a Hadamard matrix."""
         layer = self.layers[il]
-        return layer is not None and layer.k.rotate and f"blk.{il}.attn_k.bias" not in self.weights
+        return layer is not None and layer.k.rotate
+
+    def factors(self, il: int) -> Array:
+        """What channels of keys [KV head][d] are multiplied by before they are rotated: 1 without a bias."""
+        shape = self.shape
+        d, n_pairs, others = shape.key_length, shape.key_length // 2, 0.5
+        means = {}  # over the two channels of a pair, of a bias squared
+        for name, n_head in (("q", shape.n_head), ("k", shape.n_head_kv)):
+            bias = self.weights.get(f"blk.{il}.attn_{name}.bias", np.zeros(n_head * d)).reshape(n_head, d) ** 2
+            pairs = bias.reshape(n_head, 2, -1) if shape.rope_halves else bias.reshape(n_head, -1, 2).swapaxes(1, 2)
+            means[name] = pairs.mean(axis=1)
+        turns = shape.freq_base ** (-np.arange(n_pairs) / n_pairs)
+        spread = 1 - np.abs(np.exp(1j * turns[:, None] * np.arange(PAGE)).mean(axis=1)) ** 2
+        of_queries = means["q"].reshape(shape.n_head_kv, -1, n_pairs).mean(axis=1)
+        out: Array = ((others + of_queries) / (others + means["k"] * spread)) ** 0.25
+        out = np.where([[f"blk.{il}.attn_k.bias" in self.weights]], out, 1.0)
+        return np.concatenate([out, out], axis=1) if shape.rope_halves else np.repeat(out, 2, axis=1)
 
     def project(self, il: int, name: str, x: Array, n_head: int) -> Array:
         """Query, key or value heads [n][head][width] of x [n][n_embd]."""
@@ -262,7 +278,8 @@ class Oracle:
             q = rope(self.project(il, "q", h, shape.n_head), positions, shape.freq_base, shape.rope_halves)
             k = rope(self.project(il, "k", h, shape.n_head_kv), positions, shape.freq_base, shape.rope_halves)
             if self.rotates(il):
-                q, k = turned(q), turned(k)
+                s = self.factors(il).astype(np.float32)
+                k, q = turned(s * k), turned(q / np.repeat(s, shape.n_head // shape.n_head_kv, axis=0))
             if il in self.transforms:
                 m, n_rep = self.transforms[il], shape.n_head // shape.n_head_kv
                 k = np.einsum("hij,nhj->nhi", m, k)
