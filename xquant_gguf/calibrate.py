@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -142,7 +142,7 @@ def calibrate(
             with probe.reading(tokens, n_fit, starts, PASSAGE, PAGE) as reading:
                 bar.update()
                 bar.set_description("measuring layers")
-                forms = _forms(reading, probe.rotates, probe.shapes, bar)
+                forms = _forms(reading, probe.rotates, bar)
                 measured = {name: _Measured.of(reading, name, forms, bar) for name in "kv"}
                 guessed = _guessed(reading, probe.shapes) if maps else None
                 bar.update()
@@ -172,31 +172,30 @@ def _side(name: str, bits: int, form: KeyForm) -> Side:
     return form.side(bits) if name == "k" else value_side(bits)
 
 
-def _kld(reading: Reading, name: str, bits: Mapping[int, int], forms: Sequence[KeyForm], bar: Any) -> float:
-    """KL divergence that codes of one side of some layers cause; bits: of each."""
+def _kld(reading: Reading, name: str, layers: Iterable[int], bits: int, forms: Sequence[KeyForm], bar: Any) -> float:
+    """KL divergence that codes of one side of some layers cause."""
     changed = {}
-    for i, n in bits.items():
-        rows, side = reading.rows[i, name], _side(name, n, forms[i])
+    for i in layers:
+        rows, side = reading.rows[i, name], _side(name, bits, forms[i])
         changed[i, name] = read_back_keys(side, rows, forms[i]) if name == "k" else read_back(side, rows, name)
     bar.update()
     return float(reading.kld(changed).mean())
 
 
-def _forms(reading: Reading, rotates: Sequence[bool], shapes: Sequence[Shape], bar: Any) -> list[KeyForm]:
+def _forms(reading: Reading, rotates: Sequence[bool], bar: Any) -> list[KeyForm]:
     """In which coordinates the keys of all layers are stored, by what they do: rotated, as they come, or their own.
 
-    rotates: where a Hadamard matrix may be.  Layers whose keys hold values have no coordinates of their own.
+    rotates: where a Hadamard matrix may be.  Layers whose queries nobody added up have no coordinates of their own.
     """
-    bits = dict.fromkeys(range(len(shapes)), FORM_BITS)
 
     def harm(forms: Sequence[KeyForm]) -> float:
-        return _kld(reading, "k", bits, forms, bar)
+        return _kld(reading, "k", range(len(forms)), FORM_BITS, forms, bar)
 
-    both = [KeyForm(turns) for turns in rotates], [KeyForm() for _ in shapes]
+    both = [KeyForm(turns) for turns in rotates], [KeyForm() for _ in rotates]
     least, simple = min(((harm(forms), forms) for forms in both), key=lambda one: one[0])
     own = [
-        form if shape.e < shape.d else KeyForm(matrices=coordinates(reading.rows[i, "k"], reading.queries[i]))
-        for i, (shape, form) in enumerate(zip(shapes, simple, strict=True))
+        KeyForm(matrices=coordinates(reading.rows[i, "k"], reading.queries[i])) if i in reading.queries else form
+        for i, form in enumerate(simple)
     ]
     return own if harm(own) < WORTH * least else simple
 
@@ -213,7 +212,7 @@ class _Measured:
         held = [i for i in range(reading.n_layers) if (i, name) in reading.rows]
 
         def kld(bits: int, layers: Sequence[int]) -> float:
-            return _kld(reading, name, dict.fromkeys(layers, bits), forms, bar)
+            return _kld(reading, name, layers, bits, forms, bar)
 
         by_layer = [kld(PROBE_BITS, [i]) if i in held else 0.0 for i in range(reading.n_layers)]
         return cls(by_layer, [kld(bits, held) if held else 0.0 for bits in WIDTHS])

@@ -68,7 +68,9 @@ class Probe:
         passages = [numbered[first - window : first + length] for first in starts]
         n_scored = len(passages) * length
         size = n_read + n_scored + len(passages) * window, max(n_scored, 2 * PAGE), len(passages) + 1
-        moments = fork.QueryMoments(dict(zip(self.layers, self.shapes, strict=True)))
+        # keys that hold values stay as they come, whatever queries are like
+        own = {layer: s for layer, s in zip(self.layers, self.shapes, strict=True) if s.e >= s.d}
+        moments = fork.QueryMoments(own)
         with self._session(self._f16, *size, moments=moments) as session:
             yield Reading(self, session, tokens[:n_read], passages, window, moments)
 
@@ -109,7 +111,8 @@ class Reading:
     """A text in an F16 cache.
 
     rows: its keys and values, as the cache stores them; latent layers have no values.  queries: second moments
-    [KV head][d][d] of those that read them, a query head's for each token added up, by layer.
+    [KV head][d][d] of those that read them, a query head's for each token added up, by layer, but for layers whose keys
+    hold values.
     """
 
     def __init__(
@@ -126,7 +129,9 @@ class Reading:
         self._probe, self._session, self.n_layers = probe, session, len(probe.layers)
         self._read([(token, position, (0,)) for position, token in enumerate(tokens)])
         moments.stop()
-        self.queries = {i: moments.sums[layer] / len(tokens) for i, layer in enumerate(probe.layers)}
+        self.queries = {
+            i: moments.sums[layer] / len(tokens) for i, layer in enumerate(probe.layers) if layer in moments.sums
+        }
         numbered = list(zip(probe.layers, probe.shapes, strict=True))
         self.rows: dict[Where, Rows] = {
             (i, name): np.stack(

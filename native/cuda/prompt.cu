@@ -14,7 +14,6 @@ namespace xq {
 namespace {
 
 constexpr int view_threads = 128;
-constexpr float log2e = 1.4426950408889634f;
 
 /* Whether all eight halves are 0, or all are minus infinity. */
 __device__ bool are_zero(const uint4 &x) {

@@ -18,7 +18,7 @@ namespace xq {
 
 constexpr int group_threads = 128, group_rows = 64; /* of a warpgroup */
 constexpr int block_channels = 64, row_bytes = 128; /* of a block of a matrix, as prompt_wgmma.cuh has it */
-constexpr float log2e = 1.4426950408889634f, most_weight = 14.0f; /* its exponent */
+constexpr float most_weight = 14.0f;                /* its exponent */
 
 /* What a block does. */
 struct prompt_work {

@@ -18,6 +18,7 @@
 namespace xq {
 
 constexpr int prompt_rows = 128; /* query rows of a block */
+constexpr float log2e = 1.4426950408889634f;
 
 enum view : uint8_t {
     view_all,  /* every token of the tile sees every cell, and nothing is added to scores: the mask is 0 */

@@ -1,8 +1,8 @@
 /* node-prompt.cpp: llama.cpp's own node of attention as a call of attend_rows, where its keys and values are pages that
  * nodes of ours unpacked:
  *
- *     q  F32 [width, token, head, stream]   k, v  F16 [width, cell, KV head, stream]   mask  F16 [cell, token, 1,
- * stream] result  F32 [width, head, token, stream]
+ *     q     F32 [width, token, head, stream]      k, v    F16 [width, cell, KV head, stream]
+ *     mask  F16 [cell, token, 1, stream]          result  F32 [width, head, token, stream]
  *
  * A graph has the same nodes for every device; which kernel is taken is found where the node is run.
  */

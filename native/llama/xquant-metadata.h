@@ -53,8 +53,8 @@ struct model_metadata {
     std::shared_ptr<const metadata> plan;     /* of the file */
     std::map<std::string, std::string> given; /* kv_overrides whose key starts with "xquant." */
     uint64_t weights = 0;                     /* tells weights apart: see read_metadata() */
-    std::map<std::string, std::vector<float>>
-        vectors; /* of the tensors: what xquant-shared.cpp and xquant-rotation.cpp want to know */
+    /* of the tensors: what xquant-shared.cpp and xquant-rotation.cpp want to know */
+    std::map<std::string, std::vector<float>> vectors;
 };
 
 using overrides = std::unordered_map<std::string, llama_model_kv_override>;

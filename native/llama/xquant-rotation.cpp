@@ -7,9 +7,10 @@
  *     s_j = (E(q_j^2) / var(k_j))^(1/4)
  *
  * A bias makes such channels, and is known without data.  RoPE turns it with the position, by an angle t a token for a
- * pair of channels; a slow pair hardly moves within a page, whose offset takes what does not.  For a pair, with
- * spread(t) = 1 - |mean of e^(i t n) over the tokens n of a page|^2 and the variance of all else taken to be `others`,
+ * pair of channels; a slow pair hardly moves within a page, whose offset takes what does not.  For a pair, with N the
+ * tokens n of a page and the variance of all else taken to be `others`,
  *
+ *     spread(t) = 1 - |mean of e^(i t n)|^2 = 1 - (sin(N t / 2) / (N sin(t / 2)))^2
  *     var(k) = others + b_k^2 spread(t)        E(q^2) = others + b_q^2, over the query heads of the KV head
  */
 #include "xquant-rotation.h"
@@ -21,7 +22,6 @@
 #include <algorithm>
 #include <bitset>
 #include <cmath>
-#include <complex>
 
 namespace xquant {
 
@@ -48,12 +48,10 @@ static bool squares_of(const llama_model &model, int32_t il, const char *name, c
     return std::all_of(out.begin(), out.end(), [](float x) { return std::isfinite(x); });
 }
 
+/* angle: above 0, at most 1. */
 static float spread_of(double angle) {
-    std::complex<double> sum = 0.0;
-    for (int n = 0; n < XQ_PAGE; ++n) {
-        sum += std::polar(1.0, angle * n);
-    }
-    return (float)(1.0 - std::norm(sum / (double)XQ_PAGE));
+    const double mean = std::sin(XQ_PAGE * angle / 2.0) / (XQ_PAGE * std::sin(angle / 2.0));
+    return (float)(1.0 - mean * mean);
 }
 
 std::vector<float> factors_of_keys(const llama_model &model, int32_t il) {
