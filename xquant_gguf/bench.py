@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import llama_cpp
 import numpy as np
 
 from xquant_gguf.evaluate import load
@@ -21,8 +22,9 @@ UNTIMED = 4
 
 @dataclass(frozen=True)
 class Row:
-    """Medians over rounds for one KV type at one depth: tokens/s of all sequences together, seconds of a decode step,
-    bytes of the whole cache, and bytes that a step must read: weights, and what the cache holds at that depth."""
+    """Medians over rounds for one KV type at one depth: tokens/s of all `parallel` sequences together, seconds of a
+    decode step, bytes of the whole cache, and bytes that a step must read: weights, and what the cache holds at that
+    depth."""
 
     kv_type: str
     depth: int
@@ -31,6 +33,7 @@ class Row:
     step_s: float
     kv_bytes: int
     step_bytes: int
+    parallel: int
 
 
 def weight_bytes(model: str) -> int:
@@ -63,10 +66,10 @@ class Runner:
         self._session.close()
         self._llm.close()
 
-    def _prompt(self, first: int, end: int) -> None:
-        """Tokens first .. end - 1 of every sequence, in batches."""
+    def _prompt(self, first: int, end: int, sequences: int) -> None:
+        """Tokens first .. end - 1 of the first so many sequences, in batches."""
         size = self._session.n_batch
-        for s in range(self.parallel):
+        for s in range(sequences):
             for i in range(first, end, size):
                 self._session.decode([(self._tokens[at], at, (s,)) for at in range(i, min(i + size, end))], "last")
 
@@ -80,8 +83,11 @@ class Runner:
         return first
 
     def fill(self, depth: int) -> None:
-        """Fills the cache up to a depth, of each sequence."""
-        self._prompt(self._filled, depth)
+        """Fills the cache up to a depth, of each sequence: all but the first are copies."""
+        self._prompt(self._filled, depth, 1)
+        for s in range(1, self.parallel):
+            self._session.remove(s, 0)
+            self._session.copy(0, s)
         self._filled = depth
         self._session.wait()
 
@@ -92,7 +98,7 @@ class Runner:
         """
         prompt = self._filled + n_prompt
         start = time.perf_counter()
-        self._prompt(self._filled, prompt)
+        self._prompt(self._filled, prompt, self.parallel)
         self._session.wait()
         middle = time.perf_counter()
         decode = self._steps(prompt, UNTIMED, step)
@@ -109,6 +115,22 @@ class Runner:
         return int(info["bytes_allocated"]), int(info["bytes_used"])
 
 
+def sequences_that_fit(model: str, kv_type: str, n_ctx: int, memory: int, **options: Any) -> int:
+    """How many sequences of n_ctx tokens a cache of this type holds in so many bytes of memory, beside the weights.
+
+    At most llama.cpp's limit.  Raises ValueError if not even one does.
+    """
+    sizes = []
+    for parallel in (1, 2):
+        runner = Runner(model, kv_type, n_ctx, parallel, **options)
+        sizes.append(runner.cache_bytes()[0])
+        runner.close()
+    least = weight_bytes(model) + sizes[0]
+    if memory < least:
+        raise ValueError(f"memory is {memory} bytes, must be at least {least}: weights and one sequence with {kv_type}")
+    return min(1 + (memory - least) // (sizes[1] - sizes[0]), int(llama_cpp.llama_max_parallel_sequences()))
+
+
 def bench(
     model: str,
     kv_types: Sequence[str],
@@ -119,17 +141,21 @@ def bench(
     n_decode: int = 16,
     parallel: int = 1,
     step: int = 1,
+    memory: int | None = None,
     done: Callable[[str], object] = lambda what: None,
     **options: Any,
 ) -> list[Row]:
-    """Speed of every KV type at every depth; the caches of all types are held at once.
+    """Speed of every KV type at every depth; the caches of all types are held at once, and measured in turn.
 
     depths: tokens in the cache beforehand, of each sequence.  n_prompt, n_decode: prompt tokens and decode steps that
     are timed, likewise; an untimed round of them comes first.  parallel: sequences, decoded together.  step: tokens of
-    a sequence in a decode step, as speculative decoding has several.  done: called after each step,
+    a sequence in a decode step, as speculative decoding has several.  memory: bytes; each type has as many sequences as
+    fit beside the weights, and the types are measured one after another.  done: called after each step,
     len(depths) * (rounds + 2) of them for each KV type.  options: of Llama.
     Raises ValueError if a number is out of range.
     """
+    if memory is not None and parallel != 1:
+        raise ValueError(f"parallel is {parallel}, and memory says how many sequences there are: give one of them")
     for name, value, low in (
         ("rounds", rounds, 1),
         ("n_prompt", n_prompt, 1),
@@ -143,6 +169,13 @@ def bench(
         raise ValueError(f"depths are {list(depths)}, must be 0 or more")
     n_ctx = max(depths) + n_prompt + (UNTIMED + n_decode) * step
     n_ctx += -n_ctx % 256
+    if memory is not None:
+        numbers: dict[str, Any] = {"rounds": rounds, "n_prompt": n_prompt, "n_decode": n_decode, "step": step}
+        found = []
+        for kv_type in kv_types:
+            fit = sequences_that_fit(model, kv_type, n_ctx, memory, **options)
+            found += bench(model, [kv_type], depths, parallel=fit, done=done, **numbers, **options)
+        return sorted(found, key=lambda row: row.depth)
     weights = weight_bytes(model)
     runners = [Runner(model, kv_type, n_ctx, parallel, **options) for kv_type in kv_types]
     rows = []
@@ -154,13 +187,14 @@ def bench(
             done("warm up")
         runs: list[list[tuple[float, float]]] = [[] for _ in runners]
         for _ in range(rounds):
-            for runner, found in zip(runners, runs, strict=True):
-                found.append(runner.measure(n_prompt, n_decode, step))
+            for runner, speeds in zip(runners, runs, strict=True):
+                speeds.append(runner.measure(n_prompt, n_decode, step))
                 done("measure")
-        for kv_type, runner, found in zip(kv_types, runners, runs, strict=True):
-            prompt, decode = (statistics.median(run[i] for run in found) for i in (0, 1))
+        for kv_type, runner, speeds in zip(kv_types, runners, runs, strict=True):
+            prompt, decode = (statistics.median(run[i] for run in speeds) for i in (0, 1))
             allocated, used = runner.cache_bytes()
-            rows.append(Row(kv_type, depth, prompt, decode, parallel * step / decode, allocated, weights + used))
+            step_s = parallel * step / decode
+            rows.append(Row(kv_type, depth, prompt, decode, step_s, allocated, weights + used, parallel))
     for runner in runners:
         runner.close()
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gguf import GGUFReader
@@ -12,7 +13,7 @@ from gguf.quants import dequantize
 
 from support.clock import Clock, seconds
 from xquant_gguf import Llama, synthetic
-from xquant_gguf.bench import UNTIMED, bench
+from xquant_gguf.bench import UNTIMED, Runner, bench, weight_bytes
 from xquant_gguf.cli import main
 
 TINY = synthetic.Shape(n_layer=3, n_embd=128, n_ff=64, n_head=4, n_head_kv=2, head_dim=64, n_vocab=300)
@@ -65,6 +66,33 @@ def test_sequences_count_together(model: Path, monkeypatch: pytest.MonkeyPatch) 
     Clock(monkeypatch)
     (row,) = bench(str(model), ["f16"], [16], rounds=1, n_prompt=8, n_decode=2, parallel=3, n_threads=1)
     assert (row.prompt_tps, row.decode_tps) == pytest.approx((8 / seconds(8), 3 / seconds(3)))
+
+
+def test_as_many_sequences_as_fit(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and caches take the memory up, but for less than one more sequence."""
+    memory = 4 << 20
+    numbers: dict[str, Any] = {"rounds": 1, "n_prompt": 8, "n_decode": 2, "n_threads": 1}
+    rows = bench(str(model), ["f16", "xquant"], [300], memory=memory, **numbers)
+    sizes = {row.parallel: row.kv_bytes for row in rows}
+    assert len(sizes) == 2
+    assert rows[1].parallel > rows[0].parallel > 1
+    for row in rows:
+        taken = weight_bytes(str(model)) + row.kv_bytes
+        assert taken <= memory < taken + row.kv_bytes / row.parallel * 1.3  # a sequence's own share is not the mean
+    with pytest.raises(ValueError, match=r"memory is 999 bytes, must be at least \d+: weights and one seq.* f16"):
+        bench(str(model), ["f16"], [300], memory=999, **numbers)
+    with pytest.raises(ValueError, match="parallel is 2, and memory says"):
+        bench(str(model), ["f16"], [300], memory=memory, parallel=2, **numbers)
+
+
+def test_sequences_are_copies(model: Path) -> None:
+    """What a sequence is filled with is what the first one was."""
+    runner = Runner(str(model), "xquant", 512, 3, n_threads=1)
+    runner.fill(200)
+    runner.fill(390)
+    first, *others = (runner._session.answer([5], 390, [s])[0].copy() for s in range(3))
+    assert all((other == first).all() for other in others)
+    runner.close()
 
 
 def test_steps_of_several_tokens(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

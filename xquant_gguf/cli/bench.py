@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name} is {value}: it belongs to --shape")
     depths = [_depth(text) for text in args.depths.split(",")]
     kv_types = args.kv_types.split(",")
+    memory = args.memory and args.memory * 2**30
     with tempfile.TemporaryDirectory() as folder:
         model = args.model
         if args.shape:
@@ -40,24 +41,26 @@ def run(args: argparse.Namespace) -> int:
         with tqdm(total=len(depths) * len(kv_types) * (args.rounds + 2), unit="step", file=sys.stderr) as bar:
             rows = bench(
                 str(model), kv_types, depths, rounds=args.rounds, n_prompt=args.n_prompt, n_decode=args.n_decode,
-                parallel=args.parallel, step=args.step, n_gpu_layers=args.n_gpu_layers, done=lambda _: bar.update(),
-                **threads_of(args),
+                parallel=args.parallel, step=args.step, memory=memory, n_gpu_layers=args.n_gpu_layers,
+                done=lambda _: bar.update(), **threads_of(args),
             )  # fmt: skip
     base = {row.depth: row for row in rows if row.kv_type == kv_types[0]}
     first = f"/ {kv_types[0]}"
     gpu = bool(args.n_gpu_layers)
-    lines = [["depth", "KV cache", "prompt t/s", first, "decode t/s", first, "MiB", *(["GB/s"] if gpu else [])]]
+    lines = [["depth", "KV cache", "prompt t/s", first, "decode t/s", first, "MiB"]]
+    lines[0] += (["GB/s"] if gpu else []) + (["sequences"] if memory else [])
     for r in rows:
         b = base[r.depth]
         speeds = [f"{r.prompt_tps:.1f}", f"{r.prompt_tps / b.prompt_tps:.2f}"]
         speeds += [f"{r.decode_tps:.1f}", f"{r.decode_tps / b.decode_tps:.2f}"]
         step = [f"{r.step_bytes / r.step_s / 1e9:.0f}"] if gpu else []
-        lines.append([str(r.depth), r.kv_type, *speeds, f"{r.kv_bytes / 2**20:.1f}", *step])
+        sequences = [str(r.parallel)] if memory else []
+        lines.append([str(r.depth), r.kv_type, *speeds, f"{r.kv_bytes / 2**20:.1f}", *step, *sequences])
     print(table(lines))
     if gpu:
         print("GB/s: weights and cache that a decode step reads; benchmarks/gpu_memory.py tells what the GPU can")
     if args.json:
-        names = ("rounds", "n_prompt", "n_decode", "parallel", "step", "n_gpu_layers", "layers", "weights")
+        names = ("rounds", "n_prompt", "n_decode", "parallel", "memory", "step", "n_gpu_layers", "layers", "weights")
         settings = {key: getattr(args, key) for key in names}
         settings["model"] = args.shape or Path(args.model).name
         out = {"results": [asdict(row) for row in rows], **settings}
@@ -81,5 +84,7 @@ def add(commands: Commands) -> None:
     sub.add_argument("--n-decode", type=at_least(1), default=16, help="decode steps timed (default %(default)s)")
     sub.add_argument("--step", type=at_least(1), default=1, help="tokens of a sequence in a step (default %(default)s)")
     sub.add_argument("--parallel", type=at_least(1), default=1, help="sequences decoded together (default %(default)s)")
+    text = "GiB: of each type as many sequences as fit beside the weights, a type at a time (and compute buffers)"
+    sub.add_argument("--memory", type=at_least(1), help=text)
     sub.add_argument("--n-gpu-layers", type=at_least(-1), default=0, help="-1: all (default %(default)s)")
     sub.add_argument("--json", help="file for the results")
