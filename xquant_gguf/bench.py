@@ -11,10 +11,10 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from xquant_gguf.evaluate import load
 from xquant_gguf.gguf_file import GGUFFile
 from xquant_gguf.inspect import CacheInfo
-from xquant_gguf.session import Session
+from xquant_gguf.kv_types import checked_kv_type, number_of
+from xquant_gguf.session import Model
 
 UNTIMED = 4
 """Tokens decoded between a prompt and the clock: on a GPU the first ones record the graph that the others replay."""
@@ -46,25 +46,25 @@ def weight_bytes(model: str) -> int:
 class Runner:
     """One model with one KV type; the cache of each sequence holds the first tokens of an endless random text."""
 
-    def __init__(self, model: str, kv_type: str, n_ctx: int, parallel: int = 1, **options: Any) -> None:
-        self.parallel, self._n_ctx = parallel, n_ctx * parallel
-        alone = n_ctx if parallel == 1 else min(n_ctx, 512)
-        self._llm = load(model, kv_type, {"n_ctx": alone, "verbose": False, **options})
-        self._session = self._llm.session
-        if parallel > 1:  # Llama makes contexts of one sequence only
-            params = self._llm.context_params
-            params.n_ctx, params.n_seq_max, params.kv_unified = self._n_ctx, parallel, False
-            params.n_batch = max(params.n_batch, parallel)
-            self._session = Session.make(self._llm.model, params)
-        types = self._llm.context_params.type_k, self._llm.context_params.type_v
-        self._cache = CacheInfo(self._session.ctx, kv_type, types)
+    def __init__(
+        self, model: str, kv_type: str, n_ctx: int, parallel: int = 1, *, n_gpu_layers: int = 0, **options: Any
+    ) -> None:
+        self.parallel = parallel
+        plan = kv_type if kv_type.endswith(".json") else None
+        cache = checked_kv_type(None if plan else kv_type, plan, {}) or "xquant"
+        self._model = Model(model, n_gpu_layers=n_gpu_layers)
+        self._session = self._model.session(
+            cache, plan=plan, n_ctx=n_ctx * parallel, n_batch=max(512, parallel), n_seq=parallel, unified=parallel == 1,
+            flash_attn=True, **options,
+        )  # fmt: skip
+        self._cache = CacheInfo(self._session.ctx, kv_type, (number_of(cache),) * 2)
         self._tokens = np.random.default_rng(0).integers(3, self._session.n_vocab, n_ctx).tolist()
         self._filled = 0
 
     def close(self) -> None:
         """Frees model and contexts."""
         self._session.close()
-        self._llm.close()
+        self._model.close()
 
     def _prompt(self, first: int, end: int, sequences: int) -> None:
         """Tokens first .. end - 1 of the first so many sequences, in batches."""
@@ -151,7 +151,8 @@ def bench(
     are timed, likewise; an untimed round of them comes first.  parallel: sequences, decoded together.  step: tokens of
     a sequence in a decode step, as speculative decoding has several.  memory: bytes; each type has as many sequences as
     fit beside the weights, and the types are measured one after another.  done: called after each step,
-    len(depths) * (rounds + 2) of them for each KV type.  options: of Llama.
+    len(depths) * (rounds + 2) of them for each KV type.  n_gpu_layers: -1: all.
+    options: n_threads, of a session.
     Raises ValueError if a number is out of range.
     """
     if memory is not None and parallel != 1:

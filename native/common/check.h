@@ -142,7 +142,8 @@ inline bool accepts_update(const xq_store *store, const xq_update_args *args) {
     if (!accepts_store(store) || !none_null("update", {{"args", args}}) ||
         !in_range("update", {{"n_seals", args->n_seals, 0, INT32_MAX},
                              {"n_unseals", args->n_unseals, 0, INT32_MAX},
-                             {"n_tokens", args->n_tokens, 0, INT32_MAX}})) {
+                             {"n_tokens", args->n_tokens, 0, INT32_MAX},
+                             {"rotate", args->rotate, 0, 1}})) {
         return false;
     }
     const bool seals = args->n_seals > 0, unseals = args->n_unseals > 0, writes = args->n_tokens > 0;
@@ -176,7 +177,8 @@ inline bool accepts_attend(const xq_store *store, const xq_attend_args *args) {
                              {"n_tokens", args->n_tokens, 1, INT32_MAX},
                              {"n_streams", args->n_streams, 1, store->n_streams},
                              {"n_kv_pages", args->n_kv_pages, 0, store->n_pages},
-                             {"n_parts", args->n_parts, 1, INT16_MAX}})) {
+                             {"n_parts", args->n_parts, 1, INT16_MAX},
+                             {"rotate", args->rotate, 0, 1}})) {
         return false;
     }
     const int64_t n_tokens = (int64_t)args->n_streams * args->n_tokens;

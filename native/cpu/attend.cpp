@@ -135,6 +135,7 @@ constexpr int64_t most_parts_a_thread = 4;
 
 int cpu_attend(const xq_store *store, const xq_attend_args *args, const xq_exec *exec) {
     if (!accepts_attend(store, args) || !accepts_exec("attend", exec) ||
+        !in_range("attend on a CPU", {{"rotate", args->rotate, 0, 0}}) ||
         !accepts_table("attend", *store, args->table, args->first_stream, args->n_streams, args->n_kv_pages)) {
         return XQ_ERR_ARGUMENT;
     }

@@ -80,6 +80,7 @@ static bool accepts_rows(const xq_store &store, const xq_update_args &args) {
 
 int cpu_update(const xq_store *store, const xq_update_args *args, const xq_exec *exec) {
     if (!accepts_update(store, args) || !accepts_exec("update", exec) ||
+        !in_range("update on a CPU", {{"rotate", args->rotate, 0, 0}}) ||
         !accepts_moves("update", *store, "seals", args->seals, args->n_seals, moves_seal) ||
         !accepts_moves("update", *store, "unseals", args->unseals, args->n_unseals, moves_unseal) ||
         !accepts_rows(*store, *args)) {

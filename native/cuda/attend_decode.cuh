@@ -34,14 +34,38 @@ namespace {
 
 /* ---- query rows ---- */
 
+/* Row r of a tile, of a head's rows; those past the last are as the last. */
+__device__ const float *tile_query(const xq_attend_args &args, const decode_call &call, const block_task &task, int r) {
+    const int row = min(task.first_row + r, call.rows_of_head - 1);
+    return query_at(args, task.nth_stream, call.token_of(row), task.head * call.n_rep + call.rest_of(row));
+}
+
+/* A tile's rows of q times the Hadamard matrix, to shared memory: [row][D]. */
+template <int D, int R>
+__device__ void rotate_queries(float *to, const xq_attend_args &args, const decode_call &call, const block_task &task,
+                               int lane) {
+    constexpr int width = D / 32;
+#pragma unroll 1
+    for (int r = threadIdx.x / 32; r < n_rows<R>; r += blockDim.x / 32) {
+        const float *q = tile_query(args, call, task, r) + width * lane;
+        float x[width];
+        for (int k = 0; k < width; k += 2) {
+            const float2 two = *(const float2 *)(q + k);
+            x[k] = two.x, x[k + 1] = two.y;
+        }
+        transform_row<D>(x, lane);
+        store_channels(to + r * D + width * lane, x);
+    }
+}
+
 /* Reads a tile's rows of q: rounded, scaled to below 1, in the order of the codes, to shared memory by the block's
- * first warp, for it is the same for all; what takes the scale back, in `rows`. */
+ * first warp, for it is the same for all; what takes the scale back, in `rows`.  rotated: they lie there, or null. */
 template <int D, int KB, int R>
-__device__ void load_queries(uint2 (*queries)[32], row_tile<R> &rows, const xq_attend_args &args,
+__device__ void load_queries(uint2 (*queries)[32], row_tile<R> &rows, const float *rotated, const xq_attend_args &args,
                              const decode_call &call, const block_task &task, const lane_place &place) {
     using wk = walk<KB, D>;
-    const int t = place.t, row = min(task.first_row + row_of_column<R>(place.g), call.rows_of_head - 1);
-    const float *q = query_at(args, task.nth_stream, call.token_of(row), task.head * call.n_rep + call.rest_of(row));
+    const int t = place.t, nth = row_of_column<R>(place.g);
+    const float *q = rotated ? rotated + nth * D : tile_query(args, call, task, nth);
     float4 channels[wk::products];
     float top = 0.0f;
 #pragma unroll
@@ -70,12 +94,16 @@ __device__ void load_queries(uint2 (*queries)[32], row_tile<R> &rows, const xq_a
     }
 }
 
-/* What a lane needs of its R rows. */
+/* What a lane needs of its R rows.  room: [n_rows<R>][D] of shared memory. */
 template <int D, int KB, bool PLAIN, int R>
-__device__ row_tile<R> load_rows(uint2 (*queries)[32], const xq_attend_args &args, const decode_call &call,
+__device__ row_tile<R> load_rows(uint2 (*queries)[32], float *room, const xq_attend_args &args, const decode_call &call,
                                  const block_task &task, const lane_place &place) {
     row_tile<R> rows = {};
-    load_queries<D, KB>(queries, rows, args, call, task, place);
+    if (args.rotate) {
+        rotate_queries<D, R>(room, args, call, task, place.lane);
+        __syncthreads();
+    }
+    load_queries<D, KB>(queries, rows, args.rotate ? room : nullptr, args, call, task, place);
     rows.queries = queries;
     rows.softcap = args.softcap * log2e;
     for (int r = 0; r < R; ++r) {
@@ -145,12 +173,14 @@ template <int E, int VB, bool PLAIN, int R>
 using values_of = std::conditional_t<PLAIN, byte_values<E, VB, R>, half_values<E, VB, R>>;
 
 /* grid (part, KV head, tile of rows and stream).  Shared memory: sums of open pages, p of the teams, sealed pages; in
- * their place, at last, the teams' sums. */
+ * their place, at first, rotated queries, at last the teams' sums. */
 template <int D, int E, int KB, int VB, bool PLAIN, int R>
 __global__ void __launch_bounds__(32 * max_warps(R, KB + VB), 1)
     decode_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_attend_args args,
                   const __grid_constant__ decode_call call) {
     extern __shared__ __align__(128) uint8_t shared[];
+    static_assert(sizeof(sums<E, R>) >= n_rows<R> * D * sizeof(float),
+                  "rotated queries lie where open sums come later");
     using values = values_of<E, VB, PLAIN, R>;
     __shared__ typename page_ring<warp_place<E>>::marks marks;
     __shared__ page_list list;
@@ -167,7 +197,7 @@ __global__ void __launch_bounds__(32 * max_warps(R, KB + VB), 1)
         wait_for_previous();
     }
     const int stream = safe_stream(store, stream_of(args.first_stream, task.nth_stream));
-    const row_tile<R> rows = load_rows<D, KB, PLAIN, R>(queries, args, call, task, warp);
+    const row_tile<R> rows = load_rows<D, KB, PLAIN, R>(queries, (float *)shared, args, call, task, warp);
     const side_view k = side_at(store.k, stream, task.head), v = side_at(store.v, stream, task.head);
 
     page_ring<warp_place<E>> ring(shared + shape.buffers, marks, shape.depth, shape.parts, warp);

@@ -43,6 +43,24 @@ struct scratch {
     float reduce[n_warps];
 };
 
+/* q [width] times the normalised Hadamard matrix, of blocks of the largest power of two that divides the width. */
+__device__ void rotate_query(float *q, int width) {
+    const int block = hadamard_block(width);
+    for (int h = 1; h < block; h *= 2) {
+        __syncthreads();
+        for (int pair = threadIdx.x; pair < width / 2; pair += threads) {
+            const int i = 2 * pair - (pair & (h - 1));
+            const float a = q[i], b = q[i + h];
+            q[i] = a + b;
+            q[i + h] = a - b;
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < width; i += threads) {
+        q[i] *= rsqrtf((float)block);
+    }
+}
+
 __device__ float sum_of(float a, float b) {
     return a + b;
 }
@@ -144,6 +162,9 @@ __global__ void __launch_bounds__(threads)
     const float slope = slope_of(args.max_bias, head, args.n_head);
     for (int i = tid; i < k.width; i += threads) {
         s.q[i] = q[i];
+    }
+    if (args.rotate) {
+        rotate_query(s.q, k.width);
     }
 
     // sums over values, and over channels of keys that are values

@@ -86,6 +86,9 @@ __device__ void load_solo_rows(uint8_t *queries, wide_tile<NT> &tile, const solo
 #pragma unroll
     for (int i = 0; i < most; ++i) {
         if (nth + i * step < wide_rows<NT>) {
+            if (args.rotate) {
+                rows[i].rotate(E, lane);
+            }
             rows[i].store(queries, tile, nth + i * step, KB, E, args, task, lane);
         }
     }

@@ -179,6 +179,9 @@ __global__ void __launch_bounds__(32 * wide_warps<W, T, NT>, 1)
     for (int r = warp - 1; r >= 0 && r < wide_rows<NT>; r += n_warps - 1) { // while the first warp waits for the table
         query_row<(XQ_MAX_HEAD_DIM / 4 + 31) / 32> row;
         row.load(r, store.k.width, args, call, task, place.lane);
+        if (args.rotate) {
+            row.rotate(store.k.width, place.lane);
+        }
         row.store(shared + call.queries, tile, r, store.k.plan.bits, store.k.width, args, task, place.lane);
     }
     const int n_pages = call.pages_of(args, task.part);

@@ -187,6 +187,29 @@ __global__ void __launch_bounds__(refill_threads)
 
 constexpr unsigned max_shares = 256; /* of the tokens */
 
+/* x, the thread's channel, times the normalised Hadamard matrix of blocks of so many channels, at least 16; called by
+ * all threads. */
+__device__ float rotated(float x, int block) {
+    __shared__ float row[XQ_MAX_HEAD_DIM];
+    const int j = threadIdx.x;
+#pragma unroll 1
+    for (int h = 1; h < block && h < 32; h *= 2) {
+        x = fmaf(x, j & h ? -1.0f : 1.0f, __shfl_xor_sync(~0u, x, h));
+    }
+    if (block > 32) { // the same channel of the block's other warps
+        __syncthreads();
+        row[j] = x;
+        __syncthreads();
+        const int first = (j & -block) | j % 32, own = j % block / 32;
+        x = 0.0f;
+#pragma unroll 1
+        for (int w = 0; w < block / 32; ++w) {
+            x += __popc(w & own) & 1 ? -row[first + 32 * w] : row[first + 32 * w];
+        }
+    }
+    return x * rsqrtf((float)block);
+}
+
 /* grid (side of a KV head, share of the tokens), a thread each channel: new keys or values to the open rows that they
  * belong to.  In decoding each instruction takes longer to come than to run: the code is short. */
 __global__ void rows_kernel(const __grid_constant__ xq_store store, const __grid_constant__ xq_update_args args) {
@@ -195,9 +218,6 @@ __global__ void rows_kernel(const __grid_constant__ xq_store store, const __grid
     const int width = side_of(store, is_k).width;
     wait_for_previous();
     launch_next();
-    if (j >= width) {
-        return;
-    }
     int bad = 0; // a masked infinity would spoil the sums of the tensor cores: 0 * inf
 #pragma unroll 1
     for (int t = blockIdx.y; t < args.n_tokens; t += gridDim.y) {
@@ -205,8 +225,13 @@ __global__ void rows_kernel(const __grid_constant__ xq_store store, const __grid
         if (!is_row(store, row)) {
             continue;
         }
-        const float x = new_row(args, is_k, t, head)[j];
-        ((__half *)row_at(store, is_k, head, row))[j] = __float2half_rn(finite(x, bad));
+        float x = j < width ? finite(new_row(args, is_k, t, head)[j], bad) : 0.0f;
+        if (is_k && args.rotate) {
+            x = clamped(rotated(x, hadamard_block(width)));
+        }
+        if (j < width) {
+            ((__half *)row_at(store, is_k, head, row))[j] = __float2half_rn(x);
+        }
     }
     count_bad(args.n_nonfinite, bad);
 }

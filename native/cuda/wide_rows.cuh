@@ -25,6 +25,43 @@ template <int MOST> struct query_row {
             x[k] = i < width ? *(const float4 *)(q + i) : float4{};
         }
     }
+    /* The row times the normalised Hadamard matrix, of blocks of the largest power of two that divides the width. */
+    __device__ void rotate(int width, int lane) {
+        const int block = hadamard_block(width);
+        const auto join = [](float4 &a, float4 &b) {
+            const float4 x = a, y = b;
+            a = make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
+            b = make_float4(x.x - y.x, x.y - y.y, x.z - y.z, x.w - y.w);
+        };
+        const float norm = rsqrtf((float)block);
+#pragma unroll
+        for (int k = 0; k < MOST; ++k) {
+            const float4 y = x[k];
+            const float a = (y.x + y.y) * norm, b = (y.x - y.y) * norm, c = (y.z + y.w) * norm, d = (y.z - y.w) * norm;
+            x[k] = make_float4(a + c, b + d, a - c, b - d);
+        }
+#pragma unroll 1
+        for (int step = 1; step < 32 && 4 * step < block; step *= 2) { // channels of other lanes
+            const float sign = lane & step ? -1.0f : 1.0f;
+#pragma unroll
+            for (int k = 0; k < MOST; ++k) {
+                float *y = (float *)(x + k);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    y[i] = fmaf(y[i], sign, __shfl_xor_sync(~0u, y[i], step));
+                }
+            }
+        }
+#pragma unroll
+        for (int step = 1; step < MOST; step *= 2) {
+#pragma unroll
+            for (int k = 0; k + step < MOST; ++k) {
+                if (128 * step < block && (k & step) == 0) {
+                    join(x[k], x[k + step]);
+                }
+            }
+        }
+    }
     /* As row r of a tile to shared memory: scaled by a power of two to below 1, rounded, in the order of codes of
      * `bits` bits (wide_codes.cuh); and what is known of the row. */
     template <int NT>

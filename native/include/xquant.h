@@ -325,6 +325,7 @@ typedef struct xq_update_args {
     const float *k_cur, *v_cur; /* [token][KV head][d or e]; v_cur for e = 0: not looked at */
     int64_t k_head_stride, k_token_stride, v_head_stride, v_token_stride; /* bytes */
     int32_t n_tokens;
+    int32_t rotate;        /* 1: k_cur is still to be multiplied by a normalised Hadamard matrix, as below; on a GPU */
     uint64_t *n_nonfinite; /* [1]: grows by the number of values that were not finite; null: if nothing comes in */
 } xq_update_args;
 
@@ -345,6 +346,8 @@ typedef struct xq_attend_args {
     int32_t n_parts;                               /* parts that the pages of a KV head are split into */
     int32_t after_update; /* 1: the launch before this one on the CUDA stream is an update that wrote rows, and all else
                              that is read was written before it: attention may overtake it */
+    int32_t rotate;       /* 1: q is still to be multiplied by the matrix by which keys were, in blocks of the largest
+                             power of two that divides d; on a GPU, for it takes no launch of its own then */
     float *partial;       /* room for xq_attend_states() numbers */
     uint32_t *arrivals; /* [stream][group of query rows of a KV head][KV head]: 0, and 0 again afterwards; for one part
                            not looked at.  A group: XQ_CPU_GROUP_ROWS or XQ_CUDA_GROUP_ROWS */

@@ -257,6 +257,10 @@ bool is_input(const ggml_tensor *t, const layer_shape &l, int64_t n_tokens, bool
 
 /* ---- nodes ---- */
 
+static bool may_rotate(const layer_shape &l, bool on_host) {
+    return !(on_host && l.p.flags & flag_rotates) || refuse("rows are still to be rotated, which the CPU does not do");
+}
+
 bool accepts_update(const ggml_tensor *node, const layer_shape &l, bool on_host) {
     const ggml_tensor *const *src = node->src;
     const ggml_tensor *moves = src[update_moves], *k = src[update_k_cur], *v = src[update_v_cur];
@@ -271,7 +275,8 @@ bool accepts_update(const ggml_tensor *node, const layer_shape &l, bool on_host)
                are_apart(node, nullptr, moves);
     }
     const int64_t n_heads = l.shape.n_head_kv;
-    return is_tensor(k, on_host, {"k_cur", GGML_TYPE_F32, {l.shape.d, n_heads, any, 1}, false}) &&
+    return may_rotate(l, on_host) &&
+           is_tensor(k, on_host, {"k_cur", GGML_TYPE_F32, {l.shape.d, n_heads, any, 1}, false}) &&
            (l.shape.e == 0 ||
             is_tensor(v, on_host, {"v_cur", GGML_TYPE_F32, {l.shape.e, n_heads, k->ne[2], 1}, false})) &&
            in_range("tokens of k_cur", k->ne[2], 1, INT32_MAX) && is_input(src[update_input], l, k->ne[2], on_host) &&
@@ -281,7 +286,7 @@ bool accepts_update(const ggml_tensor *node, const layer_shape &l, bool on_host)
 bool accepts_attend(const ggml_tensor *node, const layer_shape &l, bool on_host) {
     const ggml_tensor *q = node->src[attend_q], *mask = node->src[attend_mask], *sinks = node->src[attend_sinks];
     const ggml_tensor *input = node->src[attend_input];
-    if (!is_tensor(q, on_host, {"q", GGML_TYPE_F32, {l.shape.d, any, any, 1}, false}) ||
+    if (!may_rotate(l, on_host) || !is_tensor(q, on_host, {"q", GGML_TYPE_F32, {l.shape.d, any, any, 1}, false}) ||
         !is_tensor(mask, on_host, {"mask", GGML_TYPE_F16, {any, any, 1, any}, false}) ||
         !in_range("streams of the mask", mask->ne[3], 1, l.shape.n_streams) ||
         !in_range("cells of the mask", mask->ne[0], XQ_PAGE, (int64_t)l.shape.n_pages * XQ_PAGE) ||

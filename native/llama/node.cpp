@@ -82,9 +82,9 @@ static ggml_tensor *finish(ggml_tensor *node, ggml_op op, const node_params &par
 }
 
 open_tensors new_update(ggml_context *ctx, const layer_tensors &l, ggml_tensor *input, ggml_tensor *k_cur,
-                        ggml_tensor *v_cur, int32_t n_staged) {
+                        ggml_tensor *v_cur, int32_t n_staged, bool rotate) {
     node_params params = l.params;
-    params.flags = n_staged > 0 ? flag_stages : 0;
+    params.flags = (uint16_t)((n_staged > 0 ? flag_stages : 0) | (rotate ? flag_rotates : 0));
     const int64_t n = n_staged * count_rows(l.params).slot;
     ggml_tensor *result = n_staged > 0 ? ggml_new_tensor_1d(ctx, GGML_TYPE_F16, n) : ggml_view_tensor(ctx, l.rows);
     finish(result, GGML_OP_XQUANT_UPDATE, params,
@@ -115,7 +115,7 @@ ggml_tensor *new_attend(ggml_context *ctx, const layer_tensors &l, const open_te
     params.scale = options.scale;
     params.softcap = options.softcap;
     params.max_bias = options.max_bias;
-    params.flags = options.after_update ? flag_after_update : 0;
+    params.flags = (uint16_t)((options.after_update ? flag_after_update : 0) | (options.rotate ? flag_rotates : 0));
     const int64_t n_rows = q->ne[1] * q->ne[2], width = l.params.latent + l.params.e, n_out = width * n_rows;
     return finish(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_out + attend_state(params) * n_rows * options.n_parts),
                   GGML_OP_XQUANT_ATTEND, params,
@@ -237,6 +237,7 @@ static int run_update(const xq_backend &backend, const xq_store &store, const gg
         a.k_head_stride = (int64_t)k->nb[1];
         a.k_token_stride = (int64_t)k->nb[2];
         a.n_tokens = (int32_t)k->ne[2];
+        a.rotate = p.flags & flag_rotates ? 1 : 0;
     }
     if (const ggml_tensor *v = src[update_v_cur]) {
         a.v_cur = (const float *)v->data;
@@ -270,6 +271,7 @@ static int run_attend(const xq_backend &backend, const xq_store &store, const gg
     a.sinks = sinks ? (const float *)sinks->data : nullptr;
     a.n_parts = p.number;
     a.after_update = p.flags & flag_after_update ? 1 : 0;
+    a.rotate = p.flags & flag_rotates ? 1 : 0;
     a.out = (float *)node->data;
     a.partial = a.out + q->ne[1] * q->ne[2] * (p.latent + p.e);
     a.arrivals = (uint32_t *)((char *)src[attend_aux]->data + aux_arrivals(p.n_head_kv));

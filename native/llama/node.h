@@ -78,7 +78,8 @@ struct node_params {
     uint16_t d, e, n_head_kv;
     uint16_t other_codes, other_param; /* V's parts in a block of v_other, in units of 64 bytes; 0xffff: absent */
     uint16_t latent;                   /* channels of the values that are those of the keys */
-    uint16_t flags;                    /* update: stages, second step.  attend: after_update.  unpack: is_k */
+    uint16_t flags;                    /* update: stages, second step, rotates.  attend: after_update, rotates.  unpack:
+                                          is_k */
     uint16_t other_heads;              /* KV heads of v_other */
     int32_t n_pages, n_bytes;          /* n_bytes: byte slots */
     int32_t number;                    /* update: n_seals.  attend: n_parts.  unpack: first_head */
@@ -86,7 +87,8 @@ struct node_params {
 };
 static_assert(sizeof(node_params) <= GGML_MAX_OP_PARAMS, "op_params are full");
 
-constexpr uint16_t flag_after_update = 1, flag_is_k = 1, flag_stages = 1, flag_second_step = 2, absent = 0xffff;
+constexpr uint16_t flag_after_update = 1, flag_is_k = 1, flag_stages = 1, flag_second_step = 2, flag_rotates = 4,
+                   absent = 0xffff;
 
 /* ---- layout of the small tensors ---- */
 
@@ -129,6 +131,7 @@ struct attend_options {
     float scale, softcap, max_bias;
     int32_t n_parts;
     bool after_update; /* the layer's update is the node before it */
+    bool rotate;       /* q is still to be rotated, as keys were */
 };
 
 /* The parameters of a layer, of whose values `latent` channels are those of its keys.  v_other, and its shape: the
@@ -137,9 +140,9 @@ GGML_API node_params params_of(const xq_layer &layer, const xq_shape &shape, int
                                const xq_shape *other_shape);
 
 /* Writes a micro-batch: k_cur, v_cur F32 [d or e, KV head, token]; v_cur: null if nothing is stored of V.  n_staged:
- * slots of the stage that it makes, or 0. */
+ * slots of the stage that it makes, or 0.  rotate: k_cur is still to be rotated. */
 GGML_API open_tensors new_update(ggml_context *ctx, const layer_tensors &l, ggml_tensor *input, ggml_tensor *k_cur,
-                                 ggml_tensor *v_cur, int32_t n_staged);
+                                 ggml_tensor *v_cur, int32_t n_staged, bool rotate);
 /* A step of clearing the stage, 0 or 1: moves I32 [XQ_MOVE_WORDS, n] of the stage and of slots, which it may refill. */
 GGML_API ggml_tensor *new_clearing(ggml_context *ctx, const layer_tensors &l, ggml_tensor *input, ggml_tensor *moves,
                                    ggml_tensor *stage, int step);

@@ -151,6 +151,7 @@ ggml_tensor *kv_cache::attend_codes(const llm_graph_context &graph, const layer 
     options.softcap = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
     options.max_bias = graph.hparams.f_max_alibi_bias;
     options.after_update = after_update;
+    options.rotate = l.rotation && !l.cpu_kernels;
     options.n_parts = parts_of(l, n_tokens / n_streams * (n_head / n_head_kv), n_streams * n_head_kv,
                                mask->ne[0] / XQ_PAGE, n_threads);
     ggml_tensor *node = new_attend(graph.ctx0, l.nodes, open, input.input, q, mask, sinks, options);
@@ -224,18 +225,22 @@ ggml_tensor *kv_cache::build_attention(const llm_graph_context &graph, ggml_tens
         k_cur = to_stored_order(ctx, k_cur, l.turned);
         v_cur = turned_channels(ctx, v_cur, l.turned);
     }
-    const auto rotated = [&](ggml_tensor *x, ggml_tensor *factors) {
+    const int64_t n_rows = q->ne[2] / kq_mask->ne[3] * (q->ne[1] / l.shape.n_head_kv); // of one KV head and stream
+    const bool unpacks = !l.cpu_kernels && n_rows >= rows_to_unpack;
+    const auto rotated = [&](ggml_tensor *x, ggml_tensor *factors, bool now) {
         if (factors) {
             x = ggml_mul(ctx, x, factors);
             keep_on_host(graph, l, x);
         }
-        ggml_tensor *out = llama_mul_mat_hadamard(ctx, x, l.rotation);
-        keep_on_host(graph, l, out->src[0]);
-        return out;
+        if (now) {
+            x = llama_mul_mat_hadamard(ctx, x, l.rotation);
+            keep_on_host(graph, l, x->src[0]);
+        }
+        return x;
     };
-    if (l.rotation) {
-        q = rotated(q, l.factors.queries);
-        k_cur = k_cur ? rotated(k_cur, l.factors.keys) : nullptr;
+    if (l.rotation) { // on a GPU our own nodes rotate what they read: two launches less
+        q = rotated(q, l.factors.queries, l.cpu_kernels || unpacks);
+        k_cur = k_cur ? rotated(k_cur, l.factors.keys, l.cpu_kernels) : nullptr;
     }
     if (l.transform.keys) {
         const auto times = [&](ggml_tensor *matrix, ggml_tensor *x) {
@@ -254,7 +259,8 @@ ggml_tensor *kv_cache::build_attention(const llm_graph_context &graph, ggml_tens
         ggml_build_forward_expand(graph.gf, q);
         ggml_build_forward_expand(graph.gf, kq_mask);
         const open_tensors open =
-            new_update(ctx, l.nodes, input.input, f32(k_cur), l.shape.e > 0 ? f32(v_cur) : nullptr, input.n_staged);
+            new_update(ctx, l.nodes, input.input, f32(k_cur), l.shape.e > 0 ? f32(v_cur) : nullptr, input.n_staged,
+                       l.rotation && !l.cpu_kernels);
         ggml_tensor *update = open.stage ? open.stage : open.rows;
         graph.cb(update, "xquant_update", il);
         keep_on_host(graph, l, update);
@@ -263,10 +269,8 @@ ggml_tensor *kv_cache::build_attention(const llm_graph_context &graph, ggml_tens
     }
     const auto found = input.open.find(&l); // a layer may read what an earlier one of the graph wrote
     const open_tensors open = found == input.open.end() ? open_tensors{l.nodes.rows, nullptr} : found->second;
-    const int64_t n_rows = q->ne[2] / kq_mask->ne[3] * (q->ne[1] / l.shape.n_head_kv); // of one KV head and stream
-    ggml_tensor *out = !l.cpu_kernels && n_rows >= rows_to_unpack
-                           ? attend_unpacked(graph, l, input, open, q, kq_mask, sinks, kq_scale, il)
-                           : attend_codes(graph, l, input, open, k_cur != nullptr, q, kq_mask, sinks, kq_scale, il);
+    ggml_tensor *out = unpacks ? attend_unpacked(graph, l, input, open, q, kq_mask, sinks, kq_scale, il)
+                               : attend_codes(graph, l, input, open, k_cur != nullptr, q, kq_mask, sinks, kq_scale, il);
     out = v_mla    ? from_latent(graph, out, v_mla)
           : shared ? shared_values(graph, out, model.layers[(size_t)l.il].attn_k_norm, l.turned)
                    : out;

@@ -89,6 +89,8 @@ def wrong_parameters(kind: str, layer: str) -> Iterator[tuple[str, Change]]:
     if kind == "attend":
         values |= {"number": [-1, 0, 1, 3, 32767, 32768, 2**31 - 1], "latent": [8, 16, 32, 576, 65535]}
         values |= {"scale": [0.0, -1.0, float("nan")]}
+    if kind in ("rows", "attend"):
+        values |= {"flags": [4]}  # still to be rotated: what a GPU does
     if kind in ("moves", "clear"):
         values |= {"number": [-1, 3, 2**31 - 1, -(2**31)]}
     if kind == "staged":

@@ -86,7 +86,7 @@ std::pair<ggml_tensor *, ggml_tensor *> make_node(input &in, ggml_context *ctx, 
     const int kind = in.ConsumeIntegralInRange<int>(0, stage ? 6 : 5);
     if (kind == 0) {
         ggml_tensor *k = f32(d, heads, s.n_tokens), *v = e > 0 ? f32(e, heads, s.n_tokens) : nullptr;
-        const open_tensors made = new_update(ctx, l, input, k, v, s.n_staged);
+        const open_tensors made = new_update(ctx, l, input, k, v, s.n_staged, in.ConsumeBool());
         return {made.stage ? made.stage : made.rows, input};
     }
     if (kind == 1) {
@@ -99,7 +99,7 @@ std::pair<ggml_tensor *, ggml_tensor *> make_node(input &in, ggml_context *ctx, 
         ggml_tensor *mask =
             ggml_new_tensor_4d(ctx, GGML_TYPE_F16, s.n_kv_pages * (int64_t)XQ_PAGE, s.n_tokens, 1, streams);
         ggml_tensor *sinks = in.ConsumeBool() ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_head) : nullptr;
-        const attend_options options = {0.1f, 0.0f, 0.0f, s.n_parts, false};
+        const attend_options options = {0.1f, 0.0f, 0.0f, s.n_parts, false, in.ConsumeBool()};
         return {new_attend(ctx, l, {l.rows, stage}, input, q, mask, sinks, options), input};
     }
     if (kind == 3) {

@@ -11,6 +11,7 @@ from support.pages_of_codes import CASES, Case, Content, made, random_rows, tole
 from support.specification import Pages
 from support.storage import SEALED, Storage
 from xquant_gguf.plan import PAGE, Layer
+from xquant_gguf.reference import hadamard
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -22,6 +23,18 @@ def test_attention_is_that_of_double_precision(on: Device, name: str) -> None:
     bound = tolerance(kernel, case.table) * np.abs(m.right).max()
     for n_parts in (1, 3, len(case.table)):
         assert np.abs(m.attend(storage, n_parts) - m.right).max() <= bound
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", CASES)
+def test_queries_that_are_still_to_be_rotated(name: str) -> None:
+    """By a matrix that is its own inverse: queries that were rotated come back."""
+    m, storage = made(name), made(name).put(device("cuda"))
+    rotated = hadamard(m.q.reshape(-1, m.q.shape[-1]).T).T.reshape(m.q.shape)
+    bound = tolerance(storage.device.attend_kernel(storage.c), m.case.table) * np.abs(m.right).max()
+    for n_parts in (1, 3):
+        out = m.attend(storage, n_parts, q=np.ascontiguousarray(rotated), rotate=True)
+        assert np.abs(out - m.right).max() <= bound
 
 
 @pytest.mark.parametrize(

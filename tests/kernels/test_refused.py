@@ -10,7 +10,7 @@ import pytest
 
 from support import remote
 from support.calls import PLAIN, VERBS, Call, made, refused
-from support.devices import Buffer, Cpu, Device, Refused
+from support.devices import Buffer, Cpu, Device, Refused, device
 from support.pages_of_codes import V, random_rows
 from support.storage import BYTES, NONE, SEALED, Move, Storage
 from xquant_gguf import native
@@ -44,6 +44,8 @@ BAD = [
     ("attend", "scale", 0.0, "scale is 0, must be above 0"),
     ("attend", "scale", float("nan"), "scale is -?nan"),
     ("attend", "q_head_stride", 3, "q_head_stride is 3"),
+    ("attend", "rotate", 2, "rotate is 2, must be 0 to 1"),
+    ("rows", "rotate", -1, "rotate is -1, must be 0 to 1"),
     ("unpack", "first_head", 2, "first_head is 2, must be 0 to 1"),
     ("unpack", "n_heads", 3, "n_heads is 3, must be 1 to 2"),
     ("unpack", "is_k", 2, "is_k is 2"),
@@ -67,6 +69,13 @@ NULL = {
     "read_keys": ("pages", "keys"),
     "write_keys": ("pages", "keys"),
 }
+
+
+@pytest.mark.parametrize("verb", ["rows", "attend"])
+def test_a_cpu_rotates_nothing(verb: str) -> None:
+    call = Call(device("cpu-scalar"), verb)
+    call.a.rotate = 1
+    refused(call, "on a CPU: rotate is 1, must be 0 to 0")
 
 
 @pytest.mark.parametrize(("verb", "field"), [(verb, field) for verb, fields in NULL.items() for field in fields])

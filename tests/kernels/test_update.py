@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from support.codec_rows import GOLDEN, KINDS, made_rows
-from support.devices import Device
+from support.devices import Device, device
 from support.pages_of_codes import V, random_rows
 from support.specification import Pages, finite
 from support.storage import ALL, NONE, SEALED, Halves, Move, Storage
@@ -264,6 +264,22 @@ def test_rows_are_stored_finite_and_counted_once(coder: Device, n_threads: int) 
         want = flat.reshape(2, 3, PAGE, HEADS, -1).transpose(0, 3, 1, 2, 4)
         np.testing.assert_array_equal(got, want)
     assert storage.update([Move(0, 1), Move(1, 2), Move(2, 0), Move(0, 1, stream=1)]) == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("d", [16, 64, 80, 96, 128, 192, 256, 512, 576])
+def test_keys_that_are_still_to_be_rotated(d: int) -> None:
+    """In blocks of the largest power of two that divides the width; what is not finite is counted as it comes."""
+    rng, n = np.random.default_rng(d), 5
+    storage = Storage(device("cuda"), Layer(Side(4, 128), V), outlying_rows(rng, 1, 3, d, 64), 4)
+    at = rng.permutation(3 * PAGE)[:n].astype(np.int32)
+    new = rng.standard_normal((n, HEADS, d), dtype=np.float32), rng.standard_normal((n, HEADS, 64), dtype=np.float32)
+    new[0][1, 1, 2], new[0][3, 0, 5] = np.inf, np.nan
+    assert storage.write(at, new, rotate=True) == 2
+    keys, values = (x[0].reshape(HEADS, 3 * PAGE, -1)[:, at].transpose(1, 0, 2) for x in storage.rows())
+    want = reference.hadamard(finite(new[0]).astype(np.float32).reshape(-1, d).T).T.reshape(n, HEADS, d)
+    np.testing.assert_allclose(keys.astype(np.float32), want, rtol=2**-10, atol=1e-3)
+    np.testing.assert_array_equal(values, finite(new[1]))
 
 
 @pytest.mark.parametrize("seals", [True, False])

@@ -68,6 +68,15 @@ def test_sequences_count_together(model: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (row.prompt_tps, row.decode_tps) == pytest.approx((8 / seconds(8), 3 / seconds(3)))
 
 
+def test_sequences_share_the_cache_of_each_type(model: Path) -> None:
+    types = ["xquant", "xquant-tiny", "f16"]
+    numbers: dict[str, Any] = {"rounds": 1, "n_prompt": 8, "n_decode": 2, "n_threads": 1}
+    sizes = [[row.kv_bytes for row in bench(str(model), types, [600], parallel=n, **numbers)] for n in (1, 3)]
+    for one, three in zip(*sizes, strict=True):
+        assert 2.5 * one < three < 3.5 * one
+    assert sizes[1][1] < 0.9 * sizes[1][0] < 0.9 * sizes[1][2]
+
+
 def test_as_many_sequences_as_fit(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights and caches take the memory up, but for less than one more sequence."""
     memory = 4 << 20

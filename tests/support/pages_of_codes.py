@@ -325,11 +325,13 @@ class Made:
         source = self.source.put(on, self.n_pages) if self.source else None
         return self.own.put(on, self.n_pages, owner=owner, source=source, map_=self.map)
 
-    def attend(self, on: Storage, n_parts: int = 1, n_threads: int = 2, q: Floats | None = None) -> Floats:
+    def attend(
+        self, on: Storage, n_parts: int = 1, n_threads: int = 2, q: Floats | None = None, *, rotate: bool = False
+    ) -> Floats:
         case = self.case
         return on.attend(
             self.q if q is None else q, self.table, self.mask, first_stream=1, scale=self.scale, softcap=case.softcap,
-            max_bias=case.max_bias, sinks=self.sinks, n_parts=n_parts, n_threads=n_threads,
+            max_bias=case.max_bias, sinks=self.sinks, n_parts=n_parts, n_threads=n_threads, rotate=rotate,
         )  # fmt: skip
 
 

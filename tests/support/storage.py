@@ -192,7 +192,9 @@ class Storage:
         assert serial in (None, notes.get(np.int32, (2,))[1])
         return n_bad
 
-    def write(self, rows: NDArray[np.int32], new: tuple[Floats, Floats], n_threads: int = 2) -> int:
+    def write(
+        self, rows: NDArray[np.int32], new: tuple[Floats, Floats], n_threads: int = 2, *, rotate: bool = False
+    ) -> int:
         """rows [token] over streams, new [token][KV head][d or e]; returns how many values were not finite."""
         a = native.load()[0].new("xq_update_args *")
         n, keep = len(rows), [Buffer(self.device, rows)]
@@ -201,7 +203,7 @@ class Storage:
         a.rows, a.k_cur, a.v_cur = keep[0].pointer("int32_t"), keep[1].pointer("float"), keep[2].pointer("float")
         a.k_token_stride, a.k_head_stride = padded[0].strides[:2]
         a.v_token_stride, a.v_head_stride = padded[1].strides[:2]
-        a.n_tokens = n
+        a.n_tokens, a.rotate = n, rotate
         return self._counted(a, n_threads)
 
     def _counted(self, args: Any, n_threads: int) -> int:
@@ -230,6 +232,7 @@ class Storage:
         sinks: Floats | None = None,
         n_parts: int = 1,
         n_threads: int = 2,
+        rotate: bool = False,
     ) -> Floats:
         """q [stream][token][head][d], table [stream][page], mask [stream][token][cell] -> [stream][token][head][e]."""
         ffi, lib = native.load()
@@ -247,6 +250,7 @@ class Storage:
             keep.append(Buffer(self.device, sinks))
             a.sinks = keep[-1].pointer("float")
         a.scale, a.softcap, a.max_bias, a.n_parts = scale, softcap, max_bias, n_parts
+        a.rotate = rotate
         out = Buffer(self.device, 4 * n_streams * n_tokens * n_head * self.e)
         partial = Buffer(self.device, 4 * int(lib.xq_attend_states(self.c, a)))
         n_groups = -(-n_tokens * (n_head // self.heads) // self.device.group_rows)

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from xquant_gguf.bench import bench
-from xquant_gguf.cli.options import Commands, add_command, at_least, kv_types, threads_of
+from xquant_gguf.cli.options import Commands, add_command, at_least, kv_types
 from xquant_gguf.cli.text import table
 from xquant_gguf.synthetic import SHAPES, WEIGHTS
 from xquant_gguf.synthetic import write as write_shape
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
             rows = bench(
                 str(model), kv_types, depths, rounds=args.rounds, n_prompt=args.n_prompt, n_decode=args.n_decode,
                 parallel=args.parallel, step=args.step, memory=memory, n_gpu_layers=args.n_gpu_layers,
-                done=lambda _: bar.update(), **threads_of(args),
+                done=lambda _: bar.update(), n_threads=args.threads,
             )  # fmt: skip
     base = {row.depth: row for row in rows if row.kv_type == kv_types[0]}
     first = f"/ {kv_types[0]}"
