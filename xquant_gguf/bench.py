@@ -53,10 +53,8 @@ class Runner:
         plan = kv_type if kv_type.endswith(".json") else None
         cache = checked_kv_type(None if plan else kv_type, plan, {}) or "xquant"
         self._model = Model(model, n_gpu_layers=n_gpu_layers)
-        self._session = self._model.session(
-            cache, plan=plan, n_ctx=n_ctx * parallel, n_batch=max(512, parallel), n_seq=parallel, unified=parallel == 1,
-            flash_attn=True, **options,
-        )  # fmt: skip
+        sizes = {"n_ctx": n_ctx * parallel, "n_batch": max(512, parallel), "n_seq": parallel, **options}
+        self._session = self._model.session(cache, plan=plan, unified=parallel == 1, flash_attn=True, **sizes)
         self._cache = CacheInfo(self._session.ctx, kv_type, (number_of(cache),) * 2)
         self._tokens = np.random.default_rng(0).integers(3, self._session.n_vocab, n_ctx).tolist()
         self._filled = 0

@@ -157,6 +157,7 @@ class Model:
         n_seq: int = 1,
         unified: bool = True,
         n_threads: int | None = None,
+        n_threads_batch: int | None = None,
         flash_attn: bool | None = None,
         swa_full: bool | None = None,
         plan: PlanSource | None = None,
@@ -164,9 +165,9 @@ class Model:
     ) -> Session:
         """A new context, to be closed before the model.
 
-        kv_type: as Llama's, and so is plan.  n_ctx:
-        tokens; 0: as many as the model was trained with.  n_batch: None: a micro-batch's tokens.  unified: whether
-        sequences share their cells.  flash_attn: None: where the type needs it.  moments: what its queries are added
+        kv_type: as Llama's, and so is plan.  n_ctx: tokens; 0: as many as the model was trained with.  n_batch: None:
+        a micro-batch's tokens.  unified: whether sequences share their cells.  n_threads_batch: for more than one
+        token; None: as n_threads.  flash_attn: None: where the type needs it.  moments: what its queries are added
         up in.  Raises ValueError with llama.cpp's reason if it refuses.
         """
         params = llama_cpp.llama_context_default_params()
@@ -179,7 +180,7 @@ class Model:
         on, off = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.flash_attn_type = on if flash_attn else off
         if n_threads:
-            params.n_threads = params.n_threads_batch = n_threads
+            params.n_threads, params.n_threads_batch = n_threads, n_threads_batch or n_threads
         if swa_full is not None:
             params.swa_full = swa_full
         if moments is not None:
