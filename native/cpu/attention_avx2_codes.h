@@ -2,8 +2,7 @@
  *
  * Codes are units of 64 bytes, 16 columns j by 32 / B rows i (xquant.h): the 4-byte word of column j holds four
  * consecutive rows, the next four rows lie in the next higher bits.  One load serves all vectors and, shifted and
- * masked, 8 / B groups of four rows i.  vpmaddubsw multiplies unsigned codes with signed a and adds pairs of rows in 16
- * bits; as many of its results are added there as are sure to fit, then widened to 32 bits.
+ * masked, 8 / B groups of four rows i.  How they are multiplied with a: attention_avx2_fold.h.
  */
 #pragma once
 
@@ -44,8 +43,8 @@ template <int B> struct unit {
     }
 };
 
-/* Sums of R vectors for 16 columns j, 8 each, in 16 bits: pairs of rows i side by side.  One vector and the rest, not
- * an array and a loop, and in line: so they stay in registers. */
+/* Sums of R vectors for 16 columns j, 8 each.  One vector and the rest, not an array and a loop, and in line: so they
+ * stay in registers. */
 template <int R> struct accumulators {
     __m256i left = _mm256_setzero_si256(), right = _mm256_setzero_si256();
     accumulators<R - 1> rest;
@@ -55,18 +54,17 @@ template <int R> struct accumulators {
         int32_t four;
         memcpy(&four, a[0] + i, 4);
         const __m256i x = _mm256_set1_epi32(four);
-        left = _mm256_add_epi16(left, _mm256_maddubs_epi16(codes_left, x));
-        right = _mm256_add_epi16(right, _mm256_maddubs_epi16(codes_right, x));
+        left = add_products(left, codes_left, x);
+        right = add_products(right, codes_right, x);
         // one after the other: a compiler that adds up in a tree runs out of registers
         asm volatile("" : "+x"(left), "+x"(right));
         rest.add(a + 1, i, codes_left, codes_right);
     }
     /* total [R][16] += the sums, in 32 bits */
     XQ_INLINE void widen(int32_t *total) const {
-        const __m256i ones = _mm256_set1_epi16(1);
         auto *at = (__m256i *)total;
-        _mm256_store_si256(at, _mm256_add_epi32(_mm256_load_si256(at), _mm256_madd_epi16(left, ones)));
-        _mm256_store_si256(at + 1, _mm256_add_epi32(_mm256_load_si256(at + 1), _mm256_madd_epi16(right, ones)));
+        _mm256_store_si256(at, _mm256_add_epi32(_mm256_load_si256(at), widened(left)));
+        _mm256_store_si256(at + 1, _mm256_add_epi32(_mm256_load_si256(at + 1), widened(right)));
         rest.widen(total + 16);
     }
 };
@@ -86,8 +84,7 @@ template <int B, int R>
 static void multiply_vectors(int n_i, int n_j, const uint8_t *codes, lookahead ahead, const folded *f, float *const *y,
                              bool overwrite) {
     using unit_t = unit<B>;
-    // the sum of two products is at most 2 * 127 * (2^B - 1): so many units fit into 16 bits
-    constexpr int units_a_flush = 32767 / (2 * 127 * ((1 << B) - 1)) / unit_t::groups;
+    constexpr int units_a_flush = products_a_sum(B) / unit_t::groups;
     const int units = (n_i + unit_t::rows - 1) / unit_t::rows;
     const int64_t column = column_bytes(B, n_i);
     const int8_t *a[R];

@@ -1,5 +1,7 @@
-/* attention_avx2_fold.h: a_i = x_i scale_i in 8 bits (attention_parameters.h), for the product with codes in
- * attention_avx2_codes.h.
+/* attention_avx2_fold.h: a_i = x_i scale_i in 8 bits (attention_parameters.h), and how they are multiplied with codes.
+ *
+ * vpmaddubsw multiplies unsigned codes with signed a and adds pairs of products in 16 bits; as many of its results are
+ * added there as are sure to fit, then widened.  AVX-VNNI has vpdpbusd, which adds four products in 32 bits at once.
  */
 #pragma once
 
@@ -32,6 +34,31 @@ struct vector {
         c = _mm256_mul_ps(eighths, _mm256_mul_ps(s, _mm256_set1_ps(0.125f)));
     }
 };
+
+#ifdef XQ_AVX_VNNI
+constexpr int64_t most_of_a_sum = INT32_MAX, products_of_one = 4;
+
+XQ_INLINE __m256i add_products(__m256i sum, __m256i codes, __m256i a) {
+    return _mm256_dpbusd_avx_epi32(sum, codes, a);
+}
+XQ_INLINE __m256i widened(__m256i sum) {
+    return sum;
+}
+#else
+constexpr int64_t most_of_a_sum = INT16_MAX, products_of_one = 2;
+
+XQ_INLINE __m256i add_products(__m256i sum, __m256i codes, __m256i a) {
+    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, a));
+}
+XQ_INLINE __m256i widened(__m256i sum) {
+    return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+}
+#endif
+
+/* Calls of add_products() whose sum fits, for B-bit codes. */
+constexpr int products_a_sum(int bits) {
+    return (int)(most_of_a_sum / (products_of_one * 127 * ((1 << bits) - 1)));
+}
 
 using parameters = parameters_of<vector>;
 

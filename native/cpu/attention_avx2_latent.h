@@ -62,7 +62,6 @@ template <int B, int G> XQ_INLINE __m256i load_channels(const uint8_t *block, in
 template <int B, int G, int R>
 XQ_INLINE void sum_channels(const uint8_t *codes, int64_t column, int s, int units, int n_blocks, const weights *w,
                             __m128 (&out)[R]) {
-    const __m256i ones = _mm256_set1_epi16(1);
     __m256i total[R];
     for (int r = 0; r < R; ++r) {
         total[r] = _mm256_setzero_si256();
@@ -72,17 +71,17 @@ XQ_INLINE void sum_channels(const uint8_t *codes, int64_t column, int s, int uni
         for (int r = 0; r < R; ++r) {
             sum[r] = _mm256_setzero_si256();
         }
-        for (const int end = least(b + 4, n_blocks); b < end; ++b) { // 8 times 2 * 127 * 15 fit into 16 bits
+        for (const int end = least(b + products_a_sum(B) / 2, n_blocks); b < end; ++b) {
             for (int h = 0; h < 2; ++h) {
                 const __m256i c = load_channels<B, G>(codes + b * column, s, units, h);
                 for (int r = 0; r < R; ++r) {
                     const __m256i p = _mm256_load_si256((const __m256i *)w[r].p[2 * b + h]);
-                    sum[r] = _mm256_add_epi16(sum[r], _mm256_maddubs_epi16(c, p));
+                    sum[r] = add_products(sum[r], c, p);
                 }
             }
         }
         for (int r = 0; r < R; ++r) {
-            total[r] = _mm256_add_epi32(total[r], _mm256_madd_epi16(sum[r], ones));
+            total[r] = _mm256_add_epi32(total[r], widened(sum[r]));
         }
     }
     for (int r = 0; r < R; ++r) {

@@ -54,6 +54,11 @@ bool has_avx2() {
     return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (ebx & 1u << 5);
 }
 
+bool has_avxvnni() {
+    uint32_t eax, ebx, ecx, edx;
+    return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 4);
+}
+
 bool has_avx512() {
     uint32_t eax, ebx, ecx, edx;
     if (!has_avx2() || (saved_state() & 0xe6) != 0xe6 || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) {
@@ -99,6 +104,9 @@ bool has_i8mm() {
 static const kernel_set *const sets[] = {
 #if defined(__x86_64__)
     &kernels_avx512,
+#ifdef XQ_HAS_AVXVNNI
+    &kernels_avxvnni,
+#endif
     &kernels_avx2,
 #elif defined(__aarch64__)
     &kernels_neon_i8mm,

@@ -88,7 +88,7 @@ struct kernel_set {
 
 extern const kernel_set kernels_scalar;
 #if defined(__x86_64__)
-extern const kernel_set kernels_avx512, kernels_avx2;
+extern const kernel_set kernels_avx512, kernels_avxvnni, kernels_avx2;
 #elif defined(__aarch64__)
 extern const kernel_set kernels_neon_i8mm, kernels_neon_dotprod, kernels_neon;
 #endif

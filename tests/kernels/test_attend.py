@@ -10,6 +10,7 @@ from support.devices import Device, device
 from support.pages_of_codes import CASES, Case, Content, made, random_rows, tolerance
 from support.specification import Pages
 from support.storage import SEALED, Storage
+from xquant_gguf import codec
 from xquant_gguf.plan import PAGE, Layer
 from xquant_gguf.reference import hadamard
 
@@ -23,6 +24,15 @@ def test_attention_is_that_of_double_precision(on: Device, name: str) -> None:
     bound = tolerance(kernel, case.table) * np.abs(m.right).max()
     for n_parts in (1, 3, len(case.table)):
         assert np.abs(m.attend(storage, n_parts) - m.right).max() <= bound
+
+
+@pytest.mark.skipif("avxvnni" not in codec.kernel_sets(), reason="needs AVX-VNNI")
+@pytest.mark.parametrize("name", CASES)
+def test_sums_of_avx_vnni_are_those_of_avx2(name: str) -> None:
+    """Of integers, which nothing rounds."""
+    m = made(name)
+    one, other = (m.attend(m.put(device(f"cpu-{kernels}")), 2) for kernels in ("avx2", "avxvnni"))
+    np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.cuda

@@ -58,6 +58,7 @@ SEALED = {
     "scalar": Bounds(median=3e-4, worst=8e-3),
     # Rounds queries times scales, and probabilities times scales, to int8 a page.  Measured: 4e-3, 1.3e-2.
     "avx2": Bounds(median=5e-3, worst=3e-2),
+    "avxvnni": Bounds(median=5e-3, worst=3e-2),
     "avx512": Bounds(median=5e-3, worst=3e-2),
 }
 # Where pages are sealed from bytes: a scale of bytes that flips, in F16, moves all values of a channel or a token, and
