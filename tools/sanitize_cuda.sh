@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs compute-sanitizer over the kernel tests: memcheck over all of them, racecheck over those without attention on the
 # tensor cores.  There teams of warps meet at barriers of their own, whose numbers are in registers: racecheck then loses count of the
-# block's barriers too, and reports what __syncthreads() keeps apart.
+# block's barriers too, and reports what __syncthreads() keeps apart: see tools/break_barriers.py.
 # usage: tools/sanitize_cuda.sh [PYTEST_OPTIONS]    (a build with CUDA in xquant_gguf/lib)
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -3,7 +3,16 @@
  *     s = q . k    ->    p = 2^(s - max)    ->    out += sum_t p_t v_t
  *
  * Of a sealed page, each warp of a team takes an equal share of the tokens to their scores, and, when all p are there,
- * an equal share of the channels to their sums: 64.  The team meets twice a page: for the maximum, and for p.
+ * an equal share of the channels to their sums: 64.
+ *
+ * The team meets twice a page, which is enough.  Of page n, each warp
+ *
+ *     writes its maxima | meets, M(n) | reads all maxima, writes its p | meets, P(n) | reads all p and the values
+ *
+ * Maxima of the next page are written behind P(n), which all warps reach behind their reading of this page's.  The next
+ * p are written, and the page's buffer is filled again, behind M(n + 1), which all warps reach behind their reading of
+ * p and of the page.  So nothing is overwritten before all have read it, and nothing is read before it is there.
+ * tools/break_barriers.py takes out one barrier after the other, and tests fail.
  *
  * q lies in the order of the codes (codes_mma.cuh), scaled by a power of two to below 1.
  */
