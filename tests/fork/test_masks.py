@@ -17,9 +17,10 @@ from support.contexts import Context, Logits
 
 IDS = np.random.default_rng(23).integers(3, tiny_gguf.N_VOCAB, 20000).tolist()
 DEVICES = [pytest.param(0, id="cpu"), pytest.param(99, id="gpu", marks=pytest.mark.cuda)]
-# Of the worst logit, in standard deviations.  What differs is the order of sums, on a GPU also of TF32's: on a CPU 1e-3
-# were measured.  Tokens that do not see themselves, a patch that lies where another micro-batch's lay: 2e-2 and more.
-BOUND = {0: 2e-3, 99: 1e-2}
+# Of the worst logit, in standard deviations.  What differs is the order of sums, on a GPU also of TF32's: 1e-3 were
+# measured on a CPU, 1.6e-3 on an H200.  Tokens that do not see themselves, a patch that lies where another
+# micro-batch's lay: 2e-2 and more.
+BOUND = {0: 2e-3, 99: 4e-3}
 
 
 @pytest.fixture(scope="module")
