@@ -14,6 +14,9 @@ from tqdm import tqdm
 from xquant_gguf.divergence import Expected, Logits, log_sums
 from xquant_gguf.llama import Llama
 
+RANGES = [512 << i for i in range(22)]
+"""Where ranges of positions begin whose divergence is told apart; the further from the start, the more is codes."""
+
 
 @dataclass
 class Tally:
@@ -21,19 +24,22 @@ class Tally:
 
     nll: list[NDArray[np.float64]] = field(default_factory=list)
     kld: list[NDArray[np.float64]] = field(default_factory=list)
-    agree: int = 0
-    scored: int = 0
+    same: list[NDArray[np.bool_]] = field(default_factory=list)
+    position: list[NDArray[np.int64]] = field(default_factory=list)
 
-    def add(self, expected: Expected, logits: Logits, targets: NDArray[np.int64]) -> None:
-        """logits [position][vocabulary] of this type, for positions of which the F16 cache's are expected."""
+    def add(self, expected: Expected, logits: Logits, targets: NDArray[np.int64], first: int) -> None:
+        """logits [position][vocabulary] of this type, for positions of which the F16 cache's are expected.
+
+        first: tokens that stand before the first of these positions in its window.
+        """
         sums = log_sums(logits)
         self.nll.append(sums - logits[np.arange(len(targets)), targets])
         self.kld.append(expected.kld(logits, sums))
-        self.agree += int((expected.best == logits.argmax(1)).sum())
-        self.scored += len(targets)
+        self.same.append(expected.best == logits.argmax(1))
+        self.position.append(np.arange(first, first + len(targets)))
 
-    def result(self) -> dict[str, float]:
-        """ppl, kld (mean), its quantiles kld_p99 and kld_p999, kld_max, and top1 (share)."""
+    def result(self) -> dict[str, Any]:
+        """ppl, kld (mean), its quantiles kld_p99 and kld_p999, kld_max, top1 (share), and by_position."""
         kld = np.concatenate(self.kld)
         return {
             "ppl": float(np.exp(np.concatenate(self.nll).mean())),
@@ -41,8 +47,20 @@ class Tally:
             "kld_p99": float(np.quantile(kld, 0.99)),
             "kld_p999": float(np.quantile(kld, 0.999)),
             "kld_max": float(kld.max()),
-            "top1": self.agree / self.scored,
+            "top1": float(np.concatenate(self.same).mean()),
+            "by_position": self._by_position(),
         }
+
+    def _by_position(self) -> list[dict[str, float]]:
+        """kld, top1 and n (positions) for ranges of a window that double in length, "first" to "last" position."""
+        kld, same, position = (np.concatenate(part) for part in (self.kld, self.same, self.position))
+        ranges = np.searchsorted(RANGES, position, side="right")
+        out = []
+        for number in np.unique(ranges):
+            at = ranges == number
+            where = {"first": int(position[at].min()), "last": int(position[at].max()), "n": int(at.sum())}
+            out.append({**where, "kld": float(kld[at].mean()), "top1": float(same[at].mean())})
+        return out
 
 
 def log_probabilities(llm: Llama, tokens: Sequence[int], n_past: int) -> Logits:
@@ -105,7 +123,7 @@ def evaluate(
                 bar.update(len(chunk))
                 if low < high:
                     expected = expected or Expected(logits)  # the first is the F16 cache
-                    tallies[kv].add(expected, logits, targets)
+                    tallies[kv].add(expected, logits, targets, first + low)
     bar.close()
 
     results = []

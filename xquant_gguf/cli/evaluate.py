@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from xquant_gguf.cli.options import UBATCH, Commands, add_command, at_least, kv_types, list_of
 from xquant_gguf.cli.text import table, write_json
@@ -33,9 +35,19 @@ def run(args: argparse.Namespace) -> int:
         numbers += [f"{r['ppl']:.3f}", f"{r['kld']:.4f}", *tail, f"{100 * r['top1']:.1f}"]
         rows.append([r["kv_type"], *numbers])
     print(table(rows))
+    if len(out["results"][0]["by_position"]) > 1:
+        print(f"\n{table(_by_position(out['results']))}")
     if args.json:
         write_json(args.json, out)
     return 0
+
+
+def _by_position(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Mean KL divergence and share of same tokens, by where in its window a token stands."""
+    rows = [["KLD, top-1 %", *(f"{r['first']} to {r['last']}" for r in results[0]["by_position"])]]
+    for result in results:
+        rows.append([result["kv_type"], *(f"{r['kld']:.4f} {100 * r['top1']:5.1f}" for r in result["by_position"])])
+    return rows
 
 
 def run_task(args: argparse.Namespace) -> int:
