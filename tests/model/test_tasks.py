@@ -293,6 +293,17 @@ BAD: list[tuple[list[str], str]] = [
     (["--task", "truthfulqa", "--data", "FILE", "--limit", "1"], "there is no column 'Question'"),
     (["--task", "longbench", "--data", "FILE"], "line 1: is not JSON"),
     (["--task", "truthfulqa", "--data", "no-such-file"], "no-such-file"),
+    (["--task", "needles", "--needles", "99"], "--needles is 99, must be from 1 to 28"),
+    (["--task", "needles", "--lengths", "300"], "--lengths has 300, must be at least 512 for 8 needles"),
+    (["--task", "needles", "--depths", "0.5"], "--depths is no option of --task needles"),
+    (
+        ["--task", "humaneval", "--data", "FILE"],
+        "--task humaneval runs code that a model wrote: say so with --run-code",
+    ),
+    (["--task", "humaneval", "--run-code"], "--task humaneval needs --data FILE"),
+    (["--task", "humaneval", "--run-code", "--data", "FILE"], "line 1: is not JSON"),
+    (["--task", "generate", "--data", "FILE"], "line 1: is not JSON"),
+    (["--task", "passkey", "--run-code"], "--run-code is no option of --task passkey"),
 ]
 
 

@@ -14,7 +14,7 @@ from xquant_gguf.tasks import TASKS, task_of
 from xquant_gguf.tasks import run as run_items
 
 TASK_TEXT = "quality of KV cache types: perplexity and KL divergence from F16 on a text, or answers to a task"
-TASK_OPTIONS = ("data", "limit", "max_tokens", "lengths", "depths", "repeats", "seed")
+TASK_OPTIONS = ("data", "limit", "max_tokens", "lengths", "depths", "needles", "repeats", "seed", "run_code")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,22 +60,20 @@ def run_task(args: argparse.Namespace) -> int:
         answers_path=beside,
     )  # fmt: skip
     near = [name for name in out["results"][0] if name.endswith("_to_f16")]
-    rows = [["KV cache", "true bits", "items", *task.metrics, "+-", "same as f16 %", *near, "tokens", "in codes"]]
+    paired = [name for name in ("worse", "better", "p") if name in out["results"][0]]
+    rows = [
+        ["KV cache", "true bits", "items", *task.metrics, "+-", "same as f16 %", *near, *paired, "tokens", "in codes"]
+    ]
     for r in out["results"]:
         numbers = [f"{r['true_bits']:.2f}", str(r["n"]), *(f"{r[m]:.3f}" for m in task.metrics)]
         numbers += [f"{r[task.metrics[0] + '_stderr']:.3f}"]
         numbers += [f"{100 * r['same_as_f16']:.1f}" if "same_as_f16" in r else "-"]
         numbers += [f"{r[name]:.3f}" for name in near]
+        numbers += [f"{r[name]:.3g}" for name in paired]
         rows.append([r["kv_type"], *numbers, f"{r['tokens']:.0f}", f"{r['tokens_in_codes']:.0f}"])
     print(table(rows))
-    if "table" in out:
-        depths = sorted({r["depth"] for r in out["table"]})
-        cells = {(r["kv_type"], r["length"], r["depth"]): r for r in out["table"]}
-        rows = [["found, by depth", "tokens", *(f"{d:g}" for d in depths)]]
-        for kv, length in dict.fromkeys((r["kv_type"], r["length"]) for r in out["table"]):
-            found = [cells[kv, length, d] for d in depths]
-            rows.append([kv, str(length), *(f"{r['found'] * r['n']:.0f}/{r['n']}" for r in found)])
-        print(f"\n{table(rows)}")
+    if details := task.rows(out):
+        print(f"\n{table(details)}")
     if args.json:
         write_json(args.json, out)
     return 0
@@ -83,15 +81,22 @@ def run_task(args: argparse.Namespace) -> int:
 
 def _task_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--task", choices=list(TASKS), help="answers to questions instead of a text")
-    sub.add_argument("--data", help="truthfulqa: its CSV; longbench: the JSON lines of multi_news")
-    sub.add_argument("--limit", type=at_least(1), help="truthfulqa, longbench: ask the first items only")
-    sub.add_argument("--max-tokens", type=at_least(1), help="longbench: tokens of a summary (default 512)")
-    text = "passkey: tokens of prompt and answer, with commas (default 1024,2048,4096)"
+    text = "truthfulqa: its CSV; longbench: the JSON lines of multi_news; humaneval: its JSON lines, also as .gz; "
+    sub.add_argument("--data", help=f"{text}generate: JSON lines with a prompt (default: built-in prompts)")
+    text = "truthfulqa, longbench, humaneval, generate: ask the first items only"
+    sub.add_argument("--limit", type=at_least(1), help=text)
+    text = "tokens of an answer; longbench: default 512; humaneval: 384; generate: 1024"
+    sub.add_argument("--max-tokens", type=at_least(1), help=text)
+    text = "passkey, needles: tokens of prompt and answer, with commas (default 1024,2048,4096; 4096,8192,16384)"
     sub.add_argument("--lengths", type=list_of(at_least(1)), help=text)
     text = "passkey: where the key stands, 0 first to 1 last, with commas (default 0,0.25,0.5,0.75,1)"
     sub.add_argument("--depths", type=list_of(float), help=text)
-    sub.add_argument("--repeats", type=at_least(1), help="passkey: keys for each length and depth (default 1)")
-    sub.add_argument("--seed", type=at_least(0), help="passkey: another seed gives other texts (default 0)")
+    sub.add_argument("--needles", type=at_least(1), help="needles: numbers that are hidden in each text (default 8)")
+    text = "passkey: keys for each length and depth; needles: texts for each length (default 1)"
+    sub.add_argument("--repeats", type=at_least(1), help=text)
+    sub.add_argument("--seed", type=at_least(0), help="passkey, needles: another seed gives other texts (default 0)")
+    text = "humaneval: run the code that the model writes, in a process with limits (docs/quality.md says which)"
+    sub.add_argument("--run-code", action="store_const", const=True, help=text)
 
 
 def add(commands: Commands) -> None:

@@ -1,4 +1,4 @@
-"""What a quantized cache does to answers: TruthfulQA, LongBench's multi_news and pass-key retrieval, by KV type."""
+"""What a quantized cache does to answers to questions, to programs, to long generations and to recall, by KV type."""
 
 from xquant_gguf.tasks.run import TASKS, run, task_of
 

@@ -5,14 +5,13 @@ Articles that do not fit the context lose their middle, as there.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from xquant_gguf.llama import Llama
 from xquant_gguf.plan import PAGE
 from xquant_gguf.tasks.model import chat_prompt, greedy_answer, sealed_tokens
-from xquant_gguf.tasks.task import Item, Task, read_data
+from xquant_gguf.tasks.task import Item, Task, json_lines, read_data
 
 QUESTION = "Here are several news articles on one event.\n\n{}\n\nSummarize all of the news above on one page."
 
@@ -30,19 +29,13 @@ def rouge_l(text: str, references: list[str]) -> float:
 def read_documents(path: Path, text: str) -> list[dict[str, Any]]:
     """Objects with "context" and "answers", one a line; ValueError names the line and field that are wrong."""
     documents = []
-    lines = text.removesuffix("\n").split("\n")  # splitlines would also split where JSON allows it: U+2028, U+0085
-    for number, line in enumerate(lines if text else [], 1):
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: is not JSON ({error})") from error
-        fields = entry if isinstance(entry, dict) else {}
+    for number, fields in json_lines(path, text):
         context, answers = fields.get("context"), fields.get("answers")
         if not isinstance(context, str) or not context:
             raise ValueError(f"{path}, line {number}: context must be a text that is not empty")
         if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
             raise ValueError(f"{path}, line {number}: answers must be a list of at least one text")
-        documents.append(entry)
+        documents.append(fields)
     return documents
 
 

@@ -93,13 +93,35 @@ class PassKey(Task):
 
     def details(self, answers: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
         """table: the share of keys that were found, by KV type, length and depth."""
-        rows = []
-        for kv, given in answers.items():
-            cells: dict[tuple[int, float], list[float]] = {}
-            for item, answer in zip(self.items, given, strict=True):
-                cells.setdefault(item.content[:2], []).append(answer["found"])
-            rows += [
-                {"kv_type": kv, "length": length, "depth": depth, "found": sum(found) / len(found), "n": len(found)}
-                for (length, depth), found in cells.items()
-            ]
-        return {"table": rows}
+        return {"table": found_by_depth([item.content[:2] for item in self.items], answers)}
+
+    def rows(self, details: Mapping[str, Any]) -> list[list[str]]:
+        """That table."""
+        return found_rows(details["table"])
+
+
+def found_by_depth(
+    items: Sequence[tuple[int, float]], answers: Mapping[str, Sequence[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """The share of items that were found, by KV type, length and depth; items: the length and depth of each."""
+    table = []
+    for kv, given in answers.items():
+        cells: dict[tuple[int, float], list[float]] = {}
+        for item, answer in zip(items, given, strict=True):
+            cells.setdefault(item, []).append(answer["found"])
+        table += [
+            {"kv_type": kv, "length": length, "depth": depth, "found": sum(found) / len(found), "n": len(found)}
+            for (length, depth), found in cells.items()
+        ]
+    return table
+
+
+def found_rows(table: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """What is printed of found_by_depth: a row for each KV type and length, a column for each depth."""
+    depths = sorted({r["depth"] for r in table})
+    cells = {(r["kv_type"], r["length"], r["depth"]): r for r in table}
+    rows = [["found, by depth", "tokens", *(f"{d:.3g}" for d in depths)]]
+    for kv, length in dict.fromkeys((r["kv_type"], r["length"]) for r in table):
+        found = [cells[kv, length, d] for d in depths]
+        rows.append([kv, str(length), *(f"{r['found'] * r['n']:.0f}/{r['n']}" for r in found)])
+    return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +15,31 @@ from tqdm import tqdm
 from xquant_gguf.evaluate import load
 from xquant_gguf.kv_types import checked_kv_type
 from xquant_gguf.llama import Llama
+from xquant_gguf.tasks.generate import Generate
+from xquant_gguf.tasks.humaneval import HumanEval
 from xquant_gguf.tasks.longbench import LongBench
+from xquant_gguf.tasks.needles import Needles
+from xquant_gguf.tasks.paired import paired
 from xquant_gguf.tasks.passkey import PassKey
 from xquant_gguf.tasks.store import Answer, Answers
 from xquant_gguf.tasks.task import Item, Task
 from xquant_gguf.tasks.truthfulqa import TruthfulQA
 
-TASKS: dict[str, tuple[Callable[..., Task], frozenset[str]]] = {
-    "truthfulqa": (TruthfulQA, frozenset({"data", "limit"})),
-    "longbench": (LongBench, frozenset({"data", "limit", "max_tokens"})),
-    "passkey": (PassKey, frozenset({"lengths", "depths", "repeats", "seed"})),
+TASKS: dict[str, Callable[..., Task]] = {
+    task.name: task for task in (TruthfulQA, LongBench, HumanEval, Generate, PassKey, Needles)
 }
-"""Tasks and the names of their options."""
+"""Tasks by name; the parameters of each are its options."""
 
 
 def task_of(name: str, options: Mapping[str, Any]) -> Task:
     """The named task with these options, of which None is none; ValueError names one that it does not have."""
-    make, known = TASKS[name]
+    known = signature(TASKS[name]).parameters
     given = {key: value for key, value in options.items() if value is not None}
-    for key in sorted(set(given) - known):
+    for key in sorted(set(given) - set(known)):
         raise ValueError(f"--{key.replace('_', '-')} is no option of --task {name}: leave it out")
-    if "data" in known and "data" not in given:
+    if "data" in known and known["data"].default is Parameter.empty and "data" not in given:
         raise ValueError(f"--task {name} needs --data FILE")
-    return make(**given)
+    return TASKS[name](**given)
 
 
 def run(
@@ -55,7 +58,8 @@ def run(
     kv_types: names of Llama's kv_type, or JSON files with plans.  n_ctx: tokens of the context; 0: as many as the
     model was trained with.  Returns {"metric", "results": [one dictionary a type], "items", settings...}; a result has
     n, score (the metric named first), every metric with its standard error, and, if "f16" is among the types, how
-    often the answer is that of F16.  Raises ValueError if answers_path has answers to other settings.  Warns if
+    often the answer is that of F16, on how many items the score is worse and better than F16's, and how likely that
+    is by chance (xquant_gguf.tasks.paired).  Raises ValueError if answers_path has answers to other settings.  Warns if
     nothing was read from an XQuant cache's codes.
     """
     common: dict[str, Any] = {"n_ctx": n_ctx, "n_batch": n_ubatch, "n_ubatch": n_ubatch, "verbose": False}
@@ -68,6 +72,8 @@ def run(
     asked = {"model": model.name, "model_bytes": model.stat().st_size, "task": task.name}
     settings = {**asked, "n_ctx": n_ctx, "n_ubatch": n_ubatch, "kernels": Llama.kernels(), **task.settings}
     kv_types = list(dict.fromkeys(kv_types))
+    if task.beside_f16:
+        kv_types = ["f16", *(kv for kv in kv_types if kv != "f16")]
     for kv in kv_types:  # a wrong name is told now, not after hours of the others
         checked_kv_type(None if kv.endswith(".json") else kv, kv if kv.endswith(".json") else None, {})
     given: dict[str, list[Answer]] = {}
@@ -81,7 +87,11 @@ def run(
             llm = load(model_path, kv, common)
             if llm.n_ctx() < task.least_ctx:
                 raise ValueError(f"--n-ctx is {llm.n_ctx()}, must be at least {task.least_ctx} for this task")
-            given[kv] = [_answer(llm, _version(kv), task, item, answers, bar) for item in task.items]
+            f16 = given.get("f16", [None] * len(task.items)) if task.beside_f16 else [None] * len(task.items)
+            given[kv] = [
+                _answer(llm, _version(kv), task, item, answers, bar, beside)
+                for item, beside in zip(task.items, f16, strict=True)
+            ]
             caches[kv] = llm.kv_cache_info()
             if llm.is_xquant and not any(answer["tokens_in_codes"] for answer in given[kv]):
                 warnings.warn(f"{kv}: no page was sealed, the whole cache was F16: ask for more context", stacklevel=2)
@@ -100,10 +110,12 @@ def _version(kv: str) -> str:
     return f"{kv} {hashlib.sha256(Path(kv).read_bytes()).hexdigest()[:16]}" if kv.endswith(".json") else kv
 
 
-def _answer(llm: Llama, kv: str, task: Task, item: Item, answers: Answers, bar: Any) -> Answer:
+def _answer(llm: Llama, kv: str, task: Task, item: Item, answers: Answers, bar: Any, f16: Answer | None) -> Answer:
     answer = answers.get(kv, item.name)
     if answer is None:
         answer = task.ask(llm, item)
+        if task.beside_f16:
+            answer.update(task.follow(llm, item, (f16 or answer)["answer"]))
         answers.add(kv, item.name, answer)
     bar.update()
     return answer
@@ -118,6 +130,7 @@ def _scores(task: Task, given: Sequence[Answer], f16: Sequence[Answer] | None) -
     if f16 is not None:
         near = [task.compare(a["answer"], b["answer"]) for a, b in zip(given, f16, strict=True)]
         out.update({name: _mean([n[name] for n in near]) for name in near[0]})
+        out.update(paired([a[task.metrics[0]] for a in given], [b[task.metrics[0]] for b in f16]))
     return {**out, **{name: _mean([a[name] for a in given]) for name in ("tokens", "tokens_in_codes")}}
 
 

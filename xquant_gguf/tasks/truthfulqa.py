@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 
 from xquant_gguf.evaluate import log_probabilities
 from xquant_gguf.llama import Llama
-from xquant_gguf.tasks.model import Snapshot, sealed_tokens
+from xquant_gguf.tasks.model import ReadOnce, common, sealed_tokens
 from xquant_gguf.tasks.task import Item, Task, read_data
 
 PRIMER = Path(__file__).parent.parent / "data" / "primer.txt"
@@ -69,21 +68,24 @@ class TruthfulQA(Task):
         self.settings["primer"] = PRIMER.read_text().strip()
         questions = read_questions(Path(data), text)[:limit]
         self.items = [Item(str(i), question) for i, question in enumerate(questions)]
-        self._primer: tuple[Llama, Snapshot, int] | None = None
+        self._primer = ReadOnce()
 
     def ask(self, llm: Llama, item: Item) -> dict[str, Any]:
         """Scores one question; answer: number of the likeliest choice (true ones first)."""
         question: Question = item.content
-        snapshot, n_primer = self._after_primer(llm)
+        primer = llm.tokenize(self.settings["primer"].encode())
+        n_primer = len(primer)
+        if n_primer >= llm.n_ctx():
+            raise ValueError(f"the primer has {n_primer} tokens, n_ctx is {llm.n_ctx()}: must be more")
         asked = f"\n\nQ: {question.text}\nA:"
         whole = [llm.tokenize(f"{asked} {a}".encode(), add_bos=False) for a in (*question.true, *question.false)]
         prefix = llm.tokenize(asked.encode(), add_bos=False)
         # a tokenizer may join the end of the question and the start of an answer
-        n = min(sum(1 for _ in takewhile(lambda p: p[0] == p[1], zip(prefix, w, strict=False))) for w in whole)
+        n = common(prefix, *whole)
         if n_primer + max(len(w) for w in whole) > llm.n_ctx():
             raise ValueError(f"question {item.name} does not fit the context of {llm.n_ctx()} tokens")
 
-        snapshot.restore()
+        self._primer.read(llm, primer)
         first = log_probabilities(llm, prefix[:n], n_primer)[-1:]
         sealed = sealed_tokens(llm)
         logp = []
@@ -95,14 +97,3 @@ class TruthfulQA(Task):
             logp.append(float(rows[np.arange(len(answer)), answer].sum(dtype=np.float64)))
         result = scores(np.array(logp), len(question.true))
         return {**result, "answer": int(np.argmax(logp)), "tokens": n_primer + n, "tokens_in_codes": sealed}
-
-    def _after_primer(self, llm: Llama) -> tuple[Snapshot, int]:
-        """The cache after the primer, which is evaluated once a model, and the primer's tokens."""
-        if self._primer is None or self._primer[0] is not llm:
-            tokens = llm.tokenize(self.settings["primer"].encode())
-            if len(tokens) >= llm.n_ctx():
-                raise ValueError(f"the primer has {len(tokens)} tokens, n_ctx is {llm.n_ctx()}: must be more")
-            llm.reset()
-            llm.eval(tokens)
-            self._primer = (llm, Snapshot(llm), len(tokens))
-        return self._primer[1:]
