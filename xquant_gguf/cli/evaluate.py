@@ -14,7 +14,7 @@ from xquant_gguf.tasks import TASKS, task_of
 from xquant_gguf.tasks import run as run_items
 
 TASK_TEXT = "quality of KV cache types: perplexity and KL divergence from F16 on a text, or answers to a task"
-TASK_OPTIONS = ("data", "limit", "max_tokens", "lengths", "depths", "needles", "repeats", "seed", "run_code")
+TASK_OPTIONS = ("data", "limit", "max_tokens", "lengths", "depths", "needles", "repeats", "seed", "run_code", "shots")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,11 +82,17 @@ def run_task(args: argparse.Namespace) -> int:
 def _task_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--task", choices=list(TASKS), help="answers to questions instead of a text")
     text = "truthfulqa: its CSV; longbench: the JSON lines of multi_news; humaneval: its JSON lines, also as .gz; "
-    sub.add_argument("--data", help=f"{text}generate: JSON lines with a prompt (default: built-in prompts)")
-    text = "truthfulqa, longbench, humaneval, generate: ask the first items only"
+    sub.add_argument(
+        "--data",
+        help=f"{text}harness: name or YAML file of a task; generate: JSON "
+        "lines with a prompt (default: built-in prompts)",
+    )
+    text = "truthfulqa, longbench, humaneval, harness, generate: ask the first items only"
     sub.add_argument("--limit", type=at_least(1), help=text)
     text = "tokens of an answer; longbench: default 512; humaneval: 384; generate: 1024"
     sub.add_argument("--max-tokens", type=at_least(1), help=text)
+    text = "harness: answered questions in front of each (default: as the task says)"
+    sub.add_argument("--shots", type=at_least(0), help=text)
     text = "passkey, needles: tokens of prompt and answer, with commas (default 1024,2048,4096; 4096,8192,16384)"
     sub.add_argument("--lengths", type=list_of(at_least(1)), help=text)
     text = "passkey: where the key stands, 0 first to 1 last, with commas (default 0,0.25,0.5,0.75,1)"

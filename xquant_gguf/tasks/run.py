@@ -16,6 +16,7 @@ from xquant_gguf.evaluate import load
 from xquant_gguf.kv_types import checked_kv_type
 from xquant_gguf.llama import Llama
 from xquant_gguf.tasks.generate import Generate
+from xquant_gguf.tasks.harness import Harness
 from xquant_gguf.tasks.humaneval import HumanEval
 from xquant_gguf.tasks.longbench import LongBench
 from xquant_gguf.tasks.needles import Needles
@@ -26,7 +27,7 @@ from xquant_gguf.tasks.task import Item, Task
 from xquant_gguf.tasks.truthfulqa import TruthfulQA
 
 TASKS: dict[str, Callable[..., Task]] = {
-    task.name: task for task in (TruthfulQA, LongBench, HumanEval, Generate, PassKey, Needles)
+    task.name: task for task in (TruthfulQA, LongBench, HumanEval, Harness, Generate, PassKey, Needles)
 }
 """Tasks by name; the parameters of each are its options."""
 
