@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +75,42 @@ def load(model_path: str, kv: str, common: Mapping[str, Any]) -> Llama:
     return Llama(model_path, flash_attn=True, **options)
 
 
+class Cache(Protocol):
+    """What is scored: a Session, or what behaves like one."""
+
+    def clear(self) -> None: ...
+
+    def answer(self, tokens: Sequence[int], first: int, /) -> Logits: ...
+
+
+def add_window(
+    tallies: Mapping[str, Tally],
+    caches: Mapping[str, Cache],
+    window: Sequence[int],
+    skip: int,
+    n_ubatch: int,
+    done: Callable[[int], object],
+) -> None:
+    """Scores caches on a window of tokens, in step, from position `skip` on; the first is the F16 one.
+
+    Micro-batches of n_ubatch tokens read what the earlier ones stored.  done: told of tokens that were decoded.
+    """
+    for cache in caches.values():
+        cache.clear()
+    for first in range(0, len(window), n_ubatch):
+        chunk = window[first : first + n_ubatch]
+        # the last token of a window has no next one to be scored against
+        low, high = max(skip - first, 0), min(len(chunk), len(window) - 1 - first)
+        targets = np.array(window[first + low + 1 : first + high + 1], dtype=np.int64)
+        expected = None
+        for kv, cache in caches.items():
+            logits = cache.answer(chunk, first)[low:high]
+            done(len(chunk))
+            if low < high:
+                expected = expected or Expected(logits)
+                tallies[kv].add(expected, logits, targets, first + low)
+
+
 def evaluate(
     model_path: str,
     text: str,
@@ -107,24 +143,9 @@ def evaluate(
         )
 
     tallies = {kv: Tally() for kv in models}
-    bar = tqdm(total=n_tokens * len(models), unit="token", disable=not progress)
-    for start in range(0, n_tokens, n_ctx):
-        window = tokens[start : start + n_ctx]
-        for session in sessions.values():
-            session.clear()
-        for first in range(0, len(window), n_ubatch):
-            chunk = window[first : first + n_ubatch]
-            # the last token of a window has no next one to be scored against
-            low, high = max(skip - first, 0), min(len(chunk), len(window) - 1 - first)
-            targets = np.array(window[first + low + 1 : first + high + 1], dtype=np.int64)
-            expected = None
-            for kv, session in sessions.items():
-                logits = session.answer(chunk, first)[low:high]
-                bar.update(len(chunk))
-                if low < high:
-                    expected = expected or Expected(logits)  # the first is the F16 cache
-                    tallies[kv].add(expected, logits, targets, first + low)
-    bar.close()
+    with tqdm(total=n_tokens * len(models), unit="token", disable=not progress) as bar:
+        for start in range(0, n_tokens, n_ctx):
+            add_window(tallies, sessions, tokens[start : start + n_ctx], skip, n_ubatch, bar.update)
 
     results = []
     for kv in kv_types:

@@ -68,18 +68,26 @@ def plot(paths: Sequence[str], out: str) -> None:
 
 
 def draw_pareto(ax: Any, result: Mapping[str, Any]) -> None:
-    """A marker for each KV type, and a line along those that no other beats.
+    """A marker for each KV type, and a line along those that no other of their family beats.
 
-    F16 itself, with a KL divergence of 0, is not on a logarithmic scale.
+    A result may name its family; without names all are one.  F16 itself, with a KL divergence of 0, is not on a
+    logarithmic scale.
     """
     rows = sorted((r for r in result["results"] if r["kld"] > 0), key=lambda r: (r["true_bits"], r["kld"]))
-    best = [row for i, row in enumerate(rows) if all(row["kld"] < other["kld"] for other in rows[:i])]
     bits = [row["true_bits"] for row in rows]
-    ax.plot([r["true_bits"] for r in best], [r["kld"] for r in best], linewidth=1, alpha=0.6)
-    ax.scatter(bits, [r["kld"] for r in rows], s=28)
+    families: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        aside = {"ha": "right", "xytext": (-5, -7)} if row in best else {"ha": "left", "xytext": (5, 3)}
-        ax.annotate(label(row), (row["true_bits"], row["kld"]), textcoords="offset points", fontsize=7, **aside)
+        families.setdefault(str(row.get("family", "")), []).append(row)
+    for family, own in families.items():
+        best = [row for i, row in enumerate(own) if all(row["kld"] < other["kld"] for other in own[:i])]
+        (line,) = ax.plot([r["true_bits"] for r in best], [r["kld"] for r in best], linewidth=1, alpha=0.6)
+        points = [r["true_bits"] for r in own], [r["kld"] for r in own]
+        ax.scatter(*points, s=28, color=line.get_color(), label=family)
+        for row in own:
+            aside = {"ha": "right", "xytext": (-5, -7)} if row in best else {"ha": "left", "xytext": (5, 3)}
+            ax.annotate(label(row), (row["true_bits"], row["kld"]), textcoords="offset points", fontsize=7, **aside)
+    if len(families) > 1:
+        ax.legend(fontsize=8)
     ax.set_xscale("log")
     ax.set_yscale("log")
     ticks = [1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16]

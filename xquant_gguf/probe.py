@@ -28,6 +28,12 @@ def check_layers(model_path: str, layers: Sequence[int]) -> None:
         raise ValueError(f"{model_path}: all layers slide, and sliding layers stay F16: there is nothing to choose")
 
 
+def unsealed(plan: Plan) -> Plan:
+    """A plan under which all stays F16, and keys lie in the cache as they come."""
+    plain = tuple(replace(layer, k=replace(layer.k, rotate=False)) for layer in plan.layers)
+    return replace(plan, layers=plain, window=-1)
+
+
 class Probe:
     """A loaded model; a context manager.  Everything runs on the CPU."""
 
@@ -43,8 +49,7 @@ class Probe:
         If they have a bias, a cache does better than the Hadamard matrix alone that calibration has in mind
         (native/llama/xquant-rotation.h), and coordinates of their own do better still.
         """
-        plain = tuple(replace(layer, k=replace(layer.k, rotate=False)) for layer in plan.layers)
-        self._f16 = replace(plan, layers=plain, window=-1)
+        self._f16 = unsealed(plan)
 
     def __enter__(self) -> Probe:
         return self

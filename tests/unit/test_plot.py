@@ -21,7 +21,7 @@ BITS_KLD = {
     "other": (2.0, 0.04),
     "dir/best-2.json": (2.0, 0.03),
 }
-EVALUATED = {
+EVALUATED: dict[str, Any] = {
     "model": "m.gguf",
     "results": [{"kv_type": kv, "true_bits": bits, "kld": kld} for kv, (bits, kld) in BITS_KLD.items()],
 }
@@ -37,6 +37,16 @@ def test_pareto() -> None:
     assert sorted(text.get_text() for text in ax.texts) == ["best-2", "other", "q4_0", "xquant"]
     assert [line.get_xydata().tolist() for line in ax.lines] == [[[2.0, 0.03], [3.25, 0.01]]]
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+
+
+def test_families() -> None:
+    """Each has its own line and colour, and they are named; what another family does better is no reason to leave."""
+    rows = [{**row, "family": "ours" if i else "theirs"} for i, row in enumerate(EVALUATED["results"][1:])]
+    ax = Figure().subplots()
+    draw_pareto(ax, {"results": rows})
+    assert [line.get_xydata().tolist() for line in ax.lines] == [[[2.0, 0.03], [3.25, 0.01]], [[4.5, 0.05]]]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ours", "theirs"]
+    assert len({points.get_facecolor().tobytes() for points in ax.collections}) == 2
 
 
 def test_sensitivity() -> None:
