@@ -47,7 +47,6 @@ def answers(model: Model, recipe: Recipe | None) -> tuple[list[Logits], dict[tup
     layers = list(zip(numbers, shapes, strict=True))
     with session() as leader, session(plan=unsealed(model.cache_plan)) as exact:
         cache = exact if recipe is None else Simulated(exact, layers, recipe, leader)
-        logits = []
         logits: list[Logits] = []
         for _ in range(2):  # clearing forgets all
             logits.clear()
