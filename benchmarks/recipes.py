@@ -159,11 +159,12 @@ def _unevenness(x: Tiles) -> Tiles:
 
 @dataclass(frozen=True)
 class TurboQuant:
-    """TurboQuant: a vector's norm, a random rotation of its direction, and the best levels for such coordinates.
+    """TurboQuant: a vector's norm, a rotation of its direction, and the best levels for coordinates of a random one.
 
     Source: arXiv 2504.19874 (the variant of least squared error) and the cache types turbo2, turbo3 and turbo4 of
     github.com/TheTom/llama-cpp-turboquant.  Levels are Lloyd-Max's for a coordinate of a random unit vector, whose
     density is (1 - x^2)^((d - 3) / 2).  The norm, in F16, is that which gives back the vector's length, as in the fork.
+    random: the rotation is a random matrix, as in the paper; else random signs and a Hadamard matrix, as in the fork.
 
     Left out, since it would cost bits: what the fork adds to heads of less than 128 to make them 128, and turbo4's
     second number, which nothing reads.  keys: as the fork stores those of models with six query heads or more for a KV
@@ -172,12 +173,13 @@ class TurboQuant:
 
     k_bits: int
     v_bits: int
+    random: bool = False
 
     def back(self, tiles: Tiles, name: str) -> Tiles:
         bits = self.k_bits if name == "k" else self.v_bits
         if bits == 8:
             return Blocks(8).back(tiles, name)
-        rotation, levels = _rotation(tiles.shape[2]), codebook(bits, tiles.shape[2])
+        rotation, levels = _rotation(tiles.shape[2], self.random), codebook(bits, tiles.shape[2])
         norm = np.linalg.norm(tiles, axis=2, keepdims=True)
         y = tiles / np.maximum(norm, 1e-10) @ rotation
         y = levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, y)]
@@ -189,9 +191,12 @@ class TurboQuant:
 
 
 @lru_cache
-def _rotation(width: int) -> NDArray[np.float32]:
-    """A random orthogonal matrix, the same each time."""
-    return np.linalg.qr(np.random.default_rng(42).normal(size=(width, width)))[0].astype(np.float32)
+def _rotation(width: int, random: bool) -> NDArray[np.float32]:
+    """A random orthogonal matrix, or a Hadamard matrix whose rows have random signs, the same each time."""
+    x = np.random.default_rng(42).normal(size=(width, width))
+    if random:
+        return np.linalg.qr(x)[0].astype(np.float32)
+    return np.sign(x[:, :1]).astype(np.float32) * codec.hadamard(np.eye(width, dtype=np.float32))
 
 
 @lru_cache

@@ -14,6 +14,7 @@ by what the recipe gives back of them.  They are the pages that ours has sealed 
   q4_0             llama.cpp's: keys and values rotated, blocks of 32                      4.5 bits
   kvarnK, kvarnK-V KVarN (arXiv 2606.03458; kvarn2 to kvarn8 of the fork BeeLlama), keys of K bits, values of V or K
   turboK, turboK-V TurboQuant (arXiv 2504.19874; turbo2 to turbo4 of TheTom's fork), likewise; 8: q8_0
+  turborK, ...     the same with the paper's random matrix in place of the fork's signs and Hadamard matrix
   exact            nothing is replaced: what the two kernels of attention differ by
 
 Printed are KL divergence (mean, its standard error, 99th and 99.9th percentile), perplexity, how often the likeliest
@@ -58,11 +59,11 @@ def recipe(name: str) -> Recipe:
     """A recipe by its name; ArgumentTypeError if there is none."""
     if name in ("exact", "q4_0"):
         return Exact() if name == "exact" else Blocks(4)
-    found = re.fullmatch(r"(kvarn|turbo)([1-8])(?:-([1-8]))?", name)
+    found = re.fullmatch(r"(kvarn|turbor?)([1-8])(?:-([1-8]))?", name)
     if not found:
-        raise argparse.ArgumentTypeError(f"recipe {name!r}: must be exact, q4_0, kvarnK, kvarnK-V, turboK or turboK-V")
+        raise argparse.ArgumentTypeError(f"recipe {name!r}: must be exact, q4_0, kvarnK-V, turboK-V or turborK-V")
     k, v = int(found[2]), int(found[3] or found[2])
-    return KVarN(k, v) if found[1] == "kvarn" else TurboQuant(k, v)
+    return KVarN(k, v) if found[1] == "kvarn" else TurboQuant(k, v, random=found[1] == "turbor")
 
 
 def recipes(names: str) -> dict[str, Recipe]:

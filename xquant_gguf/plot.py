@@ -78,7 +78,7 @@ def draw_pareto(ax: Any, result: Mapping[str, Any]) -> None:
     families: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         families.setdefault(str(row.get("family", "")), []).append(row)
-    for family, own in families.items():
+    for family, own in sorted(families.items()):
         best = [row for i, row in enumerate(own) if all(row["kld"] < other["kld"] for other in own[:i])]
         (line,) = ax.plot([r["true_bits"] for r in best], [r["kld"] for r in best], linewidth=1, alpha=0.6)
         points = [r["true_bits"] for r in own], [r["kld"] for r in own]

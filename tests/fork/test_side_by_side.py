@@ -52,7 +52,6 @@ def answers(model: Model, recipe: Recipe | None) -> tuple[list[Logits], dict[tup
             logits.clear()
             cache.clear()
             leader.clear()
-            logits = []
             for first in range(0, N_TOKENS, N_UBATCH):
                 leader.answer(TOKENS[first : first + N_UBATCH], first)
                 logits.append(cache.answer(TOKENS[first : first + N_UBATCH], first).copy())

@@ -36,6 +36,7 @@ def test_blocks_are_those_of_ggml(bits: int, name: str) -> None:
     [
         ("q4_0", 0.007, 0.008), ("kvarn2", 0.12, 0.2), ("kvarn3", 0.03, 0.05), ("kvarn4", 0.006, 0.011),
         ("turbo2", 0.11, 0.12), ("turbo3", 0.03, 0.035), ("turbo4", 0.008, 0.01), ("turbo8", 1e-5, 1e-4),
+        ("turbor2", 0.11, 0.12),
     ],
 )  # fmt: skip
 def test_errors_are_those_of_so_many_bits(name: str, least: float, most: float) -> None:
@@ -80,5 +81,6 @@ def test_true_bits() -> None:
 
 def test_names() -> None:
     assert recipes(RECIPES)["kvarn4-2"] == KVarN(4, 2)
+    assert recipe("turbor3-2") == TurboQuant(3, 2, random=True)
     with pytest.raises(argparse.ArgumentTypeError, match="recipe 'turbo': must be exact"):
         recipe("turbo")
