@@ -91,14 +91,14 @@ class KVarN:
     axis's scale, (2 d + 128) numbers for a tile of keys of width d, (d + 256) for values.
 
     2-bit codes leave out a share of the smallest and largest values of a row, which the implementation does if it is
-    asked to: without, keys and values of 2 bits do nearly twice the harm to SmolLM2-135M.
+    asked to: without, they do more harm to SmolLM2-135M.
     """
 
     k_bits: int
     v_bits: int
     rounds: int = 16
     least: float = math.exp(-0.3)
-    """Of a scale, as in the implementation: without, 4-bit codes do twice the harm to SmolLM2-135M."""
+    """Of a scale, as in the implementation: without, 4-bit codes do more harm to SmolLM2-135M."""
     left_out: float = 0.01
     """On each side, of rows of 2 bits."""
 
