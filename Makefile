@@ -9,9 +9,10 @@
 # make docs    the site of README, docs/ and docstrings, in build/site
 # make wheels  wheels for Linux in dist, built with Zig; TARGET=name for one of them (tools/wheels.py lists them)
 # make test-wheels  installs the wheels in dist into environments of their own, generates and serves
+# make server-tests  llama.cpp's own tests of llama-server with F16 and with xquant (a build with XQUANT_PROGRAMS)
 # make release  source archive, wheels, their tests and hashes, and the tag (CONTRIBUTING.md)
 # make lint    formatting, lint and types, as pre-commit runs them; needs Python alone: it builds nothing
-# make clean   removes .venv, .lint, .docs, .wheels and build
+# make clean   removes .venv, .lint, .docs, .wheels, .server-tests and build
 
 VENV   := .venv
 PYTHON ?= python3
@@ -21,7 +22,7 @@ SOURCES := $(shell find native xquant_gguf xquant_gguf_hook tools -type f -not -
            CMakeLists.txt pyproject.toml
 MODEL  ?=
 
-.PHONY: all demo test test-arm asan fuzz llama fixes docs wheels test-wheels release lint clean
+.PHONY: all demo test test-arm asan fuzz llama fixes docs wheels test-wheels server-tests release lint clean
 all: $(VENV)/installed
 
 $(VENV)/created:
@@ -65,7 +66,8 @@ fixes:
 LINT   := .lint
 DOCS   := .docs
 WHEELS := .wheels
-$(LINT)/ready $(DOCS)/ready $(WHEELS)/ready: .%/ready: pyproject.toml
+SERVER := .server-tests
+$(LINT)/ready $(DOCS)/ready $(WHEELS)/ready $(SERVER)/ready: .%/ready: pyproject.toml
 	$(PYTHON) -m venv .$*
 	.$*/bin/python -m pip install -q "pip>=25.1"
 	.$*/bin/python -m pip install -q --group $*
@@ -81,6 +83,10 @@ wheels: $(WHEELS)/ready
 test-wheels: all
 	XQUANT_WHEELS=$(or $(XQUANT_WHEELS),dist) $(BIN)/pytest tests/wheels
 
+server-tests: all $(SERVER)/ready
+	$(SERVER)/bin/python tools/server_tests.py $(if $(MODEL),--model "$(MODEL)") $(ARGS) \
+	  --server "$$($(BIN)/python -c 'from xquant_gguf import programs; print(programs.path("llama-server"))')"
+
 release: all $(WHEELS)/ready
 	PYTEST=$(BIN)/pytest $(WHEELS)/bin/python tools/release.py
 
@@ -91,4 +97,4 @@ lint: $(LINT)/ready
 	$(LINT)/bin/clang-format --dry-run --Werror $$(git ls-files 'native/*.h' 'native/*.cpp' 'native/*.cu*' 'tests/*.h' 'tests/*.cpp')
 
 clean:
-	rm -rf $(VENV) $(LINT) $(DOCS) $(WHEELS) build
+	rm -rf $(VENV) $(LINT) $(DOCS) $(WHEELS) $(SERVER) build
