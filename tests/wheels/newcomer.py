@@ -27,13 +27,33 @@ def answer(model: str, text: str, kv_type: str) -> dict[str, Any]:
     grammar = LlamaGrammar.from_string(f'root ::= "The capital of France is " ({cities}) "."', verbose=False)
     out = llm.create_chat_completion(talk, max_tokens=30, temperature=0, grammar=grammar)
     info = llm.kv_cache_info()
+    goes_on = shift(llm)
     llm.close()
     return {
         "answer": out["choices"][0]["message"]["content"],
         "prompt_tokens": out["usage"]["prompt_tokens"],
         "bytes": info["bytes_allocated"],
         "sealed": info.get("pages_sealed", 0),
+        "goes_on": goes_on,
     }
+
+
+def shift(llm: Llama) -> str:
+    """Forgets tokens behind the first page, moves the others down, as chat front ends do; the text that follows.
+
+    This turns keys in threads of llama.cpp, whose stacks are small where Python does not say otherwise (musl).
+    """
+    import llama_cpp
+
+    memory = llama_cpp.llama_get_memory(llm.ctx)
+    assert llama_cpp.llama_memory_seq_rm(memory, 0, 128, 384)
+    llama_cpp.llama_memory_seq_add(memory, 0, 384, -1, -256)
+    llm.n_tokens -= 256
+    tokens: list[int] = []
+    for _ in range(4):
+        llm.eval(tokens[-1:] or llm.tokenize(b" It", add_bos=False))
+        tokens.append(llm.sample(temp=0))
+    return llm.detokenize(tokens).decode(errors="replace")
 
 
 def main() -> None:

@@ -72,6 +72,7 @@ def check_answers(told: dict[str, Any]) -> None:
     """What newcomer.py must print."""
     for kv_type in ("f16", "xquant"):
         assert told[kv_type]["answer"] == "The capital of France is Paris."
+        assert told[kv_type]["goes_on"].strip()
     assert told["xquant"]["bytes"] < told["f16"]["bytes"]
     # open: the first page, the window, a micro-batch, and the page that is not full
     assert told["xquant"]["sealed"] >= told["xquant"]["prompt_tokens"] // 128 - 4 > 2
@@ -156,7 +157,24 @@ def test_a_bad_option_is_a_message(bin: Path) -> None:
     assert 'error while handling argument "--ctx-size"' in out.stderr
 
 
-def test_musl(smollm2: str, tmp_path: Path) -> None:
+def install(wheel: Path, site: Path, version: str, *platforms: str) -> None:
+    """Installs a wheel and its requirements for another system into a folder; the programs can be run."""
+    pip = (sys.executable, "-m", "pip", "install", "-q", "--target", str(site))
+    run(*pip, *(f"--platform={name}" for name in platforms), f"--python-version={version}", *PIP, wheel)
+
+
+def run_newcomer(python: Sequence[str | Path], site: Path, smollm2: str, timeout: float) -> dict[str, Any]:
+    """What newcomer.py prints in another system's Python, with what a folder holds."""
+    script = f"import sys, runpy; sys.path.insert(0, {str(site)!r}); sys.argv = sys.argv[1:]; "
+    script += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    newcomer = ROOT / "tests" / "wheels" / "newcomer.py"
+    told: dict[str, Any] = json.loads(run(*python, "-I", "-c", script, newcomer, smollm2, TEXT, timeout=timeout))
+    check_answers(told)
+    assert Path(told["library"]).is_relative_to(site)
+    return told
+
+
+def test_musl_programs(smollm2: str, tmp_path: Path) -> None:
     """The programs of the musl wheel under Debian's musl: its threads have small stacks."""
     wheel = wheel_of("musllinux", "x86_64")
     if not MUSL.exists():
@@ -168,6 +186,18 @@ def test_musl(smollm2: str, tmp_path: Path) -> None:
     ask_server([lib / "llama-server", "-m", smollm2, "-ctk", "xquant", "-ctv", "xquant"], tmp_path)
 
 
+def test_musl_python(smollm2: str, tmp_path: Path) -> None:
+    """The musl wheel in a Python that was built with musl (musl_python.sh); threads have stacks of 128 KiB there."""
+    wheel = wheel_of("musllinux", "x86_64")
+    interpreters = sorted(Path(os.environ.get("XQUANT_MUSL_PYTHON", "none")).glob("bin/python3.*[0-9]"))
+    if not interpreters:
+        pytest.skip("needs XQUANT_MUSL_PYTHON=folder that musl_python.sh filled")
+    platforms = ("musllinux_1_2_x86_64", "musllinux_1_1_x86_64")
+    install(wheel, tmp_path / "site", interpreters[0].name.removeprefix("python"), *platforms)
+    told = run_newcomer(interpreters[:1], tmp_path / "site", smollm2, 600)
+    assert "scalar" in told["kernels"]
+
+
 def test_aarch64(smollm2: str, tmp_path: Path) -> None:
     """The ARM wheel in an unpacked Debian (arm64_root.sh), under an emulator."""
     wheel = wheel_of("manylinux", "aarch64")
@@ -176,16 +206,10 @@ def test_aarch64(smollm2: str, tmp_path: Path) -> None:
     if not interpreters or shutil.which("qemu-aarch64-static") is None:
         pytest.skip("needs qemu-user-static, and XQUANT_ARM64_ROOT=folder that arm64_root.sh filled")
     site = tmp_path / "site"
-    platforms = [f"--platform={name}_aarch64" for name in ("manylinux_2_28", "manylinux_2_17", "manylinux2014")]
-    version = interpreters[0].name.removeprefix("python")
-    pip = (sys.executable, "-m", "pip", "install", "-q", "--target", str(site))
-    run(*pip, *platforms, f"--python-version={version}", *PIP, wheel)
+    platforms = [f"{name}_aarch64" for name in ("manylinux_2_28", "manylinux_2_17", "manylinux2014")]
+    install(wheel, site, interpreters[0].name.removeprefix("python"), *platforms)
     emulated: list[str | Path] = ["qemu-aarch64-static", "-cpu", "cortex-a76", "-L", root]
-    script = f"import sys, runpy; sys.path.insert(0, {str(site)!r}); sys.argv = sys.argv[1:]; "
-    script += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    newcomer = ROOT / "tests" / "wheels" / "newcomer.py"
-    told = json.loads(run(*emulated, interpreters[0], "-I", "-c", script, newcomer, smollm2, TEXT, timeout=3000))
-    check_answers(told)
+    told = run_newcomer([*emulated, interpreters[0]], site, smollm2, 3000)
     assert told["kernels"] == ["neon-dotprod", "neon", "scalar"]
     lib = site / "xquant_gguf" / "lib"
     ask_server([*emulated, lib / "llama-server", "-m", smollm2, "-ctk", "xquant", "-ctv", "xquant"], tmp_path)
