@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -19,6 +21,18 @@ pytestmark = pytest.mark.skipif(
     not (native.LIBRARY_DIR / programs.PROGRAMS["llama-server"]).exists(),
     reason="built without -DXQUANT_PROGRAMS=ON",
 )
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather in a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "unit": {"enum": ["C", "F"]}},
+            "required": ["city", "unit"],
+        },
+    },
+}
 CITIES = ["Berlin", "Madrid", "Tokyo", "Cairo", "Kyiv", "Lima"]
 
 
@@ -167,3 +181,46 @@ def test_a_preset_is_named(smollm2: str, tmp_path: Path) -> None:
     with running([*command, "--no-webui", "-t", "1"], tmp_path) as it:
         assert it.complete("One two three four", n_predict=1)["tokens_predicted"] == 1
         assert {layer["k_bits"] for layer in it.get("/props").json()["xquant"]["layers"]} == {2}
+
+
+def asked_before() -> list[dict[str, Any]]:
+    """Two questions for which the tool was called, and a third."""
+    talk: list[dict[str, Any]] = []
+    for i, city in enumerate(CITIES[:2]):
+        call = {"name": "weather", "arguments": json.dumps({"city": city, "unit": "C"})}
+        talk.append({"role": "user", "content": f"What is the weather in {city}?"})
+        talk.append({"role": "assistant", "tool_calls": [{"id": f"call{i}", "type": "function", "function": call}]})
+        talk.append({"role": "tool", "tool_call_id": f"call{i}", "content": "Rain, 12 C"})
+        talk.append({"role": "assistant", "content": f"It rains in {city}."})
+    return [*talk, {"role": "user", "content": "What is the weather in Tokyo?"}]
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "xquant"])
+def test_a_required_tool_is_called(smollm2: str, tmp_path: Path, kv_type: str) -> None:
+    """Whole and streamed, with arguments as its schema wants them.
+
+    SmolLM2's own template leaves tools out, and llama-server then ignores tool_choice; ours names them. Before a call
+    that is required llama-server lets a model talk: one that saw calls before does not.
+    """
+    template = Path(__file__).parents[1] / "support" / "tools.jinja"
+    options = ["-c", "2048", "-np", "1", "-t", "1", "--no-webui", "--chat-template-file", str(template)]
+    command = [sys.executable, "-m", "xquant_gguf", "server", smollm2, "--kv-type", kv_type, *options]
+    with running(command, tmp_path) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        request: Any = {"model": "any", "messages": asked_before(), "tools": [WEATHER], "temperature": 0}
+        request |= {"tool_choice": "required", "max_tokens": 100}
+        (choice,) = client.chat.completions.create(**request).choices
+        assert choice.finish_reason == "tool_calls"
+        (call,) = choice.message.tool_calls
+        assert call.function.name == "weather"
+        arguments = json.loads(call.function.arguments)
+        assert set(arguments) == {"city", "unit"}
+        assert arguments["unit"] in ("C", "F")
+
+        name, streamed, parts = "", "", 0
+        for chunk in client.chat.completions.create(**request, stream=True):
+            for delta in chunk.choices[0].delta.tool_calls or ():
+                name += delta.function.name or ""
+                streamed += delta.function.arguments or ""
+                parts += 1
+        assert (name, json.loads(streamed)) == ("weather", arguments)
+        assert parts > 2
