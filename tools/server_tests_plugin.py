@@ -52,6 +52,11 @@ def use_local_models(utils: Any) -> None:
             self.fa = None if self.fa == "off" else self.fa  # with XQuant flash attention must stay on
         self.offline = True
         start(self, *args, **more)
+        if SETTINGS["kv_type"] == "xquant" and self.model_file:
+            key = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else None
+            props = self.make_request("GET", "/props", headers=key)
+            if "xquant" not in props.body:
+                pytest.exit(f"llama-server has another cache than xquant: {props.body}")
 
     def local_file(url: str, *_: Any) -> str:
         if url.endswith("stories15M-q4_0.gguf"):  # a draft model: of the same vocabulary

@@ -13,6 +13,11 @@ class ServerProcess:
     model_hf_repo, model_hf_file, ctk, ctv, fa = "ggml-org/test-model-stories260K", None, None, None, "off"
     def start(self):
         assert self.model_hf_repo is None and self.fa is None
+    model_file = api_key = None
+    def make_request(self, method, path, headers=None):
+        class Answer:
+            body = {"xquant": {}}
+        return Answer
 
 class ServerPreset:
     @staticmethod
