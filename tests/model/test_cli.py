@@ -81,11 +81,15 @@ def test_inspect(smollm2: str, capfd: pytest.CaptureFixture[str]) -> None:
 def test_evaluate(smollm2: str, tmp_path: Path, prose: str, capfd: pytest.CaptureFixture[str]) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "out.json"
     text.write_text(prose)
-    arguments = ["--tokens", "1024", "--n-ctx", "1024", "--n-ubatch", "128", "--skip", "512", "--json", str(out)]
+    arguments = ["--tokens", "1024", "--n-ctx", "1024", "--n-ubatch", "128", "--skip", "500", "--json", str(out)]
     assert (
         main(["evaluate", smollm2, "--text", str(text), "--kv-types", "f16,q4_0,xquant,xquant-tiny", *arguments]) == 0
     )
-    assert "xquant-tiny" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "xquant-tiny" in printed
+    # position 1023 has no next token
+    ranges = r"^KLD, top-1 % +500 to 511 +512 to 1022\nf16 +0.0000 100.0 +0.0000 100.0$"
+    assert re.search(ranges, printed, re.MULTILINE)
     results = {r["kv_type"]: r for r in json.loads(out.read_text())["results"]}
     names = {"kv_type", "ppl", "kld", "kld_p99", "kld_p999", "top1", "true_bits", "equivalent_bits", "kv_bytes"}
     assert all(set(r) >= names for r in results.values())
