@@ -141,6 +141,11 @@ static void keep_on_host(const llm_graph_context &graph, const layer &l, ggml_te
     }
 }
 
+/* Whether the layer's own nodes rotate keys and queries: on a GPU, where that takes two launches less. */
+static bool nodes_rotate(const layer &l) {
+    return l.rotation && !l.cpu_kernels;
+}
+
 ggml_tensor *kv_cache::attend_codes(const llm_graph_context &graph, const layer &l, const page_input &input,
                                     const open_tensors &open, bool after_update, ggml_tensor *q, ggml_tensor *mask,
                                     ggml_tensor *sinks, float scale, int il) const {
@@ -151,7 +156,7 @@ ggml_tensor *kv_cache::attend_codes(const llm_graph_context &graph, const layer 
     options.softcap = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
     options.max_bias = graph.hparams.f_max_alibi_bias;
     options.after_update = after_update;
-    options.rotate = l.rotation && !l.cpu_kernels;
+    options.rotate = nodes_rotate(l);
     options.n_parts = parts_of(l, n_tokens / n_streams * (n_head / n_head_kv), n_streams * n_head_kv,
                                mask->ne[0] / XQ_PAGE, n_threads);
     ggml_tensor *node = new_attend(graph.ctx0, l.nodes, open, input.input, q, mask, sinks, options);
@@ -238,9 +243,9 @@ ggml_tensor *kv_cache::build_attention(const llm_graph_context &graph, ggml_tens
         }
         return x;
     };
-    if (l.rotation) { // on a GPU our own nodes rotate what they read: two launches less
-        q = rotated(q, l.factors.queries, l.cpu_kernels || unpacks);
-        k_cur = k_cur ? rotated(k_cur, l.factors.keys, l.cpu_kernels) : nullptr;
+    if (l.rotation) {
+        q = rotated(q, l.factors.queries, !nodes_rotate(l) || unpacks);
+        k_cur = k_cur ? rotated(k_cur, l.factors.keys, !nodes_rotate(l)) : nullptr;
     }
     if (l.transform.keys) {
         const auto times = [&](ggml_tensor *matrix, ggml_tensor *x) {
@@ -258,9 +263,8 @@ ggml_tensor *kv_cache::build_attention(const llm_graph_context &graph, ggml_tens
         // attention may begin before the update has ended: all else that it reads comes first
         ggml_build_forward_expand(graph.gf, q);
         ggml_build_forward_expand(graph.gf, kq_mask);
-        const open_tensors open =
-            new_update(ctx, l.nodes, input.input, f32(k_cur), l.shape.e > 0 ? f32(v_cur) : nullptr, input.n_staged,
-                       l.rotation && !l.cpu_kernels);
+        const open_tensors open = new_update(ctx, l.nodes, input.input, f32(k_cur),
+                                             l.shape.e > 0 ? f32(v_cur) : nullptr, input.n_staged, nodes_rotate(l));
         ggml_tensor *update = open.stage ? open.stage : open.rows;
         graph.cb(update, "xquant_update", il);
         keep_on_host(graph, l, update);
