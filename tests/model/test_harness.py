@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support import tiny_gguf
 from xquant_gguf import Llama
 from xquant_gguf.evaluate import log_probabilities
 from xquant_gguf.tasks import run, task_of
@@ -64,13 +63,6 @@ def written(folder: Path, kind: str, rest: str) -> str:
     path = folder / "ours.yaml"
     path.write_text(TASK % (folder / "data.jsonl", folder / "shots.jsonl", kind) + rest)
     return str(path)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    shape = tiny_gguf.Shape()
-    path = tmp_path_factory.mktemp("harness") / "model.gguf"
-    return str(tiny_gguf.write(path, shape, tiny_gguf.random_weights(shape)))
 
 
 def test_multiple_choice(tiny: str, harness: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from support import tiny_gguf
 from xquant_gguf import Llama
 from xquant_gguf.cli import main
 from xquant_gguf.evaluate import log_probabilities
@@ -37,13 +36,6 @@ PROBLEMS = [
     }
     for name, text, value in (("double", "Twice x.", 6), ("square", "x times x.", 9), ("half", "Half of x.", 1))
 ]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    shape = tiny_gguf.Shape()
-    path = tmp_path_factory.mktemp("tasks") / "model.gguf"
-    return str(tiny_gguf.write(path, shape, tiny_gguf.random_weights(shape)))
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support import tiny_gguf
 from xquant_gguf import Llama
 from xquant_gguf.cli import main
 from xquant_gguf.evaluate import log_probabilities
@@ -32,13 +31,6 @@ QUESTIONS = HEAD + (
     "x,Why?,Because,Because; For a reason; Who knows,Thus\n"
 )
 OPTIONS: dict[str, Any] = {"n_ctx": 2048, "n_ubatch": 128, "n_batch": 128, "n_threads": 2, "verbose": False}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    shape = tiny_gguf.Shape()
-    path = tmp_path_factory.mktemp("tasks") / "model.gguf"
-    return str(tiny_gguf.write(path, shape, tiny_gguf.random_weights(shape)))
 
 
 @pytest.fixture
