@@ -53,7 +53,7 @@ def shift(llm: Llama) -> str:
     for _ in range(4):
         llm.eval(tokens[-1:] or llm.tokenize(b" It", add_bos=False))
         tokens.append(llm.sample(temp=0))
-    return llm.detokenize(tokens).decode(errors="replace")
+    return llm.detokenize(tokens, special=True).decode(errors="replace")  # a small model may end here
 
 
 def main() -> None:
