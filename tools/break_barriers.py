@@ -60,19 +60,8 @@ def without(number: int, folder: Path) -> Path:
 
 def passes() -> bool:
     """Whether the tests do with the library that is there."""
-    tests = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-m",
-        "cuda",
-        "tests/kernels/test_cuda_kernels.py",
-        "-k",
-        TESTS,
-    ]
-    return subprocess.run(tests, cwd=ROOT, capture_output=True, check=False, timeout=300).returncode == 0
+    command = [sys.executable, "-m", "pytest", "-qxm", "cuda", "-k", TESTS, "tests/kernels/test_cuda_kernels.py"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, check=False, timeout=300).returncode == 0
 
 
 def main() -> None:
@@ -85,14 +74,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
         folder = Path(name)
         broken = [pool.submit(without, number, folder) for number in range(len(BARRIERS))]
-        sources = sorted((ROOT / "native" / "cuda").glob("*.cu"))
-        objects = {source.stem: folder / f"{source.stem}.o" for source in sources}
-        list(pool.map(lambda source: compile_file(source, objects[source.stem]), sources))
+        others = [source for source in (ROOT / "native" / "cuda").glob("*.cu") if source.stem != KERNEL]
+        objects = [folder / f"{source.stem}.o" for source in others]
+        list(pool.map(compile_file, others, objects))
         kept = folder / LIBRARY.name
         shutil.copy(LIBRARY, kept)
         try:
             for number, (where, _, _, why) in enumerate(BARRIERS):
-                parts = [broken[number].result() if stem == KERNEL else path for stem, path in objects.items()]
+                parts = [*objects, broken[number].result()]
                 subprocess.run([*LINK, "-o", LIBRARY, *parts, f"-L{LIBRARY.parent}", "-lxquant"], check=True)
                 seen = not passes()
                 print(f"{where:18} {why:32} {'noticed' if seen else 'NOT noticed'}", flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,8 @@ import numpy as np
 
 from xquant_gguf.gguf_file import GGUFFile
 from xquant_gguf.inspect import CacheInfo
-from xquant_gguf.kv_types import checked_kv_type, number_of
-from xquant_gguf.session import Model
+from xquant_gguf.kv_types import checked_kv_type, number_of, type_and_plan
+from xquant_gguf.session import Model, Session
 
 UNTIMED = 4
 """Tokens decoded between a prompt and the clock: on a GPU the first ones record the graph that the others replay."""
@@ -43,6 +43,17 @@ def weight_bytes(model: str) -> int:
     return sum(tensors.values()) - unread
 
 
+def _session(
+    model: Model, kv_type: str, n_ctx: int, parallel: int, options: Mapping[str, Any]
+) -> tuple[Session, CacheInfo]:
+    """A context of so many sequences of n_ctx tokens, and what its cache is."""
+    name, plan = type_and_plan(kv_type)
+    cache = checked_kv_type(name, plan, {}) or "xquant"
+    sizes = {"n_ctx": n_ctx * parallel, "n_batch": max(512, parallel), "n_seq": parallel, **options}
+    session = model.session(cache, plan=plan, unified=parallel == 1, flash_attn=True, **sizes)
+    return session, CacheInfo(session.ctx, kv_type, (number_of(cache),) * 2)
+
+
 class Runner:
     """One model with one KV type; the cache of each sequence holds the first tokens of an endless random text."""
 
@@ -50,12 +61,8 @@ class Runner:
         self, model: str, kv_type: str, n_ctx: int, parallel: int = 1, *, n_gpu_layers: int = 0, **options: Any
     ) -> None:
         self.parallel = parallel
-        plan = kv_type if kv_type.endswith(".json") else None
-        cache = checked_kv_type(None if plan else kv_type, plan, {}) or "xquant"
         self._model = Model(model, n_gpu_layers=n_gpu_layers)
-        sizes = {"n_ctx": n_ctx * parallel, "n_batch": max(512, parallel), "n_seq": parallel, **options}
-        self._session = self._model.session(cache, plan=plan, unified=parallel == 1, flash_attn=True, **sizes)
-        self._cache = CacheInfo(self._session.ctx, kv_type, (number_of(cache),) * 2)
+        self._session, self._cache = _session(self._model, kv_type, n_ctx, parallel, options)
         self._tokens = np.random.default_rng(0).integers(3, self._session.n_vocab, n_ctx).tolist()
         self._filled = 0
 
@@ -113,16 +120,17 @@ class Runner:
         return int(info["bytes_allocated"]), int(info["bytes_used"])
 
 
-def sequences_that_fit(model: str, kv_type: str, n_ctx: int, memory: int, **options: Any) -> int:
+def sequences_that_fit(model: str, kv_type: str, n_ctx: int, memory: int) -> int:
     """How many sequences of n_ctx tokens a cache of this type holds in so many bytes of memory, beside the weights.
 
-    At most llama.cpp's limit.  Raises ValueError if not even one does.
+    At most llama.cpp's limit.  Weights are not loaded.  Raises ValueError if not even one does.
     """
     sizes = []
-    for parallel in (1, 2):
-        runner = Runner(model, kv_type, n_ctx, parallel, **options)
-        sizes.append(runner.cache_bytes()[0])
-        runner.close()
+    with Model(model, weights=False) as unloaded:
+        for parallel in (1, 2):
+            session, cache = _session(unloaded, kv_type, n_ctx, parallel, {})
+            with session:
+                sizes.append(int(cache.now()["bytes_allocated"]))
     least = weight_bytes(model) + sizes[0]
     if memory < least:
         raise ValueError(f"memory is {memory} bytes, must be at least {least}: weights and one sequence with {kv_type}")
@@ -149,9 +157,8 @@ def bench(
     are timed, likewise; an untimed round of them comes first.  parallel: sequences, decoded together.  step: tokens of
     a sequence in a decode step, as speculative decoding has several.  memory: bytes; each type has as many sequences as
     fit beside the weights, and the types are measured one after another.  done: called after each step,
-    len(depths) * (rounds + 2) of them for each KV type.  n_gpu_layers: -1: all.
-    options: n_threads, of a session.
-    Raises ValueError if a number is out of range.
+    len(depths) * (rounds + 2) of them for each KV type.  options: n_gpu_layers (-1: all) of a Model, and of its
+    session n_threads.  Raises ValueError if a number is out of range.
     """
     if memory is not None and parallel != 1:
         raise ValueError(f"parallel is {parallel}, and memory says how many sequences there are: give one of them")
@@ -172,7 +179,7 @@ def bench(
         numbers: dict[str, Any] = {"rounds": rounds, "n_prompt": n_prompt, "n_decode": n_decode, "step": step}
         found = []
         for kv_type in kv_types:
-            fit = sequences_that_fit(model, kv_type, n_ctx, memory, **options)
+            fit = sequences_that_fit(model, kv_type, n_ctx, memory)
             found += bench(model, [kv_type], depths, parallel=fit, done=done, **numbers, **options)
         return sorted(found, key=lambda row: row.depth)
     weights = weight_bytes(model)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from xquant_gguf.divergence import Expected, Logits, log_sums
+from xquant_gguf.kv_types import type_and_plan
 from xquant_gguf.llama import Llama
 
 RANGES = [512 << i for i in range(22)]
@@ -71,8 +72,8 @@ def log_probabilities(llm: Llama, tokens: Sequence[int], n_past: int) -> Logits:
 
 def load(model_path: str, kv: str, common: Mapping[str, Any]) -> Llama:
     """A model with a cache, flash attention on; kv: a kv_type, or a JSON file with a plan.  common: of Llama."""
-    options: dict[str, Any] = {**common, "kv_plan" if kv.endswith(".json") else "kv_type": kv}
-    return Llama(model_path, flash_attn=True, **options)
+    kv_type, plan = type_and_plan(kv)
+    return Llama(model_path, kv_type=kv_type, kv_plan=plan, flash_attn=True, **common)
 
 
 class Cache(Protocol):

@@ -48,6 +48,11 @@ def needs_flash_attention(kv_type: str) -> bool:
     return kv_type not in LLAMA_TYPES or LLAMA_TYPES[kv_type].bits < 16
 
 
+def type_and_plan(name: str) -> tuple[str | None, str | None]:
+    """kv_type and kv_plan of Llama that a name stands for: a JSON file is a plan."""
+    return (None, name) if name.endswith(".json") else (name, None)
+
+
 def checked_kv_type(kv_type: str | None, kv_plan: PlanSource | None, others: Mapping[str, Any]) -> str | None:
     """The kv_type in force; ValueError if arguments (others: the rest of Llama's) contradict each other."""
     presets = preset_names()

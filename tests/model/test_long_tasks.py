@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,6 @@ PROBLEMS = [
     }
     for name, text, value in (("double", "Twice x.", 6), ("square", "x times x.", 9), ("half", "Half of x.", 1))
 ]
-
-
-@pytest.fixture
-def f16(tiny: str) -> Iterator[Llama]:
-    llm = Llama(tiny, kv_type="f16", flash_attn=True, **OPTIONS)
-    yield llm
-    llm.close()
 
 
 @pytest.fixture

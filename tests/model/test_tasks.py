@@ -7,7 +7,6 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,6 @@ QUESTIONS = HEAD + (
     "x,Why?,Because,Because; For a reason; Who knows,Thus\n"
 )
 OPTIONS: dict[str, Any] = {"n_ctx": 2048, "n_ubatch": 128, "n_batch": 128, "n_threads": 2, "verbose": False}
-
-
-@pytest.fixture
-def f16(tiny: str) -> Iterator[Llama]:
-    llm = Llama(tiny, kv_type="f16", flash_attn=True, **OPTIONS)
-    yield llm
-    llm.close()
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def _task_options(sub: argparse.ArgumentParser) -> None:
     text = "passkey: keys for each length and depth; needles: texts for each length (default 1)"
     sub.add_argument("--repeats", type=at_least(1), help=text)
     sub.add_argument("--seed", type=at_least(0), help="passkey, needles: another seed gives other texts (default 0)")
-    text = "humaneval: run the code that the model writes, in a process with limits (docs/quality.md says which)"
+    text = "humaneval: run the code that the model writes, in a process with limits (docs/usage.md says which)"
     sub.add_argument("--run-code", action="store_const", const=True, help=text)
 
 

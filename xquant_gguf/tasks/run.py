@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from xquant_gguf.evaluate import load
-from xquant_gguf.kv_types import checked_kv_type
+from xquant_gguf.kv_types import checked_kv_type, type_and_plan
 from xquant_gguf.llama import Llama
 from xquant_gguf.tasks.generate import Generate
 from xquant_gguf.tasks.harness import Harness
@@ -76,7 +76,7 @@ def run(
     if task.beside_f16:
         kv_types = ["f16", *(kv for kv in kv_types if kv != "f16")]
     for kv in kv_types:  # a wrong name is told now, not after hours of the others
-        checked_kv_type(None if kv.endswith(".json") else kv, kv if kv.endswith(".json") else None, {})
+        checked_kv_type(*type_and_plan(kv), {})
     given: dict[str, list[Answer]] = {}
     caches: dict[str, dict[str, Any]] = {}
     with (
