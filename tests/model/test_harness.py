@@ -91,7 +91,7 @@ def test_multiple_choice(tiny: str, harness: Path) -> None:
 
 def test_a_run(tiny: str, harness: Path) -> None:
     task = task_of("harness", {"data": written(harness, "multiple_choice", CHOICE), "shots": 29, "limit": 4})
-    with pytest.raises(ValueError, match=r"question 0 needs \d+ tokens, n_ctx is 512: must be more"):
+    with pytest.raises(ValueError, match=r"--n-ctx is 512, must be at least \d+ for item \d of"):
         run(tiny, task, ["f16"], n_ctx=512, n_ubatch=128, n_threads=1, progress=False)
     out = run(tiny, task, ["f16", "xquant-tiny"], n_ctx=2048, n_ubatch=128, n_threads=1, progress=False)
     f16, other = out["results"]

@@ -186,10 +186,19 @@ def test_generations_beside_f16(tiny: str) -> None:
     beside.close()
 
 
-def test_a_prompt_that_does_not_fit(f16: Llama) -> None:
-    task = Generate(limit=1, max_tokens=3000)
-    with pytest.raises(ValueError, match=r"prompt 0 has \d+ tokens, and --max-tokens is 3000: together they"):
-        task.ask(f16, task.items[0])
+def test_what_does_not_fit_is_told_before_anything_is_asked(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest item decides, wherever it stands."""
+    task = Generate(max_tokens=100)
+    llm = Llama(tiny, n_ctx=512, verbose=False)
+    needed = [task.needed(llm, item) for item in task.items]
+    llm.close()
+    n_ctx = (max(needed) - 1) // 256 * 256
+    assert needed[0] < n_ctx
+    monkeypatch.setattr(Generate, "ask", lambda *_: pytest.fail("an item was asked"))
+    name = task.items[needed.index(max(needed))].name
+    wanted = f"--n-ctx is {n_ctx}, must be at least {max(needed)} for item {name} of"
+    with pytest.raises(ValueError, match=wanted):
+        run(tiny, task, ["f16"], n_ctx=n_ctx, n_threads=1, progress=False)
 
 
 # ---- HumanEval ----
@@ -231,4 +240,4 @@ def test_humaneval_command(tiny: str, problems: str, tmp_path: Path, capfd: pyte
     # what stands behind the problems is longer than what stays open: all but the first page of them is codes
     assert xquant["tokens"] - xquant["tokens_in_codes"] < 128 + 256 + 128
     assert main(["evaluate", tiny, "--task", "humaneval", "--run-code", *options[:2], "--n-ctx", "1024"]) == 1
-    assert re.search(r"ours/double needs \d+ tokens, n_ctx is 1024: must be more", capfd.readouterr().err)
+    assert re.search(r"--n-ctx is 1024, must be at least \d+ for item ours/\w+ of", capfd.readouterr().err)

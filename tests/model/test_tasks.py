@@ -98,12 +98,8 @@ def test_an_answer_does_not_depend_on_the_ones_before(tiny: str, questions: Trut
 def test_a_question_that_does_not_fit(tiny: str, tmp_path: Path) -> None:
     path = tmp_path / "questions.csv"
     path.write_text(HEAD + f"x,{'why ' * 400}?,Yes,Yes,No\n")
-    task = TruthfulQA(str(path))
-    task.settings["primer"] = PRIMER
-    llm = Llama(tiny, kv_type="f16", **OPTIONS)
-    with pytest.raises(ValueError, match="question 0 does not fit the context of 2048 tokens"):
-        task.ask(llm, task.items[0])
-    llm.close()
+    with pytest.raises(ValueError, match=r"--n-ctx is 2048, must be at least \d{4} for item 0 of"):
+        run(tiny, TruthfulQA(str(path)), ["f16"], n_ctx=2048, progress=False)
 
 
 def test_greedy_answer_is_the_argmax(f16: Llama) -> None:

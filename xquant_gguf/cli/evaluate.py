@@ -57,7 +57,7 @@ def run_task(args: argparse.Namespace) -> int:
     beside = Path(args.json).with_suffix(".items.jsonl") if args.json else None
     out = run_items(
         args.model, task, args.kv_types.split(","), n_ctx=args.n_ctx, n_ubatch=args.n_ubatch, n_threads=args.threads,
-        answers_path=beside,
+        n_gpu_layers=args.n_gpu_layers, answers_path=beside,
     )  # fmt: skip
     near = [name for name in out["results"][0] if name.endswith("_to_f16")]
     paired = [name for name in ("worse", "better", "p") if name in out["results"][0]]
@@ -113,7 +113,7 @@ def add(commands: Commands) -> None:
     sub.add_argument("--tokens", type=at_least(2), default=4096, help="tokens of the text (default %(default)s)")
     sub.add_argument("--skip", type=at_least(0), default=512, help="first positions of a window that are not scored")
     sub.add_argument("--n-ubatch", type=at_least(1), default=512, help=UBATCH)
-    text = "layers on the GPU, with --text; -1: all (default %(default)s)"
+    text = "layers on the GPU; -1: all (default %(default)s)"
     sub.add_argument("--n-gpu-layers", type=at_least(-1), default=0, help=text)
     text = "file for the results; a task's answers are kept beside it, and a run that was stopped continues there"
     sub.add_argument("--json", help=text)

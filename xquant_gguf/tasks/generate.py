@@ -78,13 +78,11 @@ class Generate(Task):
 
     def prompt(self, llm: Llama, item: Item) -> list[int]:
         """Its tokens; the text is continued as it is."""
-        tokens = list(llm.tokenize(item.content.encode(), special=False))
-        if len(tokens) + self._max_tokens > llm.n_ctx():
-            raise ValueError(
-                f"prompt {item.name} has {len(tokens)} tokens, and --max-tokens is {self._max_tokens}: together they "
-                f"must be at most --n-ctx, {llm.n_ctx()}"
-            )
-        return tokens
+        return list(llm.tokenize(item.content.encode(), special=False))
+
+    def needed(self, llm: Llama, item: Item) -> int:
+        """Tokens of its prompt and of an answer."""
+        return len(self.prompt(llm, item)) + self._max_tokens
 
     def ask(self, llm: Llama, item: Item) -> dict[str, Any]:
         """The likeliest tokens behind a prompt."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +77,13 @@ class Harness(Task):
         answer: Any
         if requests[0].request_type == "generate_until":
             (request,) = requests
-            answer, n = self._generated(llm, item, *request.args)
+            answer, n = self._generated(llm, *request.args)
             request.resps = [answer]
             self._task._instances = requests
             self._task.apply_filters()
             results: list[Any] = [next(iter(request.filtered_resps.values()))]
         else:
-            results, n = self._likelihoods(llm, item, [request.args for request in requests])
+            results, n = self._likelihoods(llm, [request.args for request in requests])
             logp = [logp for logp, _ in results]
             answer = int(np.argmax(logp)) if len(logp) > 1 else bool(results[0][1])
         found = self._task.process_results(requests[0].doc, results)
@@ -96,15 +96,23 @@ class Harness(Task):
         start = llm.token_bos() if llm.token_bos() >= 0 else llm.token_eos()
         return tokens if tokens and tokens[0] == start else [start, *tokens]
 
-    def _read(self, llm: Llama, item: Item, tokens: list[int], n_all: int) -> None:
-        if n_all > llm.n_ctx():
-            raise ValueError(f"question {item.name} needs {n_all} tokens, n_ctx is {llm.n_ctx()}: must be more")
+    def needed(self, llm: Llama, item: Item) -> int:
+        """Tokens of its longest context and of what follows."""
+        if item.content[0].request_type == "generate_until":
+            context, options = item.content[0].args
+            return len(self._tokens(llm, context)) + self._most(options)
+        return max(len(self._tokens(llm, "".join(request.args))) for request in item.content)
+
+    @staticmethod
+    def _most(options: Mapping[str, Any]) -> int:
+        """Tokens of an answer, at most."""
+        return int(options.get("max_gen_toks", MAX_TOKENS))
+
+    def _read(self, llm: Llama, tokens: list[int]) -> None:
         self._text.read(llm, tokens)
         self._sealed = sealed_tokens(llm)
 
-    def _likelihoods(
-        self, llm: Llama, item: Item, pairs: Sequence[tuple[str, str]]
-    ) -> tuple[list[tuple[float, bool]], int]:
+    def _likelihoods(self, llm: Llama, pairs: Sequence[tuple[str, str]]) -> tuple[list[tuple[float, bool]], int]:
         """Log-probability of each continuation behind its context and whether it is the likeliest; tokens read."""
         wholes = [self._tokens(llm, context + continuation) for context, continuation in pairs]
         # a tokenizer may join the end of a context and the start of what follows it
@@ -112,7 +120,7 @@ class Harness(Task):
         shared = min(common(*wholes), *starts)  # what all begin with; its last token is decoded with each of them
         results = []
         for whole, start in zip(wholes, starts, strict=True):
-            self._read(llm, item, whole[: shared - 1], max(len(w) for w in wholes))
+            self._read(llm, whole[: shared - 1])
             rest = whole[shared - 1 : -1]
             pieces = range(0, len(rest), llm.n_batch)
             rows = np.concatenate([log_probabilities(llm, rest[i : i + llm.n_batch], shared - 1 + i) for i in pieces])[
@@ -123,10 +131,10 @@ class Harness(Task):
             results.append((logp, bool((rows.argmax(1) == wanted).all())))
         return results, shared
 
-    def _generated(self, llm: Llama, item: Item, context: str, options: dict[str, Any]) -> tuple[str, int]:
+    def _generated(self, llm: Llama, context: str, options: dict[str, Any]) -> tuple[str, int]:
         """The likeliest text behind a context, up to what ends it; tokens read."""
-        tokens, most = self._tokens(llm, context), int(options.get("max_gen_toks", MAX_TOKENS))
-        self._read(llm, item, tokens[:-1], len(tokens) + most)
+        tokens, most = self._tokens(llm, context), self._most(options)
+        self._read(llm, tokens[:-1])
         made = greedy(llm, tokens[-1:], len(tokens) - 1, most)
         answer = llm.detokenize(made, prev_tokens=tokens).decode(errors="replace")
         until = options.get("until") or []

@@ -92,13 +92,15 @@ class HumanEval(Task):
         n = common(shared, tokens)
         return tokens[:n], tokens[n:]
 
+    def needed(self, llm: Llama, item: Item) -> int:
+        """Tokens of its prompt and of an answer."""
+        return sum(map(len, self.prompt(llm, item.content))) + self._max_tokens
+
     def ask(self, llm: Llama, item: Item) -> dict[str, Any]:
         """Whether the tests pass of the function that a model writes."""
         problem: Problem = item.content
         module, question = self.prompt(llm, problem)
         n = len(module) + len(question)
-        if n + self._max_tokens > llm.n_ctx():
-            raise ValueError(f"{item.name} needs {n + self._max_tokens} tokens, n_ctx is {llm.n_ctx()}: must be more")
         self._module.read(llm, module)
         sealed = sealed_tokens(llm)
         answer = text_of(llm, greedy(llm, question, len(module), self._max_tokens))

@@ -51,27 +51,29 @@ def run(
     n_ctx: int,
     n_ubatch: int = 512,
     n_threads: int | None = None,
+    n_gpu_layers: int = 0,
     answers_path: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Asks every item of every cache type; each answer is kept in answers_path at once, and never asked for twice.
 
-    kv_types: names of Llama's kv_type, or JSON files with plans.  n_ctx: tokens of the context; 0: as many as the
-    model was trained with.  Returns {"metric", "results": [one dictionary a type], "items", settings...}; a result has
-    n, score (the metric named first), every metric with its standard error, and, if "f16" is among the types, how
-    often the answer is that of F16, on how many items the score is worse and better than F16's, and how likely that
-    is by chance (xquant_gguf.tasks.paired).  Raises ValueError if answers_path has answers to other settings.  Warns if
-    nothing was read from an XQuant cache's codes.
+    kv_types: names of Llama's kv_type, or JSON files with plans. n_ctx: tokens of the context; 0: as many as the model
+    was trained with. n_gpu_layers: layers on the GPU, -1: all. Returns {"metric", "results": [one dictionary a type],
+    "items", settings...}; a result has n, score (the metric named first), every metric with its standard error, and, if
+    "f16" is among the types, how often the answer is that of F16, on how many items the score is worse and better than
+    F16's, and how likely that is by chance (xquant_gguf.tasks.paired). Raises ValueError if answers_path has answers to
+    other settings. Warns if nothing was read from an XQuant cache's codes.
     """
     common: dict[str, Any] = {"n_ctx": n_ctx, "n_batch": n_ubatch, "n_ubatch": n_ubatch, "verbose": False}
-    common.update(n_threads=n_threads, n_threads_batch=n_threads)
+    common.update(n_threads=n_threads, n_threads_batch=n_threads, n_gpu_layers=n_gpu_layers)
     model = Path(model_path)
     if not model.exists():
         raise ValueError(f"Model path does not exist: {model}")
     if not task.items:
         raise ValueError(f"--task {task.name}: there are no items to ask")
     asked = {"model": model.name, "model_bytes": model.stat().st_size, "task": task.name}
-    settings = {**asked, "n_ctx": n_ctx, "n_ubatch": n_ubatch, "kernels": Llama.kernels(), **task.settings}
+    settings = {**asked, "n_ctx": n_ctx, "n_ubatch": n_ubatch, "kernels": Llama.kernels()}
+    settings |= {"n_gpu_layers": n_gpu_layers, **task.settings}
     kv_types = list(dict.fromkeys(kv_types))
     if task.beside_f16:
         kv_types = ["f16", *(kv for kv in kv_types if kv != "f16")]
@@ -86,8 +88,8 @@ def run(
         for kv in kv_types:
             bar.set_description(kv)
             llm = load(model_path, kv, common)
-            if llm.n_ctx() < task.least_ctx:
-                raise ValueError(f"--n-ctx is {llm.n_ctx()}, must be at least {task.least_ctx} for this task")
+            if kv == kv_types[0]:
+                _check_context(llm, task)
             f16 = given.get("f16", [None] * len(task.items)) if task.beside_f16 else [None] * len(task.items)
             given[kv] = [
                 _answer(llm, _version(kv), task, item, answers, bar, beside)
@@ -104,6 +106,15 @@ def run(
         for i, item in enumerate(task.items)
     ]
     return {"metric": task.metrics[0], "results": results, **task.details(given), "items": items, **settings}
+
+
+def _check_context(llm: Llama, task: Task) -> None:
+    """ValueError if there is an item that the context is too small for."""
+    if llm.n_ctx() < task.least_ctx:
+        raise ValueError(f"--n-ctx is {llm.n_ctx()}, must be at least {task.least_ctx} for this task")
+    needed, name = max((task.needed(llm, item), item.name) for item in task.items)
+    if needed > llm.n_ctx():
+        raise ValueError(f"--n-ctx is {llm.n_ctx()}, must be at least {needed} for item {name} of this task")
 
 
 def _version(kv: str) -> str:

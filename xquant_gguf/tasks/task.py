@@ -45,6 +45,10 @@ class Task(ABC):
         Depends on the model and the item alone, not on what was asked before.
         """
 
+    def needed(self, llm: Llama, item: Item) -> int:
+        """Tokens of context that an item needs beyond least_ctx; asked of all items before any."""
+        return 0
+
     def follow(self, llm: Llama, item: Item, answer: Any) -> dict[str, float]:
         """Further metrics of a task with beside_f16: of a cache that reads F16's answer to this item."""
         return {}

@@ -70,21 +70,24 @@ class TruthfulQA(Task):
         self.items = [Item(str(i), question) for i, question in enumerate(questions)]
         self._primer = ReadOnce()
 
+    def prompt(self, llm: Llama, question: Question) -> tuple[list[int], list[int], list[list[int]]]:
+        """Tokens of the primer, of the question, and of the question with each answer."""
+        asked = f"\n\nQ: {question.text}\nA:"
+        whole = [llm.tokenize(f"{asked} {a}".encode(), add_bos=False) for a in (*question.true, *question.false)]
+        return llm.tokenize(self.settings["primer"].encode()), llm.tokenize(asked.encode(), add_bos=False), whole
+
+    def needed(self, llm: Llama, item: Item) -> int:
+        """Tokens of primer, question and longest answer."""
+        primer, _, whole = self.prompt(llm, item.content)
+        return len(primer) + max(map(len, whole))
+
     def ask(self, llm: Llama, item: Item) -> dict[str, Any]:
         """Scores one question; answer: number of the likeliest choice (true ones first)."""
         question: Question = item.content
-        primer = llm.tokenize(self.settings["primer"].encode())
+        primer, prefix, whole = self.prompt(llm, question)
         n_primer = len(primer)
-        if n_primer >= llm.n_ctx():
-            raise ValueError(f"the primer has {n_primer} tokens, n_ctx is {llm.n_ctx()}: must be more")
-        asked = f"\n\nQ: {question.text}\nA:"
-        whole = [llm.tokenize(f"{asked} {a}".encode(), add_bos=False) for a in (*question.true, *question.false)]
-        prefix = llm.tokenize(asked.encode(), add_bos=False)
         # a tokenizer may join the end of the question and the start of an answer
         n = common(prefix, *whole)
-        if n_primer + max(len(w) for w in whole) > llm.n_ctx():
-            raise ValueError(f"question {item.name} does not fit the context of {llm.n_ctx()} tokens")
-
         self._primer.read(llm, primer)
         first = log_probabilities(llm, prefix[:n], n_primer)[-1:]
         sealed = sealed_tokens(llm)
