@@ -50,22 +50,34 @@ XQ_LANE parameters lengthened(const parameters &p, lanes rest, float much, int t
     return longer;
 }
 
+/* Sums of a group's values, counted from `shift`, which keeps them small where the group lies far from zero. */
+struct moments {
+    lanes shift, sum, squares;
+};
+template <typename X> XQ_LANE moments moments_of(const group<X> &g) {
+    moments m = {(g.min + g.max) * 0.5f, splat(0.0f), splat(0.0f)};
+    for (int j = 0; j < g.n_j; ++j) {
+        const lanes x = g.x[j] - m.shift;
+        m.sum = m.sum + x;
+        m.squares = m.squares + x * x;
+    }
+    return m;
+}
+
 /* Least-squares scale and zero for given codes; lanes whose codes are all the same get `flat`.  rest: the share of the
  * variance that is left over. */
 template <typename X, typename F>
-XQ_LANE parameters least_squares(const group<X> &g, const parameters &flat, const F &code, lanes &rest) {
-    const lanes shift = (g.min + g.max) * 0.5f; // keeps the sums small where the group lies far from zero
-    lanes sum_c = splat(0.0f), sum_cc = splat(0.0f), sum_x = splat(0.0f), sum_xc = splat(0.0f), sum_xx = splat(0.0f);
+XQ_LANE parameters least_squares(const group<X> &g, const moments &m, const parameters &flat, const F &code,
+                                 lanes &rest) {
+    lanes sum_c = splat(0.0f), sum_cc = splat(0.0f), sum_xc = splat(0.0f);
     for (int j = 0; j < g.n_j; ++j) {
-        const lanes c = code(j), x = g.x[j] - shift;
+        const lanes c = code(j), x = g.x[j] - m.shift;
         sum_c = sum_c + c;
         sum_cc = sum_cc + c * c;
-        sum_x = sum_x + x;
         sum_xc = sum_xc + x * c;
-        sum_xx = sum_xx + x * x;
     }
-    const lanes mean_c = sum_c / (float)g.n_j, mean_x = sum_x / (float)g.n_j;
-    const lanes variance = sum_cc - sum_c * mean_c, both = sum_xc - sum_x * mean_c, all = sum_xx - sum_x * mean_x;
+    const lanes mean_c = sum_c / (float)g.n_j, mean_x = m.sum / (float)g.n_j;
+    const lanes variance = sum_cc - sum_c * mean_c, both = sum_xc - m.sum * mean_c, all = m.squares - m.sum * mean_x;
     // codes that differ at all give a variance near 1 or more; less is rounding
     const auto usable = variance > 0.25f;
     const lanes scale = both / (usable ? variance : splat(1.0f));
@@ -74,7 +86,7 @@ XQ_LANE parameters least_squares(const group<X> &g, const parameters &flat, cons
     rest = varies ? low(high(unexplained, splat(0.0f)), splat(1.0f)) : splat(0.0f);
     parameters p = {};
     p.scale = usable ? scale : flat.scale;
-    p.base = usable ? shift + mean_x - scale * mean_c : flat.base;
+    p.base = usable ? m.shift + mean_x - scale * mean_c : flat.base;
     return p;
 }
 
@@ -102,7 +114,7 @@ template <typename X> XQ_LANE parameters fit_clip(const group<X> &g) {
     }
     const lanes inv = inverse(best.scale);
     lanes rest;
-    least_squares(g, best_raw, [&](int j) { return encode(g.x[j], best, inv, g.top); }, rest);
+    least_squares(g, moments_of(g), best_raw, [&](int j) { return encode(g.x[j], best, inv, g.top); }, rest);
     const parameters p = lengthened(best_raw, rest, longer_clip, g.top);
     return round_parameters(g.side, p.scale, p.base);
 }
@@ -118,11 +130,12 @@ template <typename X> XQ_LANE lanes mean(const group<X> &g) {
 
 /* Three steps of assignment and least squares from the relaxed range. */
 template <typename X> XQ_LANE parameters fit_lloyd(const group<X> &g) {
+    const moments m = moments_of(g);
     parameters p = relaxed(g, g.side.eta);
     lanes rest;
     for (int step = 0; step < 3; ++step) {
         const lanes inv = inverse(p.scale);
-        p = least_squares(g, p, [&](int j) { return encode(g.x[j], p, inv, g.top); }, rest);
+        p = least_squares(g, m, p, [&](int j) { return encode(g.x[j], p, inv, g.top); }, rest);
     }
     p = lengthened(p, rest, longer_lloyd, g.top);
     return round_parameters(g.side, p.scale, p.base);
@@ -144,7 +157,7 @@ template <typename X, typename F> XQ_LANE parameters fit(const group<X> &g, cons
         parameters flat = {};
         flat.base = mean(g);
         lanes rest;
-        p = least_squares(g, flat, owner_code, rest);
+        p = least_squares(g, moments_of(g), flat, owner_code, rest);
         break;
     }
     default:

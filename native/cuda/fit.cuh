@@ -54,7 +54,7 @@ __device__ inline void pack_part(const matrix &m, float *x, int i0, int bits, in
         uint32_t word = 0;
         for (int r = 0; r < rows; ++r) {
             const int i = unit * rows + r; // of the slab
-            const uint32_t code = i0 + i < m.n_i ? (uint32_t)column{x, i}[j] >> shift : 0;
+            const uint32_t code = i0 + i < m.n_i ? (uint32_t)column_of(x, m.n_j, i)[j] >> shift : 0;
             word |= (code & ((1u << bits) - 1)) << (8 * (r % 4) + bits * (r / 4));
         }
         uint8_t *at = codes + (int64_t)(j / 16) * column_bytes(m.side.bits, m.n_i) + offset;
@@ -78,7 +78,7 @@ __device__ inline void shrink_slab(const byte_page &page, float *x, int first) {
     __shared__ float centres[slab], inverses[slab];
     const int n_j = page.by_channel ? XQ_PAGE : page.width, i = first + (int)threadIdx.x;
     if (threadIdx.x < slab && i < page.n) {
-        const column row = {x, (int)threadIdx.x};
+        const column row = column_of(x, n_j, threadIdx.x);
         float least = row[0], most = row[0];
 #pragma unroll 8
         for (int j = 1; j < n_j; ++j) {
@@ -105,7 +105,8 @@ __device__ inline void shrink_slab(const byte_page &page, float *x, int first) {
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
             const int r = page.by_channel ? c + n : t, j = page.by_channel ? t : c + n;
-            const float byte = nearest(low(high((column{x, r}[j] - centres[r]) * inverses[r], -127.0f), 127.0f));
+            const float byte =
+                nearest(low(high((column_of(x, n_j, r)[j] - centres[r]) * inverses[r], -127.0f), 127.0f));
             word |= ((uint32_t)(int)byte & 0xffu) << 8 * n;
         }
         *(uint32_t *)(page.codes + (page.by_channel ? t * page.width + first + c : (first + t) * page.width + c)) =

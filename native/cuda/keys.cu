@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(slab)
     if (i >= side.width || !has_keys(store, page)) {
         return;
     }
-    const column x = {shared, lane};
+    const column x = column_of(shared, XQ_PAGE, lane);
     const bool sealed = page.slot == XQ_SLOT_SEALED;
     if (sealed) {
         unseal_lane(matrix_of(side, true), x, i, page_codes(side, page.page), page_param(side, page.page));
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(slab)
         return;
     }
     const matrix m = matrix_of(side, true);
-    const column x = {shared, lane};
+    const column x = column_of(shared, XQ_PAGE, lane);
     uint8_t *codes = page_codes(side, page.page);
     for (int t = 0; t < XQ_PAGE; ++t) {
         x[t] = active ? __half2float(rotated(source_of(page.valid, t))) : 0.0f;
@@ -73,7 +73,8 @@ __global__ void __launch_bounds__(slab)
 int launch(void (*kernel)(xq_store, xq_keys_args), const xq_store &store, const xq_keys_args &args,
            cudaStream_t stream) {
     const unsigned n_slabs = (unsigned)(store.k.width + slab - 1) / slab;
-    kernel<<<dim3(n_slabs, args.n_pages, store.n_head_kv), slab, XQ_PAGE * slab * sizeof(float), stream>>>(store, args);
+    kernel<<<dim3(n_slabs, args.n_pages, store.n_head_kv), slab, XQ_PAGE * slab_stride(XQ_PAGE) * sizeof(float),
+             stream>>>(store, args);
     return launched("reading or writing keys");
 }
 

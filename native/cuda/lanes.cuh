@@ -6,8 +6,8 @@
  * operations as the CPU codec: same bytes.  Files that include this are compiled without contraction (-fmad=false);
  * divisions and square roots are IEEE, subnormals are kept.
  *
- * Shared memory: x [n_j][32] floats, lane l of element j at l ^ (j % 32), so that rows and columns are read without
- * bank conflicts.  Mapped values need as much again for what the map reads.
+ * Shared memory: x [n_j][slab_stride(n_j)] floats, of which the last is padding, so that rows and columns are read
+ * without bank conflicts.  Mapped values need as much again for what the map reads.
  */
 #pragma once
 
@@ -25,10 +25,15 @@ struct slab_place {
     int stream, head, page, first;
 };
 
+/* Floats from element to element.  Without padding 512 elements fit the 64 KiB that some GPUs have. */
+__host__ __device__ inline int slab_stride(int n_j) {
+    return n_j < 512 ? slab + 1 : slab;
+}
+
 /* Shared memory of a kernel that works on slabs of a layer. */
 inline size_t slab_bytes(const xq_store &store) {
-    const int width = store.v.width;
-    return (size_t)(width > XQ_PAGE ? width : XQ_PAGE) * slab * sizeof(float) * (store.mapped ? 2 : 1);
+    const int n_j = store.v.width > XQ_PAGE ? store.v.width : XQ_PAGE;
+    return (size_t)n_j * slab_stride(n_j) * sizeof(float) * (store.mapped ? 2 : 1);
 }
 inline unsigned slabs_of(const xq_store &store) {
     const int width = store.k.width;
@@ -36,10 +41,14 @@ inline unsigned slabs_of(const xq_store &store) {
 }
 
 struct column {
-    float *x; /* [n_j][slab] */
-    int lane;
-    __device__ float &operator[](int j) const { return x[j * slab + (lane ^ (j & 31))]; }
+    float *x; /* [n_j][stride], from the column's first element on */
+    int stride;
+    __device__ float &operator[](int j) const { return x[j * stride]; }
 };
+/* Lane's column of n_j elements. */
+__device__ inline column column_of(float *shared, int n_j, int lane) {
+    return {shared + lane, slab_stride(n_j)};
+}
 
 __device__ inline float low(float a, float b) {
     return b < a ? b : a;
@@ -116,16 +125,24 @@ __device__ inline matrix matrix_of(const side_view &side, bool is_k) {
 
 #include "codec_fit.h"
 
-/* transform() of a lane's column: the steps within 64 neighbours in registers, where they do not wait for shared
- * memory. The same operations on the same operands. */
-__device__ inline void transform_column(column x, int n) {
-    constexpr int near = 64;
+constexpr int transform_near = 128;
+
+/* transform() of a column by `of` threads, of which this is the nth; meet() is called by all of them.  What lies within
+ * `near` neighbours is done in registers, where nothing waits for shared memory.  The same operations on the same
+ * operands. */
+template <int near, typename MEET>
+__device__ void transform_column(column x, int n, int nth, int of, const MEET &meet) {
     const int block = hadamard_block(n);
+    const float norm = (float)(1.0 / sqrt((double)block));
     if (block < near) {
-        transform(x, n);
+        if (nth == 0) {
+            transform(x, n);
+        }
+        meet();
         return;
     }
-    for (int first = 0; first < n; first += near) {
+#pragma unroll 1
+    for (int first = nth * near; first < n; first += of * near) {
         float part[near];
 #pragma unroll
         for (int i = 0; i < near; ++i) {
@@ -142,24 +159,24 @@ __device__ inline void transform_column(column x, int n) {
                 }
             }
         }
+        const float factor = block == near ? norm : 1.0f;
 #pragma unroll
         for (int i = 0; i < near; ++i) {
-            x[first + i] = part[i];
+            x[first + i] = part[i] * factor;
         }
     }
+    meet();
+#pragma unroll 1
     for (int h = near; h < block; h *= 2) {
+        const float factor = 2 * h == block ? norm : 1.0f;
 #pragma unroll 8
-        for (int k = 0; k < n / 2; ++k) {
+        for (int k = nth; k < n / 2; k += of) {
             const int i = 2 * k - (k & (h - 1)); // the k-th whose bit h is 0
             const float a = x[i], b = x[i + h];
-            x[i] = a + b;
-            x[i + h] = a - b;
+            x[i] = (a + b) * factor;
+            x[i + h] = (a - b) * factor;
         }
-    }
-    const float norm = (float)(1.0 / sqrt((double)block));
-#pragma unroll 8
-    for (int i = 0; i < n; ++i) {
-        x[i] = x[i] * norm;
+        meet();
     }
 }
 
@@ -202,21 +219,22 @@ __device__ inline void unseal_slab(const xq_store &store, const slab_place &at, 
     const side_view side = side_at(side_of(store, at.is_k), at.stream, at.head);
     const matrix m = matrix_of(side, at.is_k);
     const int lane = threadIdx.x % slab, i = at.first + lane;
-    const column x = {shared, lane};
+    const column x = column_of(shared, m.n_j, lane);
     if (i < m.n_i) {
         unseal_lane(m, x, i, page_codes(side, at.page), page_param(side, at.page));
         if (!at.is_k && store.mapped) {
-            add_predicted(store, at, i, x, {shared + m.n_j * slab, lane}, 1.0f);
+            add_predicted(store, at, i, x, column_of(shared + m.n_j * x.stride, m.n_j, lane), 1.0f);
         }
         if (m.side.rotate) {
-            transform_column(x, m.n_j);
+            transform_column<transform_near / 2>(x, m.n_j, 0, 1, [] {});
         }
     }
     __syncwarp();
     for (int k = lane; k < m.n_j * slab; k += slab) {
         const int r = at.is_k ? k % slab : k / m.n_j, j = at.is_k ? k / slab : k % m.n_j;
         if (at.first + r < m.n_i) {
-            rows[at.is_k ? j * stride + at.first + r : (at.first + r) * stride + j] = to_half(column{shared, r}[j]);
+            rows[at.is_k ? j * stride + at.first + r : (at.first + r) * stride + j] =
+                to_half(column_of(shared, m.n_j, r)[j]);
         }
     }
     __syncwarp();

@@ -45,7 +45,7 @@ template <int N, typename VALUE>
 __device__ int load_values(const slab_place &at, const matrix &m, float *shared, const VALUE &value) {
     static_assert(seal_warps * slab == XQ_PAGE, "each warp takes a slab of tokens");
     const int lane = threadIdx.x % slab, warp = threadIdx.x / slab;
-    const column x = {shared, lane};
+    const column x = column_of(shared, m.n_j, lane);
     int bad = 0;
     if (at.is_k) {
         const int i = min(at.first + lane, m.n_i - 1); // lanes beyond the channels: the last one's, which counts once
@@ -57,7 +57,7 @@ __device__ int load_values(const slab_place &at, const matrix &m, float *shared,
     for (int j = (int)threadIdx.x; j < m.n_j; j += seal_warps * slab) {
         each_token<N>(
             at.first, [&](int t) { return value(t, j); },
-            [&](int t, __half of) { column{shared, t - at.first}[j] = finite(__half2float(of), bad); });
+            [&](int t, __half of) { column_of(shared, m.n_j, t - at.first)[j] = finite(__half2float(of), bad); });
     }
     return bad;
 }
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(seal_warps *slab, 3)
         return;
     }
     const int lane = threadIdx.x % slab, i = at.first + lane;
-    const column x = {shared, lane};
+    const column x = column_of(shared, m.n_j, lane);
     count_bad(args.n_nonfinite, load_slab(at, m, move, open_page_of(side, at.is_k, move.slot), shared));
     __syncthreads();
     if (is_bytes(move.small)) {
@@ -104,12 +104,13 @@ __global__ void __launch_bounds__(seal_warps *slab, 3)
     }
     const bool own = own_codes(side);
     uint8_t *codes = page_codes(side, at.page);
+    if (m.side.rotate) {
+        const auto all = [] { __syncthreads(); };
+        transform_column<transform_near / seal_warps>(x, m.n_j, threadIdx.x / slab, seal_warps, all);
+    }
     if (threadIdx.x < slab && i < m.n_i) {
-        if (m.side.rotate) {
-            transform_column(x, m.n_j);
-        }
         if (!at.is_k && store.mapped) {
-            add_predicted(store, at, i, x, {shared + m.n_j * slab, lane}, -1.0f);
+            add_predicted(store, at, i, x, column_of(shared + m.n_j * x.stride, m.n_j, lane), -1.0f);
         }
         seal_lane(m, x, i, own ? nullptr : codes, page_param(side, at.page));
     }
