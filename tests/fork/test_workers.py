@@ -73,6 +73,30 @@ def test_the_same_tokens(paths: dict[str, Path], worker: Worker, name: str, kv_t
         assert difference(answers[0][1], answers[1][1]) < SAME
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+def test_a_worker_with_a_gpu(paths: dict[str, Path], kv_type: str) -> None:
+    """As with the GPU in this process: pages unpacked for a prompt, few rows, single tokens, a state, a shift."""
+    with workers.running(kind=workers.GPU) as far:
+        with (
+            Context(paths["plain"], kv_type, n_ctx=1024, rpc_servers=far.endpoint) as there,
+            Context(paths["plain"], kv_type, n_ctx=1024, n_gpu_layers=99) as here,
+        ):
+            found = []
+            for context in (there, here):
+                rows = [context.decode(PROMPT[:400], 0)[-1], context.decode(PROMPT[400:405], 400)[-1]]
+                rows += [context.decode([9 + i], 405 + i)[-1] for i in range(60)]
+                state = context.save(0)
+                context.session.clear()
+                assert context.load(state, 0) == len(state)
+                assert context.session.remove(0, 130, 170)
+                context.session.shift(0, 170, -1, -40)
+                rows.append(context.decode([5, 6, 7], 425)[-1])
+                found.append(np.array(rows))
+        print(f"{kv_type}: {difference(found[0], found[1]):.1e}")
+        assert difference(found[0], found[1]) < SAME
+
+
 @pytest.mark.parametrize("unified", [True, False])
 def test_many_sequences(paths: dict[str, Path], worker: Worker, unified: bool) -> None:
     """Rows grow into larger tensors, sequences are copied, also between streams."""

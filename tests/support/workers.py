@@ -20,8 +20,12 @@ TESTS = str(Path(__file__).resolve().parent.parent)
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([TESTS, *sys.path])}
 
 
-def serve(endpoint: str, threads: int) -> None:
-    """What rpc-server does, on the CPU; never returns."""
+CPU, GPU = 0, 1
+"""Types of devices, as ggml counts them."""
+
+
+def serve(endpoint: str, threads: int, kind: int) -> None:
+    """What rpc-server does, with the first device of a type; never returns."""
     from xquant_gguf import fork, native
 
     _, lib = fork.load()
@@ -29,8 +33,8 @@ def serve(endpoint: str, threads: int) -> None:
     ffi.cdef("void ggml_backend_rpc_start_server(const char *, const char *, size_t, size_t, void **);")
     rpc = ffi.dlopen(str(native.library_path("ggml-rpc")))
     devices = [lib.ggml_backend_dev_get(i) for i in range(lib.ggml_backend_dev_count())]
-    cpu = next(device for device in devices if lib.ggml_backend_dev_type(device) == 0)
-    array = ffi.new("void *[]", [ffi.cast("void *", int(ffi.cast("intptr_t", cpu)))])
+    first = next(device for device in devices if lib.ggml_backend_dev_type(device) == kind)
+    array = ffi.new("void *[]", [ffi.cast("void *", int(ffi.cast("intptr_t", first)))])
     rpc.ggml_backend_rpc_start_server(endpoint.encode(), ffi.NULL, threads, 1, array)
 
 
@@ -52,11 +56,15 @@ class Worker:
 
 @contextmanager
 def running(
-    endpoint: str | None = None, threads: int = 1, prefix: Sequence[str] = (), log: Path | None = None
+    endpoint: str | None = None,
+    threads: int = 1,
+    prefix: Sequence[str] = (),
+    log: Path | None = None,
+    kind: int = CPU,
 ) -> Iterator[Worker]:
     """A worker, which must not have ended by itself.  prefix: of its command, such as `ip netns exec NAME`."""
     endpoint = endpoint or f"127.0.0.1:{free_port()}"
-    command = [*prefix, sys.executable, "-m", "support.workers", endpoint, str(threads)]
+    command = [*prefix, sys.executable, "-m", "support.workers", endpoint, str(threads), str(kind)]
     with (
         open(log or os.devnull, "w") as file,
         subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=file) as process,
@@ -230,4 +238,4 @@ def graph(node: int, tensors: Sequence[bytes]) -> bytes:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]))
+    serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
