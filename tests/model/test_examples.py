@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,12 +26,21 @@ def run(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
     return out
 
 
-def needs(module: str) -> pytest.MarkDecorator:
+def installed(module: str) -> bool:
     try:
-        there = find_spec(module) is not None
+        return find_spec(module) is not None
     except ModuleNotFoundError:
-        there = False
-    return pytest.mark.skipif(not there, reason=f"{module} is not installed")
+        return False
+
+
+def needs(*modules: str) -> pytest.MarkDecorator:
+    missing = [module for module in modules if not installed(module)]
+    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)}: not installed")
+
+
+needs_the_server = pytest.mark.skipif(
+    not (native.LIBRARY_DIR / programs.PROGRAMS["llama-server"]).exists(), reason="built without -DXQUANT_PROGRAMS=ON"
+)
 
 
 def without_the_hook(program: str, *arguments: str) -> list[str]:
@@ -62,14 +74,37 @@ def test_the_llm_command(smollm2: str, tmp_path: Path) -> None:
     assert "Paris" in out.stdout
 
 
-@pytest.mark.skipif(
-    not (native.LIBRARY_DIR / programs.PROGRAMS["llama-server"]).exists(), reason="built without -DXQUANT_PROGRAMS=ON"
-)
-def test_the_openai_client(smollm2: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "xquant_gguf", "server", smollm2, "-c", "2048", "-t", "2", "--no-webui"]
-    with running(command, tmp_path) as server:
+@needs("outlines", "numba")
+def test_outlines(smollm2: str) -> None:
+    """A model that may only write what fits; a small one may still be wrong."""
+    city, country = run([sys.executable, str(EXAMPLES / "outlines_llamacpp.py"), smollm2]).stdout.splitlines()
+    assert city.startswith("name='Paris' country='")
+    assert country in ("France", "Spain")
+
+
+@contextmanager
+def serving(model: str, folder: Path) -> Iterator[str]:
+    """The address of an OpenAI-compatible server with our cache."""
+    command = [sys.executable, "-m", "xquant_gguf", "server", model, "-c", "2048", "-t", "2", "--no-webui"]
+    with running(command, folder) as server:
         assert "xquant" in server.get("/props").json()
-        out = run([sys.executable, str(EXAMPLES / "openai_client.py"), f"{server.url}/v1"])
+        yield f"{server.url}/v1"
+
+
+@needs_the_server
+def test_the_openai_client(smollm2: str, tmp_path: Path) -> None:
+    with serving(smollm2, tmp_path) as url:
+        out = run([sys.executable, str(EXAMPLES / "openai_client.py"), url])
     answer, told = out.stdout.rsplit("\ncalls ", 1)
     assert len(answer.split()) > 3
     assert told.startswith(("weather {", "nothing, says: "))  # SmolLM2's template knows no tools
+
+
+@needs("instructor")
+@needs_the_server
+def test_instructor(smollm2: str, tmp_path: Path) -> None:
+    with serving(smollm2, tmp_path) as url:
+        whole, *parts = run([sys.executable, str(EXAMPLES / "instructor_client.py"), url]).stdout.splitlines()
+    assert re.fullmatch("name='.+' country='.+'", whole)
+    assert len(parts) > 2
+    assert parts[-1] == f"so far {whole}"
