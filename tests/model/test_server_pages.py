@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from support import tiny_gguf
 from support.llama_server import Server, running
-from xquant_gguf import native, programs
+from xquant_gguf import native, programs, synthetic
 
 pytestmark = pytest.mark.skipif(
     not (native.LIBRARY_DIR / programs.PROGRAMS["llama-server"]).exists(),
@@ -33,6 +33,8 @@ pytestmark = pytest.mark.skipif(
 N_SLOT = 4096
 ANSWER = tiny_gguf.text(20, seed=9)
 DICTATED: dict[str, Any] = {"grammar": f'root ::= "{ANSWER}"', "n_probs": tiny_gguf.N_VOCAB, "n_predict": len(ANSWER)}
+# each letter is a token, and a byte: that one is forbidden, or a tie between them would decide what follows
+DICTATED["logit_bias"] = [[len(synthetic.SPECIAL) + ord(letter), False] for letter in set(ANSWER)]
 TEXTS = [tiny_gguf.text(n, seed=n) for n in (650, 700, 750, 800)]
 Array = NDArray[np.float32]
 
@@ -45,16 +47,23 @@ def serving(model: str, kv_type: str, folder: Path, *options: str) -> Iterator[S
         yield server
 
 
-@pytest.fixture(scope="module", params=["f16", "xquant"])
-def kv_type(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(scope="module", params=["f16", "xquant", "xquant --kv-unified"])
+def kind(request: pytest.FixtureRequest) -> list[str]:
+    """A type of cache, and whether slots share one stream of it."""
+    return str(request.param).split()
 
 
 @pytest.fixture(scope="module")
-def server(tiny: str, kv_type: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def kv_type(kind: list[str]) -> str:
+    return kind[0]
+
+
+@pytest.fixture(scope="module")
+def server(tiny: str, kind: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Four slots; what leaves them is forgotten."""
+    kv_type, *more = kind
     folder = tmp_path_factory.mktemp(kv_type)
-    options = ["-c", str(4 * N_SLOT), "-np", "4", "--cache-ram", "0", "--slot-save-path", str(folder)]
+    options = ["-c", str(4 * N_SLOT), "-np", "4", "--cache-ram", "0", "--slot-save-path", str(folder), *more]
     with serving(tiny, kv_type, folder, *options) as it:
         yield it
 
@@ -203,6 +212,7 @@ def test_a_draft_model_changes_nothing(tiny: str, server: Server, kv_type: str, 
         assert place["top_logprobs"][0]["logprob"] - place["top_logprobs"][1]["logprob"] < 0.05
 
 
+@pytest.mark.parametrize("kv_type", ["f16", "xquant"])
 def test_texts_come_back(tiny: str, kv_type: str, tmp_path: Path) -> None:
     """Their pages as they were, when another text had the slot; and without their middle: what follows it moves down.
 
