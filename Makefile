@@ -84,8 +84,8 @@ test-wheels: all
 	XQUANT_WHEELS=$(or $(XQUANT_WHEELS),dist) $(BIN)/pytest tests/wheels
 
 server-tests: all $(SERVER)/ready
-	$(SERVER)/bin/python tools/server_tests.py $(if $(MODEL),--model "$(MODEL)") $(ARGS) \
-	  --server "$$($(BIN)/python -c 'from xquant_gguf import programs; print(programs.path("llama-server"))')"
+	PYTHONPATH=tests $(BIN)/python tools/server_tests.py --python $(SERVER)/bin/python \
+	  $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 release: all $(WHEELS)/ready
 	PYTEST=$(BIN)/pytest $(WHEELS)/bin/python tools/release.py

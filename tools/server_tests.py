@@ -1,9 +1,11 @@
-"""Run llama.cpp's own tests of llama-server with each type of cache, and compare: server_tests.py --server FILE.
+"""Run llama.cpp's own tests of llama-server with each type of cache, and compare.
 
-The tests come out of the pinned source, into a temporary folder.  They want small models from a hub; all that ask for
-a model that generates text get --model instead (server_tests_plugin.py), the others are left out and named.  What a
-test says of that other model's own words and numbers of tokens then does not hold, with any cache.  So that the rest
-of it is still seen, a failed assert does not end a test: the outcome of every assert is compared.
+usage: PYTHONPATH=tests python tools/server_tests.py [unit/test_basic.py ...]
+
+The tests come out of the pinned source, into a temporary folder.  They want small models from a hub and get stand-ins
+(tests/support/hub.py, server_tests_plugin.py); those that need more of a network are left out and named.  What a test
+says of a model's own words and numbers of tokens then does not hold, with any cache.  So that the rest of it is still
+seen, a failed assert does not end a test: the outcome of every assert is compared.
 
 Exit status 1 if an assert, an error or a test's end differs between the types.
 """
@@ -27,6 +29,8 @@ from typing import Any
 
 import fetch_model
 import llama_source
+from support import hub
+from xquant_gguf import programs
 
 TESTS = "tools/server/tests"
 PARTS = (TESTS, "models/templates", "tools/mtmd/test-1.jpeg")
@@ -53,14 +57,17 @@ def unpack(out: Path) -> Path:
 
 
 class SoftAsserts(ast.NodeTransformer):
-    """Turns each assert into a call that notes its outcome and goes on."""
+    """Turns each assert into a call that notes its outcome and goes on.
+
+    No longer than the assert, nearly: a test reads its own file, of which llama-server gives 16 KiB.
+    """
 
     def visit_Assert(self, node: ast.Assert) -> ast.stmt:
-        call = f"__import__({PLUGIN!r}).note({node.lineno}, {ast.unparse(node.test)!r}, None)"
+        call = f"__import__({PLUGIN!r}).note({node.lineno}, None)"
         (statement,) = ast.parse(call).body
         assert isinstance(statement, ast.Expr)
         assert isinstance(statement.value, ast.Call)
-        statement.value.args[2] = node.test
+        statement.value.args[1] = node.test
         return ast.copy_location(statement, node)
 
 
@@ -77,25 +84,27 @@ def free_port() -> int:
         return int(it.getsockname()[1])
 
 
+def sealing_server(folder: Path, server: Path) -> Path:
+    """llama-server whose XQuant cache seals each page that is full: slots of the tests have two pages, mostly."""
+    script = folder / "llama-server"
+    script.write_text(f'#!/bin/sh\nexec "{server}" "$@" --override-kv xquant.window=int:0,xquant.pinned=int:0\n')
+    script.chmod(0o755)
+    return script
+
+
 def run(folder: Path, kv_type: str, args: argparse.Namespace) -> Results:
     """Runs the tests with a type of cache; what became of each."""
     report = folder / f"{kv_type}.json"
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join((str(Path(__file__).resolve().parent), str(folder))),
-        "LLAMA_SERVER_BIN_PATH": str(args.server.resolve()),
+        "LLAMA_SERVER_BIN_PATH": str(sealing_server(folder, args.server) if kv_type == "xquant" else args.server),
+        "LLAMA_CACHE": str(folder / "tmp"),  # where some tests expect it
         "PORT": str(free_port()),
-        "XQUANT_TESTS": json.dumps(
-            {
-                "kv_type": kv_type,
-                "model": str(args.model.resolve()),
-                "infill": str(args.infill_model.resolve()) if args.infill_model else None,
-                "report": str(report),
-            }
-        ),
+        "XQUANT_TESTS": json.dumps({"kv_type": kv_type, "report": str(report)}),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", PLUGIN, "-p", "no:cacheprovider", "-m", "not slow"]
-    command += ["--tb=short", "-o", "addopts=", *(args.tests or ["unit"])]
+    command = [str(args.python.absolute()), "-m", "pytest", "-q", "-p", PLUGIN, "-p", "no:cacheprovider"]
+    command += ["-m", "not slow", "--tb=short", "-o", "addopts=", *(args.tests or ["unit"])]
     begin = time.monotonic()
     with (args.out / f"server-tests-{kv_type}.log").open("w") as log:
         subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
@@ -131,28 +140,36 @@ def differences(results: dict[str, Results]) -> list[str]:
     return lines
 
 
+def left_out(results: Results) -> list[str]:
+    """Which tests did not run, and why: a line for each reason."""
+    tests: dict[str, list[str]] = {}
+    for name, result in results.items():
+        if result["outcome"] == "skipped":
+            tests.setdefault(result["error"], []).append(name.removeprefix("unit/").partition("[")[0])
+    lines = []
+    for reason, names in sorted(tests.items(), key=lambda entry: -len(entry[1])):
+        lines.append(f"  {len(names)}: {reason}: {', '.join(sorted(set(names)))}")
+    return lines
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("tests", nargs="*", help="as pytest takes them, from tools/server/tests: unit/test_basic.py")
-    parser.add_argument("--server", type=Path, required=True, help="the fork's llama-server")
+    parser.add_argument("--python", type=Path, default=sys.executable, help="with the packages that the tests import")
     parser.add_argument("--model", type=Path, help="a GGUF file that generates text (default: SmolLM2-135M, fetched)")
-    parser.add_argument("--infill-model", type=Path, help="one that fills gaps, for the tests of that")
+    parser.add_argument("--layers", type=int, default=4, help="so many of its layers are used (default: 4)")
     parser.add_argument("--kv-types", nargs="+", default=["f16", "xquant"], help="the first one is compared with")
     parser.add_argument("--out", type=Path, default=Path("build"), help="folder for logs and results")
     args = parser.parse_args(argv)
-    if not args.server.exists():
-        parser.error(f"--server {args.server} does not exist: build with -DXQUANT_PROGRAMS=ON")
-    args.model = args.model or fetch_model.fetch()
+    args.server = programs.path("llama-server").resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         folder = unpack(Path(work))
         soften(folder)
+        hub.write(folder / "tmp", args.model or fetch_model.fetch(), args.layers)
         results = {kv_type: run(folder, kv_type, args) for kv_type in args.kv_types}
     (args.out / "server-tests.json").write_text(json.dumps(results, indent=1))
-    reference = results[args.kv_types[0]]
-    print("left out:")
-    for reason, n in Counter(r["error"] for r in reference.values() if r["outcome"] == "skipped").most_common():
-        print(f"  {n} tests: {reason}")
+    print("\n".join(["left out:", *left_out(results[args.kv_types[0]])]))
     if len(results) == 1:
         return 0
     found = differences(results)

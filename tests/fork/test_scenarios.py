@@ -203,7 +203,9 @@ def test_embeddings(make: Make, folder: Path) -> None:
 
 def test_lora(make: Make, tmp_path: Path) -> None:
     """An adapter changes the logits, and they do not depend on how the prompt came in."""
-    path = tiny_gguf.write_lora(tmp_path / "lora.gguf", tiny_gguf.Shape())
+    shape = tiny_gguf.Shape()
+    n_keys = shape.n_head_kv * shape.key_length
+    path = tiny_gguf.write_lora(tmp_path / "lora.gguf", shape.arch, shape.n_layer, shape.n_embd, n_keys)
 
     def adapted() -> Llama:
         return make(lora_path=str(path))

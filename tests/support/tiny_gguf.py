@@ -183,17 +183,17 @@ def write_projector(path: Path, n_embd: int, n_side: int = 16, patch: int = 4, w
     return path
 
 
-def write_lora(path: Path, shape: Shape) -> Path:
-    """A LoRA adapter of random weights for the keys of a model with two KV heads of width 64."""
+def write_lora(path: Path, arch: str, n_layer: int, n_embd: int, n_keys: int) -> Path:
+    """A LoRA adapter of random weights for a model's keys; n_keys: their channels in a layer."""
     rng = np.random.default_rng(2)
-    writer = gguf.GGUFWriter(path, shape.arch)
+    writer = gguf.GGUFWriter(path, arch)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 4.0)
     weights: Weights = {}
-    for il in range(shape.n_layer):
+    for il in range(n_layer):
         name = f"blk.{il}.attn_k.weight"
-        weights[f"{name}.lora_a"] = rng.standard_normal((4, shape.n_embd)).astype(np.float32)
-        weights[f"{name}.lora_b"] = 0.1 * rng.standard_normal((128, 4)).astype(np.float32)
+        weights[f"{name}.lora_a"] = rng.standard_normal((4, n_embd)).astype(np.float32)
+        weights[f"{name}.lora_b"] = 0.1 * rng.standard_normal((n_keys, 4)).astype(np.float32)
     finish(writer, weights)
     return path

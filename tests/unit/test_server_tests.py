@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 import pytest
 
 import server_tests
 
 UTILS = """
+import requests
+
 class ServerProcess:
     model_hf_repo, model_hf_file, ctk, ctv, fa = "ggml-org/test-model-stories260K", None, None, None, "off"
     def start(self):
-        assert self.model_hf_repo is None and self.fa is None
-    model_file = api_key = None
+        assert self.offline and self.fa is None
+    offline, api_key = False, None
     def make_request(self, method, path, headers=None):
         class Answer:
             body = {"xquant": {}}
@@ -30,22 +34,29 @@ def download_file(url):
 TESTS = """
 from utils import *
 
+HUB = "https://huggingface.co/ggml-org/test-model-stories260K/resolve/main"
+
 def test_goes_on_behind_a_failed_assert():
     server = ServerProcess()
     server.start()
     assert 1 == 2
     for i in range(3):
         assert i != 1
-    assert server.model_file.endswith("any.gguf"), "with a message"
+    assert server.offline, "with a message"
     assert server.ctk is None
 
 def test_needs_another_model():
     server = ServerProcess()
-    server.model_hf_repo = "ggml-org/tinygemma3-GGUF:Q8_0"
+    server.model_hf_repo = "ggml-org/no-such-model-GGUF:Q8_0"
     server.start()
 
 def test_needs_a_file():
-    download_file("https://example.org/of/lora.gguf")
+    assert open(download_file(f"{HUB}/model-00001-of-00001.gguf")).read() == "a model"
+    assert requests.get(f"{HUB}/model-00001-of-00001.gguf").content == b"a model"
+    download_file(f"{HUB}/lora.gguf")
+
+def test_mcp_proxy():
+    raise RuntimeError("fetches a page")
 
 def test_ends_otherwise():
     server = ServerProcess()
@@ -65,9 +76,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, server_tests.
     (tmp_path / "utils.py").write_text(UTILS)
     (tmp_path / "unit" / "test_it.py").write_text(TESTS)
     server_tests.soften(tmp_path)
-    args = argparse.Namespace(
-        server=tmp_path / "server", model=tmp_path / "any.gguf", infill_model=None, out=tmp_path, tests=[]
-    )
+    snapshot = tmp_path / "tmp" / "models--ggml-org--test-model-stories260K" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model-00001-of-00001.gguf").write_text("a model")
+    args = argparse.Namespace(server=tmp_path / "server", python=Path(sys.executable), out=tmp_path, tests=[])
     return {kv_type: server_tests.run(tmp_path, kv_type, args) for kv_type in ("f16", "xquant")}
 
 
@@ -77,17 +89,22 @@ def test_asserts_and_ends_are_compared(results: dict[str, server_tests.Results])
         "test_goes_on_behind_a_failed_assert": "failed",
         "test_needs_another_model": "skipped",
         "test_needs_a_file": "skipped",
+        "test_mcp_proxy": "skipped",
         "test_ends_otherwise": "failed",
         "test_passes": "passed",
     }
     left_out = [r["error"] for r in results["f16"].values() if r["outcome"] == "skipped"]
-    assert left_out == ["needs ggml-org/tinygemma3-GGUF:Q8_0", "needs lora.gguf"]
+    assert left_out == [
+        "needs ggml-org/no-such-model-GGUF:Q8_0",
+        "needs lora.gguf of ggml-org/test-model-stories260K",
+        "needs a network: llama-server fetches a page of example.com",
+    ]
     asserts = results["xquant"]["unit/test_it.py::test_goes_on_behind_a_failed_assert"]["asserts"]
     assert list(asserts.values()) == [False, False, True, False]
     found = server_tests.differences(results)
     assert [line.partition(": ")[2] for line in found] == [
         "f16: KeyError: None, xquant: KeyError: 'xquant'",
-        "line 11: assert server.ctk is None: f16: True, xquant: False",
+        "line 13: assert server.ctk is None: f16: True, xquant: False",
     ]
 
 
