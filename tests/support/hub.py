@@ -93,15 +93,12 @@ def write(folder: Path, model: Path, n_layer: int) -> None:
         return path
 
     short = first_layers(model, n_layer, place("test-model-stories260K", "stories260K-F32.gguf"), SHORT_TOKENS)
-    for repository, file in (
-        ("test-model-stories260K-infill", "stories260K-infill-F32.gguf"),
-        ("models", "tinyllamas/stories260K.gguf"),
-        ("stories15M_MOE", "stories15M_MOE-F16.gguf"),
-        ("tiny-llamas", "stories15M-q4_0.gguf"),
-    ):
-        place(repository, file).symlink_to(short)
-    first_layers(model, n_layer, place("models", "tinyllamas/split/stories15M-q8_0.gguf"), SHORT_TOKENS, n_files=3)
-    first_layers(model, n_layer, place("tinygemma3-GGUF", "tinygemma3-Q8_0.gguf"), WHOLE)
+    place("test-model-stories260K-infill", "stories260K-infill-F32.gguf").symlink_to(short)
+    place("models", "tinyllamas/stories260K.gguf").symlink_to(short)
+    whole = first_layers(model, n_layer, place("tinygemma3-GGUF", "tinygemma3-Q8_0.gguf"), WHOLE)
+    place("stories15M_MOE", "stories15M_MOE-F16.gguf").symlink_to(whole)
+    place("tiny-llamas", "stories15M-q4_0.gguf").symlink_to(whole)
+    first_layers(model, n_layer, place("models", "tinyllamas/split/stories15M-q8_0.gguf"), WHOLE, n_files=3)
     first_layers(model, n_layer, place("models", "bert-bge-small/ggml-model-f16.gguf"), WHOLE, KEYS | EMBEDS)
     write_ranker(place("models", "jina-reranker-v1-tiny-en/ggml-model-f16.gguf"))
     keys = next(x for x in gguf.GGUFReader(short).tensors if x.name == "blk.0.attn_k.weight")
