@@ -51,7 +51,7 @@ TARGETS = (
     Target("manylinux_2_28_aarch64", "aarch64-linux-gnu.2.28", "aarch64"),
     Target("musllinux_1_2_x86_64", "x86_64-linux-musl", "x86_64"),
 )
-OPTIONS = ("XQUANT_PROGRAMS=ON", "GGML_OPENMP=OFF")
+OPTIONS = ("XQUANT_PROGRAMS=ON", "XQUANT_CPU_VARIANTS=ON", "GGML_OPENMP=OFF")
 """CMake options of every wheel. Zig has no OpenMP: llama.cpp's own threads do the same."""
 
 COMPILER = """\
@@ -60,8 +60,9 @@ COMPILER = """\
 for argument; do
   shift
   case $argument in
-    # Zig names a processor's extensions behind the processor, where GCC and Clang name architectures
-    -march=armv8.2-a*) argument=-mcpu=generic+v8_2a${{argument#-march=armv8.2-a}} ;;
+    # Zig names a processor's extensions behind the processor, where GCC and Clang name architectures, and as LLVM does
+    -march=armv8.2-a*)
+      argument=$(echo "-mcpu=generic+v8_2a${{argument#-march=armv8.2-a}}" | sed s/+fp16/+fullfp16/) ;;
   esac
   set -- "$@" "$argument"
 done

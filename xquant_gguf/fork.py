@@ -110,6 +110,16 @@ def ggml_types() -> dict[str, GgmlType]:
     return found
 
 
+def cpu_variant() -> str:
+    """Which build of llama.cpp's CPU kernels runs, for which instructions; ValueError if none can."""
+    ffi, lib = load()
+    problem = ffi.new("const char **")
+    name = lib.xquant_llama_cpu_variant(problem)
+    if name == ffi.NULL:
+        raise ValueError(ffi.string(problem[0]).decode())
+    return str(ffi.string(name).decode())
+
+
 def error() -> str:
     """Why the last context with an XQuant cache could not be created on this thread; empty if it could."""
     ffi, lib = load()

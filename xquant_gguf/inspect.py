@@ -68,6 +68,7 @@ class CacheInfo:
         info = fork.info(self._ctx)
         if info is None:
             n_ctx = max(int(llama_cpp.llama_n_ctx(self._ctx)), 1)
+            fixed["llama_kernels"] = fork.cpu_variant()
             return {**fixed, "bytes_used": fixed["bytes_allocated"] * min(n_tokens, n_ctx) // n_ctx}
         return {
             **fixed,
@@ -81,6 +82,7 @@ class CacheInfo:
             "nonfinite": info["n_nonfinite"],
             "expected_kld": info["expected_kld"] if info["expected_kld"] >= 0 else None,
             "kernels": kernels(),
+            "llama_kernels": fork.cpu_variant(),
         }
 
 

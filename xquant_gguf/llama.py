@@ -111,9 +111,9 @@ class Llama(llama_cpp.Llama):
         equivalent_bits: code bits per value, borrowed codes counted 0
         (arXiv 2510.11236); true_bits: bits per value of sealed tokens, everything counted; bytes_allocated;
         bytes_used: of these, what holds tokens now; pages_open, pages_sealed: pages in F16 or bytes, and in codes;
-        pages_bytes: of the open ones, those in bytes; kernels: the kernel set in force; expected_kld: the KL divergence
-        from F16 that calibration measured.  For sliding-window models the F16 cache of sliding layers, and states of
-        recurrent ones, are in the bytes, and in bytes_other.
+        pages_bytes: of the open ones, those in bytes; kernels: the kernel set in force; llama_kernels: llama.cpp's
+        own on the CPU; expected_kld: the KL divergence from F16 that calibration measured.  For sliding-window models
+        the F16 cache of sliding layers, and states of recurrent ones, are in the bytes, and in bytes_other.
         """
         if self.ctx is None:
             raise ValueError(f"{self.model_path} was closed")

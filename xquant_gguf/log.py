@@ -45,6 +45,7 @@ def explained(what: str, ours: bool) -> Iterator[None]:
         try:
             yield
         except ValueError as error:
+            fork.cpu_variant()  # without one, nothing can be made
             if said or (ours and fork.error()):
                 raise ValueError(f"{what}: {refusal(said)}") from error
             raise

@@ -103,6 +103,7 @@ class Model:
             llama_cpp.llama_backend_init()
             self.handle = llama_cpp.llama_model_load_from_file(self.path.encode(), params)
         if not self.handle:
+            fork.cpu_variant()  # without one, nothing can be loaded
             raise ValueError(f"Failed to load model from file: {path}")
         self._vocab = llama_cpp.llama_model_get_vocab(self.handle)
 

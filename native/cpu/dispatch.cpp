@@ -1,7 +1,7 @@
 /* dispatch.cpp: which kernel set is in force, and the error message of a thread.
  *
- * A set may run if the CPU has its instructions and the operating system saves their registers (XGETBV; on ARM it says
- * so itself).  The best such set is taken, unless XQUANT_KERNELS or xq_kernels_force names one.
+ * A set may run if the CPU and the operating system let it (cpu_features.h).  The best such set is taken, unless
+ * XQUANT_KERNELS or xq_kernels_force names one.
  */
 #include "cpu_features.h"
 #include "kernels.h"
@@ -11,13 +11,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
-#if defined(__x86_64__)
-#include <cpuid.h>
-#elif defined(__aarch64__) && defined(__linux__)
-#include <sys/auxv.h>
-#elif defined(__aarch64__) && defined(__APPLE__)
-#include <sys/sysctl.h>
-#endif
 
 namespace xq {
 
@@ -30,74 +23,6 @@ int fail(int status, const char *format, ...) {
     va_end(args);
     return status;
 }
-
-/* ---- features ---- */
-
-#if defined(__x86_64__)
-/* Bits of XCR0 that the operating system saves: 1 << 1 SSE, 1 << 2 AVX, 7 << 5 the registers of AVX-512. */
-static uint64_t saved_state() {
-    uint32_t eax, edx;
-    __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
-    return (uint64_t)edx << 32 | eax;
-}
-
-bool has_avx2() {
-    uint32_t eax, ebx, ecx, edx;
-    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) {
-        return false;
-    }
-    const uint32_t fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
-    const uint32_t needed = fma | osxsave | avx | f16c;
-    if ((ecx & needed) != needed || (saved_state() & 6) != 6) {
-        return false;
-    }
-    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (ebx & 1u << 5);
-}
-
-bool has_avxvnni() {
-    uint32_t eax, ebx, ecx, edx;
-    return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 4);
-}
-
-bool has_avx512() {
-    uint32_t eax, ebx, ecx, edx;
-    if (!has_avx2() || (saved_state() & 0xe6) != 0xe6 || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) {
-        return false;
-    }
-    const uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31, vnni = 1u << 11;
-    const uint32_t needed = f | dq | bw | vl;
-    return (ebx & needed) == needed && (ecx & vnni);
-}
-#elif defined(__aarch64__)
-/* The kernel of the operating system says what it found and lets programs use. */
-#if defined(__linux__)
-bool has_dotprod() {
-    return getauxval(AT_HWCAP) & 1ul << 20; // HWCAP_ASIMDDP, which old headers lack
-}
-bool has_i8mm() {
-    return has_dotprod() && (getauxval(AT_HWCAP2) & 1ul << 13); // HWCAP2_I8MM
-}
-#elif defined(__APPLE__)
-static bool has_feature(const char *name) {
-    int value = 0;
-    size_t size = sizeof(value);
-    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
-}
-bool has_dotprod() {
-    return has_feature("hw.optional.arm.FEAT_DotProd");
-}
-bool has_i8mm() {
-    return has_dotprod() && has_feature("hw.optional.arm.FEAT_I8MM");
-}
-#else
-bool has_dotprod() {
-    return false;
-}
-bool has_i8mm() {
-    return false;
-}
-#endif
-#endif
 
 /* ---- sets ---- */
 

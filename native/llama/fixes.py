@@ -289,4 +289,14 @@ FIXES: list[Fix] = [
              """},
         ],
     },
+    {
+        "name": "AMX works when GCC 12.2 compiled it",
+        "fault": "GCC's `_tile_loadconfig` says that it reads 8 of its 64 bytes, so that GCC left out what writes the "
+                 "others, and the first product with AMX was an illegal instruction.",
+        "insertions": [
+            {"name": "AMX: all of the configuration is read", "file": "ggml/src/ggml-cpu/amx/mmq.cpp",
+             "in": "ggml_tile_config_init", "before": "_tile_loadconfig(&tc);",
+             "text": '__asm__ volatile("" : : "r"(&tc) : "memory");'},
+        ],
+    },
 ]

@@ -45,6 +45,12 @@ INSERTIONS: list[dict[str, str]] = [
 """},
     {"name": "CPU: threads", "file": "ggml/src/ggml-cpu/ggml-cpu.c", "in": "ggml_get_n_tasks",
      "before": "case GGML_OP_LIGHTNING_INDEXER:", "text": CASES},
+    # one of the builds of ggml-cpu
+    {"name": "CPU: header of its choice", "file": "ggml/src/ggml-backend-reg.cpp", "in": "file",
+     "after": '#include "ggml-backend-dl.h"', "text": '#include "cpu-variant.h"'},
+    {"name": "CPU: choose", "file": "ggml/src/ggml-backend-reg.cpp",
+     "in": "ggml_backend_registry::ggml_backend_registry", "instead": "ggml_backend_cpu_reg()",
+     "text": "xquant_cpu_reg()"},
     {"name": "CUDA: headers", "file": "ggml/src/ggml-cuda/ggml-cuda.cu", "in": "file",
      "after": '#include "ggml-cuda/common.cuh"', "text": """
         #include "xquant.h"

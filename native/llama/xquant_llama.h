@@ -41,6 +41,10 @@ typedef struct xquant_llama_info {
     double expected_kld; /* what calibration measured; negative: nothing */
 } xquant_llama_info;
 
+/* Which build of llama.cpp's CPU kernels runs in this process, by the instructions that it was made for: "amx",
+ * "avx512", "avxvnni", "avx2", "sse42"; "neon-i8mm", "neon-dotprod", "neon"; "built-in" where options of the build
+ * chose them. Null: none can, and *problem says why. */
+XQ_API const char *xquant_llama_cpu_variant(const char **problem);
 /* 0, or -1 if the context has no XQuant cache. */
 XQ_API int xquant_llama_get_info(const struct llama_context *ctx, xquant_llama_info *info);
 /* The plan in force by model layer, and the head widths and KV heads of every layer ([XQ_MAX_LAYERS] each; d = 0: the

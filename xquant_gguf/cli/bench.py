@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from xquant_gguf import codec, fork
 from xquant_gguf.bench import bench
 from xquant_gguf.cli.options import Commands, add_command, at_least, kv_types
 from xquant_gguf.cli.text import table
@@ -57,13 +58,15 @@ def run(args: argparse.Namespace) -> int:
         sequences = [str(r.parallel)] if memory else []
         lines.append([str(r.depth), r.kv_type, *speeds, f"{r.kv_bytes / 2**20:.1f}", *step, *sequences])
     print(table(lines))
+    kernels = {"kernels": codec.kernels(), "llama_kernels": fork.cpu_variant()}
+    print(f"kernels {kernels['kernels']}, llama.cpp's {kernels['llama_kernels']}")
     if gpu:
         print("GB/s: weights and cache that a decode step reads; benchmarks/gpu_memory.py tells what the GPU can")
     if args.json:
         names = ("rounds", "n_prompt", "n_decode", "parallel", "memory", "step", "n_gpu_layers", "layers", "weights")
         settings = {key: getattr(args, key) for key in names}
         settings["model"] = args.shape or Path(args.model).name
-        out = {"results": [asdict(row) for row in rows], **settings}
+        out = {"results": [asdict(row) for row in rows], **settings, **kernels}
         Path(args.json).write_text(json.dumps(out, indent=2) + "\n")
     return 0
 

@@ -26,7 +26,8 @@ def run(args: argparse.Namespace) -> int:
         print(text, file=sys.stderr)
     carried = carried_keys(args.model)
     if args.json:
-        keys = ("preset", "layers", "k_bits", "v_bits", "equivalent_bits", "true_bits", "window", "kernels")
+        plan = ("preset", "layers", "k_bits", "v_bits", "equivalent_bits", "true_bits", "window")
+        keys = (*plan, "kernels", "llama_kernels")
         settings = {"n_ctx": found.n_ctx, "n_ubatch": args.n_ubatch, "n_seq": args.n_seq}
         n_bytes = {"kv_bytes": found.sizes, "compute_bytes": found.compute}
         print(json.dumps({**{k: info[k] for k in keys}, **settings, **n_bytes, "file": carried}, indent=2))
@@ -49,7 +50,9 @@ def print_plan(info: Mapping[str, Any]) -> None:
     print(
         f"{info['preset']}: {info['true_bits']:.3f} true bits, {info['equivalent_bits']:.3f} equivalent bits a value;"
     )
-    print(f"the newest {info['window']} tokens stay open; kernels {info['kernels']}\n\n{table(rows)}\n")
+    kernels = f"kernels {info['kernels']}, llama.cpp's {info['llama_kernels']}"
+    print(f"the newest {info['window']} tokens stay open; {kernels}")
+    print(f"\n{table(rows)}\n")
 
 
 def add(commands: Commands) -> None:
