@@ -1,7 +1,7 @@
 """Single operations of llama.cpp's CPU backend, and ours beside them, as ggml graphs that are run again and again.
 
-ggml comes from our own build of it, as every front end of the fork uses it; its kernels are those that the build chose
-(AVX2, FMA and F16C on x86-64).  Our operations are nodes of graph_nodes.c, which needs a C compiler.
+ggml comes from our own build of it, as every front end of the fork uses it; its kernels are those that
+`xquant-gguf inspect` names.  Our operations are nodes of graph_nodes.c, which needs a C compiler.
 """
 
 from __future__ import annotations
@@ -26,9 +26,6 @@ NODES = Path(__file__).parent / "graph_nodes.c"
 F32, F16, Q4_0, Q8_0 = 0, 1, 2, 8  # of enum ggml_type
 GGML = """
 struct ggml_init_params { size_t mem_size; void *mem_buffer; bool no_alloc; };
-struct ggml_cplan {
-    size_t work_size; uint8_t *work_data; int n_threads; void *threadpool; void *abort; void *abort_data; bool use_ref;
-};
 void *ggml_init(struct ggml_init_params);
 void ggml_free(void *);
 void *ggml_new_tensor_4d(void *, int, int64_t, int64_t, int64_t, int64_t);
@@ -40,10 +37,10 @@ void *ggml_flash_attn_ext(void *, void *, void *, void *, void *, float, float, 
 void *ggml_custom_4d(void *, int, int64_t, int64_t, int64_t, int64_t, void **, int, void *, int, void *);
 void *ggml_new_graph(void *);
 void ggml_build_forward_expand(void *, void *);
-struct ggml_cplan ggml_graph_plan(const void *, int, void *);
-int ggml_graph_compute(void *, struct ggml_cplan *);
-int ggml_cpu_has_avx2(void);
-int ggml_cpu_has_avx512(void);
+void *ggml_backend_init_by_type(int, const char *);
+void *ggml_backend_reg_by_name(const char *);
+void *ggml_backend_reg_get_proc_address(void *, const char *);
+int ggml_backend_graph_compute(void *, void *);
 """
 NODE_FUNCTIONS = """
 void attend_node(void *, int, int, void *);
@@ -53,28 +50,37 @@ void read_node(void *, int, int, void *);
 
 @lru_cache(maxsize=1)
 def load() -> tuple[FFI, Any, Any, Any]:
-    """The cffi instance of libxquant with ggml's declarations added; libggml-base, libggml-cpu, our nodes."""
+    """The cffi instance of libxquant with ggml's declarations added; libggml-base, libggml, our nodes."""
     ffi, _ = native.load()
     ffi.cdef(GGML + native.declarations(NODES) + NODE_FUNCTIONS)
     base = ffi.dlopen(str(native.library_path("ggml-base")), ffi.RTLD_GLOBAL)
-    cpu = ffi.dlopen(str(native.library_path("ggml-cpu")))
+    registry = ffi.dlopen(str(native.library_path("ggml")))
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "nodes.so"
         command = [os.environ.get("CC", "cc"), "-O3", "-shared", "-fPIC", "-I", str(native.LIBRARY_DIR)]
         subprocess.run([*command, "-o", str(library), str(NODES)], check=True)
         nodes = ffi.dlopen(str(library))
-    return ffi, base, cpu, nodes
+    return ffi, base, registry, nodes
+
+
+@lru_cache(maxsize=1)
+def cpu() -> tuple[Any, Any]:
+    """llama.cpp's CPU backend, and the function that says with how many threads it works."""
+    ffi, _, registry, _ = load()
+    reg = registry.ggml_backend_reg_by_name(b"CPU")
+    name = b"ggml_backend_set_n_threads"
+    set_threads = ffi.cast("void (*)(void *, int)", registry.ggml_backend_reg_get_proc_address(reg, name))
+    return registry.ggml_backend_init_by_type(0, ffi.NULL), set_threads
 
 
 class Graph:
     """A ggml graph with its tensors.  keep: what must live as long as it does."""
 
     def __init__(self, tensor_bytes: int) -> None:
-        self.ffi, self.base, self.cpu, self.nodes = load()
+        self.ffi, self.base, _, self.nodes = load()
         params = self.ffi.new("struct ggml_init_params *", {"mem_size": tensor_bytes + (8 << 20), "no_alloc": False})
         self.ctx = self.base.ggml_init(params[0])
         self.keep: list[Any] = []
-        self.plans: dict[int, Any] = {}
         self.graph = self.ffi.NULL
 
     def pointer(self, ctype: str, array: NDArray[Any]) -> Any:
@@ -109,11 +115,9 @@ class Graph:
         self.result = result
 
     def run(self, n_threads: int) -> None:
-        if n_threads not in self.plans:
-            plan = self.ffi.new("struct ggml_cplan *", self.cpu.ggml_graph_plan(self.graph, n_threads, self.ffi.NULL))
-            plan.work_data = self.new("uint8_t[]", plan.work_size + 64)
-            self.plans[n_threads] = plan
-        if self.cpu.ggml_graph_compute(self.graph, self.plans[n_threads]) != 0:
+        backend, set_threads = cpu()
+        set_threads(backend, n_threads)
+        if self.base.ggml_backend_graph_compute(backend, self.graph) != 0:
             raise ValueError("the graph failed")
 
     def close(self) -> None:

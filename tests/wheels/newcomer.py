@@ -65,6 +65,7 @@ def main() -> None:
     told["package"] = fork.__file__
     told["version"] = __version__
     told["kernels"] = codec.kernel_sets()
+    told["llama_kernels"] = fork.cpu_variant()
     print(json.dumps(told))
 
 

@@ -29,6 +29,7 @@ SYSTEM = {  # what every system of a tag has
     "musllinux": ("libc.musl-",),
 }
 TEXT = ROOT / "tests" / "support" / "prose.txt"
+VARIANTS = ({"amx", "avx512", "avxvnni", "avx2"}, {"neon-i8mm", "neon-dotprod"})
 MUSL = Path("/lib/ld-musl-x86_64.so.1")
 
 wheels = sorted(WHEELS.glob("xquant_gguf-*.whl"))
@@ -104,6 +105,8 @@ def test_a_wheel_holds_what_it_needs(wheel: Path, tmp_path: Path) -> None:
     folder = tmp_path / "xquant_gguf" / "lib"
     binaries = [path for path in folder.iterdir() if path.read_bytes()[:4] == b"\x7fELF"]
     assert len(binaries) >= len(PROGRAMS) + 7
+    variants = {path.stem.removeprefix("libxquant-cpu-") for path in folder.glob("libxquant-cpu-*.so")}
+    assert variants == VARIANTS["aarch64" in platform]
     for path in binaries:
         dynamic = run("readelf", "-d", path)
         for line in dynamic.splitlines():
@@ -125,6 +128,8 @@ def test_it_answers(bin: Path, smollm2: str) -> None:
     assert {"scalar", *({"avx2"} if " avx2" in flags else ()), *({"avx512"} if "avx512_vnni" in flags else ())} <= {
         *told["kernels"]
     }
+    if "avx512_vnni" in flags:
+        assert told["llama_kernels"] in ("amx", "avx512")
 
 
 def ask_server(command: Sequence[str | Path], folder: Path) -> None:
