@@ -64,7 +64,7 @@ ggml_backend_reg_t load(const std::string &name) {
     path += "libxquant-cpu-" + name + ".so";
     // never closed: its threads and buffers live as long as the process
     void *library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-    auto *reg = library ? (ggml_backend_reg_t (*)())dlsym(library, "ggml_backend_cpu_reg") : nullptr;
+    auto *reg = library ? (decltype(&xquant_cpu_variant))dlsym(library, "xquant_cpu_variant") : nullptr;
     if (!reg) {
         GGML_LOG_WARN("xquant: %s\n", dlerror());
         return nullptr;
