@@ -203,7 +203,7 @@ def test_programs_take_the_same(models: dict[str, Path], name: str) -> None:
         bench = programs.path("llama-bench")
     except OSError:
         pytest.skip("a build without XQUANT_PROGRAMS")
-    command = [bench, "-m", models["small"], "-p", "64", "-n", "1", "-t", "2", "-r", "1", "-v"]
+    command: list[str | Path] = [bench, "-m", models["small"], "-p", "64", "-n", "1", "-t", "2", "-r", "1", "-v"]
     env = {**os.environ, VARIABLE: name}
     out = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
     assert out.returncode == 0, out.stderr[-2000:]
