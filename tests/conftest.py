@@ -7,11 +7,16 @@ from pathlib import Path
 
 # before numpy is imported: its threads and those of llama.cpp would wait for each other on a small machine
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# before libgomp is loaded: threads that spin at each barrier take the processor from those that they wait for, where
+# other processes run; two tests at a time on two cores took three times as long
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 
+import downloads
 import fetch_model
 from support import gpu, tiny_gguf
+from support.alone import alone
 from xquant_gguf import native
 
 # Bounds, and figures that must come out again, were measured with llama.cpp's AVX2 kernels, whose sums decide which
@@ -23,7 +28,8 @@ if (native.LIBRARY_DIR / "libxquant-cpu-avx2.so").exists():
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     """Path of SmolLM2-135M-Instruct, fetched once into the user's cache folder."""
-    return str(fetch_model.fetch())
+    with alone(downloads.folder()):
+        return str(fetch_model.fetch())
 
 
 @pytest.fixture(scope="session")

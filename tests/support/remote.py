@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from support.alone import alone
 from support.devices import CPU_GROUP_ROWS, Device, Refused
 from xquant_gguf import native
 
@@ -45,8 +46,9 @@ def build_for_arm() -> Path:
     """Builds libxquant and the runner for aarch64; the path of the runner."""
     folder = ROOT / "build" / "aarch64"
     toolchain = ROOT / "native" / "aarch64.cmake"
-    run(["cmake", "-G", "Ninja", "-S", RUNNER, "-B", folder, f"-DCMAKE_TOOLCHAIN_FILE={toolchain}"])
-    run(["ninja", "-C", folder])
+    with alone(folder):
+        run(["cmake", "-G", "Ninja", "-S", RUNNER, "-B", folder, f"-DCMAKE_TOOLCHAIN_FILE={toolchain}"])
+        run(["ninja", "-C", folder])
     return folder / "runner"
 
 

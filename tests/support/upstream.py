@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from support.alone import alone
 from xquant_gguf import native
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -44,9 +45,10 @@ def build(folder: Path) -> Path:
         configure.append(f"-DCMAKE_CXX_COMPILER_LAUNCHER={ccache}")
     prepare: list[str | Path] = [sys.executable, ROOT / "tools" / "prepare_llama.py", folder]
     prepare.append(ROOT / "native" / "llama" / "version.json")
-    for command in (prepare, configure, ["ninja", "-C", str(programs)]):
-        out = _run(command, ROOT)
-        assert out.returncode == 0, out.stdout[-6000:]
+    with alone(folder):
+        for command in (prepare, configure, ["ninja", "-C", str(programs)]):
+            out = _run(command, ROOT)
+            assert out.returncode == 0, out.stdout[-6000:]
     return programs
 
 
