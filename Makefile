@@ -1,6 +1,6 @@
-# make         virtual environment in .venv, package installed (one native build, of the fork)
+# make         virtual environment in .venv, package installed, with llama.cpp's programs (one native build, of the fork)
 # make demo    a question about a long text, answered with F16 and with xquant; MODEL=path.gguf for any model
-# make test    the whole test suite
+# make test    the whole test suite, and what a newcomer does with the wheel that was installed
 # make test-arm  the kernels for 64-bit ARM, cross-built and run under qemu
 # make asan    the tests of what takes input from outside, with AddressSanitizer and UndefinedBehaviorSanitizer (clang)
 # make fuzz    TARGET=metadata, state, codec, verbs or nodes for SECONDS=60 with libFuzzer and both sanitizers (clang)
@@ -9,7 +9,7 @@
 # make docs    the site of README, docs/ and docstrings, in build/site
 # make wheels  wheels for Linux in dist, built with Zig; TARGET=name for one of them (tools/wheels.py lists them)
 # make test-wheels  installs the wheels in dist into environments of their own, generates and serves
-# make server-tests  llama.cpp's own tests of llama-server with F16 and with xquant (a build with XQUANT_PROGRAMS)
+# make server-tests  llama.cpp's own tests of llama-server with F16 and with xquant
 # make release  source archive, wheels, their tests and hashes, and the tag (CONTRIBUTING.md)
 # make lint    formatting, lint and types, as pre-commit runs them; needs Python alone: it builds nothing
 # make clean   removes .venv, .lint, .docs, .wheels, .server-tests and build
@@ -17,10 +17,14 @@
 VENV   := .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --no-input
+BUILT  := build/built
 # Changes to these build the package again; an unchanged tree builds nothing.
 SOURCES := $(shell find native xquant_gguf xquant_gguf_hook tools -type f -not -path '*/lib/*' -not -path '*/__pycache__/*') \
            CMakeLists.txt pyproject.toml
 MODEL  ?=
+# Tests by two workers and more: a worker that has nothing left takes half of what another still has to do.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: all demo test test-arm asan fuzz llama fixes docs wheels test-wheels server-tests release lint clean
 all: $(VENV)/installed
@@ -30,8 +34,11 @@ $(VENV)/created:
 	touch $@
 
 # LLAMA_BUILD=OFF: of llama-cpp-python only the Python part is installed, so that llama.cpp is compiled once, by us.
+# All comes from wheel files, which tests/wheels installs again where nothing else is.
+$(VENV)/installed: export CMAKE_ARGS := -DLLAMA_BUILD=OFF -DXQUANT_PROGRAMS=ON $(CMAKE_ARGS)
 $(VENV)/installed: $(VENV)/created $(SOURCES)
-	@CMAKE_ARGS="-DLLAMA_BUILD=OFF $(CMAKE_ARGS)" $(BIN)/python -m pip install --progress-bar off -v ".[test]" \
+	@rm -rf $(BUILT); ( $(PIP) wheel -v -w $(BUILT) . && $(PIP) install --force-reinstall --no-deps $(BUILT)/xquant_gguf-*.whl && \
+	  $(PIP) install --find-links $(BUILT) "$$(echo $(BUILT)/xquant_gguf-*.whl)[test]" ) \
 	  > $(VENV)/install.log 2>&1 & pid=$$!; echo "installing (log: $(VENV)/install.log)"; \
 	  while kill -0 $$pid 2>/dev/null; do sleep 5; \
 	    line=$$(grep -o '^ *\[[0-9]*/[0-9]*\]' $(VENV)/install.log | tail -n 1); \
@@ -43,10 +50,10 @@ demo: all
 	@$(BIN)/python tools/demo.py $(if $(MODEL),"$(MODEL)")
 
 test: all
-	$(BIN)/pytest --cov=xquant_gguf
+	XQUANT_WHEELS=$(BUILT) $(BIN)/pytest $(PARALLEL) --cov=xquant_gguf
 
 test-arm: all
-	XQUANT_AARCH64=required $(BIN)/pytest tests/kernels -m arm
+	XQUANT_AARCH64=required $(BIN)/pytest $(PARALLEL) tests/kernels -m arm
 
 TARGET  ?= metadata
 SECONDS ?= 60

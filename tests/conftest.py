@@ -51,7 +51,11 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what needs the real model: `-m "not smollm2"` runs without a network."""
+    """Marks what needs the real model: `-m "not smollm2"` runs without a network.
+
+    Wheels come first: at the end two workers would share their tests, and each make an environment.
+    """
+    items.sort(key=lambda item: item.path.parent.name != "wheels")
     for item in items:
         if "smollm2" in getattr(item, "fixturenames", ()):
             item.add_marker("smollm2")

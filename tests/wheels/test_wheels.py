@@ -1,12 +1,16 @@
 """The wheels in dist (`make wheels`), or in the folder that XQUANT_WHEELS names, in environments with nothing else.
 
-Skipped where there are none. XQUANT_PYTHONS names the interpreters to try, with blanks between them.
+`make test` names the folder of the one wheel that `make` built with this machine's compiler and for this machine alone;
+those of dist are for any Linux. Skipped where there are none. XQUANT_PYTHONS names the interpreters to try, with blanks
+between them.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -24,9 +28,11 @@ ROOT = Path(__file__).resolve().parents[2]
 WHEELS = Path(os.environ.get("XQUANT_WHEELS", ROOT / "dist"))
 PYTHONS = os.environ.get("XQUANT_PYTHONS", sys.executable).split()
 PROGRAMS = ("llama-server", "llama-cli", "llama-bench", "llama-perplexity", "ggml-rpc-server")
-SYSTEM = {  # what every system of a tag has
-    "manylinux": ("libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "ld-linux"),
+GLIBC = ("libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "ld-linux")
+SYSTEM = {  # what every system of a tag has; linux: the machine that built the wheel
+    "manylinux": GLIBC,
     "musllinux": ("libc.musl-",),
+    "linux": (*GLIBC, "libstdc++.so.6", "libgcc_s.so.1", "libgomp.so.1"),
 }
 TEXT = ROOT / "tests" / "support" / "prose.txt"
 VARIANTS = ({"amx", "avx512", "avxvnni", "avx2"}, {"neon-i8mm", "neon-dotprod"})
@@ -35,12 +41,12 @@ MUSL = Path("/lib/ld-musl-x86_64.so.1")
 wheels = sorted(WHEELS.glob("xquant_gguf-*.whl"))
 
 
-def wheel_of(*words: str) -> Path:
-    """The wheel whose tag has these words; the test is skipped if there is none."""
+def wheel_of(tag: str) -> Path:
+    """The wheel with a tag that a regular expression fits; the test is skipped if there is none."""
     for wheel in wheels:
-        if all(word in wheel.name for word in words):
+        if re.search(rf"-{tag}\.whl$", wheel.name):
             return wheel
-    pytest.skip(f"no wheel for {' '.join(words)} in {WHEELS}: make wheels")
+    pytest.skip(f"no wheel for {tag} in {WHEELS}: make wheels")
 
 
 def clean() -> dict[str, str]:
@@ -62,7 +68,7 @@ PIP = ("--only-binary", ":all:", "--find-links", str(WHEELS))
 @pytest.fixture(scope="module", params=PYTHONS)
 def bin(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of programs of a virtual environment in which the wheel is installed by its name, without a compiler."""
-    wheel = wheel_of("manylinux", "x86_64")
+    wheel = wheel_of(rf"(manylinux_\d+_\d+|linux)_{platform.machine()}")
     folder = tmp_path_factory.mktemp("environment")
     run(request.param, "-m", "venv", folder)
     run(folder / "bin" / "pip", "install", "-q", *PIP, wheel)
@@ -89,7 +95,7 @@ def test_there_are_wheels() -> None:
 @pytest.mark.parametrize("wheel", wheels, ids=lambda wheel: wheel.name)
 def test_a_wheel_holds_what_it_needs(wheel: Path, tmp_path: Path) -> None:
     """One wheel for all versions of Python; every library that one of its own needs is in it or in the system."""
-    _, _, python, abi, platform = wheel.stem.split("-")
+    _, _, python, abi, tag = wheel.stem.split("-")
     assert (python, abi) == ("py3", "none")
     with zipfile.ZipFile(wheel) as archive:
         files = {info.filename: info for info in archive.infolist()}
@@ -98,10 +104,12 @@ def test_a_wheel_holds_what_it_needs(wheel: Path, tmp_path: Path) -> None:
         "xquant_gguf", "xquant_gguf_hook", "xquant_gguf.pth", wheel.name.rpartition("-py3")[0] + ".dist-info",
     }  # fmt: skip
     licences = {name.rpartition("/")[2] for name in files if "licenses" in name}
-    assert {"LICENSE", "llama.cpp-LICENSE", "llvm-LICENSE", "zig-LICENSE"} <= licences
+    assert {"LICENSE", "llama.cpp-LICENSE"} <= licences
+    if not tag.startswith("linux"):  # a C++ runtime of its own
+        assert {"llvm-LICENSE", "zig-LICENSE"} <= licences
     for name in PROGRAMS:
         assert files[f"xquant_gguf/lib/{name}"].external_attr >> 16 & 0o111 == 0o111, name
-    system = SYSTEM[platform.partition("_")[0]]
+    system = SYSTEM[tag.partition("_")[0]]
     folder = tmp_path / "xquant_gguf" / "lib"
     binaries = [path for path in folder.iterdir() if path.read_bytes()[:4] == b"\x7fELF"]
     assert len(binaries) >= len(PROGRAMS) + 7
@@ -116,6 +124,20 @@ def test_a_wheel_holds_what_it_needs(wheel: Path, tmp_path: Path) -> None:
             if "PATH)" in line:
                 assert line.endswith("[$ORIGIN]"), f"{path.name}: {line}"
         assert ".debug_info" not in run("readelf", "-S", "-W", path), path.name
+
+
+def test_auditwheel_names_the_oldest_system() -> None:
+    """Of the wheel that `make` built: its symbols are those of some glibc, and it wants no library but OpenMP's.
+
+    tools/wheels.py asks the same of the wheels for any Linux, which must want none, and names them so.
+    """
+    wheel = wheel_of(f"linux_{platform.machine()}")
+    told = json.loads(run(sys.executable, "-m", "auditwheel", "show", "--json", wheel))
+    assert set(told["external_libs"]) <= {"libgomp.so.1"}
+    oldest = re.fullmatch(r"manylinux_2_(\d+)_" + platform.machine(), told["sym_tag"])
+    assert oldest, told
+    assert 17 <= int(oldest[1]) <= int(platform.libc_ver()[1].split(".")[1])
+    assert not told["unsupported_isa"]
 
 
 def test_it_answers(bin: Path, smollm2: str) -> None:
@@ -181,7 +203,7 @@ def run_newcomer(python: Sequence[str | Path], site: Path, smollm2: str, timeout
 
 def test_musl_programs(smollm2: str, tmp_path: Path) -> None:
     """The programs of the musl wheel under Debian's musl: its threads have small stacks."""
-    wheel = wheel_of("musllinux", "x86_64")
+    wheel = wheel_of(r"musllinux_\d+_\d+_x86_64")
     if not MUSL.exists():
         pytest.skip("on Debian: apt-get install musl")
     shutil.unpack_archive(wheel, tmp_path, "zip")
@@ -193,7 +215,7 @@ def test_musl_programs(smollm2: str, tmp_path: Path) -> None:
 
 def test_musl_python(smollm2: str, tmp_path: Path) -> None:
     """The musl wheel in a Python that was built with musl (musl_python.sh); threads have stacks of 128 KiB there."""
-    wheel = wheel_of("musllinux", "x86_64")
+    wheel = wheel_of(r"musllinux_\d+_\d+_x86_64")
     interpreters = sorted(Path(os.environ.get("XQUANT_MUSL_PYTHON", "none")).glob("bin/python3.*[0-9]"))
     if not interpreters:
         pytest.skip("needs XQUANT_MUSL_PYTHON=folder that musl_python.sh filled")
@@ -205,7 +227,7 @@ def test_musl_python(smollm2: str, tmp_path: Path) -> None:
 
 def test_aarch64(smollm2: str, tmp_path: Path) -> None:
     """The ARM wheel in an unpacked Debian (arm64_root.sh), under an emulator."""
-    wheel = wheel_of("manylinux", "aarch64")
+    wheel = wheel_of(r"manylinux_\d+_\d+_aarch64")
     root = Path(os.environ.get("XQUANT_ARM64_ROOT", "none"))
     interpreters = sorted(root.glob("usr/bin/python3.*[0-9]"))
     if not interpreters or shutil.which("qemu-aarch64-static") is None:
