@@ -17,7 +17,7 @@
 VENV   := .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --no-input
+PIP    := $(BIN)/python -m pip
 BUILT  := build/built
 # Changes to these build the package again; an unchanged tree builds nothing.
 SOURCES := $(shell find native xquant_gguf xquant_gguf_hook tools -type f -not -path '*/lib/*' -not -path '*/__pycache__/*') \
@@ -35,9 +35,9 @@ $(VENV)/created:
 
 # LLAMA_BUILD=OFF: of llama-cpp-python only the Python part is installed, so that llama.cpp is compiled once, by us.
 # All comes from wheel files, which tests/wheels installs again where nothing else is.
-$(VENV)/installed: export CMAKE_ARGS := -DLLAMA_BUILD=OFF -DXQUANT_PROGRAMS=ON $(CMAKE_ARGS)
 $(VENV)/installed: $(VENV)/created $(SOURCES)
-	@rm -rf $(BUILT); ( $(PIP) wheel -v -w $(BUILT) . && $(PIP) install --force-reinstall --no-deps $(BUILT)/xquant_gguf-*.whl && \
+	@rm -rf $(BUILT); export CMAKE_ARGS="-DLLAMA_BUILD=OFF -DXQUANT_PROGRAMS=ON $(CMAKE_ARGS)"; \
+	( $(PIP) wheel -v -w $(BUILT) . && $(PIP) install --force-reinstall --no-deps $(BUILT)/xquant_gguf-*.whl && \
 	  $(PIP) install --find-links $(BUILT) "$$(echo $(BUILT)/xquant_gguf-*.whl)[test]" ) \
 	  > $(VENV)/install.log 2>&1 & pid=$$!; echo "installing (log: $(VENV)/install.log)"; \
 	  while kill -0 $$pid 2>/dev/null; do sleep 5; \
