@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -80,6 +81,17 @@ def test_outlines(smollm2: str) -> None:
     city, country = run([sys.executable, str(EXAMPLES / "outlines_llamacpp.py"), smollm2]).stdout.splitlines()
     assert city.startswith("name='Paris' country='")
     assert country in ("France", "Spain")
+
+
+def test_the_notebook(smollm2: str) -> None:
+    """Its cells one after the other; the picture is drawn, and shown to nobody."""
+    cells = json.loads((EXAMPLES / "memory_and_quality.ipynb").read_text())["cells"]
+    program = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    out = run([sys.executable, "-c", program], MODEL=smollm2, MPLBACKEND="Agg").stdout
+    assert re.search(r"^xquant-tiny +8\.\d .* 84\.\d$", out, re.MULTILINE)
+    kld = dict(re.findall(r"^(\S+) .*divergence (.*)$", out, re.MULTILINE))
+    q4_0, ours = (float(kld[kind]) for kind in ("q4_0", "xquant"))
+    assert 0 < ours < q4_0 / 3
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def test_a_wheel_holds_what_it_needs(wheel: Path, tmp_path: Path) -> None:
     binaries = [path for path in folder.iterdir() if path.read_bytes()[:4] == b"\x7fELF"]
     assert len(binaries) >= len(PROGRAMS) + 7
     variants = {path.stem.removeprefix("libxquant-cpu-") for path in folder.glob("libxquant-cpu-*.so")}
-    assert variants == VARIANTS["aarch64" in platform]
+    assert variants == (set() if tag.startswith("linux") else VARIANTS["aarch64" in tag])
     for path in binaries:
         dynamic = run("readelf", "-d", path)
         for line in dynamic.splitlines():
