@@ -12,7 +12,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 
 from support.clock import Clock, seconds
-from xquant_gguf import Llama, synthetic
+from xquant_gguf import Llama, fork, synthetic
 from xquant_gguf.bench import UNTIMED, Runner, bench, weight_bytes
 from xquant_gguf.cli import main
 
@@ -45,7 +45,9 @@ def test_rows(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     prompt, step = 8 / seconds(8), 1 / seconds(1)
     assert [(r["prompt_tps"], r["decode_tps"]) for r in rows] == [pytest.approx((prompt, step))] * 4
     assert rows[1]["kv_bytes"] < rows[0]["kv_bytes"]
-    assert len(capsys.readouterr().out.splitlines()) == 5
+    *table, kernels = capsys.readouterr().out.splitlines()
+    assert len(table) == 5
+    assert kernels == f"kernels {Llama.kernels()}, llama.cpp's {fork.cpu_variant()}"
 
 
 def test_the_cache_is_as_before(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,7 +152,8 @@ def test_it_answers(bin: Path, smollm2: str) -> None:
         *told["kernels"]
     }
     if "avx512_vnni" in flags:
-        assert told["llama_kernels"] in ("amx", "avx512")
+        several = any(Path(told["library"]).parent.glob("libxquant-cpu-*.so"))
+        assert told["llama_kernels"] in (("amx", "avx512") if several else ("avx2",))
 
 
 def ask_server(command: Sequence[str | Path], folder: Path) -> None:
