@@ -52,6 +52,21 @@ def test_a_broken_link_is_noticed() -> None:
     assert broken_links(Document("docs/made-up.md", text)) == ["none.md", "usage.md#none", "#none", "../../etc/passwd"]
 
 
+def repeated(pages: list[Document]) -> list[str]:
+    """Paragraphs and tables of some length that stand there more than once."""
+    parts = [part for page in pages for part in re.split(r"\n\s*\n", page.prose()) if len(part) > 160]
+    return sorted({part[:60] for part in parts if parts.count(part) > 1})
+
+
+def test_nothing_is_said_twice() -> None:
+    assert repeated(documents()) == []
+
+
+def test_what_is_said_twice_is_noticed() -> None:
+    text = "A long sentence. " * 12
+    assert repeated([Document("a.md", f"# A\n\n{text}\n\nB\n"), Document("b.md", f"# C\n\n{text}")]) == [text[:60]]
+
+
 def test_every_block_names_its_language(page: Document) -> None:
     assert {block.language for block in page.blocks()} <= {"sh", "python", "text", "c", "json"}
 
