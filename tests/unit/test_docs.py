@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_a_broken_link_is_noticed() -> None:
     assert broken_links(Document("docs/made-up.md", text)) == ["none.md", "usage.md#none", "#none", "../../etc/passwd"]
 
 
-def repeated(pages: list[Document]) -> list[str]:
+def repeated(pages: Sequence[Document]) -> list[str]:
     """Paragraphs and tables of some length that stand there more than once."""
     parts = [part for page in pages for part in re.split(r"\n\s*\n", page.prose()) if len(part) > 160]
     return sorted({part[:60] for part in parts if parts.count(part) > 1})
