@@ -125,8 +125,6 @@ __device__ inline matrix matrix_of(const side_view &side, bool is_k) {
 
 #include "codec_fit.h"
 
-constexpr int transform_near = 128;
-
 /* transform() of a column by `of` threads, of which this is the nth; meet() is called by all of them.  What lies within
  * `near` neighbours is done in registers, where nothing waits for shared memory.  The same operations on the same
  * operands. */
@@ -226,7 +224,7 @@ __device__ inline void unseal_slab(const xq_store &store, const slab_place &at, 
             add_predicted(store, at, i, x, column_of(shared + m.n_j * x.stride, m.n_j, lane), 1.0f);
         }
         if (m.side.rotate) {
-            transform_column<transform_near / 2>(x, m.n_j, 0, 1, [] {});
+            transform_column<64>(x, m.n_j, 0, 1, [] {});
         }
     }
     __syncwarp();

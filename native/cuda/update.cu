@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(seal_warps *slab, 3)
     uint8_t *codes = page_codes(side, at.page);
     if (m.side.rotate) {
         const auto all = [] { __syncthreads(); };
-        transform_column<transform_near / seal_warps>(x, m.n_j, threadIdx.x / slab, seal_warps, all);
+        transform_column<XQ_PAGE / seal_warps>(x, m.n_j, threadIdx.x / slab, seal_warps, all);
     }
     if (threadIdx.x < slab && i < m.n_i) {
         if (!at.is_k && store.mapped) {

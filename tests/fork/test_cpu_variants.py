@@ -20,6 +20,8 @@ import pytest
 from numpy.typing import NDArray
 
 import xquant_gguf_hook
+from support import tiny_gguf
+from support.llama_server import needs_programs
 from support.oracle_cases import Bounds, describe, deviation
 from xquant_gguf import native, programs, synthetic
 
@@ -124,10 +126,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for tensor in gguf.GGUFReader(small).tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         writer.add_tensor(tensor.name, values if values.ndim == 1 else values.astype(np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny_gguf.finish(writer, {})
     return {"small": small, "f16": folder / "f16.gguf"}
 
 
@@ -197,13 +196,11 @@ def test_other_libraries_do_not_matter(tmp_path: Path) -> None:
 
 
 @several
+@needs_programs
 @pytest.mark.parametrize("name", RUNNING)
 def test_programs_take_the_same(models: dict[str, Path], name: str) -> None:
-    try:
-        bench = programs.path("llama-bench")
-    except OSError:
-        pytest.skip("a build without XQUANT_PROGRAMS")
-    command: list[str | Path] = [bench, "-m", models["small"], "-p", "64", "-n", "1", "-t", "2", "-r", "1", "-v"]
+    command: list[str | Path] = [programs.path("llama-bench"), "-m", models["small"]]
+    command += ["-p", "64", "-n", "1", "-t", "2", "-r", "1", "-v"]
     env = {**os.environ, VARIABLE: name}
     out = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
     assert out.returncode == 0, out.stderr[-2000:]

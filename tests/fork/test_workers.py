@@ -17,7 +17,7 @@ import pytest
 from support import llama_server, nodes, tiny_gguf, workers
 from support.contexts import Context, Logits
 from support.workers import Proxy, Stranger, Worker
-from xquant_gguf import Llama, fork, native, programs
+from xquant_gguf import Llama, fork
 from xquant_gguf.session import DecodeError
 
 KV_TYPES = ("f16", "xquant")
@@ -77,24 +77,24 @@ def test_the_same_tokens(paths: dict[str, Path], worker: Worker, name: str, kv_t
 @pytest.mark.parametrize("kv_type", KV_TYPES)
 def test_a_worker_with_a_gpu(paths: dict[str, Path], kv_type: str) -> None:
     """As with the GPU in this process: pages unpacked for a prompt, few rows, single tokens, a state, a shift."""
-    with workers.running(kind=workers.GPU) as far:
-        with (
-            Context(paths["plain"], kv_type, n_ctx=1024, rpc_servers=far.endpoint) as there,
-            Context(paths["plain"], kv_type, n_ctx=1024, n_gpu_layers=99) as here,
-        ):
-            found = []
-            for context in (there, here):
-                rows = [context.decode(PROMPT[:400], 0)[-1], context.decode(PROMPT[400:405], 400)[-1]]
-                rows += [context.decode([9 + i], 405 + i)[-1] for i in range(60)]
-                state = context.save(0)
-                context.session.clear()
-                assert context.load(state, 0) == len(state)
-                assert context.session.remove(0, 130, 170)
-                context.session.shift(0, 170, -1, -40)
-                rows.append(context.decode([5, 6, 7], 425)[-1])
-                found.append(np.array(rows))
-        print(f"{kv_type}: {difference(found[0], found[1]):.1e}")
-        assert difference(found[0], found[1]) < SAME
+    with (
+        workers.running(kind=workers.GPU) as far,
+        Context(paths["plain"], kv_type, n_ctx=1024, rpc_servers=far.endpoint) as there,
+        Context(paths["plain"], kv_type, n_ctx=1024, n_gpu_layers=99) as here,
+    ):
+        found = []
+        for context in (there, here):
+            rows = [context.decode(PROMPT[:400], 0)[-1], context.decode(PROMPT[400:405], 400)[-1]]
+            rows += [context.decode([9 + i], 405 + i)[-1] for i in range(60)]
+            state = context.save(0)
+            context.session.clear()
+            assert context.load(state, 0) == len(state)
+            assert context.session.remove(0, 130, 170)
+            context.session.shift(0, 170, -1, -40)
+            rows.append(context.decode([5, 6, 7], 425)[-1])
+            found.append(np.array(rows))
+    print(f"{kv_type}: {difference(found[0], found[1]):.1e}")
+    assert difference(found[0], found[1]) < SAME
 
 
 @pytest.mark.parametrize("unified", [True, False])
@@ -267,9 +267,7 @@ def test_hostile_graphs_leave_a_worker_alive(worker: Worker) -> None:
     assert worker.process.poll() is None
 
 
-@pytest.mark.skipif(
-    not (native.LIBRARY_DIR / programs.PROGRAMS["llama-server"]).exists(), reason="built without -DXQUANT_PROGRAMS=ON"
-)
+@llama_server.needs_programs
 def test_llama_server_outlives_its_worker(smollm2: str, tmp_path: Path) -> None:
     options = ["-ngl", "99", "-c", "512", "-t", "1", "--no-webui", "--no-warmup"]
     with workers.running() as worker:

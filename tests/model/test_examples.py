@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from support.llama_server import running
-from xquant_gguf import native, programs
+from support.llama_server import needs_programs, running
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SAID = "xquant_gguf: XQUANT_KV_TYPE=xquant: 3.25 bits per value, "
@@ -37,11 +36,6 @@ def installed(module: str) -> bool:
 def needs(*modules: str) -> pytest.MarkDecorator:
     missing = [module for module in modules if not installed(module)]
     return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)}: not installed")
-
-
-needs_the_server = pytest.mark.skipif(
-    not (native.LIBRARY_DIR / programs.PROGRAMS["llama-server"]).exists(), reason="built without -DXQUANT_PROGRAMS=ON"
-)
 
 
 def without_the_hook(program: str, *arguments: str) -> list[str]:
@@ -103,7 +97,7 @@ def serving(model: str, folder: Path) -> Iterator[str]:
         yield f"{server.url}/v1"
 
 
-@needs_the_server
+@needs_programs
 def test_the_openai_client(smollm2: str, tmp_path: Path) -> None:
     with serving(smollm2, tmp_path) as url:
         out = run([sys.executable, str(EXAMPLES / "openai_client.py"), url])
@@ -113,7 +107,7 @@ def test_the_openai_client(smollm2: str, tmp_path: Path) -> None:
 
 
 @needs("instructor")
-@needs_the_server
+@needs_programs
 def test_instructor(smollm2: str, tmp_path: Path) -> None:
     with serving(smollm2, tmp_path) as url:
         whole, *parts = run([sys.executable, str(EXAMPLES / "instructor_client.py"), url]).stdout.splitlines()

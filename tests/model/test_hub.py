@@ -6,16 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-
 from support import hub, tiny_gguf
-from support.llama_server import running
-from xquant_gguf import native, programs
+from support.llama_server import needs_programs, running
 
-pytestmark = pytest.mark.skipif(
-    not (native.LIBRARY_DIR / programs.PROGRAMS["llama-server"]).exists(),
-    reason="built without -DXQUANT_PROGRAMS=ON",
-)
+pytestmark = needs_programs
 
 
 def test_a_server_finds_them(tiny: str, tmp_path: Path) -> None:

@@ -13,14 +13,11 @@ from typing import Any
 import openai
 import pytest
 
-from support.llama_server import Server, running
-from xquant_gguf import Llama, codec, fork, native, programs
+from support.llama_server import Server, needs_programs, running
+from xquant_gguf import Llama, codec, fork
 from xquant_gguf.plan import Plan, Shape
 
-pytestmark = pytest.mark.skipif(
-    not (native.LIBRARY_DIR / programs.PROGRAMS["llama-server"]).exists(),
-    reason="built without -DXQUANT_PROGRAMS=ON",
-)
+pytestmark = needs_programs
 WEATHER = {
     "type": "function",
     "function": {

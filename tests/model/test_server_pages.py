@@ -23,13 +23,10 @@ import pytest
 from numpy.typing import NDArray
 
 from support import tiny_gguf
-from support.llama_server import Server, running
-from xquant_gguf import native, programs, synthetic
+from support.llama_server import Server, needs_programs, running
+from xquant_gguf import synthetic
 
-pytestmark = pytest.mark.skipif(
-    not (native.LIBRARY_DIR / programs.PROGRAMS["llama-server"]).exists(),
-    reason="built without -DXQUANT_PROGRAMS=ON",
-)
+pytestmark = needs_programs
 N_SLOT = 2048
 ANSWER = tiny_gguf.text(20, seed=9)
 DICTATED: dict[str, Any] = {"grammar": f'root ::= "{ANSWER}"', "n_probs": tiny_gguf.N_VOCAB, "n_predict": len(ANSWER)}

@@ -11,8 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from support.workers import free_port
+from xquant_gguf import native, programs
+
+needs_programs = pytest.mark.skipif(
+    not (native.LIBRARY_DIR / programs.PROGRAMS["llama-server"]).exists(), reason="built without -DXQUANT_PROGRAMS=ON"
+)
 
 
 @dataclass(frozen=True)

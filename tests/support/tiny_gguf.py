@@ -136,7 +136,7 @@ def text(n: int, seed: int = 0) -> str:
 
 
 def finish(writer: gguf.GGUFWriter, weights: Weights) -> None:
-    """Writes the tensors and closes the file."""
+    """Writes the tensors, those that the writer has already first, and closes the file."""
     for name, tensor in weights.items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()

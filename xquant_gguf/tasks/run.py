@@ -57,12 +57,12 @@ def run(
 ) -> dict[str, Any]:
     """Asks every item of every cache type; each answer is kept in answers_path at once, and never asked for twice.
 
-    kv_types: names of Llama's kv_type, or JSON files with plans. n_ctx: tokens of the context; 0: as many as the model
-    was trained with. n_gpu_layers: layers on the GPU, -1: all. Returns {"metric", "results": [one dictionary a type],
+    kv_types: names of Llama's kv_type, or JSON files with plans.  n_ctx: tokens of the context; 0: as many as the model
+    was trained with.  n_gpu_layers: layers on the GPU, -1: all.  Returns {"metric", "results": [one dictionary a type],
     "items", settings...}; a result has n, score (the metric named first), every metric with its standard error, and, if
     "f16" is among the types, how often the answer is that of F16, on how many items the score is worse and better than
-    F16's, and how likely that is by chance (xquant_gguf.tasks.paired). Raises ValueError if answers_path has answers to
-    other settings. Warns if nothing was read from an XQuant cache's codes.
+    F16's, and how likely that is by chance (xquant_gguf.tasks.paired).  Raises ValueError if answers_path has answers
+    to other settings.  Warns if nothing was read from an XQuant cache's codes.
     """
     common: dict[str, Any] = {"n_ctx": n_ctx, "n_batch": n_ubatch, "n_ubatch": n_ubatch, "verbose": False}
     common.update(n_threads=n_threads, n_threads_batch=n_threads, n_gpu_layers=n_gpu_layers)

@@ -46,7 +46,7 @@ class Task(ABC):
         """
 
     def needed(self, llm: Llama, item: Item) -> int:
-        """Tokens of context that an item needs beyond least_ctx; asked of all items before any."""
+        """Tokens of context that an item needs, if that may be more than least_ctx; known before any item is asked."""
         return 0
 
     def follow(self, llm: Llama, item: Item, answer: Any) -> dict[str, float]:
