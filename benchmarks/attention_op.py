@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from op_graph import F16, F32, Q4_0, Q8_0, Graph, load, read_speed, timed
+from op_graph import F16, F32, Q4_0, Q8_0, Graph, load, read_speed, sum_seconds, timed
 from xquant_gguf import codec, native
 from xquant_gguf.cli.text import table
 from xquant_gguf.plan import PAGE, Side, side_to_c
@@ -47,6 +47,7 @@ SHAPES = {
     "small": Shape("Qwen2.5-0.5B", 14, 2, 64, 64),
     "smol": Shape("SmolLM2-135M", 9, 3, 64, 64),
     "one": Shape("one KV head", 8, 1, 128, 128),
+    "llama2": Shape("Llama-2-7B", 32, 32, 128, 128),
     "qwen36": Shape("Qwen3.6-27B", 24, 4, 256, 256),
     "wide16": Shape("16 heads of 256", 16, 1, 256, 256),
     "gemma4": Shape("Gemma-4-31B, global", 32, 4, 512, 512),
@@ -245,7 +246,8 @@ def main() -> None:
     lines = [["shape", "threads", "cache", "kernels", *heads]]
     for threads in map(int, args.threads.split(",")):
         speed = read_speed(threads)
-        print(f"{threads} threads read {speed / 1e9:.1f} GB/s")
+        gain = sum_seconds(1) / sum_seconds(threads)
+        print(f"{threads} threads read {speed / 1e9:.1f} GB/s, and do arithmetic {gain:.1f} times as fast as one")
         for name in args.shapes.split(","):
             found = measure(
                 SHAPES[name], args.layers.split(","), args.kernels.split(","), threads, args.tokens, args.prompt,

@@ -45,6 +45,7 @@ int ggml_backend_graph_compute(void *, void *);
 NODE_FUNCTIONS = """
 void attend_node(void *, int, int, void *);
 void read_node(void *, int, int, void *);
+void sum_node(void *, int, int, void *);
 """
 
 
@@ -155,3 +156,17 @@ def read_speed(n_threads: int, size: int = 1 << 28, rounds: int = 7) -> float:
         times.append(time.perf_counter() - start)
     graph.close()
     return size / statistics.median(times)
+
+
+def sum_seconds(n_threads: int, steps: int = 50_000, rounds: int = 31) -> float:
+    """Seconds of a loop that only multiplies and adds in registers: half a millisecond of one thread, as attention."""
+    graph = Graph(0)
+    job = graph.new("sum_job *", {"n": steps})
+    graph.finish(graph.node("sum_node", job))
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        graph.run(n_threads)
+        times.append(time.perf_counter() - start)
+    graph.close()
+    return statistics.median(times)
