@@ -1,5 +1,7 @@
 """Build wheels for many Linux systems on this one, with Zig as the compiler: wheels.py [--out dist] [TARGET ...].
 
+The target cuda is another matter: a wheel for NVIDIA's GPUs, built with this machine's compiler and its CUDA toolkit.
+
 Zig (PyPI's package ziglang) compiles for any version of glibc, for musl, and for other processors.  A wheel is built by
 pip as any other, with tools/zig/toolchain.cmake; auditwheel then checks that it needs no newer system than its name
 says, and no library that is not in it.  Beside them goes a wheel of llama-cpp-python's Python part.
@@ -53,6 +55,8 @@ TARGETS = (
 )
 OPTIONS = ("XQUANT_PROGRAMS=ON", "XQUANT_CPU_VARIANTS=ON", "GGML_OPENMP=OFF")
 """CMake options of every wheel. Zig has no OpenMP: llama.cpp's own threads do the same."""
+CUDA_LIBRARIES = ("libcuda.so.*", "libcudart.so.*", "libcublas.so.*", "libcublasLt.so.*")
+"""What a CUDA wheel leaves to the driver and to NVIDIA's packages (the extras cuda12 and cuda13)."""
 
 COMPILER = """\
 #!/bin/sh
@@ -156,6 +160,44 @@ def check(target: Target, wheel: Path, out: Path) -> Path:
     return Path(shutil.move(checked, out / checked.name))
 
 
+def cuda_release() -> tuple[int, int]:
+    """Version of the CUDA toolkit whose nvcc CMake will find."""
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    try:
+        said = subprocess.run([nvcc, "--version"], check=True, stdout=subprocess.PIPE, text=True).stdout
+    except OSError as error:
+        raise SystemExit(f"wheels: {nvcc} does not run ({error}): a CUDA wheel needs the CUDA toolkit") from None
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    if found is None:
+        raise SystemExit(f"wheels: {nvcc} --version names no release: {said.strip()}")
+    return int(found[1]), int(found[2])
+
+
+def build_cuda(out: Path) -> Path:
+    """Builds the wheel for NVIDIA's GPUs; its path in a folder of out of its own, since pip would take it for any.
+
+    Without CMAKE_ARGS it has code for all GPUs that llama.cpp and our kernels know; -DCMAKE_CUDA_ARCHITECTURES=90 and
+    -DXQUANT_CUDA_ARCHITECTURES=90 in it are for one and build in a fraction of the time.
+    """
+    major, minor = cuda_release()
+    # NCCL is for layers that are split among GPUs row by row alone, and one more library to install
+    options = [f"-D{option}" for option in (*OPTIONS, "GGML_CUDA=ON", "GGML_CUDA_NCCL=OFF")]
+    environment = {"PATH": PATH, "CMAKE_ARGS": " ".join((*options, os.environ.get("CMAKE_ARGS", "")))}
+    with tempfile.TemporaryDirectory() as folder:
+        pip: list[str | Path] = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
+        run([*pip, f"--config-settings=build-dir={ROOT / 'build' / 'wheels' / 'cuda'}", "-w", folder, "."], environment)
+        (wheel,) = Path(folder).glob("*.whl")
+        checks = Path(folder) / "checked"
+        repair: list[str | Path] = ["auditwheel", "repair", "--only-plat", "--plat", "auto", "-w", checks]
+        run([*repair, *(f"--exclude={name}" for name in CUDA_LIBRARIES), wheel], {"PATH": PATH})
+        (checked,) = checks.glob("*.whl")
+        run([sys.executable, "-m", "wheel", "tags", "--remove", f"--build=1cu{major}{minor}", checked], {})
+        (checked,) = checks.glob("*.whl")
+        kept = out / f"cu{major}{minor}"
+        kept.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.move(checked, kept / checked.name))
+
+
 def name_musl(wheel: Path, target: Target) -> Path:
     """Calls the C library as distributions with musl do, and as auditwheel expects; Zig calls it libc.so."""
     with tempfile.TemporaryDirectory() as folder:
@@ -177,6 +219,8 @@ def build_bindings(out: Path) -> Path:
     Pip takes it from there in place of the source, which would want a compiler.
     """
     release = llama_source.read_release()
+    if ready := sorted(out.glob(f"llama_cpp_python-{release.version}-1xquant-*.whl")):
+        return ready[0]
     sdist = llama_source.fetch(release)
     with tempfile.TemporaryDirectory() as folder:
         pip: list[str | Path] = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
@@ -196,12 +240,16 @@ def build_bindings(out: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     names = [target.tag for target in TARGETS]
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(names)}; all if there is none")
+    parser.add_argument(
+        "targets", nargs="*", metavar="TARGET", help=f"of {', '.join(names)}, which are all if there is none; or cuda"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for the wheels")
     args = parser.parse_args()
-    if unknown := set(args.targets) - set(names):
-        parser.error(f"unknown target {sorted(unknown)[0]!r}: must be of {', '.join(names)}")
+    if unknown := set(args.targets) - {*names, "cuda"}:
+        parser.error(f"unknown target {sorted(unknown)[0]!r}: must be of {', '.join(names)}, cuda")
     wheels = [build_bindings(args.out)]
+    if "cuda" in args.targets:
+        wheels.append(build_cuda(args.out))
     wheels += [build(target, args.out) for target in TARGETS if target.tag in (args.targets or names)]
     for wheel in wheels:
         print(f"{wheel}  {wheel.stat().st_size / 2**20:.1f} MiB")

@@ -1,6 +1,7 @@
-"""What a newcomer does with an installed wheel: newcomer.py MODEL TEXT; run where nothing else is installed.
+"""What a newcomer does with an installed wheel: newcomer.py MODEL TEXT [GPU_LAYERS].
 
-Answers a question behind a long text with an F16 cache and with XQuant; prints one line of JSON.
+Run where nothing else is installed.  Answers a question behind a long text with an F16 cache and with XQuant; prints
+one line of JSON.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ QUESTION = "What is the capital of France?"
 CITIES = ("London", "Paris", "Rome", "Madrid")
 
 
-def answer(model: str, text: str, kv_type: str) -> dict[str, Any]:
+def answer(model: str, text: str, kv_type: str, n_gpu_layers: int) -> dict[str, Any]:
     """The answer, and where the cache's pages are."""
     from llama_cpp import LlamaGrammar
 
-    llm = Llama(model, kv_type=kv_type, n_ctx=2048, n_batch=128, n_ubatch=128, n_threads=2, verbose=False)
+    llm = Llama(
+        model, kv_type=kv_type, n_ctx=2048, n_batch=128, n_ubatch=128, n_threads=2, n_gpu_layers=n_gpu_layers,
+        verbose=False,
+    )  # fmt: skip
     talk = [{"role": "user", "content": f"Read this:\n{text}"}, {"role": "assistant", "content": "I have read it."}]
     talk.append({"role": "user", "content": QUESTION})
     cities = " | ".join(f'"{city}"' for city in CITIES)
@@ -58,9 +62,11 @@ def shift(llm: Llama) -> str:
 
 def main() -> None:
     model, text = sys.argv[1], Path(sys.argv[2]).read_text()[:5000]
+    n_gpu_layers = int(sys.argv[3]) if len(sys.argv) > 3 else 0
     import llama_cpp.llama_cpp
 
-    told: dict[str, Any] = {kv_type: answer(model, text, kv_type) for kv_type in ("f16", "xquant")}
+    told: dict[str, Any] = {kv_type: answer(model, text, kv_type, n_gpu_layers) for kv_type in ("f16", "xquant")}
+    told["gpu"] = llama_cpp.llama_supports_gpu_offload()
     told["library"] = llama_cpp.llama_cpp._lib._name
     told["package"] = fork.__file__
     told["version"] = __version__

@@ -30,11 +30,8 @@ PYTHONS = os.environ.get("XQUANT_PYTHONS", sys.executable).split()
 PROGRAMS = ("llama-server", "llama-cli", "llama-bench", "llama-perplexity", "ggml-rpc-server")
 GLIBC = ("libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "ld-linux")
 COMPILERS = ("libgomp.so.1", "libcuda.so", "libcudart.so", "libcublas", "libnccl.so")  # with -DGGML_CUDA=ON
-SYSTEM = {  # what every system of a tag has; linux: the machine that built the wheel
-    "manylinux": GLIBC,
-    "musllinux": ("libc.musl-",),
-    "linux": (*GLIBC, "libstdc++.so.6", "libgcc_s.so.1", *COMPILERS),
-}
+OWN = (*GLIBC, "libstdc++.so.6", "libgcc_s.so.1", *COMPILERS)  # of a wheel that this machine's compiler built
+SYSTEM = {"manylinux": GLIBC, "musllinux": ("libc.musl-",), "linux": OWN}  # what every system of a tag has
 TEXT = ROOT / "tests" / "support" / "prose.txt"
 VARIANTS = ({"amx", "avx512", "avxvnni", "avx2"}, {"neon-i8mm", "neon-dotprod"})
 MUSL = Path("/lib/ld-musl-x86_64.so.1")
@@ -96,21 +93,23 @@ def test_there_are_wheels() -> None:
 @pytest.mark.parametrize("wheel", wheels, ids=lambda wheel: wheel.name)
 def test_a_wheel_holds_what_it_needs(wheel: Path, tmp_path: Path) -> None:
     """One wheel for all versions of Python; every library that one of its own needs is in it or in the system."""
-    _, _, python, abi, tag = wheel.stem.split("-")
+    *named, python, abi, tag = wheel.stem.split("-")
     assert (python, abi) == ("py3", "none")
+    for_cuda = len(named) == 3  # a number of the build
+    by_zig = not for_cuda and not tag.startswith("linux")
     with zipfile.ZipFile(wheel) as archive:
         files = {info.filename: info for info in archive.infolist()}
         archive.extractall(tmp_path)
     assert {name.split("/")[0] for name in files} == {
-        "xquant_gguf", "xquant_gguf_hook", "xquant_gguf.pth", wheel.name.rpartition("-py3")[0] + ".dist-info",
+        "xquant_gguf", "xquant_gguf_hook", "xquant_gguf.pth", "-".join(named[:2]) + ".dist-info",
     }  # fmt: skip
     licences = {name.rpartition("/")[2] for name in files if "licenses" in name}
     assert {"LICENSE", "llama.cpp-LICENSE"} <= licences
-    if not tag.startswith("linux"):  # a C++ runtime of its own
+    if by_zig:  # a C++ runtime of its own
         assert {"llvm-LICENSE", "zig-LICENSE"} <= licences
     for name in PROGRAMS:
         assert files[f"xquant_gguf/lib/{name}"].external_attr >> 16 & 0o111 == 0o111, name
-    system = SYSTEM[tag.partition("_")[0]]
+    system = OWN if for_cuda else SYSTEM[tag.partition("_")[0]]
     folder = tmp_path / "xquant_gguf" / "lib"
     binaries = [path for path in folder.iterdir() if path.read_bytes()[:4] == b"\x7fELF"]
     assert len(binaries) >= len(PROGRAMS) + 7
@@ -123,7 +122,8 @@ def test_a_wheel_holds_what_it_needs(wheel: Path, tmp_path: Path) -> None:
                 needed = line.partition("[")[2].rstrip("]")
                 assert (folder / needed).exists() or needed.startswith(system), f"{path.name} needs {needed}"
             if "PATH)" in line:
-                assert line.endswith("[$ORIGIN]"), f"{path.name}: {line}"
+                beside = re.sub(r":\$ORIGIN/../../nvidia/\w+/lib", "", line) if for_cuda else line
+                assert beside.endswith("[$ORIGIN]"), f"{path.name}: {line}"
         assert ".debug_info" not in run("readelf", "-S", "-W", path), path.name
 
 
@@ -154,6 +154,17 @@ def test_it_answers(bin: Path, smollm2: str) -> None:
     if "avx512_vnni" in flags:
         several = any(Path(told["library"]).parent.glob("libxquant-cpu-*.so"))
         assert told["llama_kernels"] in (("amx", "avx512") if several else ("avx2",))
+
+
+@pytest.mark.cuda
+def test_it_answers_on_a_gpu(bin: Path, smollm2: str) -> None:
+    """A wheel that `make wheels TARGET=cuda` built on this machine: XQUANT_WHEELS=dist/cu130, say."""
+    newcomer = ROOT / "tests" / "wheels" / "newcomer.py"
+    told = json.loads(run(bin / "python", "-I", newcomer, smollm2, TEXT, "-1"))
+    if not any(Path(told["library"]).parent.glob("libggml-cuda.so")):
+        pytest.skip("the wheel is for CPUs alone")
+    assert told["gpu"]
+    check_answers(told)
 
 
 def ask_server(command: Sequence[str | Path], folder: Path) -> None:
