@@ -121,7 +121,8 @@ inline bool accepts_store(const xq_store *store) {
         return false;
     }
     const bool seals = store->k.param != nullptr;
-    return in_range("store", {{"n_staged", store->n_staged, 0, most}}) &&
+    return in_range("store", {{"n_staged", store->n_staged, 0, most},
+                              {"first_block", store->first_block, 0, store->n_pages - 1}}) &&
            in_range("store", {{"(n_streams * n_slots + n_staged) * 128", count_rows(*store), 1, INT32_MAX}}) &&
            accepts_stage("k", *store, store->k) && (store->v.width == 0 || accepts_stage("v", *store, store->v)) &&
            none_null("store", {{"k.rows", store->k.rows}}) && accepts_side("k", store->k, true, seals) &&

@@ -1,6 +1,7 @@
 /* store.h: where a layer's pages and a verb's data lie: the only address arithmetic, for every backend.
  *
- *     codes or parameters of page p:  base + stream * s + head * h + page * p      (bytes; xq_side_store)
+ *     codes or parameters of page p:  base + stream * s + head * h + page * p      (bytes; xq_side_store; from
+ *                                     first_block on)
  *     F16 rows of the page in slot n: base + stream * s + head * h + n * XQ_PAGE * width      (elements)
  *       in the stage:             stage + head * h + (n - n_slots) * XQ_PAGE * width
  *     a page in byte slot n:          base + stream * s + head * h + slot * n      (bytes)
@@ -144,15 +145,15 @@ XQ_BOTH bool is_slot(const xq_store &store, int slot) {
 XQ_BOTH bool has_bytes(const xq_store &store, int slot) {
     return is_bytes(slot) && byte_slot(slot) < store.n_bytes;
 }
-XQ_BOTH bool has_codes(const xq_store &store, int slot) {
-    return slot == XQ_SLOT_SEALED && store.k.param;
+XQ_BOTH bool has_codes(const xq_store &store, int page, int slot) {
+    return slot == XQ_SLOT_SEALED && store.k.param && page >= store.first_block;
 }
 /* Whether a page may lie there. */
-XQ_BOTH bool has_page(const xq_store &store, int slot) {
-    return is_slot(store, slot) || has_bytes(store, slot) || has_codes(store, slot);
+XQ_BOTH bool has_page(const xq_store &store, int page, int slot) {
+    return is_slot(store, slot) || has_bytes(store, slot) || has_codes(store, page, slot);
 }
-XQ_BOTH int safe_slot(const xq_store &store, int slot) {
-    return has_page(store, slot) ? slot : (int)XQ_SLOT_NONE;
+XQ_BOTH int safe_slot(const xq_store &store, int page, int slot) {
+    return has_page(store, page, slot) ? slot : (int)XQ_SLOT_NONE;
 }
 XQ_BOTH bool names_page(const xq_store &store, const page_move &move) {
     return (uint32_t)move.stream < (uint32_t)store.n_streams && (uint32_t)move.page < (uint32_t)store.n_pages;
@@ -160,15 +161,15 @@ XQ_BOTH bool names_page(const xq_store &store, const page_move &move) {
 /* Whether a move of the list of seals, of unseals, of the pages whose keys are wanted, is one. */
 XQ_BOTH bool can_seal(const xq_store &store, const page_move &move) {
     return names_page(store, move) &&
-           (is_slot(store, move.slot) ? has_bytes(store, move.small) || has_codes(store, move.small)
-                                      : has_bytes(store, move.slot) && has_codes(store, move.small));
+           (is_slot(store, move.slot) ? has_bytes(store, move.small) || has_codes(store, move.page, move.small)
+                                      : has_bytes(store, move.slot) && has_codes(store, move.page, move.small));
 }
 XQ_BOTH bool can_unseal(const xq_store &store, const page_move &move) {
     return names_page(store, move) && is_slot(store, move.slot) &&
-           (has_bytes(store, move.small) || has_codes(store, move.small));
+           (has_bytes(store, move.small) || has_codes(store, move.page, move.small));
 }
 XQ_BOTH bool has_keys(const xq_store &store, const page_move &move) {
-    return names_page(store, move) && has_page(store, move.slot);
+    return names_page(store, move) && has_page(store, move.page, move.slot);
 }
 /* Whether a slot of a stream is refilled after its page was sealed. */
 XQ_BOTH bool is_refilled(const xq_store &store, const page_move &move) {

@@ -20,10 +20,10 @@ bool accepts_moves(const char *verb, const xq_store &store, const char *name, co
             return !fail(
                 XQ_ERR_ARGUMENT,
                 "%s: %s[%d] is page %d of stream %d and slot %d, smaller %d; there are %d pages, %d streams, %d "
-                "slots and, from %d down, %d byte slots; %d is %s",
+                "slots and, from %d down, %d byte slots; %d is %s, of pages from %d on",
                 verb, name, i, move.page, move.stream, move.slot, move.small, store.n_pages, store.n_streams,
                 store.n_slots + store.n_staged, XQ_SLOT_BYTES, store.n_bytes, XQ_SLOT_SEALED,
-                store.k.param ? "sealed" : "not allowed: the layer never seals");
+                store.k.param ? "sealed" : "not allowed: the layer never seals", store.first_block);
         }
         if (kind == moves_seal && move.refill != XQ_SLOT_NONE && !is_refilled(store, move)) {
             return !fail(XQ_ERR_ARGUMENT,
@@ -43,13 +43,13 @@ bool accepts_table(const char *verb, const xq_store &store, const int32_t *table
     for (int32_t s = 0; s < n_streams; ++s) {
         const int32_t *slots = table_of(store, table, stream_of(first_stream, s));
         for (int32_t p = 0; p < n_kv_pages; ++p) {
-            if (!has_page(store, slots[p]) && slots[p] != XQ_SLOT_NONE) {
+            if (!has_page(store, p, slots[p]) && slots[p] != XQ_SLOT_NONE) {
                 return !fail(XQ_ERR_ARGUMENT,
-                             "%s: table says %d of page %d of stream %d; there are %d slots, %d is %s and %d nowhere, "
-                             "and from %d down there are %d byte slots",
+                             "%s: table says %d of page %d of stream %d; there are %d slots, %d is %s, of pages from "
+                             "%d on, %d nowhere, and from %d down there are %d byte slots",
                              verb, slots[p], p, stream_of(first_stream, s), store.n_slots + store.n_staged,
                              XQ_SLOT_SEALED, store.k.param ? "sealed" : "not allowed: the layer never seals",
-                             XQ_SLOT_NONE, XQ_SLOT_BYTES, store.n_bytes);
+                             store.first_block, XQ_SLOT_NONE, XQ_SLOT_BYTES, store.n_bytes);
             }
         }
     }

@@ -294,6 +294,14 @@ int32_t xq_plan_byte_slots(const xq_plan *plan, int32_t n_pages, int32_t n_seq) 
     return status == XQ_OK ? (int32_t)open_pages_of(*plan, n_pages, n_seq).bytes : status;
 }
 
+int32_t xq_plan_first_block(const xq_plan *plan, int32_t n_pages) {
+    if (const int status = check_counts("xq_plan_first_block", plan, n_pages, 1); status != XQ_OK) {
+        return status;
+    }
+    // a window leaves one more byte slot than slots of rows and such pages take: one is free for whoever must make room
+    return plan->window > 0 && open_pages_of(*plan, n_pages, 1).bytes > 0 ? plan->pinned : 0;
+}
+
 int64_t xq_cache_bytes(const xq_plan *plan, const int32_t *d, const int32_t *e, const int32_t *n_head_kv,
                        int32_t n_pages, int32_t n_slots, int32_t n_bytes) {
     if (!d || !e || !n_head_kv) {
@@ -302,12 +310,16 @@ int64_t xq_cache_bytes(const xq_plan *plan, const int32_t *d, const int32_t *e, 
     if (const int status = xq_plan_check(plan, d, e); status != XQ_OK) {
         return status;
     }
+    const int32_t first_block = xq_plan_first_block(plan, n_pages);
+    if (first_block < 0) {
+        return first_block;
+    }
     int64_t bytes = 0;
     for (int32_t l = 0; l < plan->n_layers; ++l) {
         if (d[l] == 0) {
             continue;
         }
-        const xq_shape shape = {d[l], e[l], n_head_kv[l], n_pages, n_slots, 1, n_bytes};
+        const xq_shape shape = {d[l], e[l], n_head_kv[l], n_pages, n_slots, 1, n_bytes, first_block};
         const int64_t rows = xq_store_row_bytes(&shape);
         const int64_t blocks = n_slots < n_pages ? xq_store_block_bytes(&plan->layers[l], &shape) : 0;
         if (rows < 0 || blocks < 0) {

@@ -1,8 +1,8 @@
 /* store.cpp: where a layer's storage lies: two areas of memory, whose addresses alone are looked at.
  *
- *     blocks  [stream][KV head][page][block]          block: K codes | K parameters | V codes | V parameters
- *     rows    F16 [stream], of each: K [KV head][slot][XQ_PAGE][d], then V [KV head][slot][XQ_PAGE][e],
- *             then [KV head][byte slot][block]        block: K bytes | K parameters | V bytes | V parameters
+ *     blocks  [stream][KV head][page from first_block on][block]          block: K codes | K parameters | V codes | V
+ * parameters rows    F16 [stream], of each: K [KV head][slot][XQ_PAGE][d], then V [KV head][slot][XQ_PAGE][e], then [KV
+ * head][byte slot][block]        block: K bytes | K parameters | V bytes | V parameters
  */
 #include "check.h"
 #include "kernels.h"
@@ -13,11 +13,13 @@ namespace {
 
 bool accepts_shape(const xq_shape *shape) {
     constexpr int most = 1 << 22;
-    return none_null("shape", {{"shape", shape}}) && in_range("shape", {{"n_head_kv", shape->n_head_kv, 1, INT16_MAX},
-                                                                        {"n_pages", shape->n_pages, 1, most},
-                                                                        {"n_slots", shape->n_slots, 1, most},
-                                                                        {"n_streams", shape->n_streams, 1, most},
-                                                                        {"n_bytes", shape->n_bytes, 0, most}});
+    return none_null("shape", {{"shape", shape}}) &&
+           in_range("shape", {{"n_head_kv", shape->n_head_kv, 1, INT16_MAX},
+                              {"n_pages", shape->n_pages, 1, most},
+                              {"n_slots", shape->n_slots, 1, most},
+                              {"n_streams", shape->n_streams, 1, most},
+                              {"n_bytes", shape->n_bytes, 0, most}}) &&
+           in_range("shape", {{"first_block", shape->first_block, 0, shape->n_pages - 1}});
 }
 
 /* One side over both areas.  codes_at, param_at: in a block, -1 where absent; rows: of the side's first KV head. */
@@ -27,15 +29,16 @@ xq_side_store side_store(const xq_side &plan, int32_t width, const xq_shape &sha
     xq_side_store side = {};
     side.plan = plan;
     side.width = width;
-    const int64_t head = (int64_t)shape.n_pages * layout.bytes;
+    const int64_t head = (int64_t)(shape.n_pages - shape.first_block) * layout.bytes;
+    const int64_t before = (int64_t)shape.first_block * layout.bytes; // where page 0 would be
     if (blocks && codes_at >= 0) {
-        side.codes = blocks + codes_at;
+        side.codes = blocks + codes_at - before;
         side.codes_page = layout.bytes;
         side.codes_head = head;
         side.codes_stream = blocks_stream;
     }
     if (blocks && param_at >= 0) {
-        side.param = blocks + param_at;
+        side.param = blocks + param_at - before;
         side.param_page = layout.bytes;
         side.param_head = head;
         side.param_stream = blocks_stream;
@@ -68,10 +71,12 @@ void put_bytes(xq_side_store &side, const xq_shape &shape, uint16_t *rows, int64
 /* Whether two layers have as many heads, pages and streams: what one stores of a page, the other can read. */
 bool is_as_large(const char *what, const xq_store &store, const xq_store &other, bool heads) {
     return (store.n_pages == other.n_pages && store.n_streams == other.n_streams &&
-            (!heads || store.n_head_kv == other.n_head_kv)) ||
-           !fail(XQ_ERR_ARGUMENT, "%s has %d KV heads, %d pages and %d streams, the layer that reads it %d, %d and %d",
-                 what, other.n_head_kv, other.n_pages, other.n_streams, store.n_head_kv, store.n_pages,
-                 store.n_streams);
+            store.first_block == other.first_block && (!heads || store.n_head_kv == other.n_head_kv)) ||
+           !fail(XQ_ERR_ARGUMENT,
+                 "%s has %d KV heads, %d pages and %d streams, blocks from page %d on, the layer that reads it %d, %d, "
+                 "%d and %d",
+                 what, other.n_head_kv, other.n_pages, other.n_streams, other.first_block, store.n_head_kv,
+                 store.n_pages, store.n_streams, store.first_block);
 }
 
 } // namespace
@@ -82,7 +87,8 @@ int64_t xq_store_block_bytes(const xq_layer *layer, const xq_shape *shape) {
         return XQ_ERR_ARGUMENT;
     }
     const int status = xq_block_layout_of(layer, shape->d, shape->e, &layout);
-    return status == XQ_OK ? (int64_t)shape->n_head_kv * shape->n_pages * layout.bytes : status;
+    const int64_t n_blocks = (int64_t)shape->n_head_kv * (shape->n_pages - shape->first_block);
+    return status == XQ_OK ? n_blocks * layout.bytes : status;
 }
 
 int64_t xq_store_row_bytes(const xq_shape *shape) {
@@ -119,6 +125,7 @@ int xq_store_init(xq_store *store, const xq_layer *layer, const xq_shape *shape,
     store->n_slots = shape->n_slots;
     store->n_streams = shape->n_streams;
     store->n_bytes = shape->n_bytes;
+    store->first_block = shape->first_block;
     uint16_t *v_rows = rows + half_bytes(*shape, shape->d) / (int64_t)sizeof(uint16_t);
     store->k = side_store(layer->k, shape->d, *shape, blocks, blocks_stream, layout, layout.k_codes, layout.k_param,
                           rows, rows_stream);

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(threads)
     float top = -INFINITY, total = 0.0f;
     const page_range pages = pages_of_part(args, blockIdx.z);
     for (int page = pages.begin; page < pages.end; ++page) {
-        const int slot = safe_slot(store, table[page]);
+        const int slot = safe_slot(store, page, table[page]);
         const float m = mask ? __half2float(mask[page * XQ_PAGE + tid]) : 0.0f;
         if (slot == XQ_SLOT_NONE || __syncthreads_and(m == -INFINITY)) {
             continue;

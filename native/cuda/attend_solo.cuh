@@ -39,8 +39,8 @@ __device__ inline void list_solo_pages(const solo_list &list, const xq_store &st
     int n_sealed = 0;
 #pragma unroll 1
     for (int base = 0; base < n; base += 32) {
-        const int nth = base + lane;
-        const int slot = nth < n ? safe_slot(store, table[part + nth * n_parts]) : XQ_SLOT_NONE;
+        const int nth = base + lane, page = part + nth * n_parts;
+        const int slot = nth < n ? safe_slot(store, page, table[page]) : XQ_SLOT_NONE;
         const uint32_t sealed = __ballot_sync(~0u, slot == XQ_SLOT_SEALED);
         if (slot == XQ_SLOT_SEALED) {
             list.nth[n_sealed + __popc(sealed & ((1u << lane) - 1))] = nth;
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(32 * solo_warps, 1)
     const auto load_piece = [&] {
         const int nth = number % page_pieces;
         const auto *mask = tile.mask[0];
-        piece.load(rows_of_piece<E>(k, v, safe_slot(store, table[page]), nth),
+        piece.load(rows_of_piece<E>(k, v, safe_slot(store, page, table[page]), nth),
                    mask ? mask + page * XQ_PAGE + nth * piece_tokens : nullptr, warp, place);
     };
     if (has_open) {          // before copies start, behind which any read takes long

@@ -52,7 +52,7 @@ __device__ void list_pages(LIST &list, const xq_store &store, const xq_attend_ar
 #pragma unroll 1
         for (int base = 0; base < n; base += 32) {
             const int nth = base + lane, page = blockIdx.x + nth * args.n_parts;
-            const int slot = nth < n && (!looks || list.seen[nth]) ? safe_slot(store, table[page]) : XQ_SLOT_NONE;
+            const int slot = nth < n && (!looks || list.seen[nth]) ? safe_slot(store, page, table[page]) : XQ_SLOT_NONE;
             const uint32_t sealed = __ballot_sync(~0u, slot == XQ_SLOT_SEALED);
             const uint32_t open = __ballot_sync(~0u, is_open(slot));
             const uint32_t before = (1u << lane) - 1;

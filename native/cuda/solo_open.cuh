@@ -39,7 +39,7 @@ __device__ inline void find_open_pages(uint32_t *bits, const xq_store &store, co
 #pragma unroll 4
     for (int word = first; 32 * word < n_pages; word += step) {
         const int page = 32 * word + lane;
-        const bool open = page < n_pages && is_open(safe_slot(store, table[page]));
+        const bool open = page < n_pages && is_open(safe_slot(store, page, table[page]));
         const uint32_t all = __ballot_sync(~0u, open);
         if (lane == 0) {
             bits[word] = all;

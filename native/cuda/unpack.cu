@@ -29,7 +29,7 @@ __device__ target target_of(const xq_store &store, const xq_unpack_args &args, b
     return {stream,
             args.first_head + nth_head,
             page,
-            safe_slot(store, table_of(store, args.table, stream)[page]),
+            safe_slot(store, page, table_of(store, args.table, stream)[page]),
             (__half *)unpacked_row(store, args, nth_stream, page, 0, nth_head),
             (int64_t)args.n_heads * side_of(store, is_k).width};
 }

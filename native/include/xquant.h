@@ -145,6 +145,9 @@ XQ_API int xq_block_layout_of(const xq_layer *layer, int32_t d, int32_t e, xq_bl
  * beyond the first add is at most a sixth of all pages of each kind.  Where w + 1 pages are all, all are rows. */
 XQ_API int32_t xq_plan_slots(const xq_plan *plan, int32_t n_pages, int32_t n_seq);
 XQ_API int32_t xq_plan_byte_slots(const xq_plan *plan, int32_t n_pages, int32_t n_seq);
+/* So many of a stream's pages, the first ones, are never sealed: where a sequence begins as a rule, and its first pages
+ * stay open.  They have no blocks.  0 where they cannot be kept out of the way of pages that are written. */
+XQ_API int32_t xq_plan_first_block(const xq_plan *plan, int32_t n_pages);
 /* Bytes of the blocks and rows of one stream: of layers l of widths d[l] and e[l] with n_head_kv[l] KV heads; d[l] = 0:
  * not part of the cache.  A cache whose pages all have slots has no blocks. */
 XQ_API int64_t xq_cache_bytes(const xq_plan *plan, const int32_t *d, const int32_t *e, const int32_t *n_head_kv,
@@ -223,7 +226,8 @@ enum xq_limit {
  *     codes + s * codes_stream + h * codes_head + p * codes_page       its own, or those of the layer it borrows from
  *     param + s * param_stream + h * param_head + p * param_page
  *
- * and of F16 rows [XQ_PAGE][width] of the open page in slot n:
+ * where p is at least the store's first_block (what would be before it is somebody else's), and of F16 rows
+ * [XQ_PAGE][width] of the open page in slot n:
  *
  *     rows + s * rows_stream + h * rows_head + n * XQ_PAGE * width
  *
@@ -255,6 +259,7 @@ typedef struct xq_side_store {
 typedef struct xq_store {
     int32_t n_head_kv, n_pages, n_slots, n_streams;
     int32_t n_staged, n_bytes; /* slots of the stage; byte slots */
+    int32_t first_block;       /* the first page that may be sealed: those before it have no block */
     xq_side_store k, v;
     int32_t latent;           /* so many of the values' channels, the first, are the first of the keys; v: the others */
     int32_t mapped;           /* 1: V is what a map of `source` leaves over */
@@ -266,11 +271,12 @@ typedef struct xq_store {
 /* Shape of a layer's storage, in elements of its kind; e = 0: nothing is stored of V. */
 typedef struct xq_shape {
     int32_t d, e, n_head_kv, n_pages, n_slots, n_streams, n_bytes; /* n_bytes: byte slots */
+    int32_t first_block;                                           /* the first page that has a block */
 } xq_shape;
 
 /* A store of a layer with own codes over two areas of memory (host or device; they are not looked at):
  *
- *     blocks  [stream][KV head][page][block of xq_block_layout]; null: the layer never seals
+ *     blocks  [stream][KV head][page from first_block on][block of xq_block_layout]; null: the layer never seals
  *     rows    F16 [stream], of each: K [KV head][slot][XQ_PAGE][d], then V [KV head][slot][XQ_PAGE][e],
  *             then pages in bytes [KV head][byte slot][block]
  *

@@ -151,7 +151,7 @@ bool is_other(const char *name, const ggml_tensor *t, const layer_shape &l, int6
     if (!is_tensor(t, on_host, {name, GGML_TYPE_I8, {any, l.shape.n_streams, 1, 1}, true})) {
         return false;
     }
-    const int64_t n_blocks = n_heads * l.shape.n_pages, bytes = t->ne[0] / n_blocks;
+    const int64_t n_blocks = n_heads * (l.shape.n_pages - l.shape.first_block), bytes = t->ne[0] / n_blocks;
     if (t->ne[0] % n_blocks != 0 || bytes % 64 != 0) {
         return refuse("%s has %lld bytes of a stream, must be %lld blocks of a multiple of 64", name,
                       (long long)t->ne[0], (long long)n_blocks);
@@ -218,11 +218,10 @@ bool accepts_layer(const ggml_tensor *node, bool on_host, layer_shape &l) {
     const node_params p = params_of(node);
     l.p = p;
     l.plan = {unpack(p.k), unpack(p.v)};
-    l.shape = {p.d, p.e, p.n_head_kv, p.n_pages, 1, 1, p.n_bytes};
+    l.shape = {p.d, p.e, p.n_head_kv, p.n_pages, 1, 1, p.n_bytes, 0};
     l.mapped = p.e > 0 && l.plan.v.source >= 0;
-    const int64_t block_bytes = xq_store_block_bytes(&l.plan, &l.shape);
     const row_counts in_rows = count_rows(p);
-    if (block_bytes < 0 || in_rows.slot < 0) {
+    if (xq_store_block_bytes(&l.plan, &l.shape) < 0 || in_rows.slot < 0) {
         return refuse("%s", xq_error());
     }
     if (!is_tensor(rows, on_host, {"rows", GGML_TYPE_F16, {any, any, 1, 1}, true}) ||
@@ -241,9 +240,17 @@ bool accepts_layer(const ggml_tensor *node, bool on_host, layer_shape &l) {
     l.shape.n_slots = (int32_t)n_slots;
     l.shape.n_streams = (int32_t)rows->ne[1];
     l.seals = blocks && blocks->ne[0] != 1; // else there is nothing in them
+    if (l.seals) {
+        const int64_t n = blocks_of_head(l.plan, p, blocks->ne[0]);
+        if (n < 1 || n > p.n_pages) {
+            return refuse("blocks have %lld bytes of a stream, must be blocks of %d KV heads and 1 to %d pages",
+                          (long long)blocks->ne[0], p.n_head_kv, p.n_pages);
+        }
+        l.shape.first_block = p.n_pages - (int32_t)n;
+    }
     const int64_t map_bytes = l.mapped ? (int64_t)p.n_head_kv * p.e * p.e * (int64_t)sizeof(float) : 0;
     const int64_t aux_bytes = aux_map(p.n_head_kv, rows->ne[1]) + map_bytes;
-    return is_tensor(blocks, on_host, {"blocks", GGML_TYPE_I8, {l.seals ? block_bytes : 1, rows->ne[1], 1, 1}, true}) &&
+    return is_tensor(blocks, on_host, {"blocks", GGML_TYPE_I8, {l.seals ? any : 1, rows->ne[1], 1, 1}, true}) &&
            is_tensor(aux, on_host, {"aux", GGML_TYPE_I8, {aux_bytes, 1, 1, 1}, true}) &&
            are_apart(stage_of(node), rows) && are_apart(stage_of(node), blocks) && accepts_others(node, l, on_host);
 }

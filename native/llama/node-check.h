@@ -36,6 +36,8 @@ struct row_counts {
     int64_t slot, bytes;
 };
 row_counts count_rows(const node_params &p);
+/* Blocks of a KV head in so many bytes of a stream; -1: they are not blocks. */
+int64_t blocks_of_head(const xq_layer &layer, const node_params &p, int64_t bytes);
 
 /* Numbers of the state of a query row in a part of attention. */
 inline int64_t attend_state(const node_params &p) {

@@ -63,11 +63,18 @@ node_params params_of(const ggml_tensor *node) {
 }
 
 row_counts count_rows(const node_params &p) {
-    xq_shape shape = {p.d, p.e, p.n_head_kv, p.n_pages, 1, 1, 0};
+    xq_shape shape = {p.d, p.e, p.n_head_kv, p.n_pages, 1, 1, 0, 0};
     const int64_t slot = xq_store_row_bytes(&shape);
     shape.n_bytes = p.n_bytes;
     const int64_t all = xq_store_row_bytes(&shape), half = (int64_t)sizeof(uint16_t);
     return slot < 0 || all < 0 ? row_counts{-1, -1} : row_counts{slot / half, (all - slot) / half};
+}
+
+int64_t blocks_of_head(const xq_layer &layer, const node_params &p, int64_t bytes) {
+    xq_block_layout layout;
+    const int64_t of_all_heads =
+        xq_block_layout_of(&layer, p.d, p.e, &layout) == XQ_OK ? (int64_t)layout.bytes * p.n_head_kv : 0;
+    return of_all_heads > 0 && bytes % of_all_heads == 0 ? bytes / of_all_heads : -1;
 }
 
 /* ---- nodes ---- */
@@ -145,12 +152,16 @@ ggml_tensor *new_write_keys(ggml_context *ctx, const layer_tensors &l, ggml_tens
 
 /* Blocks of another layer, which are of a size of their own. */
 struct other_blocks {
-    uint8_t *data;
+    uint8_t *data;              /* of page 0 */
     int64_t page, head, stream; /* bytes */
 
-    other_blocks(const ggml_tensor *blocks, int64_t n_heads, int64_t n_pages)
-        : data((uint8_t *)blocks->data), page(blocks->ne[0] / (n_heads * n_pages)), head(page * n_pages),
-          stream((int64_t)blocks->nb[1]) {}
+    other_blocks(const ggml_tensor *blocks, int64_t n_heads, const xq_shape &shape) {
+        const int64_t n = shape.n_pages - shape.first_block;
+        page = blocks->ne[0] / (n_heads * n);
+        head = page * n;
+        stream = (int64_t)blocks->nb[1];
+        data = (uint8_t *)blocks->data - page * shape.first_block;
+    }
 
     /* units: of 64 bytes from a block's first to its codes; without any there is nothing to set. */
     void set_codes(xq_side_store &side, uint16_t units) const {
@@ -171,14 +182,15 @@ static bool make_store(xq_store &store, const ggml_tensor *node) {
     const node_params p = params_of(node);
     const xq_layer layer = {unpack(p.k), unpack(p.v)};
     const row_counts in_rows = count_rows(p);
+    const bool seals = blocks->ne[0] > 1;
     const xq_shape shape = {p.d,
                             p.e,
                             p.n_head_kv,
                             p.n_pages,
                             (int32_t)((rows->ne[0] - in_rows.bytes) / in_rows.slot),
                             (int32_t)rows->ne[1],
-                            p.n_bytes};
-    const bool seals = blocks->ne[0] > 1;
+                            p.n_bytes,
+                            seals ? p.n_pages - (int32_t)blocks_of_head(layer, p, blocks->ne[0]) : 0};
     if (xq_store_init(&store, &layer, &shape, seals ? (uint8_t *)blocks->data : nullptr, (int64_t)blocks->nb[1],
                       (uint16_t *)rows->data, (int64_t)rows->nb[1]) != XQ_OK ||
         (p.latent > 0 && xq_store_latent(&store, p.latent) != XQ_OK)) {
@@ -190,13 +202,13 @@ static bool make_store(xq_store &store, const ggml_tensor *node) {
         }
     }
     if (seals && k_other) {
-        other_blocks(k_other, p.n_head_kv, p.n_pages).set_codes(store.k, 0);
+        other_blocks(k_other, p.n_head_kv, shape).set_codes(store.k, 0);
     }
     if (seals && p.e > 0 && layer.v.owner >= 0) {
-        other_blocks(v_other, p.n_head_kv, p.n_pages).set_codes(store.v, p.other_codes);
+        other_blocks(v_other, p.n_head_kv, shape).set_codes(store.v, p.other_codes);
     }
     if (seals && p.e > 0 && layer.v.source >= 0) {
-        const other_blocks from(v_other, p.other_heads, p.n_pages);
+        const other_blocks from(v_other, p.other_heads, shape);
         xq_side_store &source = store.source;
         store.mapped = 1;
         source.plan = unpack(p.source);

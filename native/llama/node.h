@@ -8,7 +8,8 @@
  *
  * A layer is four tensors:
  *
- *     blocks  I8   [KV head * page * bytes of a block, stream], or [1] where nothing is ever sealed
+ *     blocks  I8   [KV head * page * bytes of a block, stream], or [1] where nothing is ever sealed; of as many pages,
+ *                  the last ones, as it has room for
  *     rows    F16  [elements of all slots and byte slots, stream], as xq_store_init says
  *     aux     I8   counter u64 of values that were not finite, serial numbers i32 of the last micro-batches for which
  *                  each of the two steps of clearing the stage was done | heads i32 [KV head] | arrivals u32 | map F32;

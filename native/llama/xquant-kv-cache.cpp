@@ -39,6 +39,7 @@ kv_cache::kv_cache(const llama_model &model, const llama_hparams &hparams, bool 
     shape.n_cells = (int32_t)kv_size;
     shape.window = plan_.window;
     shape.pinned = plan_.pinned;
+    shape.first_block = xq_plan_first_block(&plan_, shape.n_pages());
     table_ = std::make_unique<xq::page_table>(shape);
     const slot_counts counts = slots_for(1);
     table_->grow(counts.n_slots, counts.n_bytes, counts.reserved, counts.staged);
@@ -80,7 +81,8 @@ void kv_cache::add_layer(int32_t il, bool offload, contexts &fixed) {
                 table_->shape().n_pages(),
                 table_->shape().n_slots,
                 (int32_t)n_stream,
-                table_->shape().n_bytes};
+                table_->shape().n_bytes,
+                table_->shape().first_block};
     l->latent = (int32_t)hparams.n_embd_head_v(il) - l->shape.e;
     l->turned = turned_pairs(model, il);
     l->k_owner = earlier(l->plan.k.owner);

@@ -30,7 +30,7 @@ __attribute__((visibility("default"))) bool xquant_prompt(const struct xq_backen
 /* What a worker of llama.cpp's RPC says of itself in its first answer: 0, or the version of the nodes that all of its
  * devices run, with a flag if all of these are CPUs.  The version grows with every change of node.h, and of what
  * xquant.h says of storage: then the two sides must be of the same build again. */
-enum { XQUANT_WORKER_VERSION = 2, XQUANT_WORKER_CPU = 0x80 };
+enum { XQUANT_WORKER_VERSION = 3, XQUANT_WORKER_CPU = 0x80 };
 __attribute__((visibility("default"))) uint8_t xquant_worker(struct ggml_backend *const *backends, int n);
 
 #ifdef __cplusplus

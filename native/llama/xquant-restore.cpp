@@ -39,6 +39,7 @@ void kv_cache::page_data::decode(const std::vector<std::unique_ptr<layer>> &laye
         xq_shape shape = l->shape;
         shape.n_pages = shape.n_slots = shape.n_streams = 1;
         shape.n_bytes = sealed ? 0 : 1;
+        shape.first_block = 0;
         xq_store &store = stores[l.get()];
         int status =
             xq_store_init(&store, &l->plan, &shape, sealed ? at : nullptr, 0, (uint16_t *)rows_of_layer.get(), 0);
@@ -155,8 +156,8 @@ void kv_cache::put_cell(uint32_t stream, uint32_t index, const saved_cell &cell)
 
 /* ---- pages ---- */
 
-/* An empty page whose cells reach as far as the saved one's, that of the same number if it can be; -1: there is none.
- */
+/* An empty page whose cells reach as far as the saved one's: that of the same number if it can be, and for codes one
+ * that can be sealed if there is one; -1: there is none. */
 int32_t kv_cache::free_page_for(uint32_t stream, const saved_page &page) const {
     const cells_view view(*this);
     int32_t last = XQ_PAGE - 1;
@@ -167,11 +168,12 @@ int32_t kv_cache::free_page_for(uint32_t stream, const saved_page &page) const {
         return !view.is_any_used((int32_t)stream, p) && (uint32_t)(p * XQ_PAGE + last) < v_cells[stream].size();
     };
     const int32_t n_pages = table_->shape().n_pages();
-    if (page.number < (uint32_t)n_pages && fits((int32_t)page.number)) {
+    const int32_t first = page.kind == page_sealed ? table_->shape().first_block : 0;
+    if (page.number >= (uint32_t)first && page.number < (uint32_t)n_pages && fits((int32_t)page.number)) {
         return (int32_t)page.number;
     }
-    for (int32_t p = 0; p < n_pages; ++p) {
-        if (fits(p)) {
+    for (int32_t i = 0; i < n_pages; ++i) {
+        if (const int32_t p = (first + i) % n_pages; fits(p)) {
             return p;
         }
     }
@@ -186,9 +188,9 @@ void kv_cache::restore_page(uint32_t stream, const saved_page &page, page_data &
             same.push_back((uint32_t)(at * XQ_PAGE + t));
         }
     }
-    const int32_t to = page.kind == page_in_bytes                    ? table_->free_byte_slot((int32_t)stream)
-                       : page.kind == page_sealed && table_->seals() ? (int32_t)XQ_SLOT_SEALED
-                                                                     : (int32_t)XQ_SLOT_NONE;
+    const int32_t to = page.kind == page_in_bytes                         ? table_->free_byte_slot((int32_t)stream)
+                       : page.kind == page_sealed && table_->can_seal(at) ? (int32_t)XQ_SLOT_SEALED
+                                                                          : (int32_t)XQ_SLOT_NONE;
     if (at >= 0 && to != XQ_SLOT_NONE) {
         put_block(stream, page, at, to, data);
         for (size_t i = 0; i < same.size(); ++i) {

@@ -20,7 +20,8 @@
  *
  * Rule of sealing: a page is sealed when at least `window` tokens of its sequence were written after its newest one,
  * unless it is among the pinned first pages of a sequence.  Its sequence is the one that wrote last; where others have
- * cells in the page, anybody's tokens count.
+ * cells in the page, anybody's tokens count.  Pages before first_block stay open, whatever they hold: a sequence begins
+ * there as a rule, so that they are pinned, and memory for their codes would never be used.
  *
  * Rule of bytes: pages are written as F16 rows, and stay so while nobody else needs their slot.  Then an open page that
  * is not written goes to a byte slot, a full one before others.  If there are none left either, the pages that were
@@ -50,6 +51,7 @@ struct page_shape {
     int32_t staged;             /* pages of a stream that may lie in the stage */
     int32_t window;             /* newest tokens of a sequence that stay open; negative: nothing is ever sealed */
     int32_t pinned;             /* first pages of a sequence that stay open */
+    int32_t first_block;        /* pages before this one are never sealed */
 
     int32_t n_pages() const { return (int32_t)(((int64_t)n_cells + XQ_PAGE - 1) / XQ_PAGE); }
 };
@@ -82,7 +84,7 @@ struct page_write {
 /* What must happen, in this order; moves as the update verb reads them.  Cells are written before `after`. */
 struct page_plan {
     bool fits = true;                /* false: more pages are written than there are slots; nothing else is said */
-    std::vector<page_move> released; /* pages without cells are free again */
+    std::vector<page_move> released; /* pages without cells, or none but those to be written, are free again */
     std::vector<page_move> seals;    /* data: what lies in `slot` to codes */
     std::vector<page_move> shrinks;  /* data: rows in `slot` to the byte slot `small` */
     std::vector<page_move> unseals;  /* data: codes, or what lies in the byte slot `small`, to rows in `slot` */
@@ -100,6 +102,7 @@ class XQ_API page_table {
 
     const page_shape &shape() const { return shape_; }
     bool seals() const { return shape_.window >= 0 && shape_.n_slots < shape_.n_pages(); }
+    bool can_seal(int32_t page) const { return seals() && page >= shape_.first_block; }
     /* A slot, or an xq_slot; of the stage only between the commits of a plan. */
     int32_t state(int32_t stream, int32_t page) const { return at(stream, page).state; }
     /* Tokens written since the page's newest one, as the rule of sealing counts them. */

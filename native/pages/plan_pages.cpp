@@ -48,8 +48,7 @@ class page_table::planner {
                 continue;
             }
             if (!cells.is_any_used(write.stream, p)) {
-                out.released.push_back(move_of(p, state));
-                give_back(state);
+                release(p, state);
             } else if (xq::is_open(state)) {
                 const candidate c = candidate_of(p, state, st);
                 if (in_graph && leaves(c, st)) {
@@ -63,29 +62,34 @@ class page_table::planner {
 
     /* Written pages get slots, of the stream or of the stage; false: there are too few. */
     bool open_written() {
-        std::vector<int32_t> fresh;
+        std::vector<int32_t> fresh, closed;
         for (const int32_t p : written) {
             const int32_t state = st.pages[p].state;
-            if (state >= 0) {
-                kept.push_back({p, state});
-            } else if (!has_others(cells, write, p)) {
+            if (!has_others(cells, write, p)) {
                 fresh.push_back(p);
-            } else if (!take_slot()) {
-                return false;
+                release(p, state); // the slot of what was there may be all that another written page can get
+            } else if (state >= 0) {
+                kept.push_back({p, state});
             } else {
-                page_move move = move_of(p, slots.back());
-                move.small = state;
-                (state == XQ_SLOT_NONE ? out.opens : out.unseals).push_back(move);
-                kept.push_back({p, slots.back()});
-                slots.pop_back();
+                closed.push_back(p);
             }
+        }
+        for (const int32_t p : closed) {
+            if (!take_slot()) {
+                return false;
+            }
+            page_move move = move_of(p, slots.back());
+            move.small = st.pages[p].state;
+            (move.small == XQ_SLOT_NONE ? out.opens : out.unseals).push_back(move);
+            kept.push_back({p, slots.back()});
+            slots.pop_back();
         }
         return open_fresh(fresh);
     }
 
   private:
     /* An open page; what is sealed to make room: the unpinned before the pinned, of these the first of a sequence last;
-     * then the one that was written longest ago. */
+     * then the one that was written longest ago.  What is never sealed comes last. */
     struct candidate {
         int32_t page, slot, rank;
         uint64_t newest;
@@ -114,12 +118,13 @@ class page_table::planner {
     }
     candidate candidate_of(int32_t page, int32_t slot, const stream &clocks) const {
         const page_content content = cells.content(write.stream, page);
-        return {page, slot, table.is_pinned(content.lowest) ? content.lowest : INT32_MAX, clocks.pages[page].written,
-                content};
+        const int32_t rank = !table.can_seal(page)             ? INT32_MIN
+                             : table.is_pinned(content.lowest) ? content.lowest
+                                                               : INT32_MAX;
+        return {page, slot, rank, clocks.pages[page].written, content};
     }
     bool leaves(const candidate &c, const stream &clocks) const {
-        return table.seals() && c.rank == INT32_MAX &&
-               age_in(clocks, cells, write.stream, c.page) >= (uint64_t)table.shape_.window;
+        return c.rank == INT32_MAX && age_in(clocks, cells, write.stream, c.page) >= (uint64_t)table.shape_.window;
     }
     /* Likewise, by the end of this micro-batch: without a window, the page that the next one goes on with stays. */
     bool leaves_then(const candidate &c, const stream &later) const {
@@ -131,6 +136,12 @@ class page_table::planner {
         std::copy(std::begin(c.content.valid), std::end(c.content.valid), move.valid);
         move.small = to;
         return move;
+    }
+    void release(int32_t page, int32_t state) {
+        if (state != XQ_SLOT_NONE) {
+            out.released.push_back(move_of(page, state));
+            give_back(state);
+        }
     }
     void give_back(int32_t state) {
         if (state != XQ_SLOT_SEALED) {
@@ -166,7 +177,11 @@ class page_table::planner {
         const auto worst = std::min_element(open.begin(), open.end());
         if (!has_bytes_left()) {
             const auto other = std::min_element(small.begin(), small.end());
-            if (other == small.end() || *worst < *other) {
+            const bool is_worst = other == small.end() || *worst < *other;
+            if ((is_worst ? worst : other)->rank == INT32_MIN) {
+                return false;
+            }
+            if (is_worst) {
                 seal(*worst);
                 open.erase(worst);
                 return true;

@@ -52,8 +52,8 @@ struct xq_pages {
 };
 
 xq_pages *xq_pages_new(int32_t n_streams, int32_t n_cells, int32_t n_slots, int32_t n_bytes, int32_t reserved,
-                       int32_t window, int32_t pinned, int32_t staged) {
-    const xq::page_shape shape = {n_streams, n_cells, n_slots, n_bytes, reserved, staged, window, pinned};
+                       int32_t window, int32_t pinned, int32_t staged, int32_t first_block) {
+    const xq::page_shape shape = {n_streams, n_cells, n_slots, n_bytes, reserved, staged, window, pinned, first_block};
     const bool fits = n_streams > 0 && n_cells > 0 && n_slots > 0 && n_slots <= shape.n_pages();
     return fits && n_bytes >= 0 && staged >= 0 ? new xq_pages(shape) : nullptr;
 }

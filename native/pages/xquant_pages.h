@@ -25,9 +25,10 @@ typedef struct xq_pages_counts {
     int32_t fits, n_released, n_seals, n_shrinks, n_unseals, n_opens, n_after_codes, n_after_bytes, n_staged;
 } xq_pages_counts;
 
-/* window < 0: never seals.  reserved: slots that new tokens leave to windows.  staged: pages that the stage takes. */
+/* window < 0: never seals.  reserved: slots that new tokens leave to windows.  staged: pages that the stage takes.
+ * first_block: pages before it are never sealed. */
 XQ_API xq_pages *xq_pages_new(int32_t n_streams, int32_t n_cells, int32_t n_slots, int32_t n_bytes, int32_t reserved,
-                              int32_t window, int32_t pinned, int32_t staged);
+                              int32_t window, int32_t pinned, int32_t staged, int32_t first_block);
 XQ_API void xq_pages_free(xq_pages *pages);
 XQ_API void xq_pages_clear(xq_pages *pages);
 XQ_API int32_t xq_pages_state(const xq_pages *pages, int32_t stream, int32_t page);

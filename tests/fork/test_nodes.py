@@ -79,11 +79,11 @@ def wrong_axes(kind: str, name: str, tensor: Any, axis: int) -> Iterator[tuple[s
 
 
 def wrong_parameters(kind: str, layer: str) -> Iterator[tuple[str, Change]]:
-    """Each parameter with values that it cannot have."""
+    """Each parameter with values that it cannot have.  More pages than there are blocks: the first ones have none."""
     p = Node(kind, layer).params
     values: dict[str, list[float]] = {
         "d": [0, 16, 48, 60, 576, 592, 65535], "e": [0, 16, 48, 60, 576, 592, 65535],
-        "n_head_kv": [0, 1, 3, 4, 32768, 65535], "n_pages": [-1, 0, 2, 4, 1 << 22, 2**31 - 1, -(2**31)],
+        "n_head_kv": [0, 1, 3, 4, 32768, 65535], "n_pages": [-1, 0, 2, 300, 1 << 22, 2**31 - 1, -(2**31)],
         "n_bytes": [-1, 0, 2, 1 << 22, (1 << 22) + 1, 2**31 - 1, -(2**31)],
     }  # fmt: skip
     if kind == "attend":

@@ -295,6 +295,26 @@ def test_restoring_into_a_smaller_context(paths: dict[str, Path], cut: int) -> N
                 assert small.save() == before
 
 
+def test_codes_that_find_only_a_page_without_a_block_are_decoded(paths: dict[str, Path]) -> None:
+    """The first page, in a context that the text fills to its last page: it lies there as rows or bytes."""
+    with Context(paths["plain"], "xquant", n_ctx=1152) as large:
+        large.decode(TOKENS[:1152], 0)
+        llama_cpp.llama_memory_seq_rm(large.memory, 0, 0, 128)
+        assert min(large.pages()) == 1
+        state = large.save(0)
+        llama_cpp.llama_memory_seq_rm(large.memory, 0, 1120, -1)
+        want = large.decode(TOKENS[1120:1152], 1120)
+    with Context(paths["plain"], "xquant", n_ctx=1024) as small:
+        assert small.load(state, 0) == len(state)
+        pages = small.pages()
+        assert sorted(pages) == list(range(8))
+        assert pages[0].is_open
+        assert sum(not page.is_open for page in pages.values()) >= 5
+        llama_cpp.llama_memory_seq_rm(small.memory, 0, 1120, -1)
+        got = small.decode(TOKENS[1120:1152], 1120)
+        assert np.abs(got - want).max() < 5e-4 * want.std()
+
+
 def test_a_saved_copy_and_a_saved_shift_are_not_stale(paths: dict[str, Path]) -> None:
     """llama.cpp carries out copies between streams, and shifts, at the next decode: a state saved before has them."""
     with Context(paths["plain"], "xquant", n_ctx=4096, n_seq=2, unified=False) as saved:

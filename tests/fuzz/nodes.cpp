@@ -35,7 +35,8 @@ bool choose(input &in, sizes &s) {
     const int32_t widths[] = {16, 64, 96, 16, 64, 128};
     const int32_t d = in.PickValueInArray(widths), e = in.PickValueInArray(widths);
     s.latent = in.ConsumeIntegralInRange<int>(0, 7) == 0 ? 16 : 0;
-    s.shape = {d, s.latent > 0 && in.ConsumeBool() ? 0 : e, few(2), few(3), few(2), few(2), few(3) - 1};
+    s.shape = {d, s.latent > 0 && in.ConsumeBool() ? 0 : e, few(2), few(3), few(2), few(2), few(3) - 1, 0};
+    s.shape.first_block = s.shape.n_pages > 1 && in.ConsumeBool() ? 1 : 0;
     s.n_tokens = few(40);
     s.n_rep = few(3);
     s.n_parts = few(3);

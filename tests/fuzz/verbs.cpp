@@ -200,7 +200,8 @@ void verbs(input &in) {
                             number(in, {1, 3, 3}),
                             number(in, {1, 2, 2}),
                             number(in, {1, 1, 2}),
-                            number(in, {0, 1, 2, 2})};
+                            number(in, {0, 1, 2, 2}),
+                            number(in, {0, 0, 1})};
     xq_layer read = layer;
     read.k.owner = read.v.owner = read.v.source = -1;
     for (xq_side *side : {&read.k, &read.v}) {

@@ -74,7 +74,7 @@ def test_pages_of_the_stage_are_read_as_open_ones(on: Device, name: str) -> None
     rows = tuple(np.repeat(x[1:], 2, 0) for x in m.own.rows)  # both streams have those of the second
     n_slots = rows[0].shape[2]
     for staged in range(n_slots):
-        own = Content(m.own.layer, (rows[0], rows[1]), m.own.pages, m.own.latent)
+        own = Content(m.own.layer, (rows[0], rows[1]), m.own.pages, m.own.latent, first_block=m.own.first_block)
         reads = {"source": m.source.put(on, m.n_pages) if m.source else None, "map_": m.map}
         storage = own.put(on, m.n_pages, staged=staged, **reads)
         out = m.attend(storage, 2), *(storage.unpack(m.table, is_k) for is_k in (True, storage.stored_e == 0))

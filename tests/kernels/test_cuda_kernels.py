@@ -201,6 +201,27 @@ def test_attention_that_overtakes_an_update_reads_what_it_wrote(on: Cuda, kernel
 # ---- a GPU's limits ----
 
 
+@pytest.mark.parametrize(("d", "v_bits"), [(128, 2), (128, 3), (256, 2), (64, 0)])
+def test_codes_of_a_page_that_has_no_block_are_not_looked_for(on: Cuda, d: int, v_bits: int) -> None:
+    """A table or a move that says so, whoever wrote it, says nothing: by every kernel of attention."""
+    rng = np.random.default_rng(d)
+    layer = Layer(Side(4, 128), replace(V, bits=v_bits))
+    storage = Storage(on, layer, random_rows(rng, 1, HEADS, 3, d), 5, first_block=2)
+    storage.update([Move(2, 0), Move(4, 1)])
+    pages, rows = storage.pages(), storage.rows()
+    q = rng.standard_normal((1, 1, HEADS * N_REP, d), np.float32)
+    named, unnamed = [[SEALED, SEALED, SEALED, 2, SEALED]], [[NONE, NONE, SEALED, 2, SEALED]]
+    np.testing.assert_array_equal(storage.attend(q, named), storage.attend(q, unnamed))
+    for is_k in (True, False):
+        np.testing.assert_array_equal(storage.unpack(named, is_k), storage.unpack(unnamed, is_k))
+    storage.update([Move(1, 0)])
+    storage.update(unseals=[Move(0, 0)])
+    storage.write_keys([Move(1, SEALED)], np.ones((1, PAGE, HEADS, d), np.float32))
+    np.testing.assert_array_equal(storage.pages(), pages)
+    for now, was in zip(storage.rows(), rows, strict=True):
+        np.testing.assert_array_equal(now, was)
+
+
 def made(on: Cuda, n_pages: int = 4) -> Storage:
     return Storage(on, Layer(Side(4, 128), V), random_rows(np.random.default_rng(0), 1, HEADS, 1, 64), n_pages)
 

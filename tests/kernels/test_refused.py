@@ -107,6 +107,8 @@ STORES = [
     ("k.plan.bits", 5, "k: .*bits is 5, must be 0 to 4"),
     ("v.plan.group", 7, "v: .*group is 7"),
     ("n_bytes", -1, "n_bytes is -1"),
+    ("first_block", -1, "first_block is -1, must be 0 to 3"),
+    ("first_block", 4, "first_block is 4, must be 0 to 3"),
     ("n_bytes", 1, "k.bytes must not be null"),
     ("k.rows", None, "k.rows must not be null"),
     ("v.param", None, "k.param and v.param must both be there"),
@@ -238,6 +240,22 @@ def test_tables_that_name_no_slot(here: Cpu, verb: str) -> None:
     first = Buffer(here, np.array([1], np.int32))
     call.a.first_stream = first.pointer("int32_t")
     refused(call, "first_stream is 1, must be 0 to 0")
+
+
+def test_codes_of_a_page_that_has_no_block(here: Cpu) -> None:
+    """Page 1; it may lie in bytes."""
+    storage = made(here, n_bytes=1, first_block=2)
+    storage.update([Move(2, 0), Move(1, 1, small=BYTES)])
+    on = "-1 is sealed, of pages from 2 on"
+    for seals, unseals in (([Move(1, 0)], []), ([Move(1, BYTES)], []), ([], [Move(1, 0)])):
+        with pytest.raises(Refused, match=rf"is page 1 of stream 0 and slot .*, smaller -1; .*{on}"):
+            storage.update(seals, unseals)
+    for verb in ("attend", "unpack"):
+        call = Call(here, verb, storage)
+        call.table.set(np.array([SEALED], np.int32), 4)
+        refused(call, f"table says -1 of page 1 of stream 0; there are 3 slots, {on}")
+    with pytest.raises(Refused, match=rf"pages\[0\] is page 1 of .*{on}"):
+        storage.read_keys([Move(1, SEALED)])
 
 
 def test_threads_that_there_are_not(here: Cpu) -> None:

@@ -70,9 +70,11 @@ class Table:
         pinned: int,
         staged: int = 4,
         n_bytes: int = 0,
+        first_block: int = 0,
     ) -> None:
         self.ffi, self.lib = load()
-        table = self.lib.xq_pages_new(n_streams, n_cells, n_slots, n_bytes, reserved, window, pinned, staged)
+        shape = (n_streams, n_cells, n_slots, n_bytes, reserved, window, pinned, staged, first_block)
+        table = self.lib.xq_pages_new(*shape)
         assert table != self.ffi.NULL
         self.table = self.ffi.gc(table, self.lib.xq_pages_free)
         self.n_pages = -(-n_cells // PAGE)

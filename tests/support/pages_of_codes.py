@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from support import specification
 from support.devices import Device, device
-from support.storage import BYTES, Floats, Halves, Storage
+from support.storage import BYTES, SEALED, Floats, Halves, Storage
 from xquant_gguf import reference
 from xquant_gguf.plan import PAGE, Layer, Side
 
@@ -236,10 +236,11 @@ class Content:
     latent: int = 0
     n_bytes: int = 0
     byte_blocks: NDArray[np.uint8] | None = None
+    first_block: int = 0
 
     def put(self, on: Device, n_pages: int, **reads: Any) -> Storage:
         """Storage with this content, or with random codes, which are kept."""
-        area: dict[str, Any] = {"latent": self.latent, "n_bytes": self.n_bytes}
+        area: dict[str, Any] = {"latent": self.latent, "n_bytes": self.n_bytes, "first_block": self.first_block}
         out = Storage(on, self.layer, self.rows, n_pages, **area, **reads)
         if self.pages is None:
             rng = np.random.default_rng(n_pages)
@@ -288,13 +289,16 @@ class Made:
         rows = random_rows(rng, *shape, case.d, case.own if latent else e)
         v = Side(0, 0) if latent and not case.own else case.v  # as the fork has it: the plan says nothing of V
         n_bytes = max(0, BYTES + 1 - min(case.table))
-        self.own = Content(Layer(case.k, v), rows, latent=latent, n_bytes=n_bytes)
+        # page 0 needs no block where it is open
+        first_block = int(all(slots[0] != SEALED for slots in self.table))
+        area: dict[str, Any] = {"latent": latent, "first_block": first_block}
+        self.own = Content(Layer(case.k, v), rows, n_bytes=n_bytes, **area)
         owner = Layer(*(replace(s, owner=-1, fit="minmax") for s in (case.k, case.v)))
-        self.owner = Content(owner, rows, latent=latent) if case.k.owner >= 0 or case.v.owner >= 0 else None
+        self.owner = Content(owner, rows, **area) if case.k.owner >= 0 or case.v.owner >= 0 else None
         self.source, self.map = None, None
         if case.source is not None:
             self.own.layer = Layer(case.k, replace(case.v, source=0))
-            self.source = Content(Layer(Side(4, 128), case.source), rows)
+            self.source = Content(Layer(Side(4, 128), case.source), rows, first_block=first_block)
             heads = np.arange(case.heads, dtype=np.int32)[::-1].copy()
             self.map = heads, (rng.standard_normal((case.heads, e, e)) / e**0.5).astype(np.float32)
         n_head, n_cells = case.heads * case.n_rep, len(case.table) * PAGE

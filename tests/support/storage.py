@@ -53,7 +53,7 @@ class Storage:
     rows: K [stream][KV head][slot][PAGE][d], V [...][e], F16.  owner: the layer whose codes the borrowed sides read.
     latent: so many of the values' channels, the first, are those of the keys; rows of V: the others, or empty.
     staged: so many of the slots, the last, lie in the stage: in no stream (those of `rows` of stream 0 are taken).
-    n_bytes: byte slots, poisoned.
+    n_bytes: byte slots, poisoned.  first_block: pages before it have no block.
     source, map_: the layer that predicts V; heads of it [KV head], and [KV head][e][e].  seals: whether it has blocks.
     """
 
@@ -70,6 +70,7 @@ class Storage:
         latent: int = 0,
         staged: int = 0,
         n_bytes: int = 0,
+        first_block: int = 0,
     ) -> None:
         ffi, lib = native.load()
         self.device, self.layer, self.n_pages = device, layer, n_pages
@@ -79,8 +80,9 @@ class Storage:
         self.latent, self.stored_e = latent, rows[1].shape[-1]
         self.e = latent + self.stored_e
         c, self.layout = c_layer(layer), ffi.new("xq_block_layout *")
-        self.n_bytes = n_bytes
-        shape = ffi.new("xq_shape *", (self.d, self.stored_e, self.heads, n_pages, self.slots, self.streams, n_bytes))
+        self.n_bytes, self.first_block = n_bytes, first_block
+        sizes = (self.d, self.stored_e, self.heads, n_pages, self.slots, self.streams, n_bytes, first_block)
+        shape = ffi.new("xq_shape *", sizes)
         n_blocks, n_rows = lib.xq_store_block_bytes(c, shape), lib.xq_store_row_bytes(shape)
         assert lib.xq_block_layout_of(c, self.d, self.stored_e, self.layout) == 0, native.error()
         self.blocks_stream, self.rows_stream = n_blocks + APART, n_rows + APART
@@ -154,15 +156,18 @@ class Storage:
         return block[at:end].view(np.int8).reshape(PAGE, -1), block[end : end + 4 * n].view(np.float16).reshape(2, n)
 
     def pages(self) -> NDArray[np.uint8]:
-        """The blocks as they are now, [stream][KV head][page][byte]."""
+        """The blocks as they are now, [stream][KV head][page][byte]; poison for pages that have none."""
         assert self.blocks is not None
         flat = self.blocks.get(np.uint8, (self.streams, self.blocks_stream))[:, :-APART]
-        return flat.reshape(self.streams, self.heads, self.n_pages, self.layout.bytes)
+        out = np.full((self.streams, self.heads, self.n_pages, self.layout.bytes), 0xFF, np.uint8)
+        out[:, :, self.first_block :] = flat.reshape(self.streams, self.heads, -1, self.layout.bytes)
+        return out
 
     def set_pages(self, pages: NDArray[np.uint8]) -> None:
         """Overwrites all blocks."""
         assert self.blocks is not None
         gap = np.full(APART, 0xFF, np.uint8)
+        pages = pages[:, :, self.first_block :]
         self.blocks.set(np.concatenate([np.concatenate([stream.reshape(-1), gap]) for stream in pages]))
 
     def part_at(self, name: str) -> tuple[slice, slice]:

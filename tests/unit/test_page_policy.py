@@ -99,6 +99,33 @@ def test_open_pages_that_are_not_written_lie_in_bytes() -> None:
         assert kinds(table) == ("bcccbr--" if step != PAGE else "bccccr--")
 
 
+def test_pages_without_blocks_stay_open_whatever_they_hold() -> None:
+    """A context shift forgets the first page, which then takes later tokens; what is first now is sealed."""
+    table = Table(1, 8 * PAGE, 1, 0, PAGE, 1, n_bytes=2, first_block=1)
+    for i in range(8 * PAGE):
+        written(table, [0], position=i)
+    assert kinds(table) == "bcccccbr"
+    table.sequences[0, : 2 * PAGE] = 0
+    table.positions[0] -= 2 * PAGE
+    for i in range(2 * PAGE):
+        written(table, [0], position=6 * PAGE + i)
+        assert kinds(table)[0] in "br"
+    assert kinds(table) == "brcccccc"
+
+
+def test_the_slot_of_a_page_that_lost_its_cells_serves_another_that_is_written() -> None:
+    """One slot: the last page of a sequence that was removed holds it, the one that is gone on with lies in bytes."""
+    table = Table(1, 5 * PAGE, 1, 0, PAGE, 1, n_bytes=2)
+    written(table, [0] * 30)
+    other = {cell // PAGE for cell in written(table, [1] * 40)}
+    assert kinds(table) == "br---"
+    table.sequences[0, table.sequences[0] == 2] = 0
+    cells = table.find(0, [0] * 200, 0)
+    assert {cell // PAGE for cell in cells} == {0, 1} | other
+    written(table, [0] * 200, position=30)
+    assert kinds(table) == "br---"
+
+
 def test_a_page_is_sealed_from_rows_where_it_can() -> None:
     """Micro-batches that leave the window seal what lay in the slot, which never was in bytes."""
     table = Table(1, 16 * PAGE, 1, 0, PAGE, 1, n_bytes=2)

@@ -26,18 +26,21 @@ class Cache(RuleBasedStateMachine):
         window=st.sampled_from([-1, 0, 1, 100, PAGE, 300]),
         pinned=st.integers(0, 2),
         staged=st.integers(1, 5),
+        rest=st.booleans(),
     )
     def make(
-        self, n_streams: int, n_cells: int, spare: int, in_bytes: int, window: int, pinned: int, staged: int
+        self, n_streams: int, n_cells: int, spare: int, in_bytes: int, window: int, pinned: int, staged: int, rest: bool
     ) -> None:
         n_pages = -(-n_cells // PAGE)
         stay = pinned + -(-max(window, 0) // PAGE)
         self.n_slots = n_pages if window < 0 else min(n_pages, 1 + spare + (0 if in_bytes else stay))
         self.n_bytes = in_bytes if self.n_slots < n_pages else 0
         self.window, self.pinned, self.staged = window, pinned, staged
+        # as xq_plan_first_block has it: one byte slot is left when such pages, and as many as there are slots, have one
+        self.first_block = pinned if rest and self.n_bytes >= self.n_slots + pinned and pinned < n_pages else 0
         self.reserved = 0 if self.n_bytes else min(-(-max(window, 0) // PAGE), self.n_slots - 1)
         self.table = Table(
-            n_streams, n_cells, self.n_slots, self.reserved, window, pinned, staged, n_bytes=self.n_bytes
+            n_streams, n_cells, self.n_slots, self.reserved, window, pinned, staged, self.n_bytes, self.first_block
         )
         self.seals = window >= 0 and self.n_slots < n_pages
         self.n_streams, self.n_cells = n_streams, n_cells
@@ -45,6 +48,7 @@ class Cache(RuleBasedStateMachine):
         self.slots: NDArray[np.int64] = np.full((2, n_streams, self.n_slots, PAGE), -2, np.int64)
         self.bytes: NDArray[np.int64] = np.full((2, n_streams, self.n_bytes, PAGE), -6, np.int64)
         self.codes = np.full((2, n_streams, self.table.n_pages, PAGE), -3, np.int64)
+        self.codes[:, :, : self.first_block] = -7  # they are never looked at
         self.stage: NDArray[np.int64] = np.full((2, staged, PAGE), -5, np.int64)
         self.next = 1  # values are never used twice
         self.ends = {(s, q): 0 for s in range(n_streams) for q in range(N_SEQ)}
@@ -110,16 +114,18 @@ class Cache(RuleBasedStateMachine):
             self.make_smaller(left, undone)
         return False
 
-    def check_plan(self, stream: int, plan: Plan, written: set[int]) -> None:
+    def check_plan(self, stream: int, plan: Plan, written: set[int], held: set[int]) -> None:
+        """held: pages that had cells before; a written one that had none is released, and opened anew."""
+        anew = {move.page for move in plan.released} & written - held
         states = self.table.states(stream)
         before = (*plan.released, *plan.seals, *plan.shrinks)
-        moved = [move.page for move in (*before, *plan.unseals, *plan.opens)]
-        assert len(moved) == len(set(moved))
+        for pages in (before, (*plan.seals, *plan.shrinks, *plan.unseals, *plan.opens)):
+            assert len({move.page for move in pages}) == len(pages)
         free = set(range(self.n_slots)) - {s for s in states if s >= 0}
         free_bytes = {BYTES - i for i in range(self.n_bytes)} - {s for s in states if s <= BYTES}
         for move in before:
             assert states[move.page] == move.slot
-            assert move.page not in written
+            assert move.page not in written - anew
         for move in (*plan.released, *plan.seals):
             free |= {move.slot} - {SEALED}
             free_bytes |= {move.slot} - {SEALED}
@@ -127,7 +133,7 @@ class Cache(RuleBasedStateMachine):
         for move in plan.shrinks:
             free_bytes.remove(move.small)
             free.add(move.slot)
-        assert {move.page for move in (*plan.unseals, *plan.opens)} == {p for p in written if states[p] < 0}
+        assert {move.page for move in (*plan.unseals, *plan.opens)} == {p for p in written if states[p] < 0} | anew
         taken = [move.slot for move in (*plan.unseals, *plan.opens)]
         assert len(taken) == len(set(taken))
         staged = {slot for slot in taken if slot >= self.n_slots}
@@ -171,7 +177,7 @@ class Cache(RuleBasedStateMachine):
         head = data.draw(st.integers(0, self.n_cells))
         tokens = [owners[i % len(owners)] for i in range(n)]
         cells = self.table.find(stream, tokens, head)
-        before = self.table.states(stream)
+        before, held = self.table.states(stream), {cell // PAGE for cell in self.used(stream)}
         free = self.n_cells - len(self.used(stream))
         if not cells:
             budget = self.table.n_pages if not self.seals else self.n_slots - self.reserved
@@ -188,7 +194,7 @@ class Cache(RuleBasedStateMachine):
         assert plan == self.table.plan(stream, cells)
         assert before == self.table.states(stream)
         assert plan.fits
-        self.check_plan(stream, plan, {c // PAGE for c in cells})
+        self.check_plan(stream, plan, {c // PAGE for c in cells}, held)
         if not self.run(plan, stop):
             for cell in cells:  # and given back, when a batch fails
                 self.table.sequences[stream, cell] = 0
@@ -217,7 +223,8 @@ class Cache(RuleBasedStateMachine):
             cells = [i for i in self.used(stream) if i // PAGE == page]
             if self.seals and state not in (SEALED, NONE) and page not in written and cells:
                 lowest = min(self.table.positions[stream, cells])
-                assert self.table.age(stream, page) - n < self.window or lowest < self.pinned * PAGE
+                stays = lowest < self.pinned * PAGE or page < self.first_block
+                assert self.table.age(stream, page) - n < self.window or stays
             if state != NONE and cells:
                 owner, then = self.newest[stream][page]
                 own = all(self.table.sequences[stream, cell] >> owner & 1 for cell in cells)
@@ -261,7 +268,7 @@ class Cache(RuleBasedStateMachine):
     @precondition(lambda self: self.n_slots < self.table.n_pages)
     @rule(n=st.integers(0, 3), in_bytes=st.integers(0, 3))
     def grow(self, n: int, in_bytes: int) -> None:
-        n = min(n, self.table.n_pages - self.n_slots)
+        n = min(n, self.table.n_pages - self.n_slots, in_bytes if self.first_block else 3)
         self.n_slots += n
         self.n_bytes += in_bytes
         self.table.grow(self.n_slots, self.n_bytes, self.reserved, self.staged)
@@ -282,6 +289,7 @@ class Cache(RuleBasedStateMachine):
             states = self.table.states(stream)
             taken = [state for state in states if state not in (SEALED, NONE)]
             assert len(taken) == len(set(taken))
+            assert SEALED not in states[: self.first_block]
             assert all(BYTES - self.n_bytes < state < self.n_slots for state in taken)
             for cell in self.used(stream):
                 page, t = divmod(cell, PAGE)

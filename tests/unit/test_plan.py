@@ -54,7 +54,7 @@ def test_cache_bytes_at_32k() -> None:
     assert f16 / wide.cache_bytes(shapes, 32768) > 4.6
 
 
-@pytest.mark.parametrize(("n_ctx", "less"), [(1024, 2.1), (2048, 2.9), (4096, 3.7), (8192, 4.2), (32768, 4.7)])
+@pytest.mark.parametrize(("n_ctx", "less"), [(1024, 2.25), (2048, 3.1), (4096, 3.8), (8192, 4.3), (32768, 4.7)])
 def test_short_contexts_are_small_too(n_ctx: int, less: float) -> None:
     """How much less than F16 the default preset takes."""
     shape = Shape(64, 64, 3)
@@ -73,7 +73,8 @@ def test_a_latent_layer_stores_keys_alone() -> None:
         n_block = 576 * 128 * bits // 8 + 2 * 576 * 2
         assert block_bytes(plan.layers[0], shapes[0]) == n_block
         n_bytes = 128 * 576 + 2 * 576 * 2
-        assert plan.cache_bytes(shapes, 128 * 100) == 3 * (100 * n_block + 128 * 576 * 2 + 2 * n_bytes)
+        # the first page has no block
+        assert plan.cache_bytes(shapes, 128 * 100) == 3 * (99 * n_block + 128 * 576 * 2 + 2 * n_bytes)
         wide = replace(plan, open_bits=16)
         assert wide.cache_bytes(shapes, 128 * 100) == 3 * (100 * n_block + 3 * 128 * 576 * 2)
     owner = replace(plan, layers=(plan.layers[0], replace(plan.layers[1], v=Side(1, 0, "lsq", rotate=True, owner=0))))
