@@ -41,6 +41,10 @@ void *ggml_backend_init_by_type(int, const char *);
 void *ggml_backend_reg_by_name(const char *);
 void *ggml_backend_reg_get_proc_address(void *, const char *);
 int ggml_backend_graph_compute(void *, void *);
+struct ggml_threadpool_params {
+    bool cpumask[512]; int n_threads; int prio; uint32_t poll; bool strict_cpu; bool paused;
+};
+void ggml_threadpool_params_init(struct ggml_threadpool_params *, int);
 """
 NODE_FUNCTIONS = """
 void attend_node(void *, int, int, void *);
@@ -65,13 +69,27 @@ def load() -> tuple[FFI, Any, Any, Any]:
 
 
 @lru_cache(maxsize=1)
-def cpu() -> tuple[Any, Any]:
-    """llama.cpp's CPU backend, and the function that says with how many threads it works."""
+def cpu() -> Any:
+    """llama.cpp's CPU backend."""
+    ffi, _, registry, _ = load()
+    return registry.ggml_backend_init_by_type(0, ffi.NULL)
+
+
+def cpu_function(ctype: str, name: str) -> Any:
+    """A function that llama.cpp's CPU backend hands out by its name."""
     ffi, _, registry, _ = load()
     reg = registry.ggml_backend_reg_by_name(b"CPU")
-    name = b"ggml_backend_set_n_threads"
-    set_threads = ffi.cast("void (*)(void *, int)", registry.ggml_backend_reg_get_proc_address(reg, name))
-    return registry.ggml_backend_init_by_type(0, ffi.NULL), set_threads
+    return ffi.cast(ctype, registry.ggml_backend_reg_get_proc_address(reg, name.encode()))
+
+
+@lru_cache
+def threads(n: int) -> Any:
+    """Threads that wait for graphs, as llama.cpp's own programs have; without, a build without OpenMP makes some for
+    every graph."""
+    ffi, base, _, _ = load()
+    params = ffi.new("struct ggml_threadpool_params *")
+    base.ggml_threadpool_params_init(params, n)
+    return cpu_function("void *(*)(struct ggml_threadpool_params *)", "ggml_threadpool_new")(params)
 
 
 class Graph:
@@ -116,9 +134,9 @@ class Graph:
         self.result = result
 
     def run(self, n_threads: int) -> None:
-        backend, set_threads = cpu()
-        set_threads(backend, n_threads)
-        if self.base.ggml_backend_graph_compute(backend, self.graph) != 0:
+        cpu_function("void (*)(void *, int)", "ggml_backend_set_n_threads")(cpu(), n_threads)
+        cpu_function("void (*)(void *, void *)", "ggml_backend_cpu_set_threadpool")(cpu(), threads(n_threads))
+        if self.base.ggml_backend_graph_compute(cpu(), self.graph) != 0:
             raise ValueError("the graph failed")
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,12 +68,15 @@ def running(
     with (
         open(log or os.devnull, "w") as file,
         subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=file) as process,
+        ExitStack() as ends,
     ):
         try:
             assert process.stdout
             lines = iter(process.stdout.readline, b"")
             assert any(b"transport" in line for line in lines), "the worker did not start"
-            threading.Thread(target=lambda: [None for _ in lines], daemon=True).start()
+            rest = threading.Thread(target=lambda: [None for _ in lines], daemon=True)
+            rest.start()
+            ends.callback(rest.join)  # at the end of what the worker says: else it is closed while it is read
             if not prefix:
                 _wait(endpoint)
             else:
