@@ -8,11 +8,10 @@
 #include "cpu-variant.h"
 
 #include "cpu_features.h"
+#include "ggml-backend-dl.h"
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
 #include "xquant_llama.h"
-
-#include <dlfcn.h>
 
 #include <cstdlib>
 #include <string>
@@ -53,20 +52,35 @@ std::vector<variant> built() {
     return list;
 }
 
+/* The file of this library; empty if that is not known. */
+fs::path this_library() {
+#ifdef _WIN32
+    HMODULE here;
+    std::vector<wchar_t> path(1 << 15); // the longest that Windows has
+    const DWORD how = GET_MODULE_HANDLE_EX_FLAG_FROM_ADDRESS | GET_MODULE_HANDLE_EX_FLAG_UNCHANGED_REFCOUNT;
+    if (!GetModuleHandleExW(how, (LPCWSTR)xquant_cpu_reg, &here) ||
+        !GetModuleFileNameW(here, path.data(), (DWORD)path.size())) {
+        return {};
+    }
+    return path.data();
+#else
+    Dl_info here;
+    return dladdr((void *)xquant_cpu_reg, &here) ? here.dli_fname : "";
+#endif
+}
+
 /* The CPU backend of a library beside this one; null if it cannot be loaded. */
 ggml_backend_reg_t load(const std::string &name) {
-    Dl_info here;
-    if (!dladdr((void *)xquant_cpu_reg, &here)) {
+    fs::path path = this_library();
+    if (path.empty()) {
         return nullptr;
     }
-    std::string path = here.dli_fname;
-    path.erase(path.find_last_of('/') + 1);
-    path += "libxquant-cpu-" + name + ".so";
+    path.replace_filename(LIBRARY_PREFIX "xquant-cpu-" + name + LIBRARY_SUFFIX);
     // never closed: its threads and buffers live as long as the process
-    void *library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-    auto *reg = library ? (decltype(&xquant_cpu_variant))dlsym(library, "xquant_cpu_variant") : nullptr;
+    dl_handle *library = dl_load_library(path);
+    auto *reg = library ? (decltype(&xquant_cpu_variant))dl_get_sym(library, "xquant_cpu_variant") : nullptr;
     if (!reg) {
-        GGML_LOG_WARN("xquant: %s\n", dlerror());
+        GGML_LOG_WARN("xquant: %s cannot be loaded: %s\n", path.u8string().c_str(), dl_error());
         return nullptr;
     }
     return reg();

@@ -18,6 +18,9 @@ set(names built-in)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   if(XQUANT_CPU_VARIANTS)
     set(names amx avx512 avxvnni avx2 sse42)
+    if(WIN32) # which lets a process use AMX when it asks for it, and llama.cpp asks Linux alone
+      list(REMOVE_ITEM names amx)
+    endif()
   elseif(GGML_AVX2 AND NOT (GGML_NATIVE OR GGML_AVX_VNNI OR GGML_AVX512))
     set(names avx2)
   endif()
@@ -61,9 +64,11 @@ foreach(name ${names})
   endforeach()
   target_compile_definitions(${variant} PRIVATE ${definitions})
   target_compile_options(${variant} PRIVATE ${flags_${name}})
-  # libggml-cpu has the same names, and in programs comes first
-  target_link_options(${variant} PRIVATE LINKER:--version-script=${exports})
-  set_property(TARGET ${variant} PROPERTY LINK_DEPENDS ${exports})
+  if(NOT (WIN32 OR APPLE)) # there a library says of each name in which other it looks for it
+    # libggml-cpu has the same names, and in programs comes first
+    target_link_options(${variant} PRIVATE LINKER:--version-script=${exports})
+    set_property(TARGET ${variant} PROPERTY LINK_DEPENDS ${exports})
+  endif()
 endforeach()
 
 target_sources(ggml PRIVATE ${CMAKE_CURRENT_LIST_DIR}/cpu-variant.cpp ${CMAKE_SOURCE_DIR}/native/cpu/cpu_features.cpp)
@@ -72,4 +77,5 @@ list(JOIN names "," built)
 set(built ${built},${last})
 string(REGEX REPLACE "^," "" built ${built})
 message(STATUS "llama.cpp's CPU kernels: ${built}")
-target_compile_definitions(ggml PRIVATE XQUANT_CPU_VARIANTS="${built}")
+target_compile_definitions(ggml PRIVATE XQUANT_CPU_VARIANTS="${built}"
+  LIBRARY_PREFIX="${CMAKE_SHARED_LIBRARY_PREFIX}" LIBRARY_SUFFIX="${CMAKE_SHARED_LIBRARY_SUFFIX}")

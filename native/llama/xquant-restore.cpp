@@ -17,8 +17,9 @@
 namespace xquant {
 
 /* Memory that kernels may read: on cache lines, never null. */
-static std::unique_ptr<uint8_t, free_deleter> aligned(size_t size) {
-    std::unique_ptr<uint8_t, free_deleter> out((uint8_t *)aligned_alloc(64, (size + 127) / 64 * 64));
+static std::unique_ptr<uint8_t, aligned_deleter> aligned(size_t size) {
+    std::unique_ptr<uint8_t, aligned_deleter> out(
+        (uint8_t *)::operator new((size + 127) / 64 * 64, cache_line, std::nothrow));
     return out ? std::move(out) : throw std::bad_alloc();
 }
 

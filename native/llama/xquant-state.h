@@ -21,7 +21,7 @@
 
 #include "llama-io.h"
 
-#include <cstdlib>
+#include <new>
 #include <stdexcept>
 
 namespace xquant {
@@ -92,14 +92,16 @@ struct kv_cache::saved_page {
     int32_t at = 0;                /* while it is saved: the page */
 };
 
-struct free_deleter {
-    void operator()(void *p) const { free(p); }
+constexpr std::align_val_t cache_line{64};
+
+struct aligned_deleter {
+    void operator()(uint8_t *p) const { ::operator delete(p, cache_line); }
 };
 
 /* The data of one page, as it was saved, and as rows. */
 struct kv_cache::page_data {
-    std::unique_ptr<uint8_t, free_deleter> bytes;  /* [layer][KV head]: a block, or rows of keys and of values */
-    std::vector<std::vector<uint16_t>> decoded[2]; /* keys, values of each layer: F16 [XQ_PAGE][KV head][width] */
+    std::unique_ptr<uint8_t, aligned_deleter> bytes; /* [layer][KV head]: a block, or rows of keys and of values */
+    std::vector<std::vector<uint16_t>> decoded[2];   /* keys, values of each layer: F16 [XQ_PAGE][KV head][width] */
 
     /* Decodes blocks of all layers, owners and sources of maps among them. */
     void decode(const std::vector<std::unique_ptr<layer>> &layers, uint32_t kind);
