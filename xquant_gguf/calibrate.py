@@ -128,7 +128,7 @@ def calibrate(
     text: a few thousand tokens; None: a built-in one.  maps: whether layers may predict values from others.  Raises
     ValueError if the text is too short, the budget too small, or the model cannot have an XQuant cache.
     """
-    text = TEXT.read_text() if text is None else text
+    text = TEXT.read_text(encoding="utf-8") if text is None else text
     with Probe(str(model_path), n_threads) as probe:
         tokens = probe.tokenize(text)[: FIT_TOKENS + CHECK_TOKENS]
         if len(tokens) < 2 * CHECK_TOKENS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -80,14 +80,30 @@ void ggml_backend_dev_memory(void * device, size_t * free, size_t * total);
 """What we need of ggml beside the bindings of llama_cpp."""
 
 
+class _Libraries:
+    """Several libraries as one: what one lacks, the next has."""
+
+    def __init__(self, *libraries: Any) -> None:
+        self._libraries = libraries
+
+    def __getattr__(self, name: str) -> Any:
+        for library in self._libraries:
+            with suppress(AttributeError):
+                found = getattr(library, name)
+                setattr(self, name, found)
+                return found
+        raise AttributeError(name)
+
+
 @lru_cache(maxsize=1)
 def load() -> tuple[FFI, Any]:
-    """The cffi instance and libllama, the same library that llama_cpp has loaded."""
+    """The cffi instance, and libllama with what it is linked to: the same libraries that llama_cpp has loaded."""
     ffi = FFI()
     ffi.cdef(GGML)
     for header in ("xquant.h", "xquant_llama.h"):
         ffi.cdef(native.declarations(native.LIBRARY_DIR / header))
-    return ffi, ffi.dlopen(str(native.library_path("llama")))
+    # on Windows a library has its own names alone
+    return ffi, _Libraries(*(native.open_library(ffi, name) for name in ("llama", "ggml", "ggml-base", "xquant")))
 
 
 class GgmlType(NamedTuple):

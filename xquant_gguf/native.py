@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from functools import lru_cache
@@ -10,25 +11,32 @@ from typing import Any
 
 from cffi import FFI
 
-from xquant_gguf_hook import library_folder, library_folders
+from xquant_gguf_hook import FILES, library_folder, library_folders
 
 LIBRARY_DIR = library_folder() or library_folders()[0]
 
 
 def declarations(header: Path) -> str:
     """The part of a C header between its `cdef: begin` and `cdef: end` marks."""
-    text = header.read_text()
+    text = header.read_text(encoding="utf-8")
     return text.split("/* cdef: begin */")[1].split("/* cdef: end */")[0].replace("XQ_API ", "")
 
 
 def library_path(name: str) -> Path:
     """Path of one of our shared libraries (without lib and suffix); OSError names it when it is missing."""
-    for suffix in (".so", ".dylib"):
-        path = LIBRARY_DIR / f"lib{name}{suffix}"
+    for file in FILES:
+        path = LIBRARY_DIR / file.format(name)
         if path.exists():
             return path
     searched = " or ".join(map(str, library_folders()))
     raise OSError(f"lib{name} is not in {searched}: build the package (`make`, or `pip install .`)")
+
+
+def open_library(ffi: FFI, name: str) -> Any:
+    """One of our shared libraries, as cffi gives it."""
+    path = str(library_path(name))
+    ctypes.CDLL(path)  # on Windows Python looks beside it for what it is linked to
+    return ffi.dlopen(path)
 
 
 def built_from() -> dict[str, Any]:
@@ -36,7 +44,7 @@ def built_from() -> dict[str, Any]:
     path = LIBRARY_DIR / "version.json"
     if not path.exists():
         raise OSError(f"{path} is missing: build the package (`make`, or `pip install .`)")
-    pins: dict[str, Any] = json.loads(path.read_text())
+    pins: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return pins
 
 

@@ -302,7 +302,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], st
     if isinstance(source, Mapping):
         return source, "kv_plan"
     try:
-        value = json.loads(Path(source).read_text())
+        value = json.loads(Path(source).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"kv_plan {source}: {error}") from error
     if not isinstance(value, Mapping):

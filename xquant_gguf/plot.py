@@ -15,7 +15,7 @@ SIDES = {"k": "keys", "v": "values"}
 def read_results(path: str) -> dict[str, Any]:
     """A file of evaluate or calibrate; ValueError names the file and what it lacks."""
     try:
-        found = json.loads(Path(path).read_text())
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: is not JSON ({error})") from error
     if isinstance(found, dict) and isinstance(found.get("sensitivity"), dict):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -19,11 +21,12 @@ PROGRAMS = {
     "rpc-server": "ggml-rpc-server",
 }
 """Names of the programs, and of their files."""
+ON_WINDOWS = os.name == "nt"
 
 
 def path(name: str) -> Path:
     """Where a program of PROGRAMS lies; OSError if the package was built without programs."""
-    file = native.LIBRARY_DIR / PROGRAMS[name]
+    file = native.LIBRARY_DIR / (PROGRAMS[name] + ".exe" * ON_WINDOWS)
     if not file.exists():
         raise OSError(
             f"{name} is not in {native.LIBRARY_DIR}: this package was built without programs; wheels have them, and "
@@ -47,6 +50,8 @@ def cache_arguments(kv_type: str | None) -> list[str]:
 
 
 def execute(name: str, arguments: Sequence[str]) -> NoReturn:
-    """Replaces this process by a program."""
+    """Replaces this process by a program; on Windows, where that cannot be, runs it and ends as it does."""
     file = path(name)
+    if ON_WINDOWS:
+        sys.exit(subprocess.run([file, *arguments], check=False).returncode)
     os.execv(file, [name, *arguments])

@@ -162,7 +162,7 @@ def _given(argv: Sequence[str]) -> tuple[ServerSettings, list[Model]]:
         if not args.model and "MODEL" not in os.environ:
             raise ValueError("serve: name a model, or a --config_file")
         return parse_model_from_args(ServerSettings, args), [parse_model_from_args(Model, args)]
-    text = Path(path).read_text()
+    text = Path(path).read_text(encoding="utf-8")
     if path.endswith((".yaml", ".yml")):
         text = json.dumps(yaml.safe_load(text))
     config = Config.model_validate_json(text)

@@ -35,6 +35,10 @@ VARIABLES = {"llama_cpp.llama_cpp": "LLAMA_CPP_LIB_PATH", "llama_cpp.mtmd_cpp": 
 """What each module that loads a library reads."""
 
 
+FILES = ("lib{}.so", "lib{}.dylib", "{}.dll")
+"""How a library's file is called on Linux, macOS and Windows."""
+
+
 def library_folders() -> list[Path]:
     """Where our libraries may lie: beside the package; for an editable install, where the build installed them."""
     import json
@@ -58,7 +62,7 @@ def library_folders() -> list[Path]:
 def library_folder() -> Path | None:
     """The folder in which our libllama lies; None if it was not built."""
     for folder in library_folders():
-        if any((folder / f"libllama{suffix}").exists() for suffix in (".so", ".dylib")):
+        if any((folder / file.format("llama")).exists() for file in FILES):
             return folder
     return None
 

@@ -95,3 +95,16 @@ def test_execute_becomes_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "execv", lambda file, arguments: became.append((file, arguments)))
     programs.execute("rpc-server", ["-p", "50052"])
     assert became == [(program, ["rpc-server", "-p", "50052"])]
+
+
+def test_on_windows_it_ends_as_the_program_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "llama-cli.exe"
+    program.write_text('#!/bin/sh\necho "$@" > told\nexit 7\n')
+    program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(native, "LIBRARY_DIR", tmp_path)
+    monkeypatch.setattr(programs, "ON_WINDOWS", True)
+    with pytest.raises(SystemExit) as ended:
+        programs.execute("llama-cli", ["-m", "model.gguf"])
+    assert ended.value.code == 7
+    assert (tmp_path / "told").read_text() == "-m model.gguf\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import time
 from pathlib import Path
@@ -93,3 +94,10 @@ def test_no_process_stays_behind(tmp_path: Path) -> None:
     assert ends_well(later) == (os.geteuid() == 0)
     time.sleep(2)
     assert told.read_text() == ""
+
+
+def test_without_limits_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(OSError, match="are not run here"):
+        ends_well("pass")

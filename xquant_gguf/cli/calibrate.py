@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     if args.data_free or args.preset:
         result = unmeasured(args.model, budget, args.preset)
     else:
-        text = Path(args.text).read_text() if args.text else None
+        text = Path(args.text).read_text(encoding="utf-8") if args.text else None
         result = calibrate(args.model, budget, text=text, n_threads=args.threads, maps=not args.no_maps)
     print(plan_text(result))
     if args.metadata_only:

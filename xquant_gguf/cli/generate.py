@@ -17,7 +17,7 @@ from xquant_gguf.llama import Llama
 
 
 def run(args: argparse.Namespace) -> int:
-    prompt = Path(args.prompt_file).read_text() if args.prompt_file else args.prompt
+    prompt = Path(args.prompt_file).read_text(encoding="utf-8") if args.prompt_file else args.prompt
     kv_type = kv_type_of(args)
     llm = Llama(args.model, kv_type=kv_type, kv_plan=args.kv_plan, n_ctx=args.n_ctx, verbose=False, **threads_of(args))
     tokens = llm.tokenize(prompt.encode(), special=True)

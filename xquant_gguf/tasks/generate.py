@@ -41,7 +41,7 @@ def read_prompts(path: str, text: str) -> list[str]:
 
 def built_in_prompts() -> list[str]:
     """Pieces of the calibration text: prose, code, tables."""
-    text = TEXT.read_text()
+    text = TEXT.read_text(encoding="utf-8")
     return [text[i * len(text) // BUILT_IN :][:LENGTH] for i in range(BUILT_IN)]
 
 

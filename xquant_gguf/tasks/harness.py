@@ -35,7 +35,7 @@ def load(name: str) -> Any:
     except ImportError as error:
         raise ImportError("harness needs the package lm-eval: pip install 'xquant-gguf[harness]'") from error
     if name.endswith((".yaml", ".yml")):
-        found = re.search(r"^task: *([\w-]+) *$", Path(name).read_text(), re.MULTILINE)
+        found = re.search(r"^task: *([\w-]+) *$", Path(name).read_text(encoding="utf-8"), re.MULTILINE)
         if not found:
             raise ValueError(f"{name}: has no line task: NAME")
         manager, name = TaskManager(include_path=Path(name).parent, include_defaults=False), found.group(1)

@@ -77,8 +77,8 @@ class HumanEval(Task):
         if not run_code:
             raise ValueError("--task humaneval runs code that a model wrote: say so with --run-code")
         text, self.settings = read_data(data)
-        self._before, self._behind = AROUND.read_text().strip().split("\n...\n")
-        self.settings.update(max_tokens=max_tokens, around=AROUND.read_text())
+        self._before, self._behind = AROUND.read_text(encoding="utf-8").strip().split("\n...\n")
+        self.settings.update(max_tokens=max_tokens, around=AROUND.read_text(encoding="utf-8"))
         self._max_tokens = max_tokens
         self._module = ReadOnce()
         self.items = [Item(name, problem) for name, problem in read_problems(Path(data), text).items()][:limit]

@@ -65,7 +65,7 @@ class TruthfulQA(Task):
 
     def __init__(self, data: str, limit: int | None = None) -> None:
         text, self.settings = read_data(data)
-        self.settings["primer"] = PRIMER.read_text().strip()
+        self.settings["primer"] = PRIMER.read_text(encoding="utf-8").strip()
         questions = read_questions(Path(data), text)[:limit]
         self.items = [Item(str(i), question) for i, question in enumerate(questions)]
         self._primer = ReadOnce()
