@@ -1,10 +1,11 @@
-"""Build wheels for many Linux systems on this one, with Zig as the compiler: wheels.py [--out dist] [TARGET ...].
+"""Build wheels for many systems on one Linux machine, with Zig as the compiler: wheels.py [--out dist] [TARGET ...].
 
 The target cuda is another matter: a wheel for NVIDIA's GPUs, built with this machine's compiler and its CUDA toolkit.
 
-Zig (PyPI's package ziglang) compiles for any version of glibc, for musl, and for other processors.  A wheel is built by
-pip as any other, with tools/zig/toolchain.cmake; auditwheel then checks that it needs no newer system than its name
-says, and no library that is not in it.  Beside them goes a wheel of llama-cpp-python's Python part.
+Zig (PyPI's package ziglang) compiles for any version of glibc, for musl, for Windows and macOS, and for other
+processors.  A wheel is built by pip as any other, with tools/zig/toolchain.cmake.  Then auditwheel checks that it needs
+no newer Linux than its name says, and no library that is not in it; of the other systems, which auditwheel does not
+know, library_needs.py checks the latter.  Beside them goes a wheel of llama-cpp-python's Python part.
 
 Needs what pyproject.toml lists in the dependency group wheels: `make wheels`.
 """
@@ -26,22 +27,30 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import library_needs
 import llama_source
 
 ROOT = Path(__file__).resolve().parent.parent
 ZIG = ROOT / "tools" / "zig"
-RUNTIME = "libxquant_cxx.so"
+TOOLCHAIN = ZIG / "toolchain.cmake"
+RUNTIME = {"Linux": "libxquant_cxx.so", "Darwin": "libxquant_cxx.dylib"}
 # beside the interpreter first: a virtual environment that was not activated
 PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
 
 
 @dataclass(frozen=True)
 class Target:
-    """A platform tag of wheels, what Zig calls it, and its processor."""
+    """A platform tag of wheels, what Zig calls it, and its processor.
+
+    by_name: built when it is named alone: what is in the wheel was not run by a Python of that system.
+    """
 
     tag: str
     zig: str
     processor: str
+    system: str = "Linux"  # as CMake calls it
+    options: tuple[str, ...] = ()
+    by_name: bool = False
 
     @property
     def is_musl(self) -> bool:
@@ -52,7 +61,11 @@ TARGETS = (
     Target("manylinux_2_28_x86_64", "x86_64-linux-gnu.2.28", "x86_64"),
     Target("manylinux_2_28_aarch64", "aarch64-linux-gnu.2.28", "aarch64"),
     Target("musllinux_1_2_x86_64", "x86_64-linux-musl", "x86_64"),
-)
+    Target("win_amd64", "x86_64-windows-gnu", "x86_64", "Windows", by_name=True),
+    # what Zig has of macOS is the C library alone
+    Target("macosx_11_0_arm64", "aarch64-macos.11.0", "aarch64", "Darwin",
+           ("GGML_METAL=OFF", "GGML_ACCELERATE=OFF", "GGML_BLAS=OFF"), by_name=True),
+)  # fmt: skip
 OPTIONS = ("XQUANT_PROGRAMS=ON", "XQUANT_CPU_VARIANTS=ON", "GGML_OPENMP=OFF")
 """CMake options of every wheel. Zig has no OpenMP: llama.cpp's own threads do the same."""
 CUDA_LIBRARIES = ("libcuda.so.*", "libcudart.so.*", "libcublas.so.*", "libcublasLt.so.*")
@@ -90,15 +103,27 @@ def write_script(path: Path, text: str) -> None:
 
 
 def write_compilers(folder: Path, target: Target) -> None:
-    """Writes clang, clang++, ar, ranlib and strip for a target; ccache knows the compilers by these names."""
+    """Writes clang, clang++ and the like for a target; ccache knows the compilers by these names."""
     folder.mkdir(parents=True, exist_ok=True)
     zig, flags = ziglang() / "zig", "-dynamic" if target.is_musl else ""
     for name, tool in (("clang", "cc"), ("clang++", "c++")):
         fields = {"version": f"ziglang {version('ziglang')}", "zig": zig, "target": target.zig, "flags": flags}
         write_script(folder / name, COMPILER.format(tool=tool, **fields))
-    for tool in ("ar", "ranlib"):
+    for tool in ("ar", "ranlib", "rc"):
         write_script(folder / tool, f'#!/bin/sh\nexec "{zig}" {tool} "$@"\n')
     write_script(folder / "strip", "#!/bin/sh\n# the linker has done it\n")
+    # CMake wants it for macOS, where all is linked with the paths that it will have
+    write_script(folder / "install_name_tool", "#!/bin/sh\nexit 1\n")
+
+
+def toolchain_variables(target: Target, compilers: Path) -> dict[str, str]:
+    """Environment variables that TOOLCHAIN reads, still without a C++ runtime."""
+    return {
+        "ZIG_BIN": str(compilers),
+        "ZIG_SYSTEM": target.system,
+        "ZIG_PROCESSOR": target.processor,
+        "ZIG_RUNTIME": "",
+    }
 
 
 def run(command: Sequence[str | Path], environment: Mapping[str, str]) -> None:
@@ -113,27 +138,33 @@ def build(target: Target, out: Path) -> Path:
     """Builds and checks the wheel of a target; its path in out."""
     work = ROOT / "build" / "wheels" / target.tag
     write_compilers(work / "zig", target)
-    toolchain = f"-DCMAKE_TOOLCHAIN_FILE={ZIG / 'toolchain.cmake'}"
-    environment = {"PATH": PATH, "ZIG_BIN": str(work / "zig"), "ZIG_PROCESSOR": target.processor, "ZIG_RUNTIME": ""}
-
-    runtime = work / "runtime"
-    configure: list[str | Path] = ["cmake", "-G", "Ninja", "-S", ZIG / "runtime", "-B", runtime, toolchain]
-    configure += [f"-DZIG_LIB={ziglang() / 'lib'}", f"-DZIG_TARGET={target.zig}", "-DCMAKE_BUILD_TYPE=Release"]
-    configure.append("-DCMAKE_TRY_COMPILE_TARGET_TYPE=STATIC_LIBRARY")  # programs want the runtime that is to be built
-    run(configure, environment)
-    run(["cmake", "--build", runtime], environment)
-    (runtime / "licenses").mkdir(exist_ok=True)
+    toolchain = f"-DCMAKE_TOOLCHAIN_FILE={TOOLCHAIN}"
+    environment = {"PATH": PATH, **toolchain_variables(target, work / "zig")}
+    options = [toolchain, *(f"-D{option}" for option in (*OPTIONS, *target.options))]
+    licences = work / "licenses"
+    licences.mkdir(parents=True, exist_ok=True)
     for name, licence in (("zig", "LICENSE"), ("llvm", "lib/libcxx/LICENSE.TXT")):
-        shutil.copyfile(ziglang() / licence, runtime / "licenses" / f"{name}-LICENSE")
-
-    environment["ZIG_RUNTIME"] = str(runtime / RUNTIME)
-    options = [toolchain, *(f"-D{option}" for option in OPTIONS), f"-DXQUANT_CXX_RUNTIME={runtime / RUNTIME}"]
+        shutil.copyfile(ziglang() / licence, licences / f"{name}-LICENSE")
+    options.append(f"-DXQUANT_RUNTIME_LICENSES={licences}")
+    if target.system in RUNTIME:
+        environment["ZIG_RUNTIME"] = str(build_runtime(target, work / "runtime", toolchain, environment))
+        options.append(f"-DXQUANT_CXX_RUNTIME={environment['ZIG_RUNTIME']}")
     environment["CMAKE_ARGS"] = " ".join((*options, os.environ.get("CMAKE_ARGS", "")))
     with tempfile.TemporaryDirectory() as folder:
         pip: list[str | Path] = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
         run([*pip, f"--config-settings=build-dir={work / 'fork'}", "-w", folder, "."], environment)
         (wheel,) = Path(folder).glob("*.whl")
-        return check(target, wheel, out)
+        return (check if target.system == "Linux" else check_elsewhere)(target, wheel, out)
+
+
+def build_runtime(target: Target, folder: Path, toolchain: str, environment: Mapping[str, str]) -> Path:
+    """Builds the C++ runtime that libraries of a wheel share; its path in folder."""
+    configure: list[str | Path] = ["cmake", "-G", "Ninja", "-S", ZIG / "runtime", "-B", folder, toolchain]
+    configure += [f"-DZIG_LIB={ziglang() / 'lib'}", f"-DZIG_TARGET={target.zig}", "-DCMAKE_BUILD_TYPE=Release"]
+    configure.append("-DCMAKE_TRY_COMPILE_TARGET_TYPE=STATIC_LIBRARY")  # programs want the runtime that is to be built
+    run(configure, environment)
+    run(["cmake", "--build", folder], environment)
+    return folder / RUNTIME[target.system]
 
 
 def check(target: Target, wheel: Path, out: Path) -> Path:
@@ -198,6 +229,19 @@ def build_cuda(out: Path) -> Path:
         return Path(shutil.move(checked, kept / checked.name))
 
 
+def check_elsewhere(target: Target, wheel: Path, out: Path) -> Path:
+    """Names a wheel for Windows or macOS after its target, if it needs nothing that is not there; it in out."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.unpack_archive(wheel, folder, "zip")
+        libraries = Path(folder) / "xquant_gguf" / "lib"
+        if lacking := library_needs.lacking(libraries):
+            raise SystemExit(f"wheels: {target.tag} lacks {', '.join(lacking)}")
+    run([sys.executable, "-m", "wheel", "tags", "--remove", f"--platform-tag={target.tag}", wheel], {})
+    (wheel,) = wheel.parent.glob("*.whl")
+    out.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.move(wheel, out / wheel.name))
+
+
 def name_musl(wheel: Path, target: Target) -> Path:
     """Calls the C library as distributions with musl do, and as auditwheel expects; Zig calls it libc.so."""
     with tempfile.TemporaryDirectory() as folder:
@@ -241,7 +285,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     names = [target.tag for target in TARGETS]
     parser.add_argument(
-        "targets", nargs="*", metavar="TARGET", help=f"of {', '.join(names)}, which are all if there is none; or cuda"
+        "targets", nargs="*", metavar="TARGET", help=f"of {', '.join(names)}, or cuda; those for Linux if there is none"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for the wheels")
     args = parser.parse_args()
@@ -250,7 +294,8 @@ def main() -> None:
     wheels = [build_bindings(args.out)]
     if "cuda" in args.targets:
         wheels.append(build_cuda(args.out))
-    wheels += [build(target, args.out) for target in TARGETS if target.tag in (args.targets or names)]
+    linux = [target.tag for target in TARGETS if not target.by_name]
+    wheels += [build(target, args.out) for target in TARGETS if target.tag in (args.targets or linux)]
     for wheel in wheels:
         print(f"{wheel}  {wheel.stat().st_size / 2**20:.1f} MiB")
 

@@ -119,16 +119,10 @@ def test_the_context_shifts(server: Server, prose: str) -> None:
     assert answer["truncated"]
 
 
-def metrics(server: Server) -> dict[str, float]:
-    """Numbers by name."""
-    lines = [line.split() for line in server.get("/metrics").text.splitlines() if not line.startswith("#")]
-    return {name.removeprefix("llamacpp:"): float(value) for name, value in lines}
-
-
 def test_metrics_count(server: Server) -> None:
-    before = metrics(server)
+    before = server.metrics()
     server.complete("One two three four five", n_predict=7, ignore_eos=True, cache_prompt=False)
-    after = metrics(server)
+    after = server.metrics()
     assert after["tokens_predicted_total"] - before["tokens_predicted_total"] == 7
     assert after["prompt_tokens_total"] - before["prompt_tokens_total"] == 5
     assert after["requests_processing"] == 0
@@ -139,7 +133,7 @@ def test_the_cache_is_told(smollm2: str, server: Server, prose: str) -> None:
     server.complete(prose[:3500], n_predict=1, id_slot=0)
     time.sleep(1.1)  # the numbers may be a second old
     server.complete("One", n_predict=1, id_slot=1)
-    found, props = metrics(server), server.get("/props").json()
+    found, props = server.metrics(), server.get("/props").json()
     if "xquant" not in props:  # as the fixture has seen: F16
         assert not [name for name in found if name.startswith("xquant_")]
         return
@@ -161,7 +155,7 @@ def test_numbers_are_read_while_others_decode(server: Server, prose: str) -> Non
     """Forty requests for metrics beside four texts: every answer is whole."""
     with ThreadPoolExecutor(6) as pool:
         texts = [pool.submit(server.complete, prose[i * 700 : i * 700 + 1500], n_predict=20) for i in range(4)]
-        reads = [pool.submit(metrics, server) for _ in range(40)]
+        reads = [pool.submit(server.metrics) for _ in range(40)]
         assert all("tokens_predicted_total" in read.result() for read in reads)
         assert all(text.result()["tokens_predicted"] > 0 for text in texts)
 

@@ -102,8 +102,7 @@ def pages(server: Server, state: str) -> float:
     """How many are in a state, now."""
     time.sleep(1.1)  # the numbers may be a second old
     server.complete("a", n_predict=1, id_slot=3, cache_prompt=False)
-    lines = [line.split() for line in server.get("/metrics").text.splitlines() if not line.startswith("#")]
-    return {name: float(value) for name, value in lines}[f"llamacpp:xquant_pages_{state}"]
+    return server.metrics()[f"xquant_pages_{state}"]
 
 
 def test_clients_get_what_they_get_alone(server: Server, alone: list[Array], kv_type: str) -> None:

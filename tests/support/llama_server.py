@@ -35,6 +35,11 @@ class Server:
     def get(self, path: str) -> httpx.Response:
         return httpx.get(f"{self.url}{path}", timeout=120)
 
+    def metrics(self) -> dict[str, float]:
+        """Numbers of /metrics by name, without llama.cpp's prefix."""
+        lines = [line.split() for line in self.get("/metrics").text.splitlines() if not line.startswith("#")]
+        return {name.removeprefix("llamacpp:"): float(value) for name, value in lines}
+
     def post(self, path: str, **body: Any) -> httpx.Response:
         """The response, whatever its status is."""
         return httpx.post(f"{self.url}{path}", json=body, timeout=300)
@@ -49,9 +54,12 @@ class Server:
 
 @contextmanager
 def running(
-    command: Sequence[str | Path], folder: Path, environment: Mapping[str, str] | None = None
+    command: Sequence[str | Path], folder: Path, environment: Mapping[str, str] | None = None, status: int = 0
 ) -> Iterator[Server]:
-    """Starts a command line of llama-server, to which host and port are added; it must end well when it is told to."""
+    """Starts a command line of llama-server, to which host and port are added; it must end well when it is told to.
+
+    status: what it ends with then.
+    """
     port = free_port()
     server = Server(f"http://127.0.0.1:{port}", folder / "log")
     command = [*command, "--host", "127.0.0.1", "--port", str(port)]
@@ -66,7 +74,7 @@ def running(
             assert it.poll() is None, server.log
         finally:
             it.terminate()
-    assert it.returncode == 0, server.log
+    assert it.returncode == status, server.log
 
 
 def _answers(server: Server) -> bool:

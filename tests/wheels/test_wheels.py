@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -22,18 +23,24 @@ from typing import Any
 
 import pytest
 
-from support.llama_server import running
+import library_needs
+from support.llama_server import needs_programs, running
+from support.wine import wine
+from xquant_gguf import programs
 
 ROOT = Path(__file__).resolve().parents[2]
 WHEELS = Path(os.environ.get("XQUANT_WHEELS", ROOT / "dist"))
 PYTHONS = os.environ.get("XQUANT_PYTHONS", sys.executable).split()
 PROGRAMS = ("llama-server", "llama-cli", "llama-bench", "llama-perplexity", "ggml-rpc-server")
+FILES = {"win": ("", ".dll", ".exe"), "macosx": ("lib", ".dylib", "")}  # before and behind names; those of programs
 GLIBC = ("libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "ld-linux")
 COMPILERS = ("libgomp.so.1", "libcuda.so", "libcudart.so", "libcublas", "libnccl.so")  # with -DGGML_CUDA=ON
 OWN = (*GLIBC, "libstdc++.so.6", "libgcc_s.so.1", *COMPILERS)  # of a wheel that this machine's compiler built
 SYSTEM = {"manylinux": GLIBC, "musllinux": ("libc.musl-",), "linux": OWN}  # what every system of a tag has
 TEXT = ROOT / "tests" / "support" / "prose.txt"
-VARIANTS = ({"amx", "avx512", "avxvnni", "avx2"}, {"neon-i8mm", "neon-dotprod"})
+X86 = {"avx512", "avxvnni", "avx2"}
+VARIANTS = {"x86_64": {"amx", *X86}, "amd64": X86, "aarch64": {"neon-i8mm", "neon-dotprod"}}
+VARIANTS["arm64"] = VARIANTS["aarch64"]
 MUSL = Path("/lib/ld-musl-x86_64.so.1")
 
 wheels = sorted(WHEELS.glob("xquant_gguf-*.whl"))
@@ -107,15 +114,25 @@ def test_a_wheel_holds_what_it_needs(wheel: Path, tmp_path: Path) -> None:
     assert {"LICENSE", "llama.cpp-LICENSE"} <= licences
     if by_zig:  # a C++ runtime of its own
         assert {"llvm-LICENSE", "zig-LICENSE"} <= licences
+    prefix, suffix, program = FILES.get(tag.partition("_")[0], ("lib", ".so", ""))
     for name in PROGRAMS:
-        assert files[f"xquant_gguf/lib/{name}"].external_attr >> 16 & 0o111 == 0o111, name
-    system = OWN if for_cuda else SYSTEM[tag.partition("_")[0]]
+        assert files[f"xquant_gguf/lib/{name}{program}"].external_attr >> 16 & 0o111 == 0o111, name
     folder = tmp_path / "xquant_gguf" / "lib"
-    binaries = [path for path in folder.iterdir() if path.read_bytes()[:4] == b"\x7fELF"]
-    assert len(binaries) >= len(PROGRAMS) + 7
-    variants = {path.stem.removeprefix("libxquant-cpu-") for path in folder.glob("libxquant-cpu-*.so")}
-    assert variants == (set() if tag.startswith("linux") else VARIANTS["aarch64" in tag])
-    for path in binaries:
+    for name in ("xquant", "llama", "mtmd", "ggml", "ggml-base", "ggml-cpu", "ggml-rpc"):
+        assert (folder / f"{prefix}{name}{suffix}").exists()
+    prefix += "xquant-cpu-"
+    variants = {path.stem.removeprefix(prefix) for path in folder.glob(f"{prefix}*{suffix}")}
+    (kinds,) = (kinds for processor, kinds in VARIANTS.items() if tag.endswith(processor))
+    assert variants == (set() if tag.startswith("linux") else kinds)
+    if tag.startswith(("win", "macosx")):
+        assert library_needs.lacking(folder) == []
+    else:
+        check_elf(folder, OWN if for_cuda else SYSTEM[tag.partition("_")[0]], for_cuda)
+
+
+def check_elf(folder: Path, system: tuple[str, ...], for_cuda: bool) -> None:
+    """Libraries and programs need each other and the system, and were stripped."""
+    for path in (path for path in folder.iterdir() if path.read_bytes()[:4] == b"\x7fELF"):
         dynamic = run("readelf", "-d", path)
         for line in dynamic.splitlines():
             if "(NEEDED)" in line:
@@ -167,10 +184,12 @@ def test_it_answers_on_a_gpu(bin: Path, smollm2: str) -> None:
     check_answers(told)
 
 
-def ask_server(command: Sequence[str | Path], folder: Path) -> None:
+def ask_server(
+    command: Sequence[str | Path], folder: Path, environment: dict[str, str] | None = None, status: int = 0
+) -> None:
     """Starts a server, asks it four things at once, and something wrong."""
-    options = ["-c", "4096", "-np", "2", "-t", "1", "--no-webui"]
-    with running([*command, *options], folder, clean()) as server, ThreadPoolExecutor(4) as pool:
+    command = [*command, "-c", "4096", "-np", "2", "-t", "1", "--no-webui"]
+    with running(command, folder, environment or clean(), status) as server, ThreadPoolExecutor(4) as pool:
 
         def ask(city: str) -> str:
             talk = [{"role": "user", "content": "Where?"}]
@@ -253,3 +272,55 @@ def test_aarch64(smollm2: str, tmp_path: Path) -> None:
     assert told["kernels"] == ["neon-dotprod", "neon", "scalar"]
     lib = site / "xquant_gguf" / "lib"
     ask_server([*emulated, lib / "llama-server", "-m", smollm2, "-ctk", "xquant", "-ctv", "xquant"], tmp_path)
+
+
+XQUANT = ("-ctk", "xquant", "-ctv", "xquant")
+
+
+@pytest.fixture
+def windows(tmp_path: Path) -> Path:
+    """Folder of the programs of the wheel for Windows, where wine runs them."""
+    wheel = wheel_of("win_amd64")
+    if shutil.which("wine") is None:
+        pytest.skip("on Debian: apt-get install wine")
+    shutil.unpack_archive(wheel, tmp_path, "zip")
+    return tmp_path / "xquant_gguf" / "lib"
+
+
+def test_windows_server(windows: Path, smollm2: str, tmp_path: Path) -> None:
+    """An exception that one of its libraries throws is caught by another; wine's programs die of the signal to end."""
+    ask_server(wine(windows / "llama-server.exe", "-m", smollm2, *XQUANT), tmp_path, status=-signal.SIGTERM)
+
+
+@needs_programs
+@pytest.mark.parametrize("kv_type", ["f16", "xquant"])
+def test_windows_goes_on_as_linux_does(kv_type: str, windows: Path, smollm2: str, tmp_path: Path) -> None:
+    """The same tokens behind a text of which most lies in codes."""
+    options = ["-m", smollm2, "-c", "4096", "-np", "1", "-t", "2", "--no-webui", "--metrics"]
+    options += programs.cache_arguments(kv_type)
+    here: list[str | Path] = [programs.path("llama-server"), *options]
+    there = wine(windows / "llama-server.exe", *options)
+    told = []
+    for command, status in ((here, 0), (there, -signal.SIGTERM)):
+        with running(command, tmp_path, clean(), status) as server:
+            answer = server.complete(TEXT.read_text()[:10000], n_predict=64, return_tokens=True)
+            assert len(answer["tokens"]) == 64
+            sealed = server.metrics().get("xquant_pages_sealed", 0)
+            assert (sealed > 10) == (kv_type == "xquant")
+            told.append((answer["tokens_evaluated"], answer["tokens"], sealed))
+    assert told[0] == told[1]
+
+
+def test_windows_install(tmp_path: Path) -> None:
+    """Pip takes the wheel, and finds all that it requires, for a Python on Windows."""
+    install(wheel_of("win_amd64"), tmp_path, "3.11", "win_amd64")
+    assert (tmp_path / "xquant_gguf" / "lib" / "llama.dll").exists()
+    assert (tmp_path / "llama_cpp").is_dir()
+
+
+def test_windows_command_line(windows: Path) -> None:
+    """A bad option, which one library refuses and another reports."""
+    command = wine(windows / "llama-server.exe", "--ctx-size", "many")
+    out = subprocess.run(command, capture_output=True, text=True, env=clean(), timeout=300, check=False)
+    assert out.returncode == 1
+    assert 'error while handling argument "--ctx-size"' in out.stderr
