@@ -13,10 +13,11 @@ from xquant_gguf import codec
 
 
 def device_names(arm: tuple[str, ...]) -> list[Any]:
-    """Each kernel set of this machine, sets for ARM, and a GPU."""
+    """Each kernel set of this machine, here and on Windows, sets for ARM, and a GPU."""
     return [
         *(pytest.param(f"cpu-{name}") for name in codec.kernel_sets()),
         *(pytest.param(f"arm-{name}", marks=pytest.mark.arm) for name in arm),
+        *(pytest.param(f"wine-{name}", marks=pytest.mark.wine) for name in codec.kernel_sets()),
         pytest.param("cuda", marks=pytest.mark.cuda),
     ]
 
@@ -48,9 +49,14 @@ def here() -> Cpu:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Without compiler or emulator the tests of ARM are skipped, or fail where they must run."""
+    """Without compiler or emulator the tests of ARM are skipped, or fail where they must run; likewise of Windows."""
     if item.get_closest_marker("arm") and (missing := remote.missing()):
         reason = f"on Debian: apt-get install {' '.join(missing)}"
         if os.environ.get("XQUANT_AARCH64") == "required":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    if item.get_closest_marker("wine") and (missing := remote.missing_for_windows()):
+        reason = "; ".join(missing)
+        if os.environ.get("XQUANT_WINE") == "required":
             pytest.fail(reason)
         pytest.skip(reason)

@@ -1,5 +1,5 @@
-/* runner.cpp: libxquant's verbs on another CPU, for a process on this one: commands from standard input, replies to
- * standard output.
+/* runner.cpp: libxquant's verbs on another CPU or system, for a process on this one: commands from standard input,
+ * replies to standard output.
  *
  * Both are byte strings, each as its length (u64) and its bytes; numbers are i64.  A reply is a status, the message if
  * that is negative, and what the command gives.  Memory is one area at a fixed address, which the other side deals out.
@@ -10,13 +10,11 @@
  *     kernels   -> name        available -> names        force  name        calls  name -> number
  *     attend_kernel  xq_store  -> name
  *
- * Structs are as they lie in memory, which is the same on both CPUs.  Each thread of a verb has its own stack, of
- * 128 KiB as musl's have.
+ * Structs are as they lie in memory, which is the same on both sides.  Each thread of a verb has its own stack, of
+ * 128 KiB as musl's have (system.h; on Windows they are the system's, and nothing is said of their use).
  */
+#include "system.h"
 #include "xquant.h"
-
-#include <pthread.h>
-#include <sys/mman.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -92,42 +90,18 @@ int call_verb(const std::string &name, const void *store, const void *args, cons
     exit(1);
 }
 
-constexpr size_t stack_bytes = 128 << 10;
-constexpr uint8_t paint = 0xc3;
-
 struct worker {
     std::string verb;
     const void *store, *args;
     xq_exec exec;
-    pthread_t thread;
-    std::vector<uint8_t> stack;
+    small_thread thread;
     int status = XQ_OK;
     std::string message;
 
-    static void *run(void *of) {
+    static void run(void *of) {
         auto &w = *(worker *)of;
         w.status = call_verb(w.verb, w.store, w.args, w.exec);
         w.message = w.status < 0 ? xq_error() : "";
-        return nullptr;
-    }
-    void start() {
-        stack.assign(stack_bytes + 4096, paint);
-        uint8_t *base = stack.data() + 4095 - ((uintptr_t)stack.data() + 4095) % 4096;
-        pthread_attr_t attr;
-        pthread_attr_init(&attr);
-        pthread_attr_setstack(&attr, base, stack_bytes);
-        if (pthread_create(&thread, &attr, run, this) != 0) {
-            fprintf(stderr, "runner: no thread\n");
-            exit(1);
-        }
-        pthread_attr_destroy(&attr);
-    }
-    int64_t used() const {
-        size_t untouched = 0;
-        while (untouched < stack.size() && stack[untouched] == paint) {
-            untouched++;
-        }
-        return (int64_t)(stack.size() - untouched);
     }
 };
 
@@ -142,14 +116,17 @@ void run_verb() {
         workers[i].exec = {(int32_t)i, (int32_t)workers.size(), nullptr};
     }
     for (auto &w : workers) {
-        w.start();
+        if (!w.thread.start(worker::run, &w)) {
+            fprintf(stderr, "runner: no thread\n");
+            exit(1);
+        }
     }
     int64_t used = 0;
     int status = XQ_OK;
     std::string message;
     for (auto &w : workers) {
-        pthread_join(w.thread, nullptr);
-        used = w.used() > used ? w.used() : used;
+        const int64_t n = w.thread.join();
+        used = n > used ? n : used;
         if (w.status < 0) {
             status = w.status;
             message = w.message;
@@ -164,8 +141,8 @@ void run_verb() {
 } // namespace
 
 int main() {
-    if (mmap((void *)area, area_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
-             -1, 0) != (void *)area) {
+    pass_bytes();
+    if (!map_memory((void *)area, area_bytes)) {
         fprintf(stderr, "runner: no memory at the address\n");
         return 1;
     }

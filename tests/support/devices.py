@@ -1,8 +1,8 @@
 """Devices that the verbs of native/include/xquant.h run on, and memory there: what the kernel tests run over.
 
-cpu-SET: libxquant in this process, with one kernel set.  arm-SET: libxquant for 64-bit ARM in a process under qemu
-(remote.py).  cuda: libxquant_cuda on a GPU (gpu.py).  A device hands out addresses; memory has a margin on both sides,
-in which nothing may be written.
+cpu-SET: libxquant in this process, with one kernel set.  arm-SET: libxquant for 64-bit ARM in a process under qemu;
+wine-SET: for Windows, under wine (remote.py).  cuda: libxquant_cuda on a GPU (gpu.py).  A device hands out addresses;
+memory has a margin on both sides, in which nothing may be written.
 """
 
 from __future__ import annotations
@@ -196,12 +196,12 @@ class Cpu(Device):
 
 @cache
 def device(name: str) -> Device:
-    """The named device: cpu-scalar, cpu-avx2, ..., arm-neon, ..., cuda."""
+    """The named device: cpu-scalar, cpu-avx2, ..., arm-neon, ..., wine-avx2, ..., cuda."""
     kind, _, kernels = name.partition("-")
-    if kind == "arm":
+    if kind in ("arm", "wine"):
         from support import remote
 
-        return remote.Remote(name, remote.qemu("max"), kernels)
+        return remote.Remote(name, remote.qemu("max") if kind == "arm" else remote.on_windows(), kernels)
     if kind == "cuda":
         from support import gpu
 

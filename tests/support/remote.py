@@ -1,8 +1,10 @@
-"""The verbs of libxquant in another process, tests/runner: for 64-bit ARM under qemu, or here on small stacks."""
+"""The verbs of libxquant in another process, tests/runner: for 64-bit ARM under qemu, Windows under wine, or here on
+small stacks."""
 
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import os
 import shutil
 import struct
@@ -13,8 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import wheels
 from support.alone import alone
 from support.devices import CPU_GROUP_ROWS, Device, Refused
+from support.wine import wine
 from xquant_gguf import native
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -36,8 +40,15 @@ def missing() -> list[str]:
     return [package for program, package in NEEDED.items() if shutil.which(program, path=PATH) is None]
 
 
-def run(command: list[Any]) -> None:
-    out = subprocess.run(command, env={**os.environ, "PATH": PATH}, capture_output=True, text=True, check=False)
+def missing_for_windows() -> list[str]:
+    """What would have to be installed to compile for Windows and to run it."""
+    names = [f"apt-get install {name}" for name in ("wine", "cmake") if shutil.which(name, path=PATH) is None]
+    return names if importlib.util.find_spec("ziglang") else [*names, "pip install ziglang"]
+
+
+def run(command: list[Any], **variables: str) -> None:
+    env = {**os.environ, "PATH": PATH, **variables}
+    out = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stdout[-4000:] + out.stderr[-4000:]
 
 
@@ -53,6 +64,20 @@ def build_for_arm() -> Path:
 
 
 @lru_cache(maxsize=1)
+def build_for_windows() -> Path:
+    """Builds libxquant and the runner for Windows, as wheels are built; the path of the runner."""
+    folder = ROOT / "build" / "windows"
+    with alone(folder):
+        target = next(target for target in wheels.TARGETS if target.system == "Windows")
+        wheels.write_compilers(folder / "zig", target)
+        variables = wheels.toolchain_variables(target, folder / "zig")
+        toolchain = f"-DCMAKE_TOOLCHAIN_FILE={wheels.TOOLCHAIN}"
+        run(["cmake", "-G", "Ninja", "-S", RUNNER, "-B", folder, toolchain], **variables)
+        run(["ninja", "-C", folder], **variables)
+    return folder / "runner.exe"
+
+
+@lru_cache(maxsize=1)
 def build_here() -> Path:
     """The runner for this machine, with the package's own libxquant."""
     folder, library = Path(tempfile.mkdtemp(prefix="xquant-runner-")), native.library_path("xquant")
@@ -64,6 +89,11 @@ def build_here() -> Path:
 def qemu(cpu: str, *options: str) -> list[Any]:
     """The command that runs the runner on an emulated CPU."""
     return ["qemu-aarch64-static", "-cpu", cpu, "-L", SYSTEM, *options, build_for_arm()]
+
+
+def on_windows() -> list[Any]:
+    """The command that runs the runner for Windows."""
+    return wine(build_for_windows())
 
 
 class Runner:
