@@ -7,6 +7,7 @@ between them.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from macholib import mach_o
+from macholib.MachO import MachO
 
 import library_needs
 from support.llama_server import needs_programs, running
@@ -126,6 +129,8 @@ def test_a_wheel_holds_what_it_needs(wheel: Path, tmp_path: Path) -> None:
     assert variants == (set() if tag.startswith("linux") else kinds)
     if tag.startswith(("win", "macosx")):
         assert library_needs.lacking(folder) == []
+        if version := re.match(r"macosx_(\d+)_(\d+)_", tag):
+            check_macos(folder, (int(version[1]), int(version[2])))
     else:
         check_elf(folder, OWN if for_cuda else SYSTEM[tag.partition("_")[0]], for_cuda)
 
@@ -142,6 +147,19 @@ def check_elf(folder: Path, system: tuple[str, ...], for_cuda: bool) -> None:
                 beside = re.sub(r":\$ORIGIN/../../nvidia/\w+/lib", "", line) if for_cuda else line
                 assert beside.endswith("[$ORIGIN]"), f"{path.name}: {line}"
         assert ".debug_info" not in run("readelf", "-S", "-W", path), path.name
+
+
+def check_macos(folder: Path, system: tuple[int, int]) -> None:
+    """Libraries and programs for ARM are signed, without which no such Mac runs them, and find each other."""
+    binaries = [path for path in folder.iterdir() if path.suffix in ("", ".dylib")]
+    for path in binaries:
+        (header,) = MachO(str(path)).headers
+        commands = {command.cmd: (body, data) for command, body, data in header.commands}
+        assert mach_o.LC_CODE_SIGNATURE in commands, path.name
+        oldest = commands[mach_o.LC_BUILD_VERSION][0].minos
+        assert (oldest >> 16, oldest >> 8 & 0xFF) <= system, path.name
+        if path.name != "libxquant_cxx.dylib":  # needs none of the others
+            assert commands[mach_o.LC_RPATH][1].rstrip(b"\0") == b"@loader_path", path.name
 
 
 def test_auditwheel_names_the_oldest_system() -> None:
@@ -316,6 +334,19 @@ def test_windows_install(tmp_path: Path) -> None:
     install(wheel_of("win_amd64"), tmp_path, "3.11", "win_amd64")
     assert (tmp_path / "xquant_gguf" / "lib" / "llama.dll").exists()
     assert (tmp_path / "llama_cpp").is_dir()
+
+
+@pytest.mark.parametrize("winmode", [[], ["default"]])
+def test_windows_libraries(winmode: list[str], windows: Path, tmp_path: Path) -> None:
+    """Opened by a program elsewhere, as Python would: they find each other, and the CPU's kernels."""
+    if importlib.util.find_spec("ziglang") is None:
+        pytest.skip("pip install ziglang")
+    program = tmp_path / "loader.exe"
+    compiler = (sys.executable, "-m", "ziglang", "cc", "-target", "x86_64-windows-gnu")
+    run(*compiler, ROOT / "tests" / "wheels" / "loader.c", "-o", program)
+    # as wine calls it; libraries are looked for in paths with a letter
+    folder = "Z:" + str(windows).replace("/", "\\")
+    assert run(*wine(program, folder, *winmode)).strip() in (*X86, "sse42")
 
 
 def test_windows_command_line(windows: Path) -> None:
