@@ -7,7 +7,7 @@
 # make llama VERSION=x.y.z (or SOURCE=folder)  tries another llama-cpp-python: do our insertions hold, the oracle tests
 # make fixes   writes docs/llama-cpp-fixes.md from native/llama/fixes.py
 # make docs    the site of README, docs/ and docstrings, in build/site
-# make wheels  wheels for Linux in dist, built with Zig; TARGET=name for one of them (tools/wheels.py lists them)
+# make wheels  wheels for Linux in dist, built with Zig; TARGET=name for one, also for Windows (tools/wheels.py lists them)
 # make test-wheels  installs the wheels in dist into environments of their own, generates and serves
 # make server-tests  llama.cpp's own tests of llama-server with F16 and with xquant
 # make release  source archive, wheels, their tests and hashes, and the tag (CONTRIBUTING.md)
