@@ -182,7 +182,7 @@ def test_a_library_that_cannot_be_loaded_is_passed_over(tmp_path: Path) -> None:
     library.write_bytes(b"\x7fELF")
     out = python(TELL, env={"PYTHONPATH": str(site)})
     assert out.stdout.split()[:2] == [[*RUNNING, LINKED][1], "1"]
-    assert f"xquant: {library}: file too short" in out.stderr
+    assert f"xquant: {library} cannot be loaded: {library}: file too short" in out.stderr
 
 
 @several
