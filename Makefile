@@ -101,6 +101,7 @@ lint: $(LINT)/ready
 	$(LINT)/bin/ruff check .
 	$(LINT)/bin/ruff format --check .
 	$(LINT)/bin/mypy
+	for system in win32 darwin; do $(LINT)/bin/mypy --platform $$system xquant_gguf xquant_gguf_hook || exit 1; done
 	$(LINT)/bin/clang-format --dry-run --Werror $$(git ls-files 'native/*.h' 'native/*.cpp' 'native/*.cu*' 'tests/*.h' 'tests/*.cpp')
 
 clean:

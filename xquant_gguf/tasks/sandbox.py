@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import json
 import os
 import secrets
@@ -52,10 +51,10 @@ def namespaces() -> tuple[str, ...]:
 def ends_well(program: str, limits: dict[str, int] | None = None, seconds: float = SECONDS) -> bool:
     """Whether a program runs to its end: without an exception, an exit before its end, or a limit that it meets.
 
-    limits: by name of the module resource; those not named are LIMITS'.  OSError where there are no such limits.
+    limits: by name of the module resource; those not named are LIMITS'.  OSError on Windows.
     """
-    if importlib.util.find_spec("resource") is None:
-        raise OSError("programs that a model wrote are not run here: the system (Windows) has no limits for them")
+    if sys.platform == "win32":
+        raise OSError("programs that a model wrote are not run on Windows, which has no such limits for them")
     word = secrets.token_hex(16)  # what only the end of the program says
     with (
         tempfile.TemporaryDirectory(prefix="xquant-gguf-", ignore_cleanup_errors=True) as folder,
