@@ -143,7 +143,10 @@ def build(target: Target, out: Path) -> Path:
     options = [toolchain, *(f"-D{option}" for option in (*OPTIONS, *target.options))]
     licences = work / "licenses"
     licences.mkdir(parents=True, exist_ok=True)
-    for name, licence in (("zig", "LICENSE"), ("llvm", "lib/libcxx/LICENSE.TXT")):
+    texts = {"zig": "LICENSE", "llvm": "lib/libcxx/LICENSE.TXT"}
+    if target.system == "Windows":  # what starts programs, and threads
+        texts["mingw-w64"] = "lib/libc/mingw/COPYING"
+    for name, licence in texts.items():
         shutil.copyfile(ziglang() / licence, licences / f"{name}-LICENSE")
     options.append(f"-DXQUANT_RUNTIME_LICENSES={licences}")
     if target.system in RUNTIME:

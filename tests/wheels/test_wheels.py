@@ -117,6 +117,7 @@ def test_a_wheel_holds_what_it_needs(wheel: Path, tmp_path: Path) -> None:
     assert {"LICENSE", "llama.cpp-LICENSE"} <= licences
     if by_zig:  # a C++ runtime of its own
         assert {"llvm-LICENSE", "zig-LICENSE"} <= licences
+        assert ("mingw-w64-LICENSE" in licences) == tag.startswith("win")
     prefix, suffix, program = FILES.get(tag.partition("_")[0], ("lib", ".so", ""))
     for name in PROGRAMS:
         assert files[f"xquant_gguf/lib/{name}{program}"].external_attr >> 16 & 0o111 == 0o111, name
