@@ -138,10 +138,10 @@ def evaluate(
     sessions = {kv: llm.session for kv, llm in models.items()}
     n_ctx = n_ctx or models["f16"].n_ctx()
     tokens = models["f16"].tokenize(text.encode(), special=False)[:n_tokens]
-    if len(tokens) < n_tokens or min(n_tokens, n_ctx) <= skip + 1:
-        raise ValueError(
-            f"the text has {len(tokens)} tokens: {n_tokens} were asked for, and more than {skip + 1} needed"
-        )
+    if min(n_tokens, n_ctx) <= skip + 1:
+        raise ValueError(f"n_tokens is {n_tokens} and n_ctx {n_ctx}: both must be above skip + 1, {skip + 1}")
+    if len(tokens) < n_tokens:
+        raise ValueError(f"the text has {len(tokens)} tokens, {n_tokens} were asked for")
 
     tallies = {kv: Tally() for kv in models}
     with tqdm(total=n_tokens * len(models), unit="token", disable=not progress) as bar:

@@ -137,3 +137,7 @@ def test_numbers_out_of_range_are_named(option: str, capfd: pytest.CaptureFixtur
 def test_a_text_that_is_too_short(smollm2: str) -> None:
     with pytest.raises(ValueError, match="4096 were asked for"):
         evaluate(smollm2, "short", ["xquant"], n_tokens=4096, progress=False)
+    for sizes in ({"n_ctx": 512, "n_tokens": 900}, {"n_ctx": 2048, "n_tokens": 513}):
+        told = f"n_tokens is {sizes['n_tokens']} and n_ctx {sizes['n_ctx']}: both must be above skip . 1, 513"
+        with pytest.raises(ValueError, match=told):
+            evaluate(smollm2, "a word " * 900, ["xquant"], skip=512, progress=False, **sizes)
