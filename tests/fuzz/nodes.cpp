@@ -210,6 +210,7 @@ bool fill(input &in, ggml_tensor *node, ggml_tensor *list, const sizes &s) {
                                                0,
                                                0,
                                                number(in, {XQ_SLOT_SEALED, XQ_SLOT_BYTES, XQ_SLOT_BYTES - i})};
+            good = good && (move[1] >= shape.first_block || move[XQ_MOVE_WORDS - 1] != XQ_SLOT_SEALED);
             out.insert(out.end(), move.begin(), move.end());
         }
     } else {

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support import tiny_gguf
 from xquant_gguf.metadata import Provenance, copy_with_keys, plan_block, plan_keys
-from xquant_gguf.plan import Plan, Side, ValueMap
+from xquant_gguf.plan import Plan, ValueMap
 
 WIDTH, N_LAYER = 16, 3
 SIZES = {"n_layer": N_LAYER, "n_embd": 32, "n_ff": 32, "n_head": 2, "n_head_kv": 1, "key_length": WIDTH}
@@ -28,7 +28,7 @@ def plans() -> dict[str, Plan]:
     mixed = Plan.from_preset("xquant", N_LAYER)
     first, second, third = mixed.layers
     second = replace(second, v=replace(second.v, source=0))
-    third = replace(third, k=Side(first.k.bits, first.k.group, "lsq", "f16", False, 0))
+    third = replace(third, k=replace(first.k, fit="lsq", param="f16", owner=0))
     weight = np.random.default_rng(1).standard_normal((1, WIDTH, WIDTH)).astype("<f2").tobytes()
     maps = {1: ValueMap((0,), weight)}
     mixed = replace(mixed, layers=(first, second, third), window=0, pinned=0, maps=maps, expected_kld=0.1)

@@ -69,12 +69,12 @@ def test_inspect(smollm2: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert out["equivalent_bits"] == pytest.approx((28 * 2 + 2 + 2 * 2 + 28 - 8) / 60)
     assert out["true_bits"] == pytest.approx(out["equivalent_bits"] + 1)
     assert out["kv_bytes"]["f16"] == 2 * 32768 * 30 * 3 * 128
-    # 256 pages of 30 layers and 3 heads: K codes 4096, V 2048, scales 256 each; a slot of F16, and two pages in bytes
+    # 255 blocks, since the first page has none, of 30 layers and 3 heads: K codes 4096, V 2048, scales 256 each; a slot of F16, and two pages in bytes
     in_bytes = 128 * 128 + 4 * (64 + 128)
     assert main(["inspect", smollm2, "--n-ctx", "32768", "--json"]) == 0
     xquant = json.loads(capfd.readouterr().out)["kv_bytes"]["xquant"]
     # and the page tables, 330 bytes a layer (counters that nodes keep), and what keys are rotated by
-    assert 0 <= xquant - 90 * (256 * 6656 + 128 * 256 + 2 * in_bytes) < 8192 + 30 * 330 + 4 * 64**2
+    assert 0 <= xquant - 90 * (255 * 6656 + 128 * 256 + 2 * in_bytes) < 8192 + 30 * 330 + 4 * 64**2
     assert main(["inspect", smollm2, "--n-ctx", "32768"]) == 0
     assert "3.250 true bits, 3.000 equivalent bits" in capfd.readouterr().out
 
