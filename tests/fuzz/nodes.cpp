@@ -228,15 +228,16 @@ bool fill(input &in, ggml_tensor *node, ggml_tensor *list, const sizes &s) {
         }
     }
     write(list, 0, out);
+    ggml_tensor *aux = nullptr; // the last one of bytes; blocks come before it
     for (ggml_tensor *t : node->src) {
-        if (t && t->type == GGML_TYPE_I8 && t->ne[1] == 1) {
-            std::vector<int32_t> heads;
-            for (int32_t h = 0; h < shape.n_head_kv; ++h) {
-                heads.push_back(index(s.other_shape.n_head_kv - 1));
-            }
-            write(t, aux_heads, heads);
-            break;
+        aux = t && t->type == GGML_TYPE_I8 ? t : aux;
+    }
+    if (aux) {
+        std::vector<int32_t> heads;
+        for (int32_t h = 0; h < shape.n_head_kv; ++h) {
+            heads.push_back(index(s.other_shape.n_head_kv - 1));
         }
+        write(aux, aux_heads, heads);
     }
     return good;
 }
@@ -258,7 +259,12 @@ void nodes(input &in) {
     {
         std::map<ggml_tensor *, std::unique_ptr<uint8_t[]>> memory;
         const bool apart = place(in, node, memory), fits = apart && memory.count(list) > 0;
-        const bool good = fill(in, node, list, s) && fits && n_changes == 0;
+        node_params params;
+        memcpy(&params, node->op_params, sizeof(params));
+        // what is still to be rotated is for a GPU
+        const bool rotates = (node->op == GGML_OP_XQUANT_UPDATE || node->op == GGML_OP_XQUANT_ATTEND) &&
+                             (params.flags & flag_rotates) != 0;
+        const bool good = fill(in, node, list, s) && fits && n_changes == 0 && !rotates;
         bool all_there = true;
         for (const ggml_tensor *t : node->src) {
             all_there = all_there && (!t || t->data);

@@ -82,7 +82,7 @@ def test_the_notebook(smollm2: str) -> None:
     cells = json.loads((EXAMPLES / "memory_and_quality.ipynb").read_text())["cells"]
     program = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     out = run([sys.executable, "-c", program], MODEL=smollm2, MPLBACKEND="Agg").stdout
-    assert re.search(r"^xquant-tiny +8\.\d .* 84\.\d$", out, re.MULTILINE)
+    assert re.search(r"^xquant-tiny +7\.9 .* 84\.2$", out, re.MULTILINE)
     kld = dict(re.findall(r"^(\S+) .*divergence (.*)$", out, re.MULTILINE))
     q4_0, ours = (float(kld[kind]) for kind in ("q4_0", "xquant"))
     assert 0 < ours < q4_0 / 3
