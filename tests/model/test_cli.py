@@ -69,7 +69,8 @@ def test_inspect(smollm2: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert out["equivalent_bits"] == pytest.approx((28 * 2 + 2 + 2 * 2 + 28 - 8) / 60)
     assert out["true_bits"] == pytest.approx(out["equivalent_bits"] + 1)
     assert out["kv_bytes"]["f16"] == 2 * 32768 * 30 * 3 * 128
-    # 255 blocks, since the first page has none, of 30 layers and 3 heads: K codes 4096, V 2048, scales 256 each; a slot of F16, and two pages in bytes
+    # 255 blocks, since the first page has none, of 30 layers and 3 heads: K codes 4096, V 2048, scales 256 each; a slot
+    # of F16, and two pages in bytes
     in_bytes = 128 * 128 + 4 * (64 + 128)
     assert main(["inspect", smollm2, "--n-ctx", "32768", "--json"]) == 0
     xquant = json.loads(capfd.readouterr().out)["kv_bytes"]["xquant"]
