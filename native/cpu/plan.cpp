@@ -298,7 +298,8 @@ int32_t xq_plan_first_block(const xq_plan *plan, int32_t n_pages) {
     if (const int status = check_counts("xq_plan_first_block", plan, n_pages, 1); status != XQ_OK) {
         return status;
     }
-    // a window leaves one more byte slot than slots of rows and such pages take: one is free for whoever must make room
+    // with a window there are byte slots for as many pages as there are slots of rows, and for these pages besides: one
+    // that must make room for a page that is written always finds a place
     return plan->window > 0 && open_pages_of(*plan, n_pages, 1).bytes > 0 ? plan->pinned : 0;
 }
 

@@ -1,8 +1,10 @@
 /* store.cpp: where a layer's storage lies: two areas of memory, whose addresses alone are looked at.
  *
- *     blocks  [stream][KV head][page from first_block on][block]          block: K codes | K parameters | V codes | V
- * parameters rows    F16 [stream], of each: K [KV head][slot][XQ_PAGE][d], then V [KV head][slot][XQ_PAGE][e], then [KV
- * head][byte slot][block]        block: K bytes | K parameters | V bytes | V parameters
+ *     blocks  [stream][KV head][page][block], pages from first_block on;
+ *                                              block: K codes | K parameters | V codes | V parameters
+ *     rows    F16 [stream], of each: K [KV head][slot][XQ_PAGE][d], then V [KV head][slot][XQ_PAGE][e],
+ *             then [KV head][byte slot][block];
+ *                                              block: K bytes | K parameters | V bytes | V parameters
  */
 #include "check.h"
 #include "kernels.h"

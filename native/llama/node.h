@@ -13,8 +13,9 @@
  *     rows    F16  [elements of all slots and byte slots, stream], as xq_store_init says
  *     aux     I8   counter u64 of values that were not finite, serial numbers i32 of the last micro-batches for which
  *                  each of the two steps of clearing the stage was done | heads i32 [KV head] | arrivals u32 | map F32;
- * each part is padded to 64 bytes input   I32  first stream of the micro-batch, its serial number | table
- * [stream][page] | rows [token]; padded as below
+ *                  each part is padded to 64 bytes
+ *     input   I32  first stream of the micro-batch, its serial number | table [stream][page] | rows [token]; padded as
+ *                  below
  *
  * and, if a micro-batch fills more pages than there are slots,
  *
