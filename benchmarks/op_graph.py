@@ -75,6 +75,7 @@ def cpu() -> Any:
     return registry.ggml_backend_init_by_type(0, ffi.NULL)
 
 
+@lru_cache
 def cpu_function(ctype: str, name: str) -> Any:
     """A function that llama.cpp's CPU backend hands out by its name."""
     ffi, _, registry, _ = load()
@@ -161,26 +162,8 @@ def timed(runs: Mapping[str, Sequence[Callable[[], None]]], seconds: float) -> d
     return {name: (statistics.median(found), min(found)) for name, found in times.items()}
 
 
-def read_speed(n_threads: int, size: int = 1 << 28, rounds: int = 7) -> float:
-    """Bytes/s of a loop that only reads memory, much more of it than caches hold."""
-    graph = Graph(0)
-    data = np.ones(size // 8, np.uint64)
-    job = graph.new("read_job *", {"data": graph.pointer("uint64_t[]", data), "n": len(data)})
-    graph.finish(graph.node("read_node", job))
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        graph.run(n_threads)
-        times.append(time.perf_counter() - start)
-    graph.close()
-    return size / statistics.median(times)
-
-
-def sum_seconds(n_threads: int, steps: int = 50_000, rounds: int = 31) -> float:
-    """Seconds of a loop that only multiplies and adds in registers: half a millisecond of one thread, as attention."""
-    graph = Graph(0)
-    job = graph.new("sum_job *", {"n": steps})
-    graph.finish(graph.node("sum_node", job))
+def run_seconds(graph: Graph, n_threads: int, rounds: int) -> float:
+    """Median seconds of a graph, which is closed then."""
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -188,3 +171,20 @@ def sum_seconds(n_threads: int, steps: int = 50_000, rounds: int = 31) -> float:
         times.append(time.perf_counter() - start)
     graph.close()
     return statistics.median(times)
+
+
+def read_speed(n_threads: int, size: int = 1 << 28, rounds: int = 7) -> float:
+    """Bytes/s of a loop that only reads memory, much more of it than caches hold."""
+    graph = Graph(0)
+    data = np.ones(size // 8, np.uint64)
+    job = graph.new("read_job *", {"data": graph.pointer("uint64_t[]", data), "n": len(data)})
+    graph.finish(graph.node("read_node", job))
+    return size / run_seconds(graph, n_threads, rounds)
+
+
+def sum_seconds(n_threads: int, steps: int = 50_000, rounds: int = 31) -> float:
+    """Seconds of a loop that only multiplies and adds in registers: half a millisecond of one thread, as attention."""
+    graph = Graph(0)
+    job = graph.new("sum_job *", {"n": steps})
+    graph.finish(graph.node("sum_node", job))
+    return run_seconds(graph, n_threads, rounds)

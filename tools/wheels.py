@@ -134,6 +134,45 @@ def run(command: Sequence[str | Path], environment: Mapping[str, str]) -> None:
         raise SystemExit(f"wheels: {command[0]} ended with status {done.returncode}")
 
 
+def one_wheel(folder: Path) -> Path:
+    """The wheel of a folder that holds one."""
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def pip_wheel(folder: str, source: str | Path, environment: Mapping[str, str], *options: str) -> Path:
+    """Builds the wheel of a source with what is installed here; its path in folder."""
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    run([*pip, *options, "-w", folder, source], environment)
+    return one_wheel(Path(folder))
+
+
+def cmake_args(options: Sequence[str]) -> str:
+    """CMAKE_ARGS with more options, before the user's own."""
+    return " ".join((*options, os.environ.get("CMAKE_ARGS", "")))
+
+
+def retag(wheel: Path, *tags: str) -> Path:
+    """Gives the one wheel of a folder other tags; its path."""
+    run([sys.executable, "-m", "wheel", "tags", "--remove", *tags, wheel], {})
+    return one_wheel(wheel.parent)
+
+
+def audit(wheel: Path, *excluded: str) -> Path:
+    """Lets auditwheel find the oldest system that a wheel runs on, which may lack what is excluded; its path."""
+    checked = wheel.parent / "checked"
+    # auto: its other names are those of the machine that it runs on
+    repair: list[str | Path] = ["auditwheel", "repair", "--only-plat", "--plat", "auto", "-w", checked]
+    run([*repair, *(f"--exclude={name}" for name in excluded), wheel], {"PATH": PATH})
+    return one_wheel(checked)
+
+
+def keep(wheel: Path, out: Path) -> Path:
+    """Moves a wheel to a folder, which is made if need be; its path."""
+    out.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.move(wheel, out / wheel.name))
+
+
 def build(target: Target, out: Path) -> Path:
     """Builds and checks the wheel of a target; its path in out."""
     work = ROOT / "build" / "wheels" / target.tag
@@ -152,11 +191,9 @@ def build(target: Target, out: Path) -> Path:
     if target.system in RUNTIME:
         environment["ZIG_RUNTIME"] = str(build_runtime(target, work / "runtime", toolchain, environment))
         options.append(f"-DXQUANT_CXX_RUNTIME={environment['ZIG_RUNTIME']}")
-    environment["CMAKE_ARGS"] = " ".join((*options, os.environ.get("CMAKE_ARGS", "")))
+    environment["CMAKE_ARGS"] = cmake_args(options)
     with tempfile.TemporaryDirectory() as folder:
-        pip: list[str | Path] = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
-        run([*pip, f"--config-settings=build-dir={work / 'fork'}", "-w", folder, "."], environment)
-        (wheel,) = Path(folder).glob("*.whl")
+        wheel = pip_wheel(folder, ".", environment, "-v", f"--config-settings=build-dir={work / 'fork'}")
         return (check if target.system == "Linux" else check_elsewhere)(target, wheel, out)
 
 
@@ -172,26 +209,18 @@ def build_runtime(target: Target, folder: Path, toolchain: str, environment: Map
 
 def check(target: Target, wheel: Path, out: Path) -> Path:
     """Lets auditwheel find the oldest system that a wheel runs on, and names the wheel after its target; it in out."""
-    folder = wheel.parent
     # scikit-build-core names the machine that it runs on
-    retag: list[str | Path] = [sys.executable, "-m", "wheel", "tags", "--remove"]
-    run([*retag, f"--platform-tag=linux_{target.processor}", wheel], {})
-    (wheel,) = folder.glob("*.whl")
+    wheel = retag(wheel, f"--platform-tag=linux_{target.processor}")
     if target.is_musl:
         wheel = name_musl(wheel, target)
-    # auto: its other names are those of the machine that it runs on
-    run(["auditwheel", "repair", "--only-plat", "--plat", "auto", "-w", folder / "checked", wheel], {"PATH": PATH})
-    (checked,) = (folder / "checked").glob("*.whl")
+    checked = audit(wheel)
     found, wanted = (re.search(r"(manylinux|musllinux)_(\d+)_(\d+)_(\w+)", name) for name in (checked.name, target.tag))
     assert wanted is not None
     if found is None or found[1] != wanted[1] or found[4] != wanted[4]:
         raise SystemExit(f"wheels: {checked.name} is no wheel for {target.tag}")
     if (int(found[2]), int(found[3])) > (int(wanted[2]), int(wanted[3])):
         raise SystemExit(f"wheels: {checked.name} needs a newer system than {target.tag}")
-    run([*retag, f"--platform-tag={target.tag}", checked], {})
-    (checked,) = (folder / "checked").glob("*.whl")
-    out.mkdir(parents=True, exist_ok=True)
-    return Path(shutil.move(checked, out / checked.name))
+    return keep(retag(checked, f"--platform-tag={target.tag}"), out)
 
 
 def cuda_release() -> tuple[int, int]:
@@ -216,20 +245,12 @@ def build_cuda(out: Path) -> Path:
     major, minor = cuda_release()
     # NCCL is for layers that are split among GPUs row by row alone, and one more library to install
     options = [f"-D{option}" for option in (*OPTIONS, "GGML_CUDA=ON", "GGML_CUDA_NCCL=OFF")]
-    environment = {"PATH": PATH, "CMAKE_ARGS": " ".join((*options, os.environ.get("CMAKE_ARGS", "")))}
+    environment = {"PATH": PATH, "CMAKE_ARGS": cmake_args(options)}
+    build_dir = ROOT / "build" / "wheels" / "cuda"
     with tempfile.TemporaryDirectory() as folder:
-        pip: list[str | Path] = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
-        run([*pip, f"--config-settings=build-dir={ROOT / 'build' / 'wheels' / 'cuda'}", "-w", folder, "."], environment)
-        (wheel,) = Path(folder).glob("*.whl")
-        checks = Path(folder) / "checked"
-        repair: list[str | Path] = ["auditwheel", "repair", "--only-plat", "--plat", "auto", "-w", checks]
-        run([*repair, *(f"--exclude={name}" for name in CUDA_LIBRARIES), wheel], {"PATH": PATH})
-        (checked,) = checks.glob("*.whl")
-        run([sys.executable, "-m", "wheel", "tags", "--remove", f"--build=1cu{major}{minor}", checked], {})
-        (checked,) = checks.glob("*.whl")
-        kept = out / f"cu{major}{minor}"
-        kept.mkdir(parents=True, exist_ok=True)
-        return Path(shutil.move(checked, kept / checked.name))
+        wheel = pip_wheel(folder, ".", environment, "-v", f"--config-settings=build-dir={build_dir}")
+        release = f"cu{major}{minor}"
+        return keep(retag(audit(wheel, *CUDA_LIBRARIES), f"--build=1{release}"), out / release)
 
 
 def check_elsewhere(target: Target, wheel: Path, out: Path) -> Path:
@@ -239,10 +260,7 @@ def check_elsewhere(target: Target, wheel: Path, out: Path) -> Path:
         libraries = Path(folder) / "xquant_gguf" / "lib"
         if lacking := library_needs.lacking(libraries):
             raise SystemExit(f"wheels: {target.tag} lacks {', '.join(lacking)}")
-    run([sys.executable, "-m", "wheel", "tags", "--remove", f"--platform-tag={target.tag}", wheel], {})
-    (wheel,) = wheel.parent.glob("*.whl")
-    out.mkdir(parents=True, exist_ok=True)
-    return Path(shutil.move(wheel, out / wheel.name))
+    return keep(retag(wheel, f"--platform-tag={target.tag}"), out)
 
 
 def name_musl(wheel: Path, target: Target) -> Path:
@@ -256,8 +274,7 @@ def name_musl(wheel: Path, target: Target) -> Path:
                 run(["patchelf", "--replace-needed", "libc.so", name, file], {"PATH": PATH})
         wheel.unlink()
         run([sys.executable, "-m", "wheel", "pack", "-d", wheel.parent, tree], {})
-    (wheel,) = wheel.parent.glob("*.whl")
-    return wheel
+    return one_wheel(wheel.parent)
 
 
 def build_bindings(out: Path) -> Path:
@@ -270,18 +287,12 @@ def build_bindings(out: Path) -> Path:
         return ready[0]
     sdist = llama_source.fetch(release)
     with tempfile.TemporaryDirectory() as folder:
-        pip: list[str | Path] = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
-        run([*pip, "-w", folder, sdist], {"PATH": PATH, "CMAKE_ARGS": "-DLLAMA_BUILD=OFF"})
-        (wheel,) = Path(folder).glob("*.whl")
+        wheel = pip_wheel(folder, sdist, {"PATH": PATH, "CMAKE_ARGS": "-DLLAMA_BUILD=OFF"})
         with zipfile.ZipFile(wheel) as archive:
             if libraries := [name for name in archive.namelist() if ".so" in name]:
                 raise SystemExit(f"wheels: {wheel.name} holds {libraries[0]}: LLAMA_BUILD=OFF did not leave it out")
         # the number of the build says that it is not the authors' own
-        retag: list[str | Path] = [sys.executable, "-m", "wheel", "tags", "--remove", "--build=1xquant"]
-        run([*retag, "--platform-tag=any", wheel], {})
-        (wheel,) = Path(folder).glob("*.whl")
-        out.mkdir(parents=True, exist_ok=True)
-        return Path(shutil.move(wheel, out / wheel.name))
+        return keep(retag(wheel, "--build=1xquant", "--platform-tag=any"), out)
 
 
 def main() -> None:

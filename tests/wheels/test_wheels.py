@@ -41,6 +41,8 @@ COMPILERS = ("libgomp.so.1", "libcuda.so", "libcudart.so", "libcublas", "libnccl
 OWN = (*GLIBC, "libstdc++.so.6", "libgcc_s.so.1", *COMPILERS)  # of a wheel that this machine's compiler built
 SYSTEM = {"manylinux": GLIBC, "musllinux": ("libc.musl-",), "linux": OWN}  # what every system of a tag has
 TEXT = ROOT / "tests" / "support" / "prose.txt"
+NEWCOMER = ROOT / "tests" / "wheels" / "newcomer.py"
+XQUANT = programs.cache_arguments(None)
 X86 = {"avx512", "avxvnni", "avx2"}
 VARIANTS = {"x86_64": {"amx", *X86}, "amd64": X86, "aarch64": {"neon-i8mm", "neon-dotprod"}}
 VARIANTS["arm64"] = VARIANTS["aarch64"]
@@ -178,7 +180,7 @@ def test_auditwheel_names_the_oldest_system() -> None:
 
 
 def test_it_answers(bin: Path, smollm2: str) -> None:
-    told = json.loads(run(bin / "python", "-I", ROOT / "tests" / "wheels" / "newcomer.py", smollm2, TEXT))
+    told = json.loads(run(bin / "python", "-I", NEWCOMER, smollm2, TEXT))
     check_answers(told)
     assert Path(told["library"]).is_relative_to(bin.parent)
     assert Path(told["package"]).is_relative_to(bin.parent)
@@ -195,8 +197,7 @@ def test_it_answers(bin: Path, smollm2: str) -> None:
 @pytest.mark.cuda
 def test_it_answers_on_a_gpu(bin: Path, smollm2: str) -> None:
     """A wheel that `make wheels TARGET=cuda` built on this machine: XQUANT_WHEELS=dist/cu130, say."""
-    newcomer = ROOT / "tests" / "wheels" / "newcomer.py"
-    told = json.loads(run(bin / "python", "-I", newcomer, smollm2, TEXT, "-1"))
+    told = json.loads(run(bin / "python", "-I", NEWCOMER, smollm2, TEXT, "-1"))
     if not any(Path(told["library"]).parent.glob("libggml-cuda.so")):
         pytest.skip("the wheel is for CPUs alone")
     assert told["gpu"]
@@ -245,8 +246,7 @@ def run_newcomer(python: Sequence[str | Path], site: Path, smollm2: str, timeout
     """What newcomer.py prints in another system's Python, with what a folder holds."""
     script = f"import sys, runpy; sys.path.insert(0, {str(site)!r}); sys.argv = sys.argv[1:]; "
     script += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    newcomer = ROOT / "tests" / "wheels" / "newcomer.py"
-    told: dict[str, Any] = json.loads(run(*python, "-I", "-c", script, newcomer, smollm2, TEXT, timeout=timeout))
+    told: dict[str, Any] = json.loads(run(*python, "-I", "-c", script, NEWCOMER, smollm2, TEXT, timeout=timeout))
     check_answers(told)
     assert Path(told["library"]).is_relative_to(site)
     return told
@@ -261,7 +261,7 @@ def test_musl_programs(smollm2: str, tmp_path: Path) -> None:
     lib = tmp_path / "xquant_gguf" / "lib"
     for name in PROGRAMS:
         (lib / name).chmod(0o755)
-    ask_server([lib / "llama-server", "-m", smollm2, "-ctk", "xquant", "-ctv", "xquant"], tmp_path)
+    ask_server([lib / "llama-server", "-m", smollm2, *XQUANT], tmp_path)
 
 
 def test_musl_python(smollm2: str, tmp_path: Path) -> None:
@@ -290,10 +290,7 @@ def test_aarch64(smollm2: str, tmp_path: Path) -> None:
     told = run_newcomer([*emulated, interpreters[0]], site, smollm2, 3000)
     assert told["kernels"] == ["neon-dotprod", "neon", "scalar"]
     lib = site / "xquant_gguf" / "lib"
-    ask_server([*emulated, lib / "llama-server", "-m", smollm2, "-ctk", "xquant", "-ctv", "xquant"], tmp_path)
-
-
-XQUANT = ("-ctk", "xquant", "-ctv", "xquant")
+    ask_server([*emulated, lib / "llama-server", "-m", smollm2, *XQUANT], tmp_path)
 
 
 @pytest.fixture
