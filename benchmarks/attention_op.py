@@ -4,9 +4,9 @@ usage: attention_op.py [--tokens 16384] [--shapes qwen,llama,small] [--layers k4
                        [--threads 1,2] [--prompt 64] [--seconds 1] [--json FILE]
 
 f16, q8_0, q4_0: ggml_flash_attn_ext over a cache laid out as llama.cpp lays it out.  The others: pages of codes through
-the verb of attention, split as the fork splits them.  All are nodes of ggml graphs, timed in interleaved
-rounds over as many copies of the layer as outgrow the caches: the median, and the least, which a machine with other
-work still shows; both ratios.  ns: per cached token and KV head (prompt: and
+the verb of attention, split as the fork splits them.  All are nodes of ggml graphs, one graph of as many copies of the
+layer as outgrow the caches, timed in interleaved rounds: the median, and the least, which a machine with other work
+still shows; both ratios.  ns: per cached token and KV head (prompt: and
 query row).  floor: the bytes that are read over the speed of a loop that only reads memory.  The data are random: speed
 does not depend on them.  Values of latent layers (MLA) are part of the keys, and the bits of values are not looked at.
 """
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from op_graph import F16, F32, Q4_0, Q8_0, Graph, load, read_speed, sum_seconds, timed
+from op_graph import F16, F32, Q4_0, Q8_0, Graph, in_turn, load, read_speed, sum_seconds, timed
 from xquant_gguf import codec, native
 from xquant_gguf.cli.text import table
 from xquant_gguf.plan import PAGE, Side, side_to_c
@@ -181,24 +181,23 @@ def measure(
     runs: dict[str, Any] = {}
     sizes: dict[str, int] = {}
     names: dict[str, tuple[str, str]] = {}
-    graphs = []
+    counts: dict[str, int] = {}
+    graphs: list[Graph] = []
 
     def add(key: str, made: tuple[Graph, int], force: str | None, again: Any) -> None:
         copies = [made[0]]
         while len(copies) * made[1] < CACHE and len(copies) < MAX_COPIES:
             copies.append(again()[0])
-        graphs.extend(copies)
-        sizes[key] = made[1]
+        together = in_turn(copies)
+        graphs.extend((*copies, together))
+        sizes[key], counts[key] = made[1], len(copies)
 
-        def call(graph: Graph) -> Any:
-            def run() -> None:
-                if force:
-                    native.load()[1].xq_kernels_force(force.encode())
-                graph.run(threads)
+        def run() -> None:
+            if force:
+                native.load()[1].xq_kernels_force(force.encode())
+            together.run(threads)
 
-            return run
-
-        runs[key] = [call(graph) for graph in copies]
+        runs[key] = [run]
 
     for kind in ggml:
         names[kind] = (kind, "ggml")
@@ -220,7 +219,8 @@ def measure(
     n_rep = shape.heads // shape.kv_heads
     unit = 1e9 / (n_tokens * shape.kv_heads * (1 if n_queries == 1 else n_queries * n_rep))
     rows = []
-    for key, (median, best) in found.items():
+    for key, times in found.items():
+        median, best = (seconds / counts[key] for seconds in times)
         speed, floor = sizes[key] / median / 1e9, sizes[key] / bytes_per_s * unit
         rows.append(Row(shape.name, *names[key], threads, n_queries, median * unit, best * unit, speed, floor))
     return rows

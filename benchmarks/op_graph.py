@@ -20,7 +20,8 @@ import numpy as np
 from cffi import FFI
 from numpy.typing import NDArray
 
-from xquant_gguf import native
+from xquant_gguf import fork, native
+from xquant_gguf.threads import new_pool
 
 NODES = Path(__file__).parent / "graph_nodes.c"
 F32, F16, Q4_0, Q8_0 = 0, 1, 2, 8  # of enum ggml_type
@@ -41,10 +42,6 @@ void *ggml_backend_init_by_type(int, const char *);
 void *ggml_backend_reg_by_name(const char *);
 void *ggml_backend_reg_get_proc_address(void *, const char *);
 int ggml_backend_graph_compute(void *, void *);
-struct ggml_threadpool_params {
-    bool cpumask[512]; int n_threads; int prio; uint32_t poll; bool strict_cpu; bool paused;
-};
-void ggml_threadpool_params_init(struct ggml_threadpool_params *, int);
 """
 NODE_FUNCTIONS = """
 void attend_node(void *, int, int, void *);
@@ -87,10 +84,8 @@ def cpu_function(ctype: str, name: str) -> Any:
 def threads(n: int) -> Any:
     """Threads that wait for graphs, as llama.cpp's own programs have; without, a build without OpenMP makes some for
     every graph."""
-    ffi, base, _, _ = load()
-    params = ffi.new("struct ggml_threadpool_params *")
-    base.ggml_threadpool_params_init(params, n)
-    return cpu_function("void *(*)(struct ggml_threadpool_params *)", "ggml_threadpool_new")(params)
+    ffi = load()[0]
+    return ffi.cast("void *", int(fork.load()[0].cast("intptr_t", new_pool(n))))
 
 
 class Graph:
@@ -129,10 +124,11 @@ class Graph:
         args = self.ffi.new("void *[]", sources or (self.tensor(F32, 16),))
         return self.base.ggml_custom_4d(self.ctx, F32, 16, 1, 1, 1, args, len(args), function, -1, job)
 
-    def finish(self, result: Any) -> None:
+    def finish(self, *results: Any) -> None:
         self.graph = self.base.ggml_new_graph(self.ctx)
-        self.base.ggml_build_forward_expand(self.graph, result)
-        self.result = result
+        for result in results:
+            self.base.ggml_build_forward_expand(self.graph, result)
+        self.results = results
 
     def run(self, n_threads: int) -> None:
         cpu_function("void (*)(void *, int)", "ggml_backend_set_n_threads")(cpu(), n_threads)
@@ -142,6 +138,14 @@ class Graph:
 
     def close(self) -> None:
         self.base.ggml_free(self.ctx)
+
+
+def in_turn(graphs: Sequence[Graph]) -> Graph:
+    """One graph of what several compute, as of a model's layers: to start a graph wakes threads, which takes as long as
+    a small operation."""
+    out = Graph(0)
+    out.finish(*(result for graph in graphs for result in graph.results))
+    return out
 
 
 def timed(runs: Mapping[str, Sequence[Callable[[], None]]], seconds: float) -> dict[str, tuple[float, float]]:
@@ -182,9 +186,9 @@ def read_speed(n_threads: int, size: int = 1 << 28, rounds: int = 7) -> float:
     return size / run_seconds(graph, n_threads, rounds)
 
 
-def sum_seconds(n_threads: int, steps: int = 50_000, rounds: int = 31) -> float:
-    """Seconds of a loop that only multiplies and adds in registers: half a millisecond of one thread, as attention."""
+def sum_seconds(n_threads: int, steps: int = 50_000, n_nodes: int = 16, rounds: int = 31) -> float:
+    """Seconds of a node that only multiplies and adds in registers: half a millisecond of one thread, as attention."""
     graph = Graph(0)
     job = graph.new("sum_job *", {"n": steps})
-    graph.finish(graph.node("sum_node", job))
-    return run_seconds(graph, n_threads, rounds)
+    graph.finish(*(graph.node("sum_node", job) for _ in range(n_nodes)))
+    return run_seconds(graph, n_threads, rounds) / n_nodes
