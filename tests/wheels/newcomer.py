@@ -14,6 +14,7 @@ from typing import Any
 from xquant_gguf import Llama, __version__, codec, fork
 
 QUESTION = "What is the capital of France?"
+GPU = 1  # GGML_BACKEND_DEVICE_TYPE_GPU
 CITIES = ("London", "Paris", "Rome", "Madrid")
 
 
@@ -66,7 +67,9 @@ def main() -> None:
     import llama_cpp.llama_cpp
 
     told: dict[str, Any] = {kv_type: answer(model, text, kv_type, n_gpu_layers) for kv_type in ("f16", "xquant")}
-    told["gpu"] = llama_cpp.llama_supports_gpu_offload()
+    _, lib = fork.load()
+    devices = map(lib.ggml_backend_dev_get, range(lib.ggml_backend_dev_count()))
+    told["gpu"] = any(lib.ggml_backend_dev_type(device) == GPU for device in devices)
     told["library"] = llama_cpp.llama_cpp._lib._name
     told["package"] = fork.__file__
     told["version"] = __version__
