@@ -1,14 +1,14 @@
 """Speed of decode and prompt attention alone, one layer, beside llama.cpp's own operation on the same shape.
 
 usage: attention_op.py [--tokens 16384] [--shapes qwen,llama,small] [--layers k4v2,k3v2,k2v1] [--kernels avx2,avx512]
-                       [--threads 1,2] [--prompt 64] [--seconds 1] [--json FILE]
+                       [--threads 1,2] [--prompt 64] [--seconds 1] [--mib 48] [--json FILE]
 
 f16, q8_0, q4_0: ggml_flash_attn_ext over a cache laid out as llama.cpp lays it out.  The others: pages of codes through
 the verb of attention, split as the fork splits them.  All are nodes of ggml graphs, one graph of as many copies of the
-layer as outgrow the caches, timed in interleaved rounds: the median, and the least, which a machine with other work
-still shows; both ratios.  ns: per cached token and KV head (prompt: and
-query row).  floor: the bytes that are read over the speed of a loop that only reads memory.  The data are random: speed
-does not depend on them.  Values of latent layers (MLA) are part of the keys, and the bits of values are not looked at.
+layer as take --mib MiB, which the caches hold or not, timed in interleaved rounds: the median, and the least, which a
+machine with other work still shows; both ratios.  ns: per cached token and KV head (prompt: and query row).  floor: the
+bytes that are read over the speed of a loop that only reads memory.  The data are random: speed does not depend on
+them.  Values of latent layers (MLA) are part of the keys, and the bits of values are not looked at.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ SHAPES = {
     "mla320": Shape("Mistral 4", 32, 1, 320, 256, latent=True),
 }
 GGML_TYPES = {"f16": (F16, 1, 2), "q8_0": (Q8_0, 32, 34), "q4_0": (Q4_0, 32, 18)}  # type, values and bytes of a block
-CACHE = 48 << 20  # bytes of copies that outgrow the caches
-MAX_COPIES = 28  # as many layers as a model has
+MAX_COPIES = 512
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ def xquant_layer(layer: str, shape: Shape, n_tokens: int, n_queries: int, n_thre
 
 def measure(
     shape: Shape, layers: Sequence[str], sets: Sequence[str], threads: int, n_tokens: int, n_queries: int,
-    seconds: float, bytes_per_s: float, ggml: Sequence[str],
+    seconds: float, bytes_per_s: float, ggml: Sequence[str], n_bytes: int,
 ) -> list[Row]:  # fmt: skip
     """All caches on one shape, interleaved."""
     runs: dict[str, Any] = {}
@@ -186,7 +185,7 @@ def measure(
 
     def add(key: str, made: tuple[Graph, int], force: str | None, again: Any) -> None:
         copies = [made[0]]
-        while len(copies) * made[1] < CACHE and len(copies) < MAX_COPIES:
+        while len(copies) * made[1] < n_bytes and len(copies) < MAX_COPIES:
             copies.append(again()[0])
         together = in_turn(copies)
         graphs.extend((*copies, together))
@@ -236,6 +235,7 @@ def main() -> None:
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--prompt", type=int, default=1, help="query rows of a head (default 1: decode)")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each cache (default %(default)s)")
+    parser.add_argument("--mib", type=int, default=48, help="of copies of a layer, of each cache (default %(default)s)")
     parser.add_argument("--json")
     args = parser.parse_args()
     if args.tokens < PAGE or args.tokens % PAGE != 0:
@@ -251,7 +251,7 @@ def main() -> None:
         for name in args.shapes.split(","):
             found = measure(
                 SHAPES[name], args.layers.split(","), args.kernels.split(","), threads, args.tokens, args.prompt,
-                args.seconds, speed, [kind for kind in args.ggml.split(",") if kind],
+                args.seconds, speed, [kind for kind in args.ggml.split(",") if kind], args.mib << 20,
             )  # fmt: skip
             base = {row.cache: row for row in found}
             for r in found:
