@@ -32,6 +32,7 @@ def answer(model: str, text: str, kv_type: str, n_gpu_layers: int) -> dict[str, 
     grammar = LlamaGrammar.from_string(f'root ::= "The capital of France is " ({cities}) "."', verbose=False)
     out = llm.create_chat_completion(talk, max_tokens=30, temperature=0, grammar=grammar)
     info = llm.kv_cache_info()
+    waiting = n_threads()
     goes_on = shift(llm)
     llm.close()
     return {
@@ -40,7 +41,14 @@ def answer(model: str, text: str, kv_type: str, n_gpu_layers: int) -> dict[str, 
         "bytes": info["bytes_allocated"],
         "sealed": info.get("pages_sealed", 0),
         "goes_on": goes_on,
+        "threads": waiting,
     }
+
+
+def n_threads() -> int | None:
+    """Of this process; None: this system does not say it."""
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) if tasks.exists() else None
 
 
 def shift(llm: Llama) -> str:
@@ -66,12 +74,14 @@ def main() -> None:
     n_gpu_layers = int(sys.argv[3]) if len(sys.argv) > 3 else 0
     import llama_cpp.llama_cpp
 
+    before = n_threads()
     told: dict[str, Any] = {kv_type: answer(model, text, kv_type, n_gpu_layers) for kv_type in ("f16", "xquant")}
     _, lib = fork.load()
     devices = map(lib.ggml_backend_dev_get, range(lib.ggml_backend_dev_count()))
     told["gpu"] = any(lib.ggml_backend_dev_type(device) == GPU for device in devices)
     told["library"] = llama_cpp.llama_cpp._lib._name
     told["package"] = fork.__file__
+    told["threads"] = before
     told["version"] = __version__
     told["kernels"] = codec.kernel_sets()
     told["llama_kernels"] = fork.cpu_variant()

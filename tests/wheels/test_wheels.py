@@ -90,6 +90,8 @@ def check_answers(told: dict[str, Any]) -> None:
     for kv_type in ("f16", "xquant"):
         assert told[kv_type]["answer"] == "The capital of France is Paris."
         assert told[kv_type]["goes_on"].strip()
+        if told["threads"] is not None:  # threads wait for the next token
+            assert told[kv_type]["threads"] > told["threads"]
     assert told["xquant"]["bytes"] < told["f16"]["bytes"]
     # open: the first page, the window, a micro-batch, and the page that is not full
     assert told["xquant"]["sealed"] >= told["xquant"]["prompt_tokens"] // 128 - 4 > 2
