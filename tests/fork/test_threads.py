@@ -90,10 +90,14 @@ def test_a_forked_process_goes_on_without(paths: dict[str, Path]) -> None:
     llm.eval(TOKENS[:200])
     child = os.fork()
     if child == 0:
-        signal.alarm(60)
-        llm.eval(TOKENS[200:])
-        llm.close()
-        os._exit(0)
+        status = 1
+        try:
+            signal.alarm(60)
+            llm.eval(TOKENS[200:])
+            llm.close()
+            status = 0
+        finally:
+            os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
     llm.eval(TOKENS[200:])
     llm.close()
