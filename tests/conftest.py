@@ -15,14 +15,10 @@ import pytest
 
 import downloads
 import fetch_model
-from support import gpu, tiny_gguf
+from support import cpu_variant, gpu, tiny_gguf
 from support.alone import alone
-from xquant_gguf import native
 
-# Bounds, and figures that must come out again, were measured with llama.cpp's AVX2 kernels, whose sums decide which
-# codes flip.  tests/fork/test_cpu_variants.py runs the others.
-if (native.LIBRARY_DIR / "libxquant-cpu-avx2.so").exists():
-    os.environ.setdefault("XQUANT_CPU_VARIANT", "avx2")
+cpu_variant.choose()
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from support import upstream
+from support import cpu_variant, upstream
 from support.contexts import Logits
 from support.model_run import LONG, SHORT, WHOLE, Length
 
@@ -29,6 +29,7 @@ from support.model_run import LONG, SHORT, WHOLE, Length
 # a sealing one beside numpy's of the same keys and values.
 OPEN, SEALED = 1e-5, 1e-6
 TESTS = str(Path(__file__).resolve().parent.parent)
+cpu_variant.choose()
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([TESTS, *sys.path])}
 
 
