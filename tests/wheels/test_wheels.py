@@ -131,7 +131,10 @@ def test_a_wheel_holds_what_it_needs(wheel: Path, tmp_path: Path) -> None:
     prefix += "xquant-cpu-"
     variants = {path.stem.removeprefix(prefix) for path in folder.glob(f"{prefix}*{suffix}")}
     (kinds,) = (kinds for processor, kinds in VARIANTS.items() if tag.endswith(processor))
-    assert variants == (set() if tag.startswith("linux") else kinds)
+    if tag.startswith("linux"):  # this machine's compiler may not know them all
+        assert kinds & {"avx2", "neon-dotprod"} <= variants <= kinds
+    else:
+        assert variants == kinds
     if tag.startswith(("win", "macosx")):
         assert library_needs.lacking(folder) == []
         if version := re.match(r"macosx_(\d+)_(\d+)_", tag):
