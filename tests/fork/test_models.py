@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from support import models, upstream
+
+ROOT = Path(__file__).resolve().parents[2]
 
 RUN = {
     "llama-dense": "plain",
@@ -49,3 +54,12 @@ def test_a_model_is_refused_with_a_reason(made: dict[str, Path], name: str) -> N
     row = models.examine(made[name])
     assert REFUSED[name] in row.refused
     assert not row.failed
+
+
+def test_the_command_takes_the_installed_package() -> None:
+    """In a checkout `python -m` finds one without libraries first, and what it starts must not."""
+    program = "from support import models; print(models.ENVIRONMENT['PYTHONPATH'])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    command = [sys.executable, "-c", program]
+    out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert not {"", str(ROOT)} & set(out.stdout.strip().split(os.pathsep))

@@ -30,7 +30,9 @@ from support.model_run import LONG, SHORT, WHOLE, Length
 OPEN, SEALED = 1e-5, 1e-6
 TESTS = str(Path(__file__).resolve().parent.parent)
 cpu_variant.choose()
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([TESTS, *sys.path])}
+# without the folder that `python -m` puts first: in a checkout that is the package, but not its libraries
+PATHS = [TESTS, *(path for path in sys.path if path not in ("", os.getcwd()))]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)}
 
 
 @dataclass
