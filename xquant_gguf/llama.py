@@ -91,8 +91,7 @@ class Llama(llama_cpp.Llama):
         self._made = True
         with explained(f"{model_path} with kv_type {self._kv_type!r}", self.is_xquant):
             super().__init__(model_path, **options)
-        if self.ctx is not None and (waiting := threads.waiting_for(self.ctx)) is not None:
-            self._ctx._exit_stack.callback(waiting.close)  # whoever frees the context: before it
+        threads.wait_for(self)
 
     @property
     def is_xquant(self) -> bool:

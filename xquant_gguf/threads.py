@@ -74,5 +74,11 @@ def waiting_for(ctx: Any) -> WaitingThreads | None:
     return WaitingThreads(ctx) if several and are_needed() else None
 
 
+def wait_for(llm: llama_cpp.Llama) -> None:
+    """The same for the context of a Llama: whoever frees it, its threads end before."""
+    if llm.ctx is not None and (waiting := waiting_for(llm.ctx)) is not None:
+        llm._ctx._exit_stack.callback(waiting.close)
+
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=WaitingThreads.forget_all)

@@ -7,11 +7,12 @@ import signal
 import sys
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 
 from support import gpu
-from xquant_gguf import Llama, threads
+from xquant_gguf import Llama, environment, threads
 from xquant_gguf.session import Model
 
 TOKENS = [1 + 7 * i % 250 for i in range(300)]
@@ -38,7 +39,8 @@ def test_they_compute_the_same(paths: dict[str, Path], monkeypatch: pytest.Monke
 
 
 def test_a_context_gives_them_back(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever frees it: llama_cpp's own object of the context, the session, a Llama that was not closed."""
+    """Whoever frees it: llama_cpp's own object of the context, the session, a Llama that was not closed, one of
+    llama_cpp's own that a variable gave our cache."""
     monkeypatch.setattr(threads, "are_needed", lambda: True)
     close = threads.WaitingThreads.close
     closed: list[None] = []
@@ -53,6 +55,12 @@ def test_a_context_gives_them_back(paths: dict[str, Path], monkeypatch: pytest.M
     with Model(str(paths["plain"])) as model, model.session("xquant", n_ctx=512, n_threads=2) as session:
         session.decode([(token, i, (0,)) for i, token in enumerate(TOKENS)])
     assert len(closed) == 3
+    monkeypatch.setenv("XQUANT_KV_TYPE", "xquant")
+    plain = llama_cpp.Llama.__new__(llama_cpp.Llama)
+    environment.make(llama_cpp.Llama.__init__, plain, str(paths["plain"]), {"n_threads": 2, "verbose": False})
+    plain.eval(TOKENS)
+    plain.close()
+    assert len(closed) == 4
 
 
 def test_one_thread_needs_none(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
