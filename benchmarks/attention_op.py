@@ -1,7 +1,8 @@
 """Speed of decode and prompt attention alone, one layer, beside llama.cpp's own operation on the same shape.
 
 usage: attention_op.py [--tokens 16384] [--shapes qwen,llama,small] [--layers k4v2,k3v2,k2v1] [--kernels avx2,avx512]
-                       [--threads 1,2] [--prompt 64] [--seconds 1] [--mib 48] [--json FILE]
+                       [--threads 1,2] [--prompt 64] [--seconds 1] [--mib 48] [--parts 0]
+                       [--json FILE]
 
 f16, q8_0, q4_0: ggml_flash_attn_ext over a cache laid out as llama.cpp lays it out.  The others: pages of codes through
 the verb of attention, split as the fork splits them.  All are nodes of ggml graphs, one graph of as many copies of the
@@ -135,8 +136,10 @@ def aligned(graph: Graph, data: NDArray[Any]) -> Any:
     return graph.pointer("uint8_t[]", raw) + offset
 
 
-def xquant_layer(layer: str, shape: Shape, n_tokens: int, n_queries: int, n_threads: int) -> tuple[Graph, int]:
-    """One layer of sealed pages and its attention; the bytes of the pages."""
+def xquant_layer(
+    layer: str, shape: Shape, n_tokens: int, n_queries: int, n_threads: int, n_parts: int
+) -> tuple[Graph, int]:
+    """One layer of sealed pages and its attention; the bytes of the pages.  n_parts: 0: as the fork chooses."""
     n_head, n_kv, width, e = shape.heads, shape.kv_heads, shape.d, 0 if shape.latent else shape.e
     ffi, lib = native.load()
     graph = Graph(0)
@@ -160,7 +163,7 @@ def xquant_layer(layer: str, shape: Shape, n_tokens: int, n_queries: int, n_thre
     a.table = graph.pointer("int32_t[]", np.full(n_pages, -1, np.int32))
     a.n_head, a.n_tokens, a.n_streams, a.n_kv_pages = n_head, n_queries, 1, n_pages
     n_groups = n_kv * -(-n_queries * (n_head // n_kv) // int(lib.XQ_CPU_GROUP_ROWS))
-    a.scale, a.n_parts = width**-0.5, lib.xq_cpu_parts(n_groups, n_pages, n_threads)
+    a.scale, a.n_parts = width**-0.5, n_parts or lib.xq_cpu_parts(n_groups, n_pages, n_threads)
     a.partial = graph.pointer("float[]", np.empty(lib.xq_attend_states(store, a), np.float32))
     a.arrivals = graph.pointer("uint32_t[]", np.zeros(n_groups, np.uint32))
     a.out = graph.pointer("float[]", np.empty(n_head * n_queries * shape.e, np.float32))
@@ -174,7 +177,7 @@ def xquant_layer(layer: str, shape: Shape, n_tokens: int, n_queries: int, n_thre
 
 def measure(
     shape: Shape, layers: Sequence[str], sets: Sequence[str], threads: int, n_tokens: int, n_queries: int,
-    seconds: float, bytes_per_s: float, ggml: Sequence[str], n_bytes: int,
+    seconds: float, bytes_per_s: float, ggml: Sequence[str], n_bytes: int, n_parts: int,
 ) -> list[Row]:  # fmt: skip
     """All caches on one shape, interleaved."""
     runs: dict[str, Any] = {}
@@ -210,7 +213,7 @@ def measure(
         for kernels in sets:
             key = f"{layer} {kernels}"
             names[key] = (layer, kernels)
-            args = (layer, shape, n_tokens, n_queries, threads)
+            args = (layer, shape, n_tokens, n_queries, threads, n_parts)
             add(key, xquant_layer(*args), kernels, lambda a=args: xquant_layer(*a))
     found = timed(runs, seconds)
     for graph in graphs:
@@ -236,6 +239,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1, help="query rows of a head (default 1: decode)")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each cache (default %(default)s)")
     parser.add_argument("--mib", type=int, default=48, help="of copies of a layer, of each cache (default %(default)s)")
+    parser.add_argument("--parts", type=int, default=0, help="of the pages of a KV head (default: as the fork chooses)")
     parser.add_argument("--json")
     args = parser.parse_args()
     if args.tokens < PAGE or args.tokens % PAGE != 0:
@@ -251,7 +255,7 @@ def main() -> None:
         for name in args.shapes.split(","):
             found = measure(
                 SHAPES[name], args.layers.split(","), args.kernels.split(","), threads, args.tokens, args.prompt,
-                args.seconds, speed, [kind for kind in args.ggml.split(",") if kind], args.mib << 20,
+                args.seconds, speed, [kind for kind in args.ggml.split(",") if kind], args.mib << 20, args.parts,
             )  # fmt: skip
             base = {row.cache: row for row in found}
             for r in found:
