@@ -20,8 +20,7 @@ import numpy as np
 from cffi import FFI
 from numpy.typing import NDArray
 
-from xquant_gguf import fork, native
-from xquant_gguf.threads import new_pool
+from xquant_gguf import native
 
 NODES = Path(__file__).parent / "graph_nodes.c"
 F32, F16, Q4_0, Q8_0 = 0, 1, 2, 8  # of enum ggml_type
@@ -80,14 +79,6 @@ def cpu_function(ctype: str, name: str) -> Any:
     return ffi.cast(ctype, registry.ggml_backend_reg_get_proc_address(reg, name.encode()))
 
 
-@lru_cache
-def threads(n: int) -> Any:
-    """Threads that wait for graphs, as llama.cpp's own programs have; without, a build without OpenMP makes some for
-    every graph."""
-    ffi = load()[0]
-    return ffi.cast("void *", int(fork.load()[0].cast("intptr_t", new_pool(n))))
-
-
 class Graph:
     """A ggml graph with its tensors.  keep: what must live as long as it does."""
 
@@ -132,7 +123,6 @@ class Graph:
 
     def run(self, n_threads: int) -> None:
         cpu_function("void (*)(void *, int)", "ggml_backend_set_n_threads")(cpu(), n_threads)
-        cpu_function("void (*)(void *, void *)", "ggml_backend_cpu_set_threadpool")(cpu(), threads(n_threads))
         if self.base.ggml_backend_graph_compute(cpu(), self.graph) != 0:
             raise ValueError("the graph failed")
 

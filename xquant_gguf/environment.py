@@ -12,7 +12,7 @@ from typing import Any
 
 import llama_cpp
 
-from xquant_gguf import fork, threads
+from xquant_gguf import fork
 from xquant_gguf.inspect import CacheInfo
 from xquant_gguf.kv_types import LLAMA_TYPES, checked_kv_type, needs_flash_attention, number_of
 from xquant_gguf.llama import Llama
@@ -60,6 +60,5 @@ def make(original: Callable[..., None], llm: llama_cpp.Llama, model_path: str, o
     given = with_kv_type(kv_type, options)
     with explained(f"{model_path} with {VARIABLE}={kv_type}", given["type_k"] == fork.GGML_TYPE_XQUANT):
         original(llm, model_path, **given)
-    threads.wait_for(llm)
     info = CacheInfo(llm.ctx, kv_type, (given["type_k"], given["type_v"])).now()
     _say(f"{info['true_bits']:.2f} bits per value, {info['bytes_allocated'] / 2**20:.0f} MiB of KV cache")

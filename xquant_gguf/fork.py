@@ -76,16 +76,8 @@ size_t ggml_backend_dev_count(void);
 void * ggml_backend_dev_get(size_t index);
 int ggml_backend_dev_type(void * device);
 void ggml_backend_dev_memory(void * device, size_t * free, size_t * total);
-struct ggml_threadpool_params {
-    bool cpumask[512]; int n_threads; int prio; uint32_t poll; bool strict_cpu; bool paused;
-};
-void ggml_threadpool_params_init(struct ggml_threadpool_params * params, int n_threads);
-typedef void * (*ggml_threadpool_new)(struct ggml_threadpool_params * params);
-typedef void (*ggml_threadpool_free)(void * pool);
-void llama_attach_threadpool(void * ctx, void * pool, void * pool_batch);
-void llama_detach_threadpool(void * ctx);
 """
-"""What we need of ggml and llama.h beside the bindings of llama_cpp."""
+"""What we need of ggml beside the bindings of llama_cpp."""
 
 
 class _Libraries:
@@ -150,7 +142,7 @@ def error() -> str:
     return str(ffi.string(lib.xquant_llama_error()).decode())
 
 
-def context(ctx: Any) -> Any:
+def _context(ctx: Any) -> Any:
     """A llama_cpp context (ctypes pointer or address) as a cffi pointer."""
     ffi, _ = load()
     address = ctx if isinstance(ctx, int) else ctypes.cast(ctx, ctypes.c_void_p).value
@@ -187,7 +179,7 @@ def info(ctx: Any) -> dict[str, Any] | None:
     """Fields of xquant_llama_info (native/llama/xquant_llama.h); None if the context has no XQuant cache."""
     ffi, lib = load()
     out = ffi.new("xquant_llama_info *")
-    if lib.xquant_llama_get_info(context(ctx), out) != 0:
+    if lib.xquant_llama_get_info(_context(ctx), out) != 0:
         return None
     return {name: getattr(out, name) for name, _ in ffi.typeof("xquant_llama_info").fields}
 
@@ -197,13 +189,13 @@ def shapes(ctx: Any) -> tuple[list[Shape], int]:
     ffi, lib = load()
     d, e, heads = (ffi.new("int32_t[XQ_MAX_LAYERS]") for _ in range(3))
     size = ffi.new("int64_t *")
-    n = lib.xquant_llama_get_shapes(context(ctx), d, e, heads, size)
+    n = lib.xquant_llama_get_shapes(_context(ctx), d, e, heads, size)
     return [Shape(d[i], e[i], heads[i]) for i in range(max(n, 0))], int(size[0])
 
 
 def compute_bytes(ctx: Any) -> int:
     """Bytes of the buffers in which a context computes, the largest micro-batch's, whatever its cache."""
-    return int(load()[1].xquant_llama_get_compute_bytes(context(ctx)))
+    return int(load()[1].xquant_llama_get_compute_bytes(_context(ctx)))
 
 
 @contextmanager
@@ -241,11 +233,11 @@ def plan_provider(give: Callable[[list[Shape]], bytes]) -> Iterator[None]:
 def pages(ctx: Any, stream: int = 0) -> list[Page]:
     """The pages of a stream of a context's XQuant cache."""
     ffi, lib = load()
-    n = lib.xquant_llama_get_pages(context(ctx), stream, 0, ffi.NULL)
+    n = lib.xquant_llama_get_pages(_context(ctx), stream, 0, ffi.NULL)
     if n < 0:
         raise ValueError(f"stream {stream}: the context has no XQuant cache with such a stream")
     out = ffi.new("xquant_llama_page[]", max(n, 1))
-    lib.xquant_llama_get_pages(context(ctx), stream, n, out)
+    lib.xquant_llama_get_pages(_context(ctx), stream, n, out)
     return [Page(out[i].state, out[i].n_cells, out[i].age) for i in range(n)]
 
 
@@ -254,7 +246,7 @@ def read_rows(ctx: Any, layer: int, name: str, head: int, n_cells: int, width: i
     ffi, lib = load()
     out = np.empty((n_cells, width), np.float16)
     pointer = ffi.from_buffer("uint16_t[]", out)
-    if lib.xquant_llama_read_rows(context(ctx), layer, int(name == "v"), head, n_cells, pointer) != 0:
+    if lib.xquant_llama_read_rows(_context(ctx), layer, int(name == "v"), head, n_cells, pointer) != 0:
         raise ValueError(f"layer {layer}, {name}: head {head} has no {n_cells} open cells")
     return out
 
@@ -263,7 +255,7 @@ def write_rows(ctx: Any, layer: int, name: str, head: int, rows: NDArray[np.floa
     """Replaces the rows of the first cells that read_rows gives."""
     ffi, lib = load()
     pointer = ffi.from_buffer("uint16_t[]", np.ascontiguousarray(rows, np.float16))
-    if lib.xquant_llama_write_rows(context(ctx), layer, int(name == "v"), head, len(rows), pointer) != 0:
+    if lib.xquant_llama_write_rows(_context(ctx), layer, int(name == "v"), head, len(rows), pointer) != 0:
         raise ValueError(f"layer {layer}, {name}: head {head} has no {len(rows)} open cells")
 
 
@@ -278,7 +270,7 @@ def plan(ctx: Any, preset: str) -> tuple[Plan, list[Shape], list[int]] | None:
     """Plan in force, shapes and model layer numbers of the layers in the XQuant cache; None if there is none."""
     ffi, lib = load()
     c, arrays = ffi.new("xq_plan *"), [ffi.new("int32_t[XQ_MAX_LAYERS]") for _ in range(3)]
-    if lib.xquant_llama_get_plan(context(ctx), c, *arrays) != 0:
+    if lib.xquant_llama_get_plan(_context(ctx), c, *arrays) != 0:
         return None
     d, e, heads = arrays
     held = [i for i in range(c.n_layers) if d[i] > 0]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import llama_cpp
 
-from xquant_gguf import codec, handover, threads, workers
+from xquant_gguf import codec, handover, workers
 from xquant_gguf.arguments import LlamaOptions, check_names, check_numbers
 from xquant_gguf.inspect import CacheInfo
 from xquant_gguf.kv_types import LLAMA_TYPES, checked_kv_type, needs_flash_attention, number_of, warning_of
@@ -91,7 +91,6 @@ class Llama(llama_cpp.Llama):
         self._made = True
         with explained(f"{model_path} with kv_type {self._kv_type!r}", self.is_xquant):
             super().__init__(model_path, **options)
-        threads.wait_for(self)
 
     @property
     def is_xquant(self) -> bool:

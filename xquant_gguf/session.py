@@ -15,7 +15,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from xquant_gguf import fork, handover, threads, workers
+from xquant_gguf import fork, handover, workers
 from xquant_gguf.kv_types import needs_flash_attention, number_of
 from xquant_gguf.log import errors, quiet, refusal
 from xquant_gguf.plan import Plan, PlanSource, Shape
@@ -239,8 +239,6 @@ class Session:
 
     def __init__(self, model: Any, ctx: Any, *, owned: bool = False) -> None:
         self.ctx, self.memory, self._owned = ctx, llama_cpp.llama_get_memory(ctx), owned
-        with quiet():
-            self._threads = threads.waiting_for(ctx) if owned else None
         self._batch: _Batch | None = None
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model)))
 
@@ -266,8 +264,6 @@ class Session:
         """Frees the context, if it is the session's own."""
         if self._owned:
             with quiet():
-                if self._threads is not None:
-                    self._threads.close()
                 llama_cpp.llama_free(self.ctx)
             self.ctx, self._owned = None, False
 

@@ -299,4 +299,23 @@ FIXES: list[Fix] = [
              "text": '__asm__ volatile("" : : "r"(&tc) : "memory");'},
         ],
     },
+    {
+        "name": "threads wait for the next token",
+        "fault": "Without OpenMP, as in wheels, the CPU backend started threads for every graph that was given none, "
+                 "and ended them: for every token of llama_cpp, of a worker, of an image encoder.",
+        "insertions": [
+            {"name": "threads: header", "file": "ggml/src/ggml-cpu/ggml-cpu.cpp", "in": "file",
+             "after": '#include "ggml-cpu.h"', "text": '#include "cpu-threads.h"'},
+            {"name": "threads: a backend's", "file": "ggml/src/ggml-cpu/ggml-cpu.cpp",
+             "in": "struct ggml_backend_cpu_context", "before": "int                 n_threads;",
+             "text": "waiting_threads     waiting;"},
+            {"name": "threads: of a graph", "file": "ggml/src/ggml-cpu/ggml-cpu.cpp",
+             "in": "ggml_backend_cpu_graph_compute", "before": "return ggml_graph_compute", "text": """
+                if (!cplan.threadpool) {
+                    cplan.threadpool = cpu_ctx->waiting.of(cplan.n_threads);
+                }
+
+             """},
+        ],
+    },
 ]
