@@ -1,8 +1,8 @@
 /* cpu-threads.h: threads of a CPU backend, for graphs that are given none.
  *
  * Without OpenMP ggml would start threads for each of these graphs, that is for every token, and end them.  Here they
- * sleep between graphs, so that nothing is kept busy when there is no work, and end with the backend.  Whoever gives the
- * backend threads of his own has those.
+ * sleep between graphs, so that nothing is kept busy when there is no work, and end with the backend.  Whoever gives
+ * the backend threads of his own has those.
  */
 #pragma once
 
@@ -12,7 +12,7 @@
 #include <map>
 
 #ifndef _WIN32
-#    include <unistd.h>
+#include <unistd.h>
 #endif
 
 namespace { // each build of ggml-cpu has its own
