@@ -22,12 +22,7 @@ class waiting_threads {
     waiting_threads() = default;
     waiting_threads(const waiting_threads &) = delete;
     waiting_threads &operator=(const waiting_threads &) = delete;
-    ~waiting_threads() {
-        forget_others();
-        for (const auto &pool : pools) {
-            ggml_threadpool_free(pool.second);
-        }
-    }
+    ~waiting_threads() { end(); }
 
     /* A pool of so many threads; null: a graph needs one alone, or OpenMP has some.  By one thread at a time, as a
      * backend's graphs are. */
@@ -39,7 +34,9 @@ class waiting_threads {
         if (n_threads <= 1) {
             return nullptr;
         }
-        forget_others();
+        if (is_forked() || (pools.size() == most_pools && pools.count(n_threads) == 0)) {
+            end();
+        }
         ggml_threadpool *&pool = pools[n_threads];
         if (!pool) {
             ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
@@ -51,20 +48,25 @@ class waiting_threads {
     }
 
   private:
+    static constexpr size_t most_pools = 4; /* whoever tries all numbers of threads must not keep them all */
     std::map<int, ggml_threadpool *> pools; /* single tokens and prompts may have different numbers */
 
-    /* In a process that was forked there are the pools, but none of their threads. */
-    void forget_others() {
-#ifndef _WIN32
-        if (process != getpid()) {
-            process = getpid();
-            pools.clear();
+    void end() {
+        for (const auto &pool : pools) {
+            if (!is_forked()) { // such a process has the pools, but none of their threads
+                ggml_threadpool_free(pool.second);
+            }
         }
+        pools.clear();
+        process = this_process();
     }
-    pid_t process = getpid();
+    bool is_forked() const { return process != this_process(); }
+#ifdef _WIN32
+    static int this_process() { return 0; }
 #else
-    }
+    static int this_process() { return getpid(); }
 #endif
+    int process = this_process();
 };
 
 } // namespace

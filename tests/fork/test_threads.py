@@ -50,6 +50,17 @@ def test_they_stay_until_the_context_is_freed(paths: dict[str, Path]) -> None:
     assert not threads() - before
 
 
+def test_numbers_of_threads_that_nobody_asks_for_any_more_are_ended(paths: dict[str, Path]) -> None:
+    before = threads()
+    llm = opened(paths["plain"])
+    for n in range(2, 12):
+        llama_cpp.llama_set_n_threads(llm.ctx, n, n)
+        llm.eval(TOKENS[:2])
+        assert len(threads() - before) <= 4 * n
+    llm.close()
+    assert not threads() - before
+
+
 @pytest.mark.skipif(gpu.available(), reason="CUDA does not live in a forked process")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_a_forked_process_has_some_of_its_own(paths: dict[str, Path]) -> None:
