@@ -316,14 +316,14 @@ def test_windows_server(windows: Path, smollm2: str, tmp_path: Path) -> None:
 @needs_programs
 @pytest.mark.parametrize("kv_type", ["f16", "xquant"])
 def test_windows_goes_on_as_linux_does(kv_type: str, windows: Path, smollm2: str, tmp_path: Path) -> None:
-    """The same tokens behind a text of which most lies in codes."""
+    """The same tokens behind a text of which most lies in codes, with the same of llama.cpp's kernels."""
     options = ["-m", smollm2, "-c", "4096", "-np", "1", "-t", "2", "--no-webui", "--metrics"]
     options += programs.cache_arguments(kv_type)
     here: list[str | Path] = [programs.path("llama-server"), *options]
     there = wine(windows / "llama-server.exe", *options)
     told = []
     for command, status in ((here, 0), (there, -signal.SIGTERM)):
-        with running(command, tmp_path, clean(), status) as server:
+        with running(command, tmp_path, {**clean(), "XQUANT_CPU_VARIANT": "avx2"}, status) as server:
             answer = server.complete(TEXT.read_text()[:10000], n_predict=64, return_tokens=True)
             assert len(answer["tokens"]) == 64
             sealed = server.metrics().get("xquant_pages_sealed", 0)
