@@ -17,6 +17,7 @@ cd "$root"
   tests/kernels/test_kernels.py tests/kernels/test_refused.py tests/kernels/test_unpack.py \
   tests/kernels/test_update.py tests/fork/test_cache.py tests/fork/test_images.py tests/fork/test_metadata.py \
   tests/fork/test_operations.py tests/fork/test_robust.py tests/fork/test_scenarios.py tests/fork/test_states.py \
+  tests/fork/test_threads.py \
   --deselect tests/fork/test_robust.py::test_memory_that_cannot_be_had_is_an_error \
   --deselect tests/kernels/test_refused.py::test_kernels_that_cannot_run_are_an_error_of_every_verb
 # Python itself leaks what it keeps until it ends; the sources beside us, which have no libraries, are not to be found
