@@ -1,8 +1,7 @@
 """Speed of decode and prompt attention alone, one layer, beside llama.cpp's own operation on the same shape.
 
 usage: attention_op.py [--tokens 16384] [--shapes qwen,llama,small] [--layers k4v2,k3v2,k2v1] [--kernels avx2,avx512]
-                       [--threads 1,2] [--prompt 64] [--seconds 1] [--mib 48] [--parts 0]
-                       [--json FILE]
+                       [--threads 1,2] [--prompt 64] [--seconds 1] [--mib 48] [--parts 0] [--json FILE]
 
 f16, q8_0, q4_0: ggml_flash_attn_ext over a cache laid out as llama.cpp lays it out.  The others: pages of codes through
 the verb of attention, split as the fork splits them.  All are nodes of ggml graphs, one graph of as many copies of the
@@ -56,7 +55,7 @@ SHAPES = {
     "mla320": Shape("Mistral 4", 32, 1, 320, 256, latent=True),
 }
 GGML_TYPES = {"f16": (F16, 1, 2), "q8_0": (Q8_0, 32, 34), "q4_0": (Q4_0, 32, 18)}  # type, values and bytes of a block
-MAX_COPIES = 512
+MAX_COPIES = 512  # of four nodes each; a graph takes 2,048
 
 
 @dataclass(frozen=True)

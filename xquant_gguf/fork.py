@@ -39,6 +39,7 @@ class Page:
 
 
 SEALED, FREE = -1, -2
+_GPU = 1  # GGML_BACKEND_DEVICE_TYPE_GPU
 _BUILT_FROM = native.built_from()
 LLAMA_CPP_PYTHON: str = _BUILT_FROM["llama_cpp_python"]
 GGML_TYPE_XQUANT: int = _BUILT_FROM["ggml_type"]
@@ -124,6 +125,13 @@ def ggml_types() -> dict[str, GgmlType]:
     if found.get("xquant") != GgmlType(GGML_TYPE_XQUANT, 0, 0):
         raise ImportError(f"{native.library_path('llama')} has no cache type xquant of number {GGML_TYPE_XQUANT}")
     return found
+
+
+def gpus() -> list[Any]:
+    """ggml's devices that are GPUs of this machine."""
+    _, lib = load()
+    devices = [lib.ggml_backend_dev_get(i) for i in range(lib.ggml_backend_dev_count())]
+    return [device for device in devices if lib.ggml_backend_dev_type(device) == _GPU]
 
 
 def cpu_variant() -> str:

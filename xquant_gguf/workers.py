@@ -9,8 +9,6 @@ from typing import Any
 from xquant_gguf import fork
 from xquant_gguf.log import errors
 
-_GPU = 1  # GGML_BACKEND_DEVICE_TYPE_GPU
-
 
 def names(servers: str | Sequence[str]) -> list[str]:
     """host:port of each worker; ValueError if one is something else."""
@@ -45,6 +43,5 @@ def devices(servers: str | Sequence[str]) -> Any:
         if not reg or total[0] == 0:
             raise ValueError(f"rpc_servers: no worker answers at {name}: {'; '.join(said) or 'it has no devices'}")
         found += [lib.ggml_backend_reg_dev_get(reg, i) for i in range(lib.ggml_backend_reg_dev_count(reg))]
-    local = [lib.ggml_backend_dev_get(i) for i in range(lib.ggml_backend_dev_count())]
-    found += [device for device in local if lib.ggml_backend_dev_type(device) == _GPU]
+    found += fork.gpus()
     return (ctypes.c_void_p * (len(found) + 1))(*(int(ffi.cast("intptr_t", device)) for device in found))

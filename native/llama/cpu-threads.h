@@ -8,7 +8,7 @@
 
 #include "ggml-cpu.h"
 
-#include <cstdint>
+#include <cstddef>
 #include <map>
 
 #ifndef _WIN32

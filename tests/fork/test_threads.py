@@ -25,9 +25,7 @@ pytestmark = [
 
 def opened(path: Path) -> Llama:
     """Two threads beside this one for a token, one for a prompt."""
-    return Llama(
-        str(path), kv_type="xquant", n_ctx=512, n_ubatch=64, n_threads=3, n_threads_batch=2, verbose=False
-    )  # fmt: skip
+    return Llama(str(path), kv_type="xquant", n_ctx=512, n_ubatch=64, n_threads=3, n_threads_batch=2, verbose=False)
 
 
 def threads() -> set[str]:

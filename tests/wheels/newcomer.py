@@ -14,7 +14,6 @@ from typing import Any
 from xquant_gguf import Llama, __version__, codec, fork
 
 QUESTION = "What is the capital of France?"
-GPU = 1  # GGML_BACKEND_DEVICE_TYPE_GPU
 CITIES = ("London", "Paris", "Rome", "Madrid")
 
 
@@ -76,9 +75,7 @@ def main() -> None:
 
     before = n_threads()
     told: dict[str, Any] = {kv_type: answer(model, text, kv_type, n_gpu_layers) for kv_type in ("f16", "xquant")}
-    _, lib = fork.load()
-    devices = map(lib.ggml_backend_dev_get, range(lib.ggml_backend_dev_count()))
-    told["gpu"] = any(lib.ggml_backend_dev_type(device) == GPU for device in devices)
+    told["gpu"] = bool(fork.gpus())
     told["library"] = llama_cpp.llama_cpp._lib._name
     told["package"] = fork.__file__
     told["threads"] = before
